@@ -1,0 +1,1 @@
+"""Quantization-aware training and pruning for PyTorch Lightning."""

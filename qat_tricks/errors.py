@@ -1,0 +1,17 @@
+"""Errors written for the person who reads them: one line that says what was given, what is allowed and how to mend it."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class QatTricksError(Exception):
+    """Bad input. Its text is one line for the user; the command line prints it without a traceback and exits with 2."""
+
+
+def did_you_mean(given: str, allowed: Iterable[str]) -> str:
+    """Returns ``did you mean "…"?`` for the nearest names, or the list of all that are allowed when none is near."""
+    names = sorted(set(allowed))
+    near = get_close_matches(given, names, n=3, cutoff=0.6)
+    if near:
+        return "did you mean " + " or ".join(f'"{name}"' for name in near) + "?"
+    return "allowed: " + (", ".join(names) if names else "nothing")
