@@ -1,0 +1,58 @@
+"""Peak memory of a process that does nothing but run one ONNX file."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+
+from qat_tricks.deploy.session import SESSION_CONFIG, check_shape, input_spec, open_session
+from qat_tricks.errors import QatTricksError
+
+_PROBE = Path(__file__).with_name("memory_probe.py")
+_TIMEOUT_SECONDS = 300
+
+
+def peak_memory_mib(
+    path: str | PathLike[str], *, image_shape: Sequence[int], batch_size: int = 1, threads: int, runs: int = 3
+) -> float:
+    """Returns the peak resident memory, in MiB, of a fresh interpreter that opens and runs the network.
+
+    The figure includes the interpreter, numpy and ONNX Runtime themselves, some 50 MiB.
+
+    Args:
+        path: the ONNX file.
+        image_shape: (channels, height, width).
+        batch_size: images in a run.
+        threads: threads within an operator.
+        runs: how many times the network runs.
+
+    Raises:
+        QatTricksError: the file does not open, the images do not fit, or the process fails.
+    """
+    spec = input_spec(open_session(path, threads=threads))
+    shape = [batch_size, *image_shape]
+    check_shape(spec, shape)
+    job = {
+        "path": str(path),
+        "shape": shape,
+        "dtype": spec.dtype.name,
+        "threads": threads,
+        "config": dict(SESSION_CONFIG),
+        "runs": runs,
+    }
+    # -P keeps this folder off the probe's import path, where its file names would shadow other packages.
+    command = [sys.executable, "-P", str(_PROBE), json.dumps(job)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=True)
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr.strip().splitlines() or [f"exit status {error.returncode}"])[-1]
+        raise QatTricksError(
+            f'the memory of "{path}" could not be measured, its process failed: {last}'
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise QatTricksError(
+            f'the memory of "{path}" could not be measured in {_TIMEOUT_SECONDS} s: try a smaller batch'
+        ) from error
+    return int(done.stdout) / 2**20

@@ -1,0 +1,149 @@
+"""ONNX Runtime sessions on the CPU, opened in one way everywhere.
+
+On x86 CPUs without VNNI, ONNX Runtime multiplies unsigned activations by signed weights with ``vpmaddubsw``,
+which adds two products into 16 bits and saturates: with weights of 127 and activations of 255, about half of
+a convolution's value is lost. ``session.x64quantprecision`` makes it store the weights as unsigned there,
+which is exact. It changes nothing on CPUs with VNNI and on others than x86.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from qat_tricks.errors import QatTricksError
+
+SESSION_CONFIG: Mapping[str, str] = {"session.x64quantprecision": "1"}
+"""Entries that every session of this package sets, and that whoever deploys the model should set too."""
+
+_FLOAT_TYPES = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSpec:
+    """The only input of a network."""
+
+    name: str
+    shape: tuple[int | None, ...]  # None where the dimension is dynamic, as the batch is
+    dtype: np.dtype
+
+
+def open_session(
+    path: str | PathLike[str],
+    *,
+    threads: int | None = None,
+    optimize: bool = True,
+    profile_prefix: str | None = None,
+    optimized_path: str | PathLike[str] | None = None,
+    disabled_optimizers: Sequence[str] = (),
+) -> ort.InferenceSession:
+    """Opens an ONNX file on the CPU.
+
+    Args:
+        path: the ONNX file.
+        threads: threads within an operator; None leaves the number to ONNX Runtime.
+        optimize: False runs the graph as written, without any fusion.
+        profile_prefix: where to write ONNX Runtime's profile, when given.
+        optimized_path: where to save the graph that really runs, when given.
+        disabled_optimizers: names of ONNX Runtime's graph transformers to leave out.
+
+    Raises:
+        QatTricksError: the file is missing, truncated, or no ONNX graph that ONNX Runtime can run.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise QatTricksError(f'no ONNX file at "{path}": give the path of a model.onnx that an export wrote')
+    if threads is not None and threads < 1:
+        raise QatTricksError(f"threads is {threads}, allowed: 1 or more")
+    options = ort.SessionOptions()
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors only; saving an optimized graph warns otherwise
+    for key, value in SESSION_CONFIG.items():
+        options.add_session_config_entry(key, value)
+    if profile_prefix is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = profile_prefix
+    if optimized_path is not None:
+        options.optimized_model_filepath = str(optimized_path)
+    try:
+        return ort.InferenceSession(
+            str(path),
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=list(disabled_optimizers) or None,
+        )
+    except Exception as error:  # ONNX Runtime's exceptions share no narrower base class
+        raise QatTricksError(
+            f'ONNX Runtime cannot open "{path}" ({one_line(error)}): the file is truncated or not an ONNX '
+            "network; "
+            "export it again"
+        ) from error
+
+
+def input_spec(session: ort.InferenceSession) -> InputSpec:
+    """Returns name, shape and dtype of the network's input.
+
+    Raises:
+        QatTricksError: the network has not exactly one input of a float type.
+    """
+    inputs = session.get_inputs()
+    if len(inputs) != 1 or inputs[0].type not in _FLOAT_TYPES:
+        given = ", ".join(f"{i.name}: {i.type}" for i in inputs) or "none"
+        raise QatTricksError(f"the ONNX network's inputs are ({given}), allowed: one float tensor of images")
+    shape = tuple(size if isinstance(size, int) else None for size in inputs[0].shape)
+    return InputSpec(name=inputs[0].name, shape=shape, dtype=np.dtype(_FLOAT_TYPES[inputs[0].type]))
+
+
+def run_batch(session: ort.InferenceSession, images: np.ndarray) -> np.ndarray:
+    """Runs one batch.
+
+    Args:
+        images: [batch, channels, height, width], cast to the dtype of the network's input.
+
+    Returns:
+        The first output, logits of shape [batch, classes].
+
+    Raises:
+        QatTricksError: the images do not have the shape that the network takes.
+    """
+    spec = input_spec(session)
+    check_shape(spec, images.shape)
+    return session.run(None, {spec.name: np.ascontiguousarray(images, dtype=spec.dtype)})[0]
+
+
+def random_images(
+    session: ort.InferenceSession, image_shape: Sequence[int], batch_size: int, seed: int = 0
+) -> np.ndarray:
+    """Returns normally distributed images [batch_size, *image_shape] in the network's own dtype.
+
+    Raises:
+        QatTricksError: the network does not take this shape.
+    """
+    spec = input_spec(session)
+    shape = (batch_size, *image_shape)
+    if min(shape) < 1:
+        raise QatTricksError(f"batch size and image shape are {shape}, allowed: sizes of 1 or more")
+    check_shape(spec, shape)
+    return np.random.default_rng(seed).standard_normal(shape).astype(spec.dtype)
+
+
+def check_shape(spec: InputSpec, shape: Sequence[int]) -> None:
+    """Refuses images of another shape than the network takes, dynamic dimensions aside (QatTricksError)."""
+    fits = len(shape) == len(spec.shape) and all(
+        want is None or want == got for want, got in zip(spec.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if size is None else str(size) for size in spec.shape)
+        raise QatTricksError(f"images of shape {tuple(shape)} given, the ONNX network takes ({wanted})")
+
+
+def one_line(error: BaseException) -> str:
+    """Returns the error's text on a single line of at most 200 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
