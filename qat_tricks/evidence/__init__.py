@@ -1,0 +1,1 @@
+"""The evidence that a quantized network is as good as the float one."""

@@ -1,0 +1,126 @@
+"""The picture of a sweep: accuracy against size and against latency, every network a labelled point."""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from qat_tricks.errors import QatTricksError
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f7f7f")
+_FLOAT_COLOUR = "#000000"
+_LABEL_INCHES = 0.24  # the room that one label takes
+
+
+class _Point(NamedTuple):
+    label: str
+    x: float
+    accuracy: float  # percent
+    colour: str
+    marker: str
+
+
+def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draws a comparison's rows as PNG. A job without a figure is left out of the panel that needs it.
+
+    Raises:
+        QatTricksError: the file cannot be written.
+    """
+    names = [_name(row, rows) for row in rows]
+    panels = [
+        ("model file (MB)", _points(rows, names, "size_bytes", 1e-6)),
+        ("latency, median of a batch (ms)", _points(rows, names, "latency_p50_ms", 1.0)),
+    ]
+    labels = max(len(points) for _, points in panels)
+    width = 0.075 * max((len(name) for name in names), default=0)
+    figure = Figure(figsize=(10 + 2 * width, max(4.2, 1.2 + _LABEL_INCHES * labels)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, points) in zip(figure.subplots(1, 2), panels, strict=True):
+        _panel(axes, title, points)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        figure.savefig(temporary, format="png", dpi=130)
+        temporary.replace(path)
+    except OSError as error:
+        raise QatTricksError(f'cannot write "{path}" ({error.strerror or error})') from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _name(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The recipe, and as much more as tells this job from the others."""
+    parts = [str(row[key]) for key in ("recipe", "model", "data") if key == "recipe" or _several(rows, key)]
+    same = [key for key in rows if all(key[k] == row[k] for k in ("recipe", "model", "data"))]
+    return " · ".join([*parts, *([f"job {row['job']}"] if len(same) > 1 else [])])
+
+
+def _several(rows: list[dict[str, Any]], key: str) -> bool:
+    return len({row[key] for row in rows if row[key] is not None}) > 1
+
+
+def _points(rows: list[dict[str, Any]], names: list[str], figure: str, scale: float) -> list[_Point]:
+    """Returns the quantized networks, and the float ones they came from, each of those once."""
+    points: list[_Point] = []
+    floats: dict[tuple, _Point] = {}
+    for index, (row, name) in enumerate(zip(rows, names, strict=True)):
+        x, accuracy = row[f"{figure}_int8"], row["accuracy_onnx"]
+        if x is not None and accuracy is not None:
+            points.append(_Point(name, x * scale, accuracy * 100, _COLOURS[index % len(_COLOURS)], "o"))
+        x, accuracy = row[f"{figure}_fp32"], row["accuracy_fp32"]
+        if x is not None and accuracy is not None:
+            parts = ["float", *(str(row[key]) for key in ("model", "data") if _several(rows, key))]
+            point = _Point(" · ".join(parts), x * scale, accuracy * 100, _FLOAT_COLOUR, "D")
+            floats.setdefault((row["model"], row["data"], round(accuracy, 6)), point)
+    return points + list(floats.values())
+
+
+def _panel(axes: Axes, title: str, points: list[_Point]) -> None:
+    axes.set_xlabel(title)
+    axes.set_ylabel("accuracy (%)")
+    axes.grid(alpha=0.25)
+    axes.margins(0.08, 0.12)
+    if not points:
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center")
+        return
+    for point in points:
+        face = "none" if point.marker == "D" else point.colour
+        axes.plot(point.x, point.accuracy, point.marker, ms=8, mec=point.colour, mfc=face, mew=1.5, ls="none")
+    axes.set_xlim(left=0)
+    _label(axes, points)
+
+
+def _label(axes: Axes, points: list[_Point]) -> None:
+    """Writes the labels in a column to the right, in the order of the points, so that none can overlap."""
+    low, high = axes.get_ylim()
+    ordered = sorted(points, key=lambda point: (-point.accuracy, -point.x))
+    step = 1.0 / max(len(ordered), 12)
+    heights = [(point.accuracy - low) / (high - low) for point in ordered]
+    for index in range(1, len(heights)):  # push down what is too near the one above
+        heights[index] = min(heights[index], heights[index - 1] - step)
+    floor = step / 2
+    for index in reversed(range(len(heights))):  # and up again what fell out at the bottom
+        heights[index] = max(heights[index], floor)
+        floor = heights[index] + step
+    for point, height in zip(ordered, heights, strict=True):
+        axes.annotate(
+            point.label,
+            xy=(point.x, point.accuracy),
+            xytext=(1.03, height),
+            textcoords="axes fraction",
+            va="center",
+            color=point.colour,
+            fontsize=9,
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "relpos": (0, 0.5),
+                "color": point.colour,
+                "alpha": 0.35,
+                "lw": 0.8,
+                "shrinkA": 0,
+                "shrinkB": 5,
+            },
+        )

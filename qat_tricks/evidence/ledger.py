@@ -1,0 +1,117 @@
+"""The ledger: what each stage of a recipe did to the network, measured before and after it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from qat_tricks.errors import QatTricksError
+from qat_tricks.evidence.files import write_json
+from qat_tricks.evidence.metrics import Metrics
+from qat_tricks.evidence.show import show
+
+_COLUMNS = ("accuracy", "drop", "top-5", "F1", "ECE", "NLL", "size", "latency p50", "sparsity", "time")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerRow:
+    """One stage. None is what was not measured."""
+
+    name: str
+    before: Metrics | None  # None for the first stage
+    after: Metrics
+    seconds: float  # of the stage, evaluation included
+    size_bytes: int | None = None  # of the ONNX file
+    latency_ms: dict[str, float] | None = None  # p50 and p95
+    sparsity: float | None = None  # 0..1
+    note: str = ""
+
+
+@dataclass
+class Ledger:
+    """All stages in order, the float one first; later accuracies are compared with its."""
+
+    stages: list[LedgerRow] = field(default_factory=list)
+
+    def add(self, row: LedgerRow) -> None:
+        """Appends a stage."""
+        self.stages.append(row)
+
+    def drop(self, row: LedgerRow) -> float:
+        """Returns the points of accuracy, 0..100, that a stage lies below the first; negative when above."""
+        return (self.stages[0].after.accuracy - row.after.accuracy) * 100
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Returns the ledger as plain data: a dict a stage with its metrics, those before it, its costs."""
+        return [
+            {
+                "name": row.name,
+                **row.after.as_dict(),
+                "seconds": row.seconds,
+                "drop_points": self.drop(row),
+                "before": row.before.as_dict() if row.before else None,
+                "size_bytes": row.size_bytes,
+                "latency_ms": row.latency_ms,
+                "sparsity": row.sparsity,
+                "note": row.note,
+            }
+            for row in self.stages
+        ]
+
+    def as_table(self) -> Table:
+        """Returns the ledger as a rich table, one row a stage."""
+        table = Table(title="ledger")
+        table.add_column("stage", no_wrap=True)
+        for column in _COLUMNS:
+            table.add_column(column, justify="right")
+        notes = any(row.note for row in self.stages)
+        if notes:
+            table.add_column("note")
+        for row in self.stages:
+            metrics = row.after
+            p50 = row.latency_ms["p50"] if row.latency_ms else None
+            cells = [
+                show(metrics.accuracy, "percent"),
+                show(self.drop(row), "drop") if row is not self.stages[0] else "",
+                show(metrics.top5, "percent"),
+                show(metrics.f1, "percent"),
+                show(metrics.ece, "ratio"),
+                show(metrics.nll, "ratio"),
+                *(show(value, unit, none="-") for value, unit in [(row.size_bytes, "bytes"), (p50, "ms")]),
+                show(row.sparsity, "percent", none="-"),
+                show(row.seconds, "seconds"),
+            ]
+            table.add_row(row.name, *cells, *([row.note] if notes else []))
+        return table
+
+    def write(self, path: Path) -> None:
+        """Writes ``rows()`` as JSON, atomically (QatTricksError when the folder cannot be written)."""
+        write_json(Path(path), self.rows())
+
+
+def check_drop(
+    name: str, before: float, after: float, max_drop: float | None, *, ledger_path: Path | None = None
+) -> None:
+    """Stops a recipe whose stage lost more accuracy than it may.
+
+    Args:
+        name: of the stage.
+        before: accuracy before it, 0..1.
+        after: accuracy after it, 0..1.
+        max_drop: the points of accuracy, 0..100, that it may lose; None allows any loss.
+        ledger_path: where the ledger was written, for the message.
+
+    Raises:
+        QatTricksError: the stage lost more, or its accuracy is NaN.
+    """
+    drop = (before - after) * 100
+    if max_drop is None or drop <= max_drop + 1e-9:
+        return
+    written = f'; the ledger is in "{ledger_path}"' if ledger_path else ""
+    raise QatTricksError(
+        f'stage "{name}" lost {drop:.2f} points of accuracy ({before:.2%} before, {after:.2%} after), '
+        "allowed: "
+        f"{max_drop:g}{written}; mend it with more epochs, more bits or less sparsity, or raise the stage's "
+        "max_drop"
+    )

@@ -1,0 +1,160 @@
+"""How good a classifier is: accuracy, top-5, macro F1, ECE and NLL, in one pass over a loader."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Sized
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassF1Score
+
+from qat_tricks.errors import QatTricksError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """What one pass over a loader of N images measured."""
+
+    accuracy: float  # 0..1
+    top5: float  # 0..1; top-k of all classes where there are fewer than five
+    f1: float  # macro, 0..1, over the classes that the data holds
+    ece: float  # expected calibration error in 15 bins, 0..1
+    nll: float  # mean cross entropy, nats
+    seconds: float  # of the whole pass, loading included
+    predictions: Tensor = field(
+        repr=False, compare=False
+    )  # int64 [N], the most likely classes in loader order
+
+    def as_dict(self) -> dict[str, float]:
+        """Returns the figures as plain data, predictions aside."""
+        return {key: value for key, value in asdict(self).items() if key != "predictions"}
+
+
+def evaluate_classifier(
+    predict: Callable[[Tensor], Tensor],
+    loader: Iterable[Any],
+    num_classes: int,
+    *,
+    description: str = "",
+) -> Metrics:
+    """Measures a classifier, showing a progress bar on terminals.
+
+    Args:
+        predict: images [batch, channels, height, width] to logits [batch, num_classes].
+        loader: yields (images, labels) with int64 labels [batch].
+        num_classes: of the network; the data may hold fewer.
+        description: what the progress bar calls this.
+
+    Raises:
+        QatTricksError: the loader is empty or yields something else, labels are out of range, the logits
+            contain NaN or have another number of classes.
+    """
+    start = time.perf_counter()
+    metrics = MetricCollection(
+        {
+            "accuracy": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
+            "top5": MulticlassAccuracy(
+                num_classes, average="micro", top_k=min(5, num_classes), validate_args=False
+            ),
+            "f1": MulticlassF1Score(num_classes, average="none", validate_args=False),
+            "ece": MulticlassCalibrationError(num_classes, n_bins=15, validate_args=False),
+        },
+        compute_groups=False,
+    )
+    nll = torch.zeros((), dtype=torch.float64)
+    support = torch.zeros(num_classes, dtype=torch.int64)
+    predictions = []
+    for index, (images, labels) in enumerate(_batches(loader, description)):
+        _check_labels(labels, num_classes, index)
+        with torch.no_grad():
+            logits = predict(images).detach().float().cpu()
+        labels = labels.cpu()
+        _check_logits(logits, len(labels), num_classes, index)
+        metrics.update(logits.softmax(dim=1), labels)
+        nll += F.cross_entropy(logits.double(), labels, reduction="sum")
+        support += torch.bincount(labels, minlength=num_classes)
+        predictions.append(logits.argmax(dim=1))
+    if not predictions:
+        raise QatTricksError("the loader to evaluate on is empty: give it at least one batch")
+    values = metrics.compute()
+    return Metrics(
+        accuracy=values["accuracy"].item(),
+        top5=values["top5"].item(),
+        f1=values["f1"][support > 0].mean().item(),
+        ece=values["ece"].item(),
+        nll=(nll / support.sum()).item(),
+        seconds=time.perf_counter() - start,
+        predictions=torch.cat(predictions),
+    )
+
+
+def agreement(first: Tensor, second: Tensor) -> float:
+    """Returns the share, 0..1, of images on which two classifiers' predictions [N] are the same.
+
+    Raises:
+        QatTricksError: the predictions are not of the same, non-empty set of images.
+    """
+    if first.shape != second.shape or first.numel() == 0:
+        raise QatTricksError(
+            f"agreement needs predictions of the same images, {tuple(first.shape)} and "
+            f"{tuple(second.shape)} given: "
+            "evaluate both on the same loader, without shuffling"
+        )
+    return (first.cpu() == second.cpu()).double().mean().item()
+
+
+def _batches(loader: Iterable[Any], description: str) -> Iterable[tuple[Tensor, Tensor]]:
+    total = len(loader) if isinstance(loader, Sized) else None
+    console = Console(file=sys.stderr)
+    shown = track(
+        loader,
+        description=description or "evaluating",
+        total=total,
+        transient=True,
+        console=console,
+        disable=not console.is_terminal,
+    )
+    for index, batch in enumerate(shown):
+        if not (
+            isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(b, Tensor) for b in batch)
+        ):
+            raise QatTricksError(
+                f"batch {index} of the loader is a {type(batch).__name__}, allowed: a pair of tensors "
+                "(images, labels)"
+            )
+        yield batch[0], batch[1]
+
+
+def _check_labels(labels: Tensor, num_classes: int, index: int) -> None:
+    if labels.ndim != 1 or labels.is_floating_point() or labels.numel() == 0:
+        raise QatTricksError(
+            f"labels of batch {index} have shape {tuple(labels.shape)} and type {labels.dtype}, "
+            "allowed: one integer class an image, at least one image"
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise QatTricksError(
+            f"labels of batch {index} run from {low} to {high}, the network's classes from 0 to "
+            f"{num_classes - 1}: "
+            "choose data and a network with the same classes"
+        )
+
+
+def _check_logits(logits: Tensor, images: int, num_classes: int, index: int) -> None:
+    if logits.shape != (images, num_classes):
+        raise QatTricksError(
+            f"the network gave logits of shape {tuple(logits.shape)} on batch {index}, expected ({images}, "
+            f"{num_classes}): "
+            "choose data and a network with the same classes"
+        )
+    if logits.isnan().any():
+        raise QatTricksError(
+            f"the network gave NaN logits on batch {index}: check its weights and the images for NaN and "
+            "infinity"
+        )

@@ -1,0 +1,148 @@
+"""The report of a run: ``report.json`` for programs, ``report.md`` for people."""
+
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from qat_tricks.errors import QatTricksError
+from qat_tricks.evidence.files import finite, read_json, write_json, write_text
+from qat_tricks.evidence.show import ratio, show
+
+REQUIRED_KEYS = (
+    "recipe",
+    "model",
+    "data",
+    "stages",
+    "agreement",
+    "parity",
+    "size_bytes",
+    "sparsity",
+    "int8_coverage",
+    "latency_ms",
+    "batch_size",
+    "threads",
+    "memory_mib",
+    "preprocessing",
+)
+"""Keys that every report has; None is the value of a figure that was not measured."""
+
+_STAGE_KEYS = ("name", "accuracy", "top5", "f1", "ece", "nll", "seconds")
+_PACKAGES = ("qat_tricks", "torch", "onnx", "onnxruntime", "numpy")
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """Writes ``report.json`` and ``report.md`` into a folder, each of them whole or not at all.
+
+    Args:
+        folder: the run's folder, made when it is missing.
+        report: plain data with at least ``REQUIRED_KEYS``. Besides those, ``packed_bytes`` is the size that
+            the int8 file would have at its weights' own bits, and ``environment`` defaults to
+            ``environment()``.
+
+    Raises:
+        QatTricksError: a key is missing, or the folder cannot be written.
+    """
+    _check(report, "report")
+    report = finite({"environment": environment(), **report})
+    folder = Path(folder)
+    write_json(folder / "report.json", report)
+    write_text(folder / "report.md", render(report))
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """Reads a ``report.json``, or the one in a run's folder.
+
+    Raises:
+        QatTricksError: it is missing, no JSON, or lacks keys.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "report.json"
+    report = read_json(path)
+    _check(report, f'"{path}"')
+    return report
+
+
+def render(report: dict[str, Any]) -> str:
+    """Returns the report as Markdown."""
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    templates.filters.update(show=show, cell=_cell, pretty=_pretty)
+    preprocessing = report["preprocessing"]
+    fields = {
+        "size_bytes": report["size_bytes"] or {},
+        "latency_ms": report["latency_ms"] or {},
+        "memory_mib": report["memory_mib"] or {},
+        "parity": report["parity"] or {},
+        "packed_bytes": report.get("packed_bytes"),
+        "preprocessing_hash": preprocessing.get("hash") if isinstance(preprocessing, dict) else None,
+    }
+    return templates.get_template("report.md.j2").render(report | fields, ratio=ratio, report=report)
+
+
+def environment() -> dict[str, Any]:
+    """Returns what figures depend on: versions of Python and packages, system, processor, cores."""
+    return {
+        "python": platform.python_version(),
+        **{name: _version(name) for name in _PACKAGES},
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _processor(),
+        "cores": os.cpu_count(),
+    }
+
+
+def _check(report: Any, where: str) -> None:
+    if not isinstance(report, dict):
+        raise QatTricksError(
+            f"{where} holds a {type(report).__name__}, expected a report: an object with keys"
+        )
+    missing = [key for key in REQUIRED_KEYS if key not in report]
+    stages = report.get("stages")
+    if not missing and (not isinstance(stages, list) or not stages):
+        missing = ["stages[0]"]
+    if not missing:
+        missing = [
+            f"stages[{i}].{key}"
+            for i, stage in enumerate(stages or ())
+            for key in _STAGE_KEYS
+            if key not in stage
+        ]
+    if missing:
+        raise QatTricksError(
+            f"{where} lacks {', '.join(missing)}: a report has all its keys, with null for what was not "
+            "measured"
+        )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or "unknown")
+
+
+def _cell(text: object) -> str:
+    return " ".join(str(text).split()).replace("|", "\\|")
+
+
+def _pretty(data: Any) -> str:
+    return json.dumps(data, indent=2, ensure_ascii=False)

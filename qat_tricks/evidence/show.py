@@ -1,0 +1,27 @@
+"""Figures as people read them, in one way in every table and report."""
+
+from collections.abc import Callable
+
+_UNITS: dict[str, Callable[[float], str]] = {
+    "percent": lambda value: f"{value:.2%}",
+    "drop": lambda value: f"{value:.2f}",
+    "points": lambda value: f"{value:+.2f}",
+    "ratio": lambda value: f"{value:.4f}",
+    "error": lambda value: f"{value:.3g}",
+    "bytes": lambda value: f"{value / 1e6:.2f} MB" if value >= 1e6 else f"{value / 1e3:.1f} kB",
+    "ms": lambda value: f"{value:.2f} ms" if value >= 1 else f"{value:.3f} ms",
+    "mib": lambda value: f"{value:.0f} MiB",
+    "db": lambda value: f"{value:.1f} dB",
+    "seconds": lambda value: f"{value:.1f} s",
+    "times": lambda value: f"{value:.2f}x",
+}
+
+
+def show(value: float | None, unit: str, *, none: str = "not measured") -> str:
+    """Returns a figure with its unit. What was not measured is said to be so, never shown as 0."""
+    return none if value is None else _UNITS[unit](value)
+
+
+def ratio(first: float | None, second: float | None) -> float | None:
+    """Returns first / second, or None where either was not measured."""
+    return None if first is None or not second else first / second

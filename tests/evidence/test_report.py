@@ -1,0 +1,124 @@
+"""Reports: whole, readable, and honest about what was not measured."""
+
+import json
+import math
+
+import pytest
+from samples import report
+
+from qat_tricks.errors import QatTricksError
+from qat_tricks.evidence.report import REQUIRED_KEYS, environment, read_report, write_report
+
+
+def test_what_is_written_reads_back_with_the_environment(tmp_path):
+    folder = tmp_path / "run"
+    write_report(folder, report())
+    assert (
+        read_report(folder)
+        == read_report(folder / "report.json")
+        == report() | {"environment": environment()}
+    )
+    assert sorted(path.name for path in folder.iterdir()) == ["report.json", "report.md"]
+
+
+def test_every_figure_reaches_the_reader(tmp_path):
+    write_report(tmp_path, report(packed_bytes=205_000))
+    text = (tmp_path / "report.md").read_text()
+    shown = [
+        "int8_ptq",
+        "resnet20",
+        "digits",
+        "98.00%",
+        "-0.50 points",
+        "99.10%",
+        "41.5 dB",
+        "1.10 MB",
+        "310.0 kB",
+    ]
+    shown += [
+        "205.0 kB",
+        "0.600 ms",
+        "2.00x",
+        "71 MiB",
+        "2 thread(s)",
+        "batch of 1",
+        "sha256:abc",
+        '"resize": 32',
+    ]
+    for part in [*shown, environment()["cpu"], environment()["torch"], "x64quantprecision"]:
+        assert part in text, part
+
+
+def test_what_was_not_measured_is_never_zero(tmp_path):
+    unknown = dict.fromkeys(REQUIRED_KEYS) | {"recipe": "int8_ptq", "model": "resnet20", "data": "digits"}
+    keys = ("accuracy", "top5", "f1", "ece", "nll", "seconds")
+    unknown["stages"] = [{"name": "onnx", **dict.fromkeys(keys)}]
+    write_report(tmp_path, unknown)
+    text = (tmp_path / "report.md").read_text()
+    assert text.count("not measured") > 20
+    assert "None" not in text
+    tables = [line for line in text.splitlines() if line.startswith("|") and "not measured" in line]
+    assert not any(
+        character.isdigit()
+        for line in tables
+        for character in line.replace("top-5", "").replace("top-1", "").replace("p50", "").replace("p95", "")
+    )
+
+
+def test_figures_that_are_not_finite_stay_json(tmp_path):
+    write_report(tmp_path, report(parity={"top1_agreement": 1.0, "max_abs_error": 0.0, "sqnr_db": math.inf}))
+    assert json.loads((tmp_path / "report.json").read_text())["parity"]["sqnr_db"] is None
+
+
+def test_a_pipe_in_a_name_does_not_break_the_table(tmp_path):
+    stages = report()["stages"]
+    stages[0]["name"] = "a|b"
+    write_report(tmp_path, report(stages=stages))
+    assert "| a\\|b |" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("key", REQUIRED_KEYS)
+def test_a_missing_key_is_named(tmp_path, key):
+    incomplete = report()
+    del incomplete[key]
+    with pytest.raises(QatTricksError, match=key):
+        write_report(tmp_path / "run", incomplete)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"), [([], r"stages\[0\]"), ([{"name": "fp32"}], r"stages\[0\]\.accuracy")]
+)
+def test_stages_without_figures_are_named(tmp_path, stages, message):
+    with pytest.raises(QatTricksError, match=message):
+        write_report(tmp_path, report(stages=stages))
+
+
+def test_a_failed_write_keeps_the_old_report(tmp_path, monkeypatch):
+    write_report(tmp_path, report())
+    before = (tmp_path / "report.json").read_text()
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(QatTricksError, match="No space left"):
+        write_report(tmp_path, report("other"))
+    assert (tmp_path / "report.json").read_text() == before
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_an_unwritable_folder_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(QatTricksError, match="cannot write") as caught:
+        write_report(tmp_path / "file" / "run", report())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"recipe": "x"}'])
+def test_a_file_that_is_no_report_is_refused(tmp_path, content):
+    path = tmp_path / "report.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(QatTricksError, match=r"report\.json"):
+        read_report(path)
