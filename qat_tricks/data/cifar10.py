@@ -1,0 +1,121 @@
+"""CIFAR-10, decoded once into memory: torchvision's own files, or the same images as folders of files."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch import Tensor
+from torchvision.datasets import CIFAR10
+
+from qat_tricks.data.folders import existing_root, scan
+from qat_tricks.data.images import Splits, memory_splits, read_image
+from qat_tricks.data.module import ImageData
+from qat_tricks.data.preprocessing import Preprocessing
+from qat_tricks.data.splits import stratified_split
+from qat_tricks.errors import QatTricksError
+
+SIDE = 32  # pixels
+SPLIT_SEED = 0  # one fixed split of train and val, whatever the seed
+
+
+def cifar10(
+    *,
+    root: str | None = None,
+    download: bool = False,
+    val_fraction: float = 0.1,
+    shift: int = 4,
+    flip: bool = True,
+    mean: Sequence[float] = (0.485, 0.456, 0.406),
+    std: Sequence[float] = (0.229, 0.224, 0.225),
+    batch_size: int = 128,
+    num_workers: int = 0,
+    seed: int = 0,
+) -> ImageData:
+    """CIFAR-10 under ``root``, which holds ``cifar-10-batches-py``, or ``train/`` and ``test/`` with class
+    folders.
+
+    ``val_fraction`` of the train images (5,000 of 50,000), the same in each class, are held out for
+    validation. ``download`` fetches torchvision's files into ``root`` where they are missing. Raises
+    ``QatTricksError`` where ``root`` is neither.
+    """
+    folder = existing_root(root, "cifar10", may_be_made=download)
+    if folder.name == CIFAR10.base_folder:
+        folder = folder.parent
+    preprocessing = Preprocessing(image_size=(SIDE, SIDE), mean=tuple(mean), std=tuple(std))
+    return ImageData(
+        partial(_load, folder, preprocessing, val_fraction, shift, flip),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        seed=seed,
+        prepare=partial(_download, folder) if download else None,
+    )
+
+
+def _load(folder: Path, preprocessing: Preprocessing, val_fraction: float, shift: int, flip: bool) -> Splits:
+    read = _read_batches if (folder / CIFAR10.base_folder).is_dir() else _read_folders
+    class_names, train, train_labels = read(folder, "train")
+    test_names, test, test_labels = read(folder, "test")
+    if test_names != class_names:
+        raise QatTricksError(
+            f"{folder}: train and test have different classes: {class_names} and {test_names}"
+        )
+    kept, held_out = stratified_split(train_labels, (1 - val_fraction, val_fraction), SPLIT_SEED)
+    return memory_splits(
+        [train[kept], train[held_out], test],
+        [train_labels[kept], train_labels[held_out], test_labels],
+        class_names=class_names,
+        preprocessing=preprocessing,
+        shift=shift,
+        flip=flip,
+    )
+
+
+def _download(folder: Path) -> None:
+    try:
+        CIFAR10(folder, download=True)
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise QatTricksError(
+            f"cannot download CIFAR-10 into {folder} ({reason}): check the network, or put its files there"
+        ) from error
+
+
+def _read_batches(folder: Path, split: str) -> tuple[list[str], Tensor, Tensor]:
+    """Class names, images uint8 ``[N, 3, 32, 32]`` and labels ``[N]`` from torchvision's files."""
+    try:
+        source = CIFAR10(folder, train=split == "train")
+    except (OSError, RuntimeError) as error:
+        raise QatTricksError(
+            f"{folder / CIFAR10.base_folder} is incomplete or damaged: delete it and set data.download=true"
+        ) from error
+    images = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
+    return list(source.classes), images, torch.tensor(source.targets)
+
+
+def _read_folders(folder: Path, split: str) -> tuple[list[str], Tensor, Tensor]:
+    """The same from class folders of image files of 32x32 pixels."""
+    if not (folder / split).is_dir():
+        raise QatTricksError(
+            f"{folder} holds neither {CIFAR10.base_folder}/ nor train/ and test/ with class folders: "
+            "point data.root at a folder that does, or set data.download=true"
+        )
+    class_names, paths, labels = scan(folder / split)
+    images = np.empty((len(paths), SIDE, SIDE, 3), dtype=np.uint8)
+    with ThreadPoolExecutor() as pool:
+        decoded = pool.map(_decode, paths)
+        for index, image in enumerate(
+            track(decoded, f"decoding cifar10 {split}", total=len(paths), transient=True)
+        ):
+            images[index] = image
+    return class_names, torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
+
+
+def _decode(path: str) -> np.ndarray:
+    image = read_image(path, channels=3)
+    if image.size != (SIDE, SIDE):
+        raise QatTricksError(f"{path} is {image.width}x{image.height} pixels, CIFAR-10 has {SIDE}x{SIDE}")
+    return np.asarray(image)

@@ -1,0 +1,69 @@
+"""Made-up images that a network can learn: a coarse pattern a class, under noise. For smoke tests."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qat_tricks.data.images import Splits, memory_splits
+from qat_tricks.data.module import ImageData
+from qat_tricks.data.preprocessing import Preprocessing, pair
+from qat_tricks.errors import QatTricksError
+
+
+def fake(
+    *,
+    num_classes: int = 4,
+    image_size: int = 16,
+    channels: int = 3,
+    train_images: int = 256,
+    val_images: int = 64,
+    test_images: int = 64,
+    noise: float = 0.2,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    seed: int = 0,
+) -> ImageData:
+    """Classes in turn, each image its class's pattern plus Gaussian ``noise`` (a fraction of the pixel
+    range).
+
+    ``seed`` decides the patterns, the noise and the order of the batches.
+    """
+    counts = (train_images, val_images, test_images)
+    for name, value in {
+        "num_classes": num_classes,
+        **dict(zip(("train", "val", "test"), counts, strict=True)),
+    }.items():
+        if value < 1:
+            raise QatTricksError(f"data=fake: {name} asks for {value}: give 1 or more")
+    size = pair("image_size", image_size)
+    assert size is not None
+    preprocessing = Preprocessing(
+        image_size=size, channels=channels, mean=(0.5,) * channels, std=(0.25,) * channels
+    )
+    load = partial(_load, preprocessing, num_classes, counts, noise, seed)
+    return ImageData(load, batch_size=batch_size, num_workers=num_workers, seed=seed)
+
+
+def _load(
+    preprocessing: Preprocessing, num_classes: int, counts: tuple[int, ...], noise: float, seed: int
+) -> Splits:
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(num_classes, preprocessing.channels, 4, 4, generator=generator)
+    patterns = F.interpolate(coarse, size=list(preprocessing.image_size), mode="bilinear")
+    labels = [torch.arange(count) % num_classes for count in counts]
+
+    def draw(split: Tensor) -> Tensor:
+        clean = patterns[split]
+        noisy = clean + noise * torch.randn(clean.shape, generator=generator)
+        return (noisy.clamp(0, 1) * 255).round().to(torch.uint8)
+
+    return memory_splits(
+        [draw(split) for split in labels],
+        labels,
+        class_names=[f"class{index}" for index in range(num_classes)],
+        preprocessing=preprocessing,
+        shift=0,
+        flip=False,
+    )

@@ -1,0 +1,232 @@
+"""Images in class folders: any user's own, and ImageNet with its fixed class indices."""
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+
+from qat_tricks.data.images import FolderImages, Splits
+from qat_tricks.data.module import ImageData
+from qat_tricks.data.preprocessing import Preprocessing, input_size
+from qat_tricks.data.splits import stratified_split
+from qat_tricks.errors import QatTricksError, did_you_mean
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+VAL_NAMES = ("val", "valid", "validation")
+
+Files = tuple[list[str], Tensor]  # paths and their labels, int64 [N]
+
+
+def imagefolder(
+    *,
+    root: str | None = None,
+    val_fraction: float = 0.15,
+    test_fraction: float = 0.15,
+    split_seed: int = 0,
+    channels: int = 3,
+    resize: int | Sequence[int] | None = 256,
+    crop: int | Sequence[int] | None = 224,
+    interpolation: str = "bilinear",
+    mean: Sequence[float] = (0.485, 0.456, 0.406),
+    std: Sequence[float] = (0.229, 0.224, 0.225),
+    scale: str = "0..1",
+    min_area: float = 0.25,
+    flip: bool = True,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    seed: int = 0,
+) -> ImageData:
+    """Your own images: ``root/CLASS/*.jpg``, or ``root/train/CLASS/*.jpg`` beside ``root/val`` and, if any,
+    ``root/test``.
+
+    A single folder of classes is split by ``split_seed``, stratified, by ``val_fraction`` and
+    ``test_fraction``. Beside ``train``, a missing ``val`` is taken from it by ``val_fraction``, and a missing
+    ``test`` is ``val``. Classes are the sorted names of the (train) folders. Train images are random crops of
+    at least ``min_area`` of the image, and mirrored if ``flip``. Raises ``QatTricksError`` for a missing
+    root, folders without images or unknown classes.
+    """
+    folder = existing_root(root, "imagefolder")
+    preprocessing = _preprocessing(channels, resize, crop, interpolation, mean, std, scale)
+    files = partial(_user_files, folder, val_fraction, test_fraction, split_seed)
+    load = partial(_load, files, preprocessing, min_area, flip)
+    return ImageData(load, batch_size=batch_size, num_workers=num_workers, seed=seed)
+
+
+def imagenet(
+    *,
+    root: str | None = None,
+    train_dir: str = "train",
+    val_dir: str = "val",
+    num_classes: int = 1000,
+    resize: int | Sequence[int] | None = 256,
+    crop: int | Sequence[int] | None = 224,
+    interpolation: str = "bilinear",
+    mean: Sequence[float] = (0.485, 0.456, 0.406),
+    std: Sequence[float] = (0.229, 0.224, 0.225),
+    scale: str = "0..1",
+    min_area: float = 0.25,
+    flip: bool = True,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    seed: int = 0,
+) -> ImageData:
+    """ImageNet, or a part of it: ``root/train`` and ``root/val``, one folder a class, named by its WordNet
+    id.
+
+    A class's index is the place of its folder among the sorted ones of ``train``, which must be
+    ``num_classes``; ``val`` may hold fewer classes, and is the test split as well. ``train_dir`` and
+    ``val_dir`` are relative to ``root``. Raises ``QatTricksError`` for missing folders, another number of
+    classes, or a class that ``train`` has not.
+    """
+    folder = existing_root(root, "imagenet")
+    preprocessing = _preprocessing(3, resize, crop, interpolation, mean, std, scale)
+    files = partial(_imagenet_files, folder / train_dir, folder / val_dir, num_classes)
+    load = partial(_load, files, preprocessing, min_area, flip)
+    return ImageData(load, batch_size=batch_size, num_workers=num_workers, seed=seed)
+
+
+def existing_root(root: str | None, name: str, *, may_be_made: bool = False) -> Path:
+    """``root`` as a path. Raises ``QatTricksError`` if not given or, unless it ``may_be_made``, if it is no
+    folder.
+    """
+    if not root:
+        raise QatTricksError(f"data={name} needs the folder of its images: set data.root=PATH")
+    folder = Path(root).expanduser()
+    if not may_be_made and not folder.is_dir():
+        raise QatTricksError(f"data.root={root} is not a folder: point it at the images of data={name}")
+    return folder
+
+
+def scan(folder: Path, classes: Sequence[str] | None = None) -> tuple[list[str], list[str], Tensor]:
+    """Finds the images under ``folder``, one folder a class: class names (sorted), paths and labels int64
+    ``[N]``.
+
+    With ``classes`` given, labels are indices into it, and ``folder`` may hold some of them only. Raises
+    ``QatTricksError`` for a missing or empty folder, a class without images, and one that is not in
+    ``classes``.
+    """
+    if not folder.is_dir():
+        raise QatTricksError(f"{folder} is missing: it should hold one folder of images a class")
+    found = sorted(
+        entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")
+    )
+    if not found:
+        raise QatTricksError(
+            f"{folder} has no class folders: put each class's images into a folder of its own"
+        )
+    names = found if classes is None else list(classes)
+    index = {name: place for place, name in enumerate(names)}
+    paths: list[str] = []
+    labels: list[int] = []
+    for name in found:
+        if name not in index:
+            raise QatTricksError(
+                f'{folder}: class "{name}" is not among the train classes: {did_you_mean(name, names)}'
+            )
+        images = _image_files(folder / name)
+        if not images:
+            raise QatTricksError(
+                f"{folder / name} has no images ({', '.join(SUFFIXES)}): add some, or delete it"
+            )
+        paths += images
+        labels += [index[name]] * len(images)
+    return names, paths, torch.tensor(labels)
+
+
+def _image_files(folder: Path) -> list[str]:
+    return sorted(
+        os.path.join(parent, name)
+        for parent, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+    )
+
+
+def _user_files(
+    root: Path, val_fraction: float, test_fraction: float, split_seed: int
+) -> tuple[list[str], list[Files]]:
+    """Class names, and the files of train, val and test."""
+    if not (root / "train").is_dir():
+        names, paths, labels = scan(root)
+        shares = (1 - val_fraction - test_fraction, val_fraction, test_fraction)
+        return names, _pick(paths, labels, stratified_split(labels, shares, split_seed))
+    names, paths, labels = scan(root / "train")
+    train, val = (paths, labels), next((root / name for name in VAL_NAMES if (root / name).is_dir()), None)
+    if val is not None:
+        val_files = scan(val, names)[1:]
+    else:
+        train, val_files = _pick(
+            paths, labels, stratified_split(labels, (1 - val_fraction, val_fraction), split_seed)
+        )
+    test_files = scan(root / "test", names)[1:] if (root / "test").is_dir() else val_files
+    return names, [train, val_files, test_files]
+
+
+def _imagenet_files(train_dir: Path, val_dir: Path, num_classes: int) -> tuple[list[str], list[Files]]:
+    names, paths, labels = scan(train_dir)
+    if len(names) != num_classes:
+        raise QatTricksError(
+            f"{train_dir} has {len(names)} class folders, {num_classes} are expected: "
+            f"add the missing ones (one image each will do), or set data.num_classes={len(names)}"
+        )
+    val = scan(val_dir, names)[1:]
+    return names, [(paths, labels), val, val]
+
+
+def _pick(paths: Sequence[str], labels: Tensor, parts: Sequence[Tensor]) -> list[Files]:
+    return [([paths[index] for index in part.tolist()], labels[part]) for part in parts]
+
+
+def _preprocessing(
+    channels: int,
+    resize: int | Sequence[int] | None,
+    crop: int | Sequence[int] | None,
+    interpolation: str,
+    mean: Sequence[float],
+    std: Sequence[float],
+    scale: str,
+) -> Preprocessing:
+    return Preprocessing(
+        image_size=input_size(resize, crop),
+        channels=channels,
+        resize=resize,  # type: ignore[arg-type]  # lists become tuples there
+        crop=crop,  # type: ignore[arg-type]
+        interpolation=interpolation,
+        mean=tuple(mean),
+        std=tuple(std),
+        scale=scale,
+    )
+
+
+def _load(
+    files: partial[tuple[list[str], list[Files]]], preprocessing: Preprocessing, min_area: float, flip: bool
+) -> Splits:
+    if not 0 < min_area <= 1:
+        raise QatTricksError(f"min_area={min_area}: give a share of the image in (0, 1]")
+    names, (train, val, test) = files()
+    augment = v2.Compose(
+        [
+            v2.RandomResizedCrop(
+                list(preprocessing.image_size),
+                scale=(min_area, 1),
+                interpolation=InterpolationMode(preprocessing.interpolation),
+            ),
+            v2.RandomHorizontalFlip(0.5 if flip else 0),
+            v2.PILToTensor(),
+            preprocessing.normalize(),
+        ]
+    )
+    still = preprocessing.transform()
+    channels = preprocessing.channels
+    return Splits(
+        train=FolderImages(*train, channels, augment),
+        calibration=FolderImages(*train, channels, still),
+        val=FolderImages(*val, channels, still),
+        test=FolderImages(*test, channels, still),
+        class_names=tuple(names),
+        preprocessing=preprocessing,
+    )

@@ -1,0 +1,126 @@
+"""The Lightning data module around any of this package's data sets."""
+
+from collections.abc import Callable
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from qat_tricks.data.images import ImageSet, SeededImages, Splits
+from qat_tricks.data.preprocessing import Preprocessing
+from qat_tricks.data.splits import balanced_subset, check_labels
+from qat_tricks.errors import QatTricksError
+
+Batches = DataLoader[tuple[Tensor, Tensor]]
+
+
+class ImageData(pl.LightningDataModule):
+    """Batches of images float32 ``[B, C, H, W]`` and labels int64 ``[B]`` for train, val, test and
+    calibration.
+
+    ``load`` returns the data set and is called by the first ``setup``; ``prepare``, where given, is called
+    before it by one process only (a download). The same ``seed`` gives the same batches in every run. Raises
+    ``QatTricksError`` for a batch size or number of workers out of range.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Splits],
+        *,
+        batch_size: int,
+        num_workers: int = 0,
+        seed: int = 0,
+        prepare: Callable[[], None] | None = None,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise QatTricksError(f"batch_size={batch_size}: give a number of images, 1 or greater")
+        if num_workers < 0:
+            raise QatTricksError(f"num_workers={num_workers}: give a number of processes, 0 or greater")
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self._load, self._prepare = load, prepare
+        self._splits: Splits | None = None
+
+    def prepare_data(self) -> None:
+        if self._prepare is not None:
+            self._prepare()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Loads the data once, whatever ``stage`` asks; later calls do nothing."""
+        if self._splits is None:
+            splits = self._load()
+            for name in ("train", "val", "test"):
+                check_labels(getattr(splits, name).labels, len(splits.class_names), f"{name} images")
+            self._splits = splits
+
+    @property
+    def splits(self) -> Splits:
+        """The loaded data set. Raises ``QatTricksError`` before ``setup``."""
+        if self._splits is None:
+            raise QatTricksError("the data is not loaded yet: call setup() first")
+        return self._splits
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return self.splits.preprocessing
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.splits.class_names
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def in_channels(self) -> int:
+        return self.preprocessing.channels
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels, as the network sees them."""
+        return self.preprocessing.image_size
+
+    def train_dataloader(self) -> Batches:
+        """Augmented and shuffled; a last, smaller batch is dropped if there is another. Begins at ``seed``
+        each call.
+        """
+        rank = self.trainer.global_rank if self.trainer is not None else 0
+        images = SeededImages(self.splits.train, self.seed + rank)
+        return self._loader(images, shuffle=True, drop_last=len(images) > self.batch_size)
+
+    def val_dataloader(self) -> Batches:
+        return self._loader(self.splits.val)
+
+    def test_dataloader(self) -> Batches:
+        return self._loader(self.splits.test)
+
+    def calibration_loader(self, num_images: int, batch_size: int | None = None) -> Batches:
+        """``num_images`` of the train images without augmentation, seeded and balanced by class, always in
+        one order.
+
+        All of them where the train split holds fewer. Raises ``QatTricksError`` when that is none.
+        """
+        images = self.splits.calibration
+        chosen = balanced_subset(images.labels, num_images, self.seed)
+        return self._loader(Subset(images, chosen.tolist()), batch_size=batch_size)
+
+    def _loader(
+        self,
+        images: ImageSet | Subset[tuple[Tensor, Tensor]],
+        *,
+        batch_size: int | None = None,
+        shuffle: bool = False,
+        drop_last: bool = False,
+    ) -> Batches:
+        return DataLoader(
+            images,
+            batch_size=batch_size or self.batch_size,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(self.seed),
+        )

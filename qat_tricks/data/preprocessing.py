@@ -1,0 +1,162 @@
+"""What happens to an image between its file and the network, as data: one source for evaluation, reports
+and exports.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torchvision.transforms import InterpolationMode, v2
+
+from qat_tricks.errors import QatTricksError, did_you_mean
+
+SCALES = ("0..1", "0..255")
+INTERPOLATIONS = tuple(mode.value for mode in InterpolationMode)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """The evaluation transform: channels, resize, centre crop, scale, then ``(x - mean) / std``.
+
+    Lists become tuples and numbers floats, so that equal settings have an equal ``hash`` wherever they were
+    written. Raises ``QatTricksError`` for settings that contradict one another.
+    """
+
+    image_size: tuple[int, int]  # height and width that the network sees, in pixels
+    channels: int = 3  # 1 (grey) or 3 (RGB)
+    resize: int | tuple[int, int] | None = None  # short side, or exact (height, width); None: as stored
+    crop: tuple[int, int] | None = None  # centre crop (height, width) after the resize; None: none
+    interpolation: str = "bilinear"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # one a channel, in units of `scale`
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    scale: str = "0..1"  # the range of a pixel before mean and std: "0..1" or "0..255"
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "crop"):
+            object.__setattr__(self, name, pair(name, getattr(self, name)))
+        if not isinstance(self.resize, int):
+            object.__setattr__(self, "resize", pair("resize", self.resize))
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            values = (values,) if isinstance(values, int | float) else values
+            object.__setattr__(self, name, tuple(float(value) for value in values))
+        self._check()
+
+    def _check(self) -> None:
+        if self.channels not in (1, 3):
+            raise QatTricksError(f"channels={self.channels}: images are grey (1) or RGB (3)")
+        if self.scale not in SCALES:
+            raise QatTricksError(f'unknown scale "{self.scale}": {did_you_mean(self.scale, SCALES)}')
+        if self.interpolation not in INTERPOLATIONS:
+            hint = did_you_mean(self.interpolation, INTERPOLATIONS)
+            raise QatTricksError(f'unknown interpolation "{self.interpolation}": {hint}')
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != self.channels:
+                raise QatTricksError(
+                    f"{name}={list(getattr(self, name))} has {len(getattr(self, name))} values for "
+                    f"{self.channels} channels: give one a channel"
+                )
+        if min(self.std) <= 0:
+            raise QatTricksError(f"std={list(self.std)}: every value must be greater than 0")
+        if self.image_size != (expected := input_size(self.resize, self.crop, stored=self.image_size)):
+            raise QatTricksError(
+                f"image_size={list(self.image_size)}, but resize={self.resize} and crop={self.crop} "
+                f"give {list(expected)}: make them agree"
+            )
+
+    def geometry(self) -> v2.Transform:
+        """The part that moves pixels: PIL image or uint8 ``[..., C, H, W]`` to uint8 ``[..., channels,
+        *image_size]``.
+        """
+        mode = InterpolationMode(self.interpolation)
+        resize = list(self.resize) if isinstance(self.resize, tuple) else self.resize
+        steps: list[torch.nn.Module] = [v2.RGB() if self.channels == 3 else v2.Grayscale(1)]
+        steps += [v2.Resize(resize, interpolation=mode, antialias=True)] if resize is not None else []
+        steps += [v2.CenterCrop(list(self.crop))] if self.crop is not None else []
+        return v2.Compose([*steps, v2.PILToTensor()])
+
+    def normalize(self) -> v2.Transform:
+        """The part that maps values: uint8 ``[..., C, H, W]`` to float32 of the same shape, as the network
+        wants it.
+        """
+        to_float = v2.ToDtype(torch.float32, scale=self.scale == "0..1")
+        return v2.Compose([to_float, v2.Normalize(list(self.mean), list(self.std))])
+
+    def transform(self) -> v2.Transform:
+        """The whole evaluation transform: ``geometry``, then ``normalize``."""
+        return v2.Compose([self.geometry(), self.normalize()])
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as plain JSON data; ``from_dict`` reads it back."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> "Preprocessing":
+        """Reads what ``as_dict`` wrote. Raises ``QatTricksError`` for keys that are unknown or missing."""
+        known = [field.name for field in fields(cls)]
+        for key in settings:
+            if key not in known:
+                raise QatTricksError(f'unknown preprocessing key "{key}": {did_you_mean(key, known)}')
+        if "image_size" not in settings:
+            raise QatTricksError('preprocessing lacks its "image_size"')
+        return cls(**settings)
+
+    @property
+    def hash(self) -> str:
+        """Sixteen hex digits of the SHA-256 of the settings as canonical JSON."""
+        canonical = json.dumps(self.as_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    def differences(self, other: "Preprocessing") -> list[str]:
+        """What changes from here to ``other``, as ``"mean: [0.5] → [0.4]"``; empty when nothing does."""
+        ours, theirs = self.as_dict(), other.as_dict()
+        return [f"{key}: {ours[key]} → {theirs[key]}" for key in ours if ours[key] != theirs[key]]
+
+
+def pair(name: str, size: int | Sequence[int] | None) -> tuple[int, int] | None:
+    """``size`` as (height, width): an int is a square. Raises ``QatTricksError`` naming ``name`` for
+    anything else.
+    """
+    if size is None:
+        return None
+    sides = [size, size] if isinstance(size, int) else list(size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise QatTricksError(f"{name}={size}: give a number of pixels greater than 0, or [height, width]")
+    return sides[0], sides[1]
+
+
+def input_size(
+    resize: int | Sequence[int] | None,
+    crop: int | Sequence[int] | None,
+    stored: tuple[int, int] | None = None,
+) -> tuple[int, int]:
+    """(height, width) after ``resize`` and ``crop``; ``stored`` is the size of the images where neither is
+    given.
+
+    Raises ``QatTricksError`` where images of different shapes would come out of it, or the crop is larger
+    than the image.
+    """
+    cropped = pair("crop", crop)
+    resized = pair("resize", resize)
+    if cropped is not None:
+        if resized is not None and (cropped[0] > resized[0] or cropped[1] > resized[1]):
+            raise QatTricksError(
+                f"crop={list(cropped)} is larger than resize={resize}: make the crop smaller"
+            )
+        return cropped
+    if isinstance(resize, int):
+        raise QatTricksError(
+            f"resize={resize} keeps each image's shape, so images would differ in size: "
+            f"give a crop as well, or resize=[{resize}, {resize}]"
+        )
+    if resized is None and stored is None:
+        raise QatTricksError(
+            "neither resize nor crop is given, so images may differ in size: give one of them"
+        )
+    size = resized or stored
+    assert size is not None
+    return size
