@@ -167,6 +167,12 @@ def test_loading_takes_nothing_from_the_global_stream():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_augmentation_differs_from_one_batch_to_the_next():
+    images = ready("digits", shift=2).train_dataloader().dataset
+    draws = [images.batch([0])[0] for _ in range(10)]
+    assert any(not torch.equal(draw, draws[0]) for draw in draws)
+
+
 def test_each_train_loader_begins_anew():
     data = ready("digits")
     assert torch.equal(batches(data.train_dataloader())[0], batches(data.train_dataloader())[0])
@@ -183,6 +189,7 @@ def test_calibration_images_are_unaugmented_balanced_and_in_one_order():
     again, _ = batches(data.calibration_loader(50))
     assert torch.equal(images, again)
     assert torch.bincount(labels).tolist() == [5] * 10
+    assert torch.equal(data.splits.calibration.images, data.splits.train.images)
     still = {
         tuple(image.flatten().tolist())
         for image in batches(torch.utils.data.DataLoader(data.splits.calibration))[0]
