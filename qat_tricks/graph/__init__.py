@@ -1,0 +1,19 @@
+"""``torch.fx`` tracing and surgery: what the tricks stand on. Plain PyTorch; nothing here knows of Lightning."""
+
+from qat_tricks.graph.layers import Layer, activation_quantizers, as_layer, float_mode, is_layer, layers
+from qat_tricks.graph.place import place_quantizers
+from qat_tricks.graph.spec import rebuild, spec_of
+from qat_tricks.graph.trace import trace
+
+__all__ = [
+    "Layer",
+    "activation_quantizers",
+    "as_layer",
+    "float_mode",
+    "is_layer",
+    "layers",
+    "place_quantizers",
+    "rebuild",
+    "spec_of",
+    "trace",
+]

@@ -1,0 +1,140 @@
+"""Convs and linears whose weight passes through a mask and a quantizer: weight, then mask, then fake-quant.
+
+A layer is turned in place (its class changes, the object and its parameters stay), so that every reference the user
+holds, an optimizer's or another attribute's, stays good.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from qat_tricks.numerics import ActivationQuantizer, WeightQuantizer
+
+
+class Layer(nn.Module):
+    """What our convs and linears have in common. ``weight_mask`` (0 or 1, the weight's shape) and ``weight_quantizer``
+    are None until a trick gives them."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    weight_mask: Tensor | None
+    weight_quantizer: WeightQuantizer | None
+    input_quantizer: tuple[ActivationQuantizer, ...]  # a tuple, so that it is not registered as a child
+    channel_axis = 0  # the weight's dimension of output channels
+
+    def masked_weight(self) -> Tensor:
+        """The weight with pruned entries at exactly zero."""
+        return self.weight if self.weight_mask is None else self.weight * self.weight_mask
+
+    def effective_weight(self) -> Tensor:
+        """The weight the layer computes with: masked, then fake-quantized; the gradient reaches ``weight``."""
+        weight = self.masked_weight()
+        if not self.is_quantizing:
+            return weight
+        assert self.weight_quantizer is not None
+        # In evaluation the scale is the deployed one; a training step is spared its few extra operations.
+        return self.weight_quantizer(weight, None if self.training else self.weight_scale(weight))
+
+    def effective_bias(self) -> Tensor | None:
+        """The bias the layer computes with: in evaluation on the grid of an integer kernel's int32 bias."""
+        if self.bias is None or self.training or not self.is_quantizing or not self.input_quantizer:
+            return self.bias
+        scale = self.bias_scale()
+        on_grid = (torch.round(self.bias.detach() / scale) * scale).to(self.bias.dtype)
+        return self.bias + (on_grid - self.bias).detach()
+
+    @property
+    def is_quantizing(self) -> bool:
+        """Whether the layer's weight is fake-quantized now."""
+        return self.weight_quantizer is not None and self.weight_quantizer.enabled
+
+    def weight_scale(self, weight: Tensor) -> Tensor:
+        """The weight's scale in evaluation and export, shape ``[1, .., C, .., 1]``.
+
+        A channel of (nearly) no weights takes a scale so small that its bias, stored in int32 in steps of input scale
+        times weight scale, would overflow; such a scale is raised until the bias fits.
+        """
+        assert self.weight_quantizer is not None
+        scale = self.weight_quantizer.current_scale(weight)
+        if self.bias is None or not self.input_quantizer:
+            return scale
+        smallest = self.bias.detach().float().abs() / (self.input_quantizer[0].current_scale().detach() * 2.0**30)
+        if scale.numel() == 1:
+            return scale.clamp_min(float(smallest.max()))
+        return torch.maximum(scale, smallest.view_as(scale))
+
+    def bias_scale(self) -> Tensor:
+        """The step of the int32 bias, input scale times weight scale, shape ``[C]``, float64."""
+        scale = self.weight_scale(self.masked_weight()).detach().flatten().double()
+        return self.input_quantizer[0].current_scale().detach().double() * scale
+
+
+class Conv1d(Layer, nn.Conv1d):
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.effective_weight(), self.effective_bias())
+
+
+class Conv2d(Layer, nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.effective_weight(), self.effective_bias())
+
+
+class Conv3d(Layer, nn.Conv3d):
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.effective_weight(), self.effective_bias())
+
+
+class Linear(Layer, nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.effective_weight(), self.effective_bias())
+
+
+LAYER_OF: dict[type[nn.Module], type[Layer]] = {
+    nn.Conv1d: Conv1d,
+    nn.Conv2d: Conv2d,
+    nn.Conv3d: Conv3d,
+    nn.Linear: Linear,
+}
+
+
+def is_layer(module: nn.Module | None) -> bool:
+    """Whether ``module`` is a conv or linear that can be pruned and quantized, turned into a ``Layer`` or not yet."""
+    return isinstance(module, Layer) or type(module) in LAYER_OF
+
+
+def as_layer(module: nn.Module) -> Layer:
+    """Turns a conv or linear of ``torch.nn`` into the ``Layer`` of its kind, in place; a ``Layer`` is left as it is."""
+    if not isinstance(module, Layer):
+        module.__class__ = LAYER_OF[type(module)]
+        layer = cast(Layer, module)
+        layer.register_buffer("weight_mask", None)
+        layer.register_module("weight_quantizer", None)
+        layer.input_quantizer = ()
+    return cast(Layer, module)
+
+
+def layers(network: nn.Module) -> dict[str, Layer]:
+    """The ``Layer`` modules of ``network`` by name, in order."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, Layer)}
+
+
+def activation_quantizers(network: nn.Module) -> dict[str, ActivationQuantizer]:
+    """The activation quantizers of ``network`` by name, in order."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, ActivationQuantizer)}
+
+
+@contextmanager
+def float_mode(network: nn.Module) -> Iterator[None]:
+    """Within it every quantizer of ``network`` lets its values through as they are: the float function, masks applied."""
+    quantizers = [m for m in network.modules() if isinstance(m, (ActivationQuantizer, WeightQuantizer))]
+    was_enabled = [quantizer.enabled for quantizer in quantizers]
+    try:
+        for quantizer in quantizers:
+            quantizer.enabled = False
+        yield
+    finally:
+        for quantizer, enabled in zip(quantizers, was_enabled, strict=True):
+            quantizer.enabled = enabled

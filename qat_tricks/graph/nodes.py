@@ -1,0 +1,135 @@
+"""What a node of a traced network is, seen from an integer kernel."""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F  # noqa: N812
+
+from qat_tricks.graph.layers import is_layer
+from qat_tricks.graph.trace import module_of
+from qat_tricks.numerics import ActivationQuantizer
+
+_ADD: set[Any] = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_MUL: set[Any] = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
+_CAT: set[Any] = {torch.cat, torch.concat, torch.concatenate}
+_POOL: set[Any] = {
+    nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
+    F.avg_pool1d, F.avg_pool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, torch.mean, "mean",
+}  # fmt: skip
+# These move values about and make no new ones: what was on a grid stays on it.
+_PASS: set[Any] = {
+    nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.Flatten, nn.Unflatten, nn.Identity, nn.ChannelShuffle,
+    nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.PixelShuffle, nn.PixelUnshuffle, nn.ZeroPad2d,
+    F.max_pool1d, F.max_pool2d, F.adaptive_max_pool2d, F.channel_shuffle, F.pixel_shuffle, operator.getitem,
+    torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.chunk, torch.split,
+    "flatten", "view", "reshape", "permute", "transpose", "contiguous", "squeeze", "unsqueeze", "chunk", "split", "expand",
+}  # fmt: skip
+_PASS_NAMES = {"StochasticDepth", "DropPath"}
+_SIZES = {"size", "dim", "numel", "shape"}
+BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_ACTIVATIONS: dict[Any, str] = {
+    nn.ReLU: "relu", F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu_: "relu", "relu": "relu", "relu_": "relu",
+    nn.ReLU6: "relu6", F.relu6: "relu6",
+}  # fmt: skip
+
+
+def _kind_of(node: fx.Node, traced: fx.GraphModule) -> Any:
+    """What the node calls: a module's type, a function, or a method's name."""
+    module = module_of(node, traced)
+    return type(module) if module is not None else node.target
+
+
+def is_tensor(node: fx.Node) -> bool:
+    """Whether the node yields a tensor rather than sizes or numbers worked out from them."""
+    if node.op == "call_method" and node.target in _SIZES:
+        return False
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] not in ("shape", "ndim", "dtype", "device")
+    if node.op == "call_function" and (node.target is operator.getitem or getattr(node.target, "__module__", "") == "_operator"):
+        return any(is_tensor(n) for n in node.all_input_nodes)
+    return True
+
+
+def calls(node: fx.Node, traced: fx.GraphModule, kinds: set[Any]) -> bool:
+    """Whether ``node`` is a call of one of ``kinds``."""
+    return node.op.startswith("call_") and _kind_of(node, traced) in kinds
+
+
+def calls_layer(node: fx.Node, traced: fx.GraphModule) -> bool:
+    """Whether ``node`` calls a conv or linear."""
+    return is_layer(module_of(node, traced))
+
+
+def calls_batchnorm(node: fx.Node, traced: fx.GraphModule) -> bool:
+    """Whether ``node`` calls a BatchNorm."""
+    return isinstance(module_of(node, traced), BATCHNORMS)
+
+
+def activation_of(node: fx.Node, traced: fx.GraphModule) -> str | None:
+    """``"relu"`` or ``"relu6"`` for a node that a quantizer can stand in for, else None."""
+    if not node.op.startswith("call_"):
+        return None
+    kind = _kind_of(node, traced)
+    if kind is nn.Hardtanh or kind is F.hardtanh:
+        module = module_of(node, traced)
+        low, high = (module.min_val, module.max_val) if isinstance(module, nn.Hardtanh) else (node.args + (-1.0, 1.0))[1:3]
+        return "relu6" if (low, high) == (0, 6) else None
+    return _ACTIVATIONS.get(kind)
+
+
+def _operands_are_activations(node: fx.Node) -> bool:
+    operands = node.args[:2]
+    return all(isinstance(a, fx.Node) and a.op != "get_attr" and is_tensor(a) for a in operands)
+
+
+def is_cat(node: fx.Node, traced: fx.GraphModule) -> bool:
+    """Whether ``node`` concatenates tensors; its inputs share one range."""
+    return calls(node, traced, _CAT)
+
+
+def is_integer_op(node: fx.Node, traced: fx.GraphModule) -> bool:
+    """Whether an integer kernel exists for ``node`` that takes and makes quantized tensors (convs and linears aside)."""
+    if calls(node, traced, _ADD | _MUL):
+        return _operands_are_activations(node)
+    return calls(node, traced, _POOL) and is_tensor(node)
+
+
+def is_passthrough(node: fx.Node, traced: fx.GraphModule) -> bool:
+    """Whether the values of ``node`` are values of its first input: on a grid if that one is."""
+    if node.target is F.pad:
+        mode = node.kwargs.get("mode", node.args[2] if len(node.args) > 2 else "constant")
+        value = node.kwargs.get("value", node.args[3] if len(node.args) > 3 else 0.0)
+        return mode == "constant" and not value  # zero is on every grid
+    if not node.op.startswith("call_") or not is_tensor(node):
+        return False
+    return calls(node, traced, _PASS) or _kind_of(node, traced).__class__ is type and _kind_of(node, traced).__name__ in _PASS_NAMES
+
+
+def only_user(node: fx.Node, test: Callable[[fx.Node], bool]) -> fx.Node | None:
+    """The one user of ``node`` if there is just one and it passes ``test``."""
+    users = list(node.users)
+    return users[0] if len(users) == 1 and test(users[0]) else None
+
+
+def input_quantizer_of(node: fx.Node, traced: fx.GraphModule) -> ActivationQuantizer | None:
+    """The quantizer whose grid the first input of ``node`` is on, or None."""
+    source = node.all_input_nodes[0]
+    while True:
+        module = module_of(source, traced)
+        if isinstance(module, ActivationQuantizer):
+            return module
+        if not source.all_input_nodes or not (is_passthrough(source, traced) or is_cat(source, traced)):
+            return None
+        source = source.all_input_nodes[0]
+
+
+def is_spatial_mean(node: fx.Node, traced: fx.GraphModule) -> bool:
+    """Whether ``node`` averages over positions, not over channels or images."""
+    if not calls(node, traced, {torch.mean, "mean"}):
+        return False
+    dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    dims = [dims] if isinstance(dims, int) else dims
+    return isinstance(dims, (list, tuple)) and set(dims) <= {2, 3, -1, -2} and (len(dims) == 2)

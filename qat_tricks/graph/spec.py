@@ -1,0 +1,128 @@
+"""The spec: what was done to a network, as plain data that travels in its checkpoint, and the way back from it.
+
+::
+
+    folded       [[layer, batchnorm], ...]     BatchNorms folded into the layer before them
+    uncapped     [node, ...]                   ReLU6 that became ReLU for equalization
+    layers       {name: {"weight": scheme, "scale": bool, "mask": bool}}
+    activations  {name: {"scheme": scheme, "activation": "relu" | "relu6" | None, "nodes": [node, ...], "learned": bool}}
+    applied      [trick, ...]                  tricks done in the current stage
+
+``node`` is a node's name in the traced graph, ``layer`` and ``name`` in ``layers`` a submodule's. Values (weights, scales, zero
+points, masks) are in the state dict, under the keys that ``rebuild`` recreates.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from qat_tricks.errors import QatTricksError
+from qat_tricks.graph import nodes as n
+from qat_tricks.graph.layers import Layer, as_layer
+from qat_tricks.graph.trace import replace_with_module, trace
+from qat_tricks.numerics import ActivationQuantizer, Scheme, WeightQuantizer
+
+QUANTIZERS = "activation_quantizers"
+
+
+def spec_of(traced: fx.GraphModule) -> dict[str, Any]:
+    """The spec of a network traced by us, to read and to add to."""
+    if "qat_tricks" not in traced.meta:
+        raise QatTricksError("this network was not traced by qat_tricks: call qat_tricks.graph.trace(network) first")
+    return traced.meta["qat_tricks"]
+
+
+def rebuild(network: nn.Module, spec: dict[str, Any]) -> fx.GraphModule:
+    """Gives a float ``network`` the structure that ``spec`` describes, ready for ``load_state_dict(strict=True)``.
+
+    Raises:
+        QatTricksError: the spec is of another network.
+    """
+    traced = trace(network)
+    traced.meta["qat_tricks"] = copy.deepcopy(spec)
+    names = {node.name for node in traced.graph.nodes}
+    modules = dict(traced.named_modules())
+    wanted = [name for entry in spec.get("activations", {}).values() for name in entry["nodes"]]
+    missing = [name for name in wanted if name not in names]
+    missing += [name for pair in spec.get("folded", []) for name in pair if name not in modules]
+    missing += [name for name in spec.get("layers", {}) if name not in modules]
+    if missing:
+        raise QatTricksError(
+            f"the checkpoint is of another network than {type(network).__name__}: it has no {', '.join(missing[:3])}; "
+            "build the network that was trained"
+        )
+    for layer, batchnorm in spec.get("folded", []):
+        erase_batchnorm(traced, layer, batchnorm)
+    uncap(traced, spec.get("uncapped", []))
+    for name, entry in spec.get("layers", {}).items():
+        layer_module = as_layer(traced.get_submodule(name))
+        if entry.get("mask"):
+            layer_module.weight_mask = torch.ones_like(layer_module.weight)
+    insert_quantizers(traced)
+    return traced
+
+
+def erase_batchnorm(traced: fx.GraphModule, layer: str, batchnorm: str) -> None:
+    """Takes the BatchNorm after ``layer`` out of the graph, its values aside, and makes sure the layer has a bias."""
+    module = traced.get_submodule(layer)
+    assert isinstance(module.weight, torch.Tensor)
+    if module.bias is None:
+        channels = module.weight.shape[0]
+        module.bias = nn.Parameter(torch.zeros(channels, dtype=module.weight.dtype, device=module.weight.device))
+    for node in list(traced.graph.nodes):
+        if node.op == "call_module" and node.target == batchnorm:
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            traced.graph.erase_node(node)
+    traced.delete_submodule(batchnorm)
+    traced.recompile()
+
+
+def uncap(traced: fx.GraphModule, names: list[str]) -> None:
+    """Replaces the ReLU6 nodes of these names by ReLU; the new nodes keep the names."""
+    for node in list(traced.graph.nodes):
+        if node.name in names:
+            traced.add_submodule(f"relus.{node.name}", nn.ReLU())
+            node.op, node.target = "call_module", f"relus.{node.name}"
+            node.args, node.kwargs = (node.all_input_nodes[0],), {}
+    traced.recompile()
+
+
+def insert_quantizers(traced: fx.GraphModule) -> None:
+    """Inserts the quantizers that the spec of ``traced`` describes."""
+    spec = spec_of(traced)
+    by_name = {node.name: node for node in traced.graph.nodes}
+    device = next((p.device for p in traced.parameters()), torch.device("cpu"))
+    for name, entry in spec.get("activations", {}).items():
+        quantizer = ActivationQuantizer(Scheme(**entry["scheme"]), activation=entry["activation"]).to(device)
+        quantizer.scale.requires_grad_(entry.get("learned", False))
+        target = f"{QUANTIZERS}.{name}"
+        traced.add_submodule(target, quantizer)
+        for node_name in entry["nodes"]:
+            node = by_name[node_name]
+            if entry["activation"] is not None:
+                replace_with_module(traced, node, target, quantizer, node.all_input_nodes[:1])
+                continue
+            with traced.graph.inserting_after(node):
+                call = traced.graph.call_module(target, (node,))
+            node.replace_all_uses_with(call, delete_user_cb=lambda user, call=call: user is not call)
+    for name, entry in spec.get("layers", {}).items():
+        if "weight" in entry:
+            layer = traced.get_submodule(name)
+            assert isinstance(layer, Layer)
+            layer.weight_quantizer = WeightQuantizer(Scheme(**entry["weight"]), channel_axis=layer.channel_axis).to(device)
+            if entry.get("scale"):
+                layer.weight_quantizer.own_scale(layer.weight).requires_grad_(entry.get("learned", False))
+    traced.recompile()
+    _connect(traced)
+
+
+def _connect(traced: fx.GraphModule) -> None:
+    """Tells each layer which quantizer its input is on, which is half of its integer bias's scale."""
+    for node in traced.graph.nodes:
+        if n.calls_layer(node, traced):
+            layer = traced.get_submodule(str(node.target))
+            if isinstance(layer, Layer) and layer.weight_quantizer is not None:
+                quantizer = n.input_quantizer_of(node, traced)
+                layer.input_quantizer = () if quantizer is None else (quantizer,)

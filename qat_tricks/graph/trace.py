@@ -1,0 +1,92 @@
+"""From the user's network to a ``torch.fx.GraphModule`` whose submodule names, and so checkpoint keys, stay the user's."""
+
+import traceback
+from pathlib import Path
+
+import torch
+from torch import fx, nn
+
+from qat_tricks.errors import QatTricksError
+
+
+class Tracer(fx.Tracer):
+    """Keeps whole every module that behaves differently in training: traced through, it would be frozen in one mode."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if super().is_leaf_module(m, module_qualified_name):
+            return True
+        has_parts = any(True for _ in m.children()) or any(True for _ in m.parameters(recurse=False))
+        return not has_parts and "training" in getattr(type(m).forward, "__code__", type(m).forward).co_names
+
+
+def trace(network: nn.Module) -> fx.GraphModule:
+    """Returns ``network`` as a graph module that shares its parameters; a graph module of ours is returned as it is.
+
+    Raises:
+        QatTricksError: the network's control flow depends on its input values; names the line of its code.
+    """
+    if isinstance(network, fx.GraphModule) and "qat_tricks" in network.meta:
+        return network
+    was_training = network.training
+    network.eval()  # auxiliary heads and stochastic branches belong to training only
+    try:
+        graph = Tracer().trace(network)
+    except Exception as error:  # whatever user code raises when it meets a proxy
+        raise QatTricksError(
+            f"{type(network).__name__} cannot be traced: {_user_line(error)}: {_first_line(error)}; "
+            "mend that line so that it does not depend on the values or shape of the input, or hand over the part that can be traced"
+        ) from error
+    finally:
+        network.train(was_training)
+    traced = fx.GraphModule(network, graph, class_name=type(network).__name__)
+    _dropout_to_modules(traced)
+    traced.train(was_training)
+    traced.meta["qat_tricks"] = {}
+    return traced
+
+
+def _user_line(error: BaseException) -> str:
+    """``file:line "code"`` of the innermost frame that belongs neither to torch nor to this package."""
+    own = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*own, "<"))]
+    if not frames:
+        return "in PyTorch itself"
+    return f'{frames[-1].filename}:{frames[-1].lineno} "{(frames[-1].line or "").strip()}"'
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+_DROPOUTS: dict[object, type[nn.Module]] = {
+    nn.functional.dropout: nn.Dropout,
+    nn.functional.dropout2d: nn.Dropout2d,
+    nn.functional.dropout3d: nn.Dropout3d,
+    nn.functional.alpha_dropout: nn.AlphaDropout,
+}
+
+
+def _dropout_to_modules(traced: fx.GraphModule) -> None:
+    """Turns functional dropout, traced with ``training=False``, into modules that follow ``train()`` and ``eval()``."""
+    for node in list(traced.graph.nodes):
+        if node.op == "call_function" and node.target in _DROPOUTS:
+            p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
+            replace_with_module(traced, node, f"dropouts.{node.name}", _DROPOUTS[node.target](p), node.all_input_nodes[:1])
+    traced.recompile()
+
+
+def replace_with_module(
+    traced: fx.GraphModule, node: fx.Node, name: str, module: nn.Module, inputs: list[fx.Node]
+) -> fx.Node:
+    """Puts a call of ``module``, added as submodule ``name``, in the place of ``node``; the caller recompiles."""
+    traced.add_submodule(name, module)
+    with traced.graph.inserting_after(node):
+        call = traced.graph.call_module(name, tuple(inputs))
+    node.replace_all_uses_with(call)
+    traced.graph.erase_node(node)
+    return call
+
+
+def module_of(node: fx.Node, traced: fx.GraphModule) -> nn.Module | None:
+    """The submodule that ``node`` calls, or None if it calls none."""
+    return traced.get_submodule(str(node.target)) if node.op == "call_module" else None

@@ -1,0 +1,229 @@
+"""Between Lightning and the tricks: which attribute is the network, where calibration images come from, what a checkpoint
+says. The only place, beside the callbacks themselves, that knows Lightning."""
+
+import copy
+import sys
+from collections.abc import Iterable, Iterator
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.model_helpers import is_overridden
+from pytorch_lightning.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from qat_tricks.errors import QatTricksError
+from qat_tricks.graph.layers import is_layer
+from qat_tricks.graph.spec import rebuild, spec_of
+from qat_tricks.order import check_order
+from qat_tricks.trick import Trick
+from qat_tricks.workbench import Workbench, images_of
+
+CHECKPOINT_KEY = "qat_tricks"
+_ATTRIBUTE = "_qat_tricks_workbench"
+
+
+def attach(trick: Trick, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Workbench:
+    """Returns the workbench of ``pl_module``, whose network it has made ready: traced, or rebuilt from a checkpoint.
+
+    Raises:
+        QatTricksError: tricks in an order that cannot work, no network or several, or a network that cannot be traced.
+    """
+    work: Workbench | None = pl_module.__dict__.get(_ATTRIBUTE)
+    tricks = [callback for callback in trainer.callbacks if isinstance(callback, Trick)]  # type: ignore[attr-defined]
+    if work is None:
+        name = find_network(pl_module, trick.network_name)
+        network = pl_module.get_submodule(name)
+        pl_module.to(trainer.strategy.root_device)
+        saved = _saved_spec(trainer)
+        teacher = copy.deepcopy(network) if any(t.needs_teacher for t in tricks) else None
+        work = Workbench(network if saved is None else rebuild(network, saved), teacher=teacher)
+        work.network_name = name
+        pl_module.set_submodule(name, work.network)
+        setattr(pl_module, _ATTRIBUTE, work)
+    check_order(tricks, work.applied)
+    work.loader = lambda num_images: _network_inputs(trainer, pl_module, work, num_images)
+    work.trains = trainer.state.fn == "fit"
+    return work
+
+
+def workbench_of(pl_module: pl.LightningModule) -> Workbench:
+    """The workbench that ``attach`` made for ``pl_module``."""
+    return pl_module.__dict__[_ATTRIBUTE]
+
+
+def find_network(pl_module: nn.Module, name: str | None = None) -> str:
+    """The attribute of ``pl_module`` that holds the network: the one child with conv or linear layers.
+
+    Raises:
+        QatTricksError: there is no such child, or several; or ``name`` is none of its submodules.
+    """
+    children = {key: child for key, child in pl_module.named_children() if any(is_layer(m) for m in child.modules())}
+    listed = ", ".join(f'"{key}" ({type(child).__name__})' for key, child in children.items()) or "none"
+    owner = type(pl_module).__name__
+    if name is not None:
+        if name not in dict(pl_module.named_modules()):
+            raise QatTricksError(f'{owner} has no submodule "{name}"; its networks: {listed}')
+        return name
+    if len(children) != 1:
+        raise QatTricksError(
+            f"{owner} must hold one network, and these of its attributes have conv or linear layers: {listed}; "
+            'name the one to quantize with overrides=["network=NAME"], or put its parts into one module'
+        )
+    return next(iter(children))
+
+
+def load_spec(path: str | Path) -> dict[str, Any] | None:
+    """What a checkpoint says was done: ``{"network": attribute, "spec": spec}``, or None for one that is not ours.
+
+    Raises:
+        QatTricksError: the file is missing, or no checkpoint.
+    """
+    return load_checkpoint(path).get(CHECKPOINT_KEY)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Reads a checkpoint under ``weights_only=True``.
+
+    Raises:
+        QatTricksError: the file is missing, truncated, or not a Lightning checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise QatTricksError(f"there is no checkpoint {path}: give the path of a .ckpt file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise QatTricksError(f"{path} cannot be read as a checkpoint ({reason}): it is damaged, or no checkpoint") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise QatTricksError(f"{path} is no Lightning checkpoint: it holds no state_dict")
+    return checkpoint
+
+
+def _saved_spec(trainer: pl.Trainer) -> dict[str, Any] | None:
+    """The spec in the checkpoint that this run is about to restore; None when it restores none."""
+    path = _checkpoint_to_restore(trainer)
+    if path is None:
+        return None
+    saved = load_spec(path)
+    if saved is None:
+        raise QatTricksError(
+            f"{path} holds a float network and this run quantizes: load its weights into the module first "
+            "(load_from_checkpoint), then run without ckpt_path"
+        )
+    return saved["spec"]
+
+
+def _checkpoint_to_restore(trainer: pl.Trainer) -> str | Path | None:
+    """The checkpoint path given to ``fit``, ``validate``, ``test`` or ``predict``, resolved ("last", "best").
+
+    Lightning tells callbacks of it only after ``setup``, when it is too late to rebuild instead of calibrating again; until
+    then it is an argument of ``Trainer._run``, and is read there.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "_run" and frame.f_locals.get("self") is trainer:
+            return frame.f_locals["ckpt_path"]
+        frame = frame.f_back  # type: ignore[assignment]
+    return trainer.ckpt_path
+
+
+def synchronize(trainer: pl.Trainer, work: Workbench) -> None:
+    """Gives every rank the network of rank 0, values of parameters and buffers alike."""
+    if trainer.world_size > 1:
+        work.network.load_state_dict(trainer.strategy.broadcast(work.network.state_dict()))
+
+
+class _SeenError(Exception):
+    """Ends a forward pass once the network's input is known."""
+
+
+def _network_inputs(trainer: pl.Trainer, pl_module: pl.LightningModule, work: Workbench, num_images: int) -> Iterator[Tensor]:
+    """What the network gets to see of the training images, the module's own preprocessing included."""
+    required = [p for p in signature(pl_module.forward).parameters.values() if p.default is Parameter.empty]
+    through_module = is_overridden("forward", pl_module) and len(required) == 1
+    seen: list[Tensor] = []
+
+    def see(_: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0])
+        raise _SeenError
+
+    with isolate_rng():
+        for batch in _training_loader(trainer, pl_module, num_images):
+            images = images_of(trainer.strategy.batch_to_device(batch))
+            if not through_module:
+                yield images
+                continue
+            handle = work.network.register_forward_pre_hook(see)
+            try:
+                with torch.no_grad():
+                    pl_module(images)
+                raise QatTricksError(f"{type(pl_module).__name__}.forward does not call its network {work.network_name}")
+            except _SeenError:
+                yield seen.pop()
+            finally:
+                handle.remove()
+
+
+def _training_loader(trainer: pl.Trainer, pl_module: pl.LightningModule, num_images: int) -> Iterable[Any]:
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    if datamodule is not None:
+        if trainer.state.fn != "fit":
+            datamodule.setup("fit")  # validation and test set up their own split only
+        if hasattr(datamodule, "calibration_loader"):
+            return datamodule.calibration_loader(num_images)
+        return datamodule.train_dataloader()
+    source = trainer.fit_loop._data_source
+    if source.instance is not None and source.is_defined():
+        loader = source.dataloader()
+        if not isinstance(loader, Iterable):
+            raise QatTricksError(f"calibration needs one training loader, not {type(loader).__name__}")
+        return loader
+    if is_overridden("train_dataloader", pl_module):
+        return pl_module.train_dataloader()
+    raise QatTricksError(
+        "there are no training images to calibrate on: give the trainer a data module, or quantize beforehand with "
+        "qat_tricks.quantize(network, loader)"
+    )
+
+
+def describe(pl_module: pl.LightningModule) -> dict[str, Any]:
+    """What a checkpoint carries of us, as plain data: the network's attribute and its spec."""
+    work = workbench_of(pl_module)
+    return {"network": work.network_name, "spec": copy.deepcopy(spec_of(work.network))}
+
+
+def load_from_checkpoint(
+    module_class: type[pl.LightningModule], path: str | Path, *, strict: bool = True, **kwargs: Any
+) -> pl.LightningModule:
+    """Builds a ``module_class`` and gives it the structure and the values of the checkpoint; no recipe is needed.
+
+    Args:
+        module_class: the LightningModule's class; built from ``kwargs`` over the hyperparameters saved in the checkpoint.
+        path: a checkpoint, quantized or float.
+        strict: whether the keys must match exactly.
+
+    Raises:
+        QatTricksError: the file is missing or damaged, or the checkpoint is of another network.
+    """
+    checkpoint = load_checkpoint(path)
+    hyperparameters = dict(checkpoint.get("hyper_parameters", {}))
+    parameters = signature(module_class.__init__).parameters
+    if not any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values()):
+        hyperparameters = {key: value for key, value in hyperparameters.items() if key in parameters}
+    module = module_class(**{**hyperparameters, **kwargs})
+    saved = checkpoint.get(CHECKPOINT_KEY)
+    if saved is not None:
+        work = Workbench(rebuild(module.get_submodule(find_network(module, saved["network"])), saved["spec"]))
+        work.network_name = saved["network"]
+        module.set_submodule(saved["network"], work.network)
+        setattr(module, _ATTRIBUTE, work)
+    try:
+        module.load_state_dict(checkpoint["state_dict"], strict=strict)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise QatTricksError(f"{path} does not fit {module_class.__name__}: {reason}") from error
+    return module.eval()

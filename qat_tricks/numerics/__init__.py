@@ -1,0 +1,20 @@
+"""Quantization schemes, fake-quant with straight-through gradients, learned step sizes and range estimators.
+
+Plain PyTorch: nothing here knows of graphs, Lightning or ONNX.
+"""
+
+from qat_tricks.numerics.fake_quantize import fake_quantize, quantize_weight
+from qat_tricks.numerics.quantizer import ActivationQuantizer, WeightQuantizer
+from qat_tricks.numerics.range_estimators import ESTIMATORS, RangeEstimator, make_estimator
+from qat_tricks.numerics.scheme import Scheme
+
+__all__ = [
+    "ESTIMATORS",
+    "ActivationQuantizer",
+    "RangeEstimator",
+    "Scheme",
+    "WeightQuantizer",
+    "fake_quantize",
+    "make_estimator",
+    "quantize_weight",
+]

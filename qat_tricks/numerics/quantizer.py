@@ -1,0 +1,140 @@
+"""Quantizers as modules: the scale is a parameter from the first moment and is never resized."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat_tricks.errors import QatTricksError
+from qat_tricks.numerics.fake_quantize import fake_quantize, max_abs_scale, quantize_weight
+from qat_tricks.numerics.range_estimators import RangeEstimator
+from qat_tricks.numerics.scheme import Scheme
+
+
+class ActivationQuantizer(nn.Module):
+    """Fake-quantizes one tensor of the network, and stands in for the ReLU or ReLU6 before it.
+
+    With ``zero_point == qmin`` the grid begins at 0.0, so clamping to it *is* the ReLU, as in an integer kernel; a cap
+    (ReLU6) is kept by never letting the range exceed it.
+
+    Attributes:
+        scale: parameter of shape ``[]``, float32; trained only after ``learn_scales``.
+        zero_point: buffer of shape ``[]``, int32; fixed by calibration.
+        enabled: when False, the activation function alone.
+        observer: while set, sees every value that passes while not enabled.
+    """
+
+    def __init__(self, scheme: Scheme, *, activation: str | None = None) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.activation = activation
+        self.enabled = True
+        self.observer: RangeEstimator | None = None
+        self.scale = nn.Parameter(torch.tensor(float("nan")), requires_grad=False)
+        self.register_buffer("zero_point", torch.tensor(0, dtype=torch.int32))
+        self.zero_point: Tensor
+        self._zero_point: int | None = None  # the buffer's value on the host, so that a step never waits for the device
+
+    def extra_repr(self) -> str:
+        return f"bits={self.scheme.bits}, activation={self.activation}"
+
+    @property
+    def cap(self) -> float:
+        """The largest value the activation function before this quantizer lets through."""
+        return 6.0 if self.activation == "relu6" else float("inf")
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether a range was set or loaded."""
+        return self._zero_point is not None
+
+    def set_range(self, low: float, high: float) -> None:
+        """Sets scale and zero point so that the integers cover ``[low, high]``."""
+        if self.activation is not None:
+            low, high = 0.0, min(high, self.cap)
+        scale, zero_point = self.scheme.qparams(low, high)
+        with torch.no_grad():
+            self.scale.fill_(scale)
+            self.zero_point.fill_(zero_point)
+        self._zero_point = zero_point
+
+    def current_scale(self) -> Tensor:
+        """The scale in use: positive, and within the cap. Shape ``[]``."""
+        largest = self.cap / (self.scheme.qmax - self.scheme.qmin)
+        return self.scale.clamp(1e-8, largest) if largest < float("inf") else self.scale.clamp_min(1e-8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            x = self._activate(x)
+            if self.observer is not None:
+                self.observer.observe(x)
+            return x
+        if self._zero_point is None:
+            raise QatTricksError("a quantizer has no range yet: calibrate the network before it is run quantized")
+        return fake_quantize(x, self.current_scale(), self._zero_point, self.scheme)
+
+    def _activate(self, x: Tensor) -> Tensor:
+        if self.activation is None:
+            return x
+        return nn.functional.relu(x) if self.activation == "relu" else nn.functional.relu6(x)
+
+    def refresh(self) -> None:
+        """Reads ``zero_point`` anew after something else wrote the buffers (a checkpoint, a broadcast)."""
+        self._zero_point = None if bool(torch.isnan(self.scale)) else int(self.zero_point)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if not self.scale.is_meta:
+            self.refresh()
+
+
+class WeightQuantizer(nn.Module):
+    """Fake-quantizes a weight, one scale an output channel.
+
+    Attributes:
+        scale: None while the scale follows the weight (``max|w| / qmax``: nothing clips, and the gradient passes at no
+            cost); a parameter of the weight's dimensions with one entry a channel once it is its own.
+        enabled: whether the layer that holds this quantizer uses it.
+    """
+
+    def __init__(self, scheme: Scheme, *, channel_axis: int = 0) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.channel_axis = channel_axis
+        self.enabled = True
+        self.register_parameter("scale", None)
+        self.scale: nn.Parameter | None
+
+    def extra_repr(self) -> str:
+        return f"bits={self.scheme.bits}, scale={'follows the weight' if self.scale is None else 'own'}"
+
+    def current_scale(self, weight: Tensor) -> Tensor:
+        """The scale in use, shape ``[1, .., C, .., 1]``, positive."""
+        if self.scale is None:
+            return max_abs_scale(weight, self.scheme, self.channel_axis)
+        return self.scale.clamp_min(torch.finfo(torch.float32).tiny)
+
+    def own_scale(self, weight: Tensor) -> nn.Parameter:
+        """Gives the quantizer a scale of its own, begun at the one in use, and returns it."""
+        if self.scale is None:
+            self.scale = nn.Parameter(self.current_scale(weight).clone(), requires_grad=False)
+        return self.scale
+
+    def fit_mse(self, weight: Tensor, candidates: int = 80) -> None:
+        """Gives each channel the scale with the smallest squared rounding and clipping error."""
+        largest = max_abs_scale(weight, self.scheme, self.channel_axis)
+        dims = [d for d in range(weight.dim()) if largest.shape[d] == 1]
+        best, best_error = largest.clone(), torch.full_like(largest, float("inf"))
+        for shrink in torch.linspace(0.3, 1.0, candidates).tolist():
+            scale = largest * shrink
+            error = (fake_quantize(weight.detach(), scale, 0, self.scheme) - weight).square().sum(dims, keepdim=True)
+            better = error < best_error
+            best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
+        with torch.no_grad():
+            self.own_scale(weight).copy_(best)
+
+    def forward(self, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Returns ``weight`` on the grid of ``scale``, by default the quantizer's own or the weight's maximum."""
+        if scale is None and self.scale is not None:
+            scale = self.current_scale(weight)
+        return quantize_weight(weight, scale, self.scheme, self.channel_axis)

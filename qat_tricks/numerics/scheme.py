@@ -1,0 +1,67 @@
+"""A quantization scheme: how many bits, which integers, one scale or one a channel."""
+
+from dataclasses import asdict, dataclass
+
+from qat_tricks.errors import QatTricksError
+
+MIN_BITS, MAX_BITS = 2, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """Maps real values to integers: ``q = clamp(round(x / scale) + zero_point, qmin, qmax)``.
+
+    Raises:
+        QatTricksError: bits outside 2..8, or an affine scheme with a narrow range.
+    """
+
+    bits: int = 8
+    symmetric: bool = False  # zero_point is 0 for signed integers, the middle of the range for unsigned ones
+    signed: bool = False
+    per_channel: bool = False  # one scale for each output channel (weights) instead of one for the tensor
+    narrow_range: bool = False  # drop the most negative integer, so that the grid is its own mirror image
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
+            raise QatTricksError(f"bits={self.bits!r} is not supported: give a whole number from {MIN_BITS} to {MAX_BITS}")
+        if self.narrow_range and not (self.symmetric and self.signed):
+            raise QatTricksError("narrow_range=True needs symmetric=True and signed=True; set both or drop narrow_range")
+
+    @property
+    def qmin(self) -> int:
+        """The smallest integer."""
+        return -(2 ** (self.bits - 1)) + self.narrow_range if self.signed else 0
+
+    @property
+    def qmax(self) -> int:
+        """The largest integer."""
+        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+
+    def qparams(self, low: float, high: float) -> tuple[float, int]:
+        """Returns ``(scale, zero_point)`` for values in ``[low, high]``; zero is always exactly representable."""
+        low, high = min(low, 0.0), max(high, 0.0)
+        if self.symmetric:
+            zero_point = 0 if self.signed else (self.qmax + 1) // 2
+            scale = max(-low / (zero_point - self.qmin), high / (self.qmax - zero_point))
+            return max(scale, SMALLEST_SCALE), zero_point
+        scale = max((high - low) / (self.qmax - self.qmin), SMALLEST_SCALE)
+        zero_point = round(self.qmin - low / scale)
+        return scale, min(max(zero_point, self.qmin), self.qmax)
+
+    def as_dict(self) -> dict[str, int | bool]:
+        """The scheme as plain data; ``Scheme(**scheme.as_dict())`` is the way back."""
+        return asdict(self)
+
+
+# A tensor that is always zero still needs a scale to divide by.
+SMALLEST_SCALE = 1e-8
+
+
+def weight_scheme(bits: int) -> Scheme:
+    """The scheme of weights: symmetric, one scale an output channel, narrow range."""
+    return Scheme(bits=bits, symmetric=True, signed=True, per_channel=True, narrow_range=True)
+
+
+def activation_scheme(bits: int) -> Scheme:
+    """The scheme of activations: affine and unsigned, one scale a tensor (the layout of ONNX Runtime's fast kernels)."""
+    return Scheme(bits=bits)

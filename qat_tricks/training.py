@@ -1,0 +1,42 @@
+"""How far a fit has come."""
+
+import math
+
+import pytorch_lightning as pl
+
+from qat_tricks.errors import QatTricksError
+
+
+def total_batches(trainer: pl.Trainer) -> float:
+    """How many training batches the fit will have.
+
+    Raises:
+        QatTricksError: the trainer has no end that can be foreseen.
+    """
+    ends = []
+    if trainer.max_epochs is not None and trainer.max_epochs > 0 and math.isfinite(trainer.num_training_batches):
+        ends.append(trainer.max_epochs * trainer.num_training_batches)
+    if trainer.max_steps > 0:
+        ends.append(trainer.max_steps * trainer.accumulate_grad_batches)
+    if not ends:
+        raise QatTricksError(
+            "schedules are fractions of the training, and this trainer has no foreseeable end: "
+            "give it max_epochs (and a loader that has a length) or max_steps"
+        )
+    return min(ends)
+
+
+def progress(trainer: pl.Trainer, *, batches_done: int = 0) -> float:
+    """The share of the fit's batches before the current one, 0 to 1, also right after a resume.
+
+    ``batches_done=1`` counts the current one too, which is what holds when training ends.
+    """
+    before = max(0, trainer.fit_loop.epoch_loop.total_batch_idx)
+    return min(1.0, (before + batches_done) / total_batches(trainer))
+
+
+def check_fraction(name: str, value: float) -> float:
+    """Returns ``value``; raises QatTricksError unless it is a fraction of the training, 0 to 1."""
+    if not 0 <= value <= 1:
+        raise QatTricksError(f"{name}={value} is not allowed: give a fraction of the training, from 0 to 1")
+    return value

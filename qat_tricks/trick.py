@@ -1,0 +1,63 @@
+"""The callback that every trick is."""
+
+import re
+from typing import Any, ClassVar
+
+import pytorch_lightning as pl
+
+from qat_tricks.errors import QatTricksError
+from qat_tricks.workbench import Workbench
+
+
+class Trick(pl.Callback):
+    """One trick as a Lightning callback.
+
+    A trick is done once, in ``setup`` (or by ``qat_tricks.quantize``, without a trainer), through ``apply``. One that also
+    acts during training uses Lightning's hooks for that.
+
+    Attributes:
+        requires: tricks without which this one cannot work; done earlier in this recipe or in a stage before.
+        after: tricks that, where a recipe has them too, must come earlier.
+        needs_teacher: whether the float network has to be kept beside the quantized one.
+        network_name: attribute of the LightningModule that holds the network; None finds it.
+    """
+
+    requires: ClassVar[tuple[str, ...]] = ()
+    after: ClassVar[tuple[str, ...]] = ()
+    needs_teacher: ClassVar[bool] = False
+    network_name: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The trick's name, which is its file's and its YAML's."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
+
+    def apply(self, work: Workbench) -> None:
+        """Does the trick to ``work.network``; a trick that only acts during training leaves it as it is."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        from qat_tricks.lightning import attach, synchronize
+
+        work = attach(self, trainer, pl_module)
+        if self.do(work):
+            synchronize(trainer, work)
+
+    def do(self, work: Workbench) -> bool:
+        """Applies the trick unless it has been in this stage; returns whether it did."""
+        if self.name in work.applied:
+            return False
+        self.apply(work)
+        work.applied.append(self.name)
+        return True
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        from qat_tricks.lightning import CHECKPOINT_KEY, describe
+
+        checkpoint.setdefault(CHECKPOINT_KEY, describe(pl_module))
+
+
+def check_num_images(num_images: int) -> int:
+    """Returns ``num_images``; raises QatTricksError if it is below 1."""
+    if num_images < 1:
+        raise QatTricksError(f"num_images={num_images} is not allowed: give 1 or more")
+    return num_images

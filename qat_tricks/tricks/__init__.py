@@ -1,0 +1,43 @@
+"""The tricks: one a file, each a plain-PyTorch function and its Lightning callback.
+
+The registry is the Hydra group ``conf/trick``: a trick that is in no import here works as well.
+"""
+
+from qat_tricks.trick import Trick
+from qat_tricks.tricks.calibrate import Calibrate, calibrate
+from qat_tricks.tricks.correct_bias import CorrectBias, correct_bias
+from qat_tricks.tricks.correct_weights import CorrectWeights, correct_weights
+from qat_tricks.tricks.distill import Distill, distill
+from qat_tricks.tricks.equalize import Equalize, equalize
+from qat_tricks.tricks.fold_batchnorm import FoldBatchnorm, fold_batchnorm
+from qat_tricks.tricks.freeze_batchnorm import FreezeBatchnorm, freeze_batchnorm
+from qat_tricks.tricks.learn_scales import LearnScales, learn_scales
+from qat_tricks.tricks.prune import Prune, prune
+from qat_tricks.tricks.quantize import Quantize, quantize
+from qat_tricks.tricks.reestimate_batchnorm import ReestimateBatchnorm, reestimate_batchnorm
+
+__all__ = [
+    "Calibrate",
+    "CorrectBias",
+    "CorrectWeights",
+    "Distill",
+    "Equalize",
+    "FoldBatchnorm",
+    "FreezeBatchnorm",
+    "LearnScales",
+    "Prune",
+    "Quantize",
+    "ReestimateBatchnorm",
+    "Trick",
+    "calibrate",
+    "correct_bias",
+    "correct_weights",
+    "distill",
+    "equalize",
+    "fold_batchnorm",
+    "freeze_batchnorm",
+    "learn_scales",
+    "prune",
+    "quantize",
+    "reestimate_batchnorm",
+]

@@ -1,0 +1,111 @@
+"""Correct each layer's bias for the mean error that quantization causes, layer by layer, on data.
+
+Nagel et al. 2019 (arXiv 1906.04721), section 4.2 and appendix D: ``b <- b + E[W x] - E[W_q x_q]``, per output channel, where
+``x_q`` already carries the errors of all (corrected) layers before.
+
+Where this differs: the graph is walked once with a float and a quantized stream side by side, so the cost is two forward
+passes, not one a layer; a tensor is dropped after its last use.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qat_tricks.errors import QatTricksError
+from qat_tricks.graph.layers import Layer
+from qat_tricks.graph.trace import module_of
+from qat_tricks.progress import track
+from qat_tricks.trick import Trick, check_num_images
+from qat_tricks.workbench import Workbench
+
+
+@torch.no_grad()
+def correct_bias(traced: fx.GraphModule, reference: fx.GraphModule, batches: Sequence[Tensor]) -> fx.GraphModule:
+    """Corrects the biases of ``traced`` in place; a layer without a bias is left as it is.
+
+    Args:
+        traced: the quantized, calibrated network.
+        reference: the float network it was made from, with the same layers.
+        batches: images as the network takes them, ``[N, C, H, W]`` each.
+
+    Raises:
+        QatTricksError: no batches, or ``reference`` is another network.
+    """
+    if not batches:
+        raise QatTricksError("there are no images to correct biases on: give a loader that yields at least one batch")
+    modes = traced.training, reference.training
+    traced.eval(), reference.eval()
+    try:
+        float_stream = _Stream(reference, batches)
+        quantized_stream = _Stream(traced, batches)
+        for node in track(list(traced.graph.nodes), "correct bias"):
+            layer = module_of(node, traced)
+            if not isinstance(layer, Layer) or layer.weight_quantizer is None:
+                quantized_stream.advance()
+                continue
+            expected = float_stream.run_until(node.name)
+            outputs = quantized_stream.advance()
+            if layer.bias is None:
+                continue
+            error = _channel_mean(expected, layer) - _channel_mean(outputs, layer)
+            layer.bias.add_(error)
+            for output in outputs:
+                output.add_(error.view(-1, *[1] * (output.dim() - 2)))
+    finally:
+        traced.train(modes[0]), reference.train(modes[1])
+    return traced
+
+
+def _channel_mean(outputs: Sequence[Tensor], layer: Layer) -> Tensor:
+    """The mean over images and positions of each channel, ``[C]``; channels come last for a linear, else second."""
+    axis = -1 if hasattr(layer, "in_features") else 1
+    total = sum(output.transpose(axis, -1).flatten(0, -2).double().sum(0) for output in outputs)
+    count = sum(output.numel() // output.shape[axis] for output in outputs)
+    return (total / count).float()
+
+
+class _Stream:
+    """Runs a graph node by node on all batches at once, keeping only what is still needed."""
+
+    def __init__(self, traced: fx.GraphModule, batches: Sequence[Tensor]) -> None:
+        self.interpreter = [fx.Interpreter(traced) for _ in batches]
+        for interpreter, batch in zip(self.interpreter, batches, strict=True):
+            interpreter.args_iter = iter([batch])
+        self.nodes = iter(traced.graph.nodes)
+
+    def advance(self) -> list[Tensor]:
+        """Runs the next node; returns its output for each batch."""
+        return self._run(next(self.nodes))
+
+    def run_until(self, name: str) -> list[Tensor]:
+        """Runs up to and with the node called ``name``."""
+        for node in self.nodes:
+            outputs = self._run(node)
+            if node.name == name:
+                return outputs
+        raise QatTricksError(f'the float reference has no "{name}": give the network that was quantized')
+
+    def _run(self, node: fx.Node) -> list[Any]:
+        outputs = []
+        for interpreter in self.interpreter:
+            output = interpreter.run_node(node)
+            interpreter.env[node] = output
+            for done in interpreter.user_to_last_uses.get(node, []):
+                del interpreter.env[done]
+            outputs.append(output)
+        return outputs
+
+
+class CorrectBias(Trick):
+    """Callback of ``correct_bias``."""
+
+    requires = ("calibrate",)
+
+    def __init__(self, num_images: int = 128) -> None:
+        super().__init__()
+        self.num_images = check_num_images(num_images)
+
+    def apply(self, work: Workbench) -> None:
+        correct_bias(work.network, work.reference, work.batches(self.num_images))

@@ -1,0 +1,96 @@
+"""Let the float network teach the quantized, pruned one.
+
+Hinton et al. 2015, "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), section 2: the loss becomes
+``(1 - weight) * loss + weight * T^2 * KL(softmax(teacher / T) || softmax(student / T))``.
+"""
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from qat_tricks.errors import QatTricksError
+from qat_tricks.lightning import workbench_of
+from qat_tricks.trick import Trick
+from qat_tricks.training import check_fraction
+
+
+def distill(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """The distillation loss, a scalar; gradients reach ``student`` only.
+
+    Args:
+        student, teacher: logits ``[N, classes]``.
+        temperature: softens both distributions; above 0.
+    """
+    log_p = F.log_softmax(student.float() / temperature, dim=-1)
+    q = F.log_softmax(teacher.detach().float() / temperature, dim=-1)
+    return F.kl_div(log_p, q, reduction="batchmean", log_target=True) * temperature**2
+
+
+class _Step:
+    """A ``training_step`` that adds the distillation loss to the module's own."""
+
+    def __init__(self, trick: "Distill", pl_module: pl.LightningModule) -> None:
+        self.trick, self.pl_module = trick, pl_module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        work = workbench_of(self.pl_module)
+        assert work.teacher is not None
+        losses: list[Tensor] = []
+
+        def listen(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            with torch.no_grad():
+                expected = work.teacher(*inputs)  # type: ignore[misc]
+            losses.append(distill(output, expected, temperature=self.trick.temperature))
+
+        handle = work.network.register_forward_hook(listen)
+        try:
+            result = type(self.pl_module).training_step(self.pl_module, *args, **kwargs)
+        finally:
+            handle.remove()
+        if result is None or not losses:
+            raise QatTricksError(
+                f"distill needs {type(self.pl_module).__name__}.training_step to run the network and to return its loss: "
+                "use automatic optimization, or leave distill out"
+            )
+        loss = result["loss"] if isinstance(result, dict) else result
+        loss = (1 - self.trick.weight) * loss + self.trick.weight * torch.stack(losses).mean()
+        return {**result, "loss": loss} if isinstance(result, dict) else loss
+
+
+class Distill(Trick):
+    """Callback: adds ``distill`` to the loss; the teacher is the network as it was before the first trick."""
+
+    needs_teacher = True
+
+    def __init__(self, weight: float = 0.5, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.weight = check_fraction("weight", weight)
+        if temperature <= 0:
+            raise QatTricksError(f"temperature={temperature} is not allowed: give a number above 0")
+        self.temperature = temperature
+        self._teacher_state: dict[str, Tensor] | None = None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        work = workbench_of(pl_module)
+        if work.teacher is None:
+            raise QatTricksError("distill has no teacher: the network was already quantized when it was first seen")
+        if self._teacher_state is not None:  # a resumed run: the teacher is the one of the run before
+            work.teacher.load_state_dict(self._teacher_state)
+        work.teacher.to(pl_module.device).eval().requires_grad_(False)
+        self._teacher_state = work.teacher.state_dict()
+        pl_module.training_step = _Step(self, pl_module)  # type: ignore[method-assign]
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pl_module.__dict__.pop("training_step", None)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.on_fit_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"teacher": self._teacher_state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._teacher_state = state_dict["teacher"]

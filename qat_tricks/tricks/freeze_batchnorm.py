@@ -1,0 +1,48 @@
+"""Freeze the BatchNorm statistics of an unfolded network for the last part of QAT.
+
+Krishnamoorthi 2018, "Quantizing deep convolutional networks for efficient inference" (arXiv 1806.08342), section 4.2.2: once
+the statistics hold still, training sees the normalization that will be folded for inference.
+"""
+
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import fx
+
+from qat_tricks.errors import QatTricksError
+from qat_tricks.graph.nodes import BATCHNORMS
+from qat_tricks.lightning import workbench_of
+from qat_tricks.trick import Trick
+from qat_tricks.training import check_fraction, progress
+from qat_tricks.workbench import Workbench
+
+
+def freeze_batchnorm(traced: fx.GraphModule) -> int:
+    """Puts every BatchNorm of ``traced`` into evaluation mode and returns how many there are.
+
+    ``traced.train()`` thaws them again. Raises QatTricksError if none is left unfolded.
+    """
+    norms = [module for module in traced.modules() if isinstance(module, BATCHNORMS)]
+    if not norms:
+        raise QatTricksError("no BatchNorm is left to freeze: leave out fold_batchnorm, or leave out this trick")
+    for norm in norms:
+        norm.eval()
+    return len(norms)
+
+
+class FreezeBatchnorm(Trick):
+    """Callback: freezes from the fraction ``start`` of the fit on."""
+
+    after = ("fold_batchnorm",)
+
+    def __init__(self, start: float = 0.5) -> None:
+        super().__init__()
+        self.start = check_fraction("start", start)
+
+    def apply(self, work: Workbench) -> None:
+        freeze_batchnorm(work.network)
+        work.network.train(work.network.training)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        if progress(trainer) >= self.start:
+            freeze_batchnorm(workbench_of(pl_module).network)

@@ -1,0 +1,121 @@
+"""Learn the scales together with the weights.
+
+Esser et al. 2020, "Learned Step Size Quantization" (arXiv 1902.08153): the gradient is in ``numerics.fake_quantize``; here the
+scales, begun at the calibrated range, become trainable and reach the user's optimizer in a group of their own, without
+weight decay.
+
+Where this differs: weights of 5 and more bits keep the scale that follows their largest value. Nothing clips there, so
+there is nothing to learn, and their backward costs nothing. The scale of the network's input stays as calibrated: the
+images do not change.
+"""
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import fx, nn
+
+from qat_tricks.errors import QatTricksError
+from qat_tricks.graph import nodes as n
+from qat_tricks.graph.layers import activation_quantizers, layers
+from qat_tricks.graph.spec import QUANTIZERS, spec_of
+from qat_tricks.lightning import workbench_of
+from qat_tricks.trick import Trick
+from qat_tricks.workbench import Workbench
+
+
+def learn_scales(traced: fx.GraphModule) -> list[nn.Parameter]:
+    """Makes the scales of ``traced`` trainable and returns them.
+
+    Raises:
+        QatTricksError: there are no quantizers, or they have no range yet.
+    """
+    quantizers = activation_quantizers(traced)
+    if not quantizers or not all(q.is_calibrated for q in quantizers.values()):
+        raise QatTricksError("scales can be learned only from a range: quantize and calibrate first")
+    spec = spec_of(traced)
+    scales = []
+    of_inputs = {
+        str(node.target)
+        for node in traced.graph.nodes
+        if node.op == "call_module" and node.all_input_nodes and node.all_input_nodes[0].op == "placeholder"
+    }
+    for name, quantizer in quantizers.items():
+        if name not in of_inputs:
+            spec["activations"][name.removeprefix(f"{QUANTIZERS}.")]["learned"] = True
+            scales.append(quantizer.scale.requires_grad_())
+    for name, layer in layers(traced).items():
+        if layer.weight_quantizer is not None and layer.weight_quantizer.scale is not None:
+            spec["layers"][name]["learned"] = True
+            scales.append(layer.weight_quantizer.scale.requires_grad_())
+    return scales
+
+
+def give_scales_own_group(
+    optimizer: torch.optim.Optimizer, scales: list[nn.Parameter], schedulers: list[Any], lr_factor: float | None
+) -> None:
+    """Moves the ``scales`` that ``optimizer`` holds out of its groups into new ones without weight decay.
+
+    Each new group copies the settings of the group it leaves, so that schedulers treat both alike; what a scheduler keeps
+    a group (base learning rates and the like) is continued for the new group.
+
+    Args:
+        optimizer: with or without the scales among its parameters.
+        scales: parameters to move.
+        schedulers: the optimizer's learning rate schedulers.
+        lr_factor: the scales' learning rate over their old group's; None: 1 for SGD, else 0.01 (an adaptive optimizer steps
+            by the learning rate itself, and scales are of the order of 0.01).
+    """
+    factor = lr_factor if lr_factor is not None else 1.0 if isinstance(optimizer, torch.optim.SGD) else 0.01
+    own = {id(scale) for scale in scales}
+    for index, group in enumerate(list(optimizer.param_groups)):
+        moved = [p for p in group["params"] if id(p) in own]
+        if not moved:
+            continue
+        group["params"] = [p for p in group["params"] if id(p) not in own]
+        settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        for key in ("lr", "initial_lr", "max_lr", "min_lr"):
+            if key in settings:
+                settings[key] = settings[key] * factor
+        optimizer.param_groups.append({**settings, "params": moved, "weight_decay": 0.0, "name": "scales"})
+        for scheduler in _flatten(schedulers):
+            for key, values in vars(scheduler).items():
+                if isinstance(values, list) and len(values) == len(optimizer.param_groups) - 1 and key in _PER_GROUP:
+                    values.append(values[index] * factor if isinstance(values[index], float) else values[index])
+
+
+_PER_GROUP = {"base_lrs", "lr_lambdas", "min_lrs", "max_lrs", "_last_lr"}
+
+
+def _flatten(schedulers: list[Any]) -> list[Any]:
+    """The schedulers, and those inside a SequentialLR or ChainedScheduler."""
+    return [s for outer in schedulers for s in (outer, *_flatten(getattr(outer, "_schedulers", [])))]
+
+
+class LearnScales(Trick):
+    """Callback of ``learn_scales``."""
+
+    requires = ("calibrate",)
+    after = ("correct_weights", "correct_bias")
+
+    def __init__(self, lr_factor: float | None = None) -> None:
+        super().__init__()
+        if lr_factor is not None and lr_factor <= 0:
+            raise QatTricksError(f"lr_factor={lr_factor} is not allowed: give a number above 0, or null for the default")
+        self.lr_factor = lr_factor
+
+    def apply(self, work: Workbench) -> None:
+        learn_scales(work.network)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        network = workbench_of(pl_module).network
+        scales = [q.scale for q in activation_quantizers(network).values() if q.scale.requires_grad]
+        scales += [
+            layer.weight_quantizer.scale
+            for layer in layers(network).values()
+            if layer.weight_quantizer is not None and layer.weight_quantizer.scale is not None
+        ]
+        configs = trainer.lr_scheduler_configs
+        for optimizer in trainer.optimizers:
+            schedulers = [c.scheduler for c in configs if getattr(c.scheduler, "optimizer", None) is optimizer]
+            give_scales_own_group(optimizer, scales, schedulers, self.lr_factor)

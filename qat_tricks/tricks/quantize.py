@@ -1,0 +1,76 @@
+"""Place quantizers where integer kernels have them; weights get their scales at once.
+
+Weights of 5 and more bits take the scale of their largest value, and it goes on following the weight. Below that, rounding
+is so coarse that clipping pays: each channel takes the scale of least squared error.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from torch import fx
+
+from qat_tricks.graph.layers import layers
+from qat_tricks.graph.place import place_quantizers
+from qat_tricks.graph.spec import spec_of
+from qat_tricks.numerics.scheme import activation_scheme, weight_scheme
+from qat_tricks.trick import Trick
+from qat_tricks.workbench import Workbench
+
+OWN_SCALE_BITS = 4  # weights of so many bits or fewer have a scale of their own
+
+
+def quantize(
+    traced: fx.GraphModule,
+    *,
+    weight_bits: int = 8,
+    activation_bits: int = 8,
+    first_last_bits: int | None = 8,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    overrides: Mapping[str, Mapping[str, int]] | None = None,
+) -> fx.GraphModule:
+    """Places quantizers (see ``place_quantizers`` for the arguments and errors); activations then await ``calibrate``."""
+    place_quantizers(
+        traced,
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        first_last_bits=first_last_bits,
+        include=include,
+        exclude=exclude,
+        overrides=overrides,
+    )
+    for name, layer in layers(traced).items():
+        if layer.weight_quantizer is not None and layer.weight_quantizer.scheme.bits <= OWN_SCALE_BITS:
+            layer.weight_quantizer.fit_mse(layer.masked_weight())
+            spec_of(traced)["layers"][name]["scale"] = True
+    return traced
+
+
+class Quantize(Trick):
+    """Callback of ``quantize``."""
+
+    after = ("fold_batchnorm", "equalize")
+
+    def __init__(
+        self,
+        weight_bits: int = 8,
+        activation_bits: int = 8,
+        first_last_bits: int | None = 8,
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+        overrides: Mapping[str, Mapping[str, int]] | None = None,
+    ) -> None:
+        super().__init__()
+        # Bits are checked now: before anything has been trained.
+        weight_scheme(weight_bits), activation_scheme(activation_bits)
+        self.settings = {
+            "weight_bits": weight_bits,
+            "activation_bits": activation_bits,
+            "first_last_bits": first_last_bits,
+            "include": tuple(include),
+            "exclude": tuple(exclude),
+            "overrides": {pattern: dict(bits) for pattern, bits in (overrides or {}).items()},
+        }
+
+    def apply(self, work: Workbench) -> None:
+        work.keep_reference()
+        quantize(work.network, **self.settings)

@@ -1,0 +1,63 @@
+"""Estimate the BatchNorm statistics of an unfolded network anew, with its quantizers on.
+
+Nagel et al. 2022, "Overcoming Oscillations in Quantization-Aware Training" (arXiv 2203.11086), section 5.1: oscillating
+weights leave running statistics that fit none of the networks they averaged over.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, fx
+
+from qat_tricks.errors import QatTricksError
+from qat_tricks.graph.nodes import BATCHNORMS
+from qat_tricks.lightning import workbench_of
+from qat_tricks.progress import track
+from qat_tricks.trick import Trick, check_num_images
+from qat_tricks.workbench import Workbench
+
+
+@torch.no_grad()
+def reestimate_batchnorm(traced: fx.GraphModule, batches: Sequence[Tensor]) -> fx.GraphModule:
+    """Replaces running means and variances by their plain average over ``batches`` (``[N, C, H, W]`` each), in place.
+
+    Raises:
+        QatTricksError: no batches, or no BatchNorm is left unfolded.
+    """
+    norms = [m for m in traced.modules() if isinstance(m, BATCHNORMS) and m.running_mean is not None]
+    if not norms:
+        raise QatTricksError("no BatchNorm is left to re-estimate: leave out fold_batchnorm, or leave out this trick")
+    if not batches:
+        raise QatTricksError("there are no images to re-estimate BatchNorm on: give a loader that yields at least one batch")
+    was_training, momenta = traced.training, [norm.momentum for norm in norms]
+    traced.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative average
+        norm.train()
+    for batch in track(batches, "re-estimate BatchNorm"):
+        traced(batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return traced.train(was_training)
+
+
+class ReestimateBatchnorm(Trick):
+    """Callback: at once where nothing is trained, else at the end of the last epoch, before its checkpoint is written."""
+
+    after = ("quantize", "calibrate", "correct_weights", "correct_bias")
+
+    def __init__(self, num_images: int = 512) -> None:
+        super().__init__()
+        self.num_images = check_num_images(num_images)
+
+    def apply(self, work: Workbench) -> None:
+        if not work.trains:
+            reestimate_batchnorm(work.network, work.batches(self.num_images))
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if trainer.current_epoch + 1 == trainer.max_epochs:
+            work = workbench_of(pl_module)
+            reestimate_batchnorm(work.network, work.batches(self.num_images))

@@ -1,0 +1,106 @@
+"""What tricks work on: a traced network, images to look at, and the float networks to compare with."""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from qat_tricks.errors import QatTricksError
+from qat_tricks.graph.spec import spec_of
+from qat_tricks.graph.trace import trace
+
+
+class Workbench:
+    """A network under work.
+
+    Attributes:
+        network: the traced network; tricks change it in place.
+        reference: the float network with the structure of the quantized one (folded, equalized), kept by ``quantize``.
+        loader: called with a number of images, yields batches of training images, at least so many if there are.
+        teacher: the float network as it came, for distillation.
+        network_name: the attribute of the LightningModule that holds the network, if there is one.
+        trains: whether training follows; without it a trick that acts gradually does all at once.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loader: Callable[[int], Iterable[Any]] | None = None,
+        *,
+        teacher: nn.Module | None = None,
+    ) -> None:
+        self.network = trace(network)
+        self.loader = loader
+        self.teacher = teacher
+        self.network_name = ""
+        self.trains = False
+        self._reference: fx.GraphModule | None = None
+
+    def batches(self, num_images: int) -> list[Tensor]:
+        """The first ``num_images`` images of the loader, on the network's device, in batches ``[N, C, H, W]``.
+
+        Raises:
+            QatTricksError: there is no loader, it is empty, or its images are not finite numbers.
+        """
+        if self.loader is None:
+            raise QatTricksError("this recipe needs images to calibrate on: give a loader of training images")
+        device = next((p.device for p in self.network.parameters()), torch.device("cpu"))
+        batches: list[Tensor] = []
+        missing = num_images
+        for batch in self.loader(num_images):
+            images = images_of(batch)[:missing].to(device)
+            if not torch.isfinite(images).all():
+                raise QatTricksError("the calibration loader yields NaN or infinite pixels: check its transforms")
+            batches.append(images)
+            missing -= len(images)
+            if missing <= 0:
+                break
+        if not batches:
+            raise QatTricksError("the calibration loader is empty: give one that yields at least one batch of images")
+        return batches
+
+    @property
+    def reference(self) -> fx.GraphModule:
+        if self._reference is None:
+            raise QatTricksError("there is no float reference: place quantizers with the quantize trick first")
+        return self._reference
+
+    def keep_reference(self) -> None:
+        """Keeps a copy of the network as it is now: still float, already folded and equalized."""
+        self._reference = copy.deepcopy(self.network)
+
+    def drop_reference(self) -> None:
+        """Frees the copy."""
+        self._reference = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles of a LightningModule take along neither its trainer's loaders nor a second network.
+        return {**self.__dict__, "loader": None, "_reference": None}
+
+    @property
+    def applied(self) -> list[str]:
+        """Names of the tricks done in the current stage."""
+        return spec_of(self.network).setdefault("applied", [])
+
+
+def images_of(batch: Any) -> Tensor:
+    """The images of a batch: the batch itself, its first element, or the first tensor of a mapping.
+
+    Raises:
+        QatTricksError: there is no floating-point tensor where images are looked for.
+    """
+    if isinstance(batch, Mapping):
+        candidates = list(batch.values())
+    elif isinstance(batch, (list, tuple)):
+        candidates = list(batch[:1])
+    else:
+        candidates = [batch]
+    for candidate in candidates:
+        if isinstance(candidate, Tensor) and candidate.is_floating_point():
+            return candidate
+    raise QatTricksError(
+        f"a batch of type {type(batch).__name__} holds no images: yield a float tensor, a tuple that begins with one, "
+        "or a mapping that holds one"
+    )
