@@ -40,12 +40,18 @@ def attach(trick: Trick, trainer: pl.Trainer, pl_module: pl.LightningModule) -> 
         saved = _saved_spec(trainer)
         teacher = copy.deepcopy(network) if any(t.needs_teacher for t in tricks) else None
         work = Workbench(network if saved is None else rebuild(network, saved), teacher=teacher)
-        work.network_name = name
-        pl_module.set_submodule(name, work.network)
-        setattr(pl_module, _ATTRIBUTE, work)
-    check_order(tricks, work.applied)
+        attach_workbench(pl_module, work, name)
+    check_order(tricks, work.history)
     work.loader = lambda num_images: _network_inputs(trainer, pl_module, work, num_images)
     work.trains = trainer.state.fn == "fit"
+    return work
+
+
+def attach_workbench(pl_module: pl.LightningModule, work: Workbench, name: str) -> Workbench:
+    """Puts the network of ``work`` in its place in ``pl_module``, as submodule ``name``, and returns ``work``."""
+    work.network_name = name
+    pl_module.set_submodule(name, work.network)
+    setattr(pl_module, _ATTRIBUTE, work)
     return work
 
 
@@ -196,6 +202,30 @@ def describe(pl_module: pl.LightningModule) -> dict[str, Any]:
     return {"network": work.network_name, "spec": copy.deepcopy(spec_of(work.network))}
 
 
+def save_checkpoint(pl_module: pl.LightningModule, path: str | Path) -> None:
+    """Writes a checkpoint of ``pl_module`` as a trainer would, without one; atomically.
+
+    Raises:
+        QatTricksError: the path cannot be written.
+    """
+    path = Path(path)
+    checkpoint = {
+        "epoch": 0,
+        "global_step": 0,
+        "pytorch-lightning_version": pl.__version__,
+        "state_dict": pl_module.state_dict(),
+        "hyper_parameters": dict(pl_module.hparams),
+    }
+    if _ATTRIBUTE in pl_module.__dict__:
+        checkpoint[CHECKPOINT_KEY] = describe(pl_module)
+    unfinished = path.with_name(path.name + ".part")
+    try:
+        torch.save(checkpoint, unfinished)
+        unfinished.replace(path)
+    except (OSError, RuntimeError) as error:
+        raise QatTricksError(f"{path} cannot be written ({error}): give a folder that can") from error
+
+
 def load_from_checkpoint(
     module_class: type[pl.LightningModule], path: str | Path, *, strict: bool = True, **kwargs: Any
 ) -> pl.LightningModule:
@@ -217,10 +247,8 @@ def load_from_checkpoint(
     module = module_class(**{**hyperparameters, **kwargs})
     saved = checkpoint.get(CHECKPOINT_KEY)
     if saved is not None:
-        work = Workbench(rebuild(module.get_submodule(find_network(module, saved["network"])), saved["spec"]))
-        work.network_name = saved["network"]
-        module.set_submodule(saved["network"], work.network)
-        setattr(module, _ATTRIBUTE, work)
+        name = find_network(module, saved["network"])
+        attach_workbench(module, Workbench(rebuild(module.get_submodule(name), saved["spec"])), name)
     try:
         module.load_state_dict(checkpoint["state_dict"], strict=strict)
     except RuntimeError as error:

@@ -48,6 +48,7 @@ class Trick(pl.Callback):
             return False
         self.apply(work)
         work.applied.append(self.name)
+        work.history.append(self.name)
         return True
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:

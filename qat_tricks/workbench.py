@@ -84,6 +84,11 @@ class Workbench:
         """Names of the tricks done in the current stage."""
         return spec_of(self.network).setdefault("applied", [])
 
+    @property
+    def history(self) -> list[str]:
+        """Names of the tricks done in all stages, in order."""
+        return spec_of(self.network).setdefault("history", [])
+
 
 def images_of(batch: Any) -> Tensor:
     """The images of a batch: the batch itself, its first element, or the first tensor of a mapping.

@@ -40,7 +40,7 @@ class Layer(nn.Module):
 
     def effective_bias(self) -> Tensor | None:
         """The bias the layer computes with: in evaluation on the grid of an integer kernel's int32 bias."""
-        if self.bias is None or self.training or not self.is_quantizing or not self.input_quantizer:
+        if self.bias is None or self.training or not self.is_quantizing or not self.has_input_scale:
             return self.bias
         scale = self.bias_scale()
         on_grid = (torch.round(self.bias.detach() / scale) * scale).to(self.bias.dtype)
@@ -51,6 +51,11 @@ class Layer(nn.Module):
         """Whether the layer's weight is fake-quantized now."""
         return self.weight_quantizer is not None and self.weight_quantizer.enabled
 
+    @property
+    def has_input_scale(self) -> bool:
+        """Whether the layer's input is on a grid, and which one is known."""
+        return bool(self.input_quantizer) and self.input_quantizer[0].is_calibrated
+
     def weight_scale(self, weight: Tensor) -> Tensor:
         """The weight's scale in evaluation and export, shape ``[1, .., C, .., 1]``.
 
@@ -59,7 +64,7 @@ class Layer(nn.Module):
         """
         assert self.weight_quantizer is not None
         scale = self.weight_quantizer.current_scale(weight)
-        if self.bias is None or not self.input_quantizer:
+        if self.bias is None or not self.has_input_scale:
             return scale
         smallest = self.bias.detach().float().abs() / (self.input_quantizer[0].current_scale().detach() * 2.0**30)
         if scale.numel() == 1:

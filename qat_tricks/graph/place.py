@@ -56,6 +56,10 @@ def place_quantizers(
     calls = [node for node in traced.graph.nodes if n.calls_layer(node, traced)]
     names = list(dict.fromkeys(str(node.target) for node in calls))
     overrides = overrides or {}
+    for pattern, bits in overrides.items():
+        for key in bits:
+            if key not in _OVERRIDES:
+                raise QatTricksError(f'override "{pattern}" has no setting "{key}": {did_you_mean(key, _OVERRIDES)}')
     _check_patterns([*include, *exclude, *overrides], names)
     chosen = [name for name in names if _matches(name, include) and not _matches(name, exclude)]
     if not chosen:

@@ -7,6 +7,7 @@
     layers       {name: {"weight": scheme, "scale": bool, "mask": bool}}
     activations  {name: {"scheme": scheme, "activation": "relu" | "relu6" | None, "nodes": [node, ...], "learned": bool}}
     applied      [trick, ...]                  tricks done in the current stage
+    history      [trick, ...]                  tricks done in all stages
 
 ``node`` is a node's name in the traced graph, ``layer`` and ``name`` in ``layers`` a submodule's. Values (weights, scales, zero
 points, masks) are in the state dict, under the keys that ``rebuild`` recreates.

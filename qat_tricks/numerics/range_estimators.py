@@ -63,7 +63,7 @@ class MovingAverage(MinMax):
 class Histogram(MinMax):
     """Extremes of all values, and a histogram over ``[-reach, reach]`` of a strided sample of them."""
 
-    bins = 8192
+    bins = 4096
     sample = 65536  # values a batch at most; the extremes are always those of every value
 
     def __init__(self) -> None:
@@ -129,11 +129,13 @@ class MSE(Histogram):
             return low * factor, high * factor
         # One end at a time, twice: the ends interact only through the step between them.
         best_low, best_high = low, high
-        for _ in range(2):
-            highs = max(high, 0.0) * shrink
-            best_high = float(highs[int(_squared_errors(centers, counts, best_low, highs, scheme).argmin())])
-            lows = min(low, 0.0) * shrink
-            best_low = float(lows[int(_squared_errors(centers, counts, lows, best_high, scheme).argmin())])
+        for _ in range(2 if low < 0 < high else 1):
+            if high > 0:
+                highs = high * shrink
+                best_high = float(highs[int(_squared_errors(centers, counts, best_low, highs, scheme).argmin())])
+            if low < 0:
+                lows = low * shrink
+                best_low = float(lows[int(_squared_errors(centers, counts, lows, best_high, scheme).argmin())])
         return best_low, best_high
 
 

@@ -5,8 +5,8 @@ section 4 ("per-channel bias correction"): ``w_q <- xi * (w_q + mu)`` with ``mu 
 ``xi = ||w - E[w]|| / ||w_q - E[w_q]||``.
 
 Where this differs: a quantized weight cannot leave its grid. ``xi`` scales the weight and with it the scale, which
-scales the quantized weight exactly; ``mu`` moves the weight before it is rounded, and is kept only where it brings the
-quantized mean nearer without costing accuracy of the weights themselves.
+scales the quantized weight exactly; ``mu`` moves the weight before it is rounded. Of no correction, ``xi`` alone, and both,
+each channel keeps what brings its mean and standard deviation nearest to the float ones.
 """
 
 import torch
@@ -41,22 +41,34 @@ def _correct(layer: Layer) -> None:
     mask = torch.ones_like(target) if layer.weight_mask is None else layer.weight_mask
     mean, std = _statistics(target)
 
-    def quantized(weight: Tensor) -> Tensor:
-        return layer.weight_quantizer(weight * mask)  # type: ignore[misc]
+    quantizer = layer.weight_quantizer
 
-    weight = layer.weight.clone()
-    shifted = weight + mean - _statistics(quantized(weight))[0]
-    dims = list(range(1, weight.dim()))
-    before, after = quantized(weight), quantized(shifted)
-    closer = (_statistics(after)[0] - mean).abs() < (_statistics(before)[0] - mean).abs()
-    dearer = (after - target).square().sum(dims, keepdim=True) > 1.05 * (before - target).square().sum(dims, keepdim=True)
-    weight = torch.where(closer & ~dearer, shifted, weight)
+    def quantized(weight: Tensor, ratio: Tensor | float = 1.0) -> Tensor:
+        scale = None if quantizer.scale is None else quantizer.current_scale(weight) * ratio
+        return quantizer(weight * mask, scale)
 
-    spread = _statistics(quantized(weight))[1]
-    ratio = torch.where(spread > 0, std / spread.clamp_min(1e-30), torch.ones_like(std)).clamp(0.5, 2.0)
-    layer.weight.copy_(weight * ratio)
+    def rescaled(weight: Tensor) -> tuple[Tensor, Tensor]:
+        spread = _statistics(quantized(weight))[1]
+        ratio = torch.where(spread > 0, std / spread.clamp_min(1e-30), torch.ones_like(std)).clamp(0.5, 2.0)
+        return weight * ratio, ratio
+
+    weight = layer.weight.detach().float()
+    best, best_ratio, best_error = weight, torch.ones_like(std), _distance(quantized(weight), mean, std)
+    for candidate, ratio in (rescaled(weight), rescaled(weight + mean - _statistics(quantized(weight))[0])):
+        error = _distance(quantized(candidate, ratio), mean, std)
+        best, best_ratio, best_error = (
+            torch.where(error < best_error, new, old)
+            for new, old in ((candidate, best), (ratio, best_ratio), (error, best_error))
+        )
+    layer.weight.copy_(best)
     if layer.weight_quantizer.scale is not None:
-        layer.weight_quantizer.scale.mul_(ratio)
+        layer.weight_quantizer.scale.mul_(best_ratio)
+
+
+def _distance(weight: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """How far mean and standard deviation of each channel are from ``mean`` and ``std``, ``[C, 1, ..]``."""
+    got_mean, got_std = _statistics(weight)
+    return (got_mean - mean).abs() + (got_std - std).abs()
 
 
 class CorrectWeights(Trick):

@@ -34,6 +34,8 @@ class _Step:
 
     def __init__(self, trick: "Distill", pl_module: pl.LightningModule) -> None:
         self.trick, self.pl_module = trick, pl_module
+        # The module's own step, whose signature Lightning reads through this name, as of any decorated function.
+        self.__wrapped__ = pl_module.training_step
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         work = workbench_of(self.pl_module)
@@ -47,7 +49,7 @@ class _Step:
 
         handle = work.network.register_forward_hook(listen)
         try:
-            result = type(self.pl_module).training_step(self.pl_module, *args, **kwargs)
+            result = self.__wrapped__(*args, **kwargs)
         finally:
             handle.remove()
         if result is None or not losses:

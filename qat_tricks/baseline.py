@@ -1,0 +1,85 @@
+"""The float network that a recipe starts from: measured, or trained once and kept."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+from platformdirs import user_cache_dir
+from rich.console import Console
+
+from qat_tricks import __version__
+from qat_tricks.classifier import Classifier
+from qat_tricks.models import build_model
+
+
+def cache_dir() -> Path:
+    """Where float baselines are kept: the user's cache folder, or ``QAT_TRICKS_CACHE``."""
+    return Path(os.environ.get("QAT_TRICKS_CACHE") or user_cache_dir("qat_tricks")) / "baselines"
+
+
+def prepare_baseline(
+    config: DictConfig, module: Classifier, datamodule: pl.LightningDataModule, trainer: Mapping[str, Any]
+) -> None:
+    """Gives ``module`` its float weights: those of ``model.weights``, or trained here, or trained here before.
+
+    A network trained here is kept under a key of all that made it (model, data, training, seed, versions), so that a sweep
+    trains it once.
+
+    Args:
+        config: the composed config of a run.
+        module: the classifier, with fresh weights.
+        datamodule: set up.
+        trainer: arguments of ``pl.Trainer``.
+
+    Raises:
+        QatTricksError: weights that are missing, damaged or of another network.
+    """
+    weights = config.model.weights
+    if weights is not None:
+        module.network = build_model(**{**module.hparams["model"], "weights": weights})
+        if not config.baseline.finetune:
+            return
+    kept = cache_dir() / f"{_key(config)}.pt"
+    if config.baseline.cache and _restore(module, kept):
+        return
+    module.train().lr = config.baseline.lr
+    pl.Trainer(max_epochs=config.baseline.epochs, enable_checkpointing=False, **trainer).fit(module, datamodule=datamodule)
+    if config.baseline.cache:
+        _keep(module, kept)
+
+
+def _key(config: DictConfig) -> str:
+    made_by: dict[str, Any] = {
+        name: OmegaConf.to_container(config[name], resolve=True) for name in ("model", "data", "baseline", "optimizer", "trainer")
+    }
+    weights = Path(str(config.model.weights))
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
+    made_by |= {"seed": config.seed, "weights": digest, "torch": torch.__version__, "qat_tricks": __version__}
+    return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _restore(module: Classifier, kept: Path) -> bool:
+    if not kept.is_file():
+        return False
+    try:
+        module.network.load_state_dict(torch.load(kept, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch raises many kinds for a damaged file; training again mends any of them
+        Console(stderr=True).print(f"the kept float baseline {kept.name} is damaged ({type(error).__name__}): training it again")
+        return False
+    return True
+
+
+def _keep(module: Classifier, kept: Path) -> None:
+    unfinished = kept.with_suffix(f".{os.getpid()}.part")
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(module.network.state_dict(), unfinished)
+        unfinished.replace(kept)
+    except (OSError, RuntimeError) as error:
+        Console(stderr=True).print(f"the float baseline could not be kept in {kept.parent} ({error}); the run goes on")

@@ -1,0 +1,66 @@
+"""The LightningModule that ``train.py`` trains; users bring their own."""
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from qat_tricks.models import build_model
+
+
+class Classifier(pl.LightningModule):
+    """An image classifier trained by SGD with Nesterov momentum under a one-cycle schedule.
+
+    Args:
+        model: arguments of ``build_model``, as plain data, so that a checkpoint rebuilds its own network.
+        data: the data's settings, kept for whoever evaluates the checkpoint.
+        lr: peak learning rate.
+        momentum, weight_decay: of SGD.
+        label_smoothing: of the cross entropy, 0 to 1.
+    """
+
+    def __init__(
+        self,
+        model: dict[str, Any],
+        data: dict[str, Any] | None = None,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.network = build_model(**model)
+        self.lr = lr
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns logits ``[N, classes]`` for images ``[N, C, H, W]``."""
+        return self.network(images)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        loss = F.cross_entropy(self(images), labels, label_smoothing=self.hparams["label_smoothing"])
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, labels = batch
+        logits = self(images)
+        self.log("val/loss", F.cross_entropy(logits, labels))
+        self.log("val/accuracy", (logits.argmax(1) == labels).float().mean(), prog_bar=True)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = torch.optim.SGD(
+            self.parameters(),
+            lr=self.lr,
+            momentum=self.hparams["momentum"],
+            weight_decay=self.hparams["weight_decay"],
+            nesterov=self.hparams["momentum"] > 0,
+        )
+        steps = max(2, int(self.trainer.estimated_stepping_batches))
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=self.lr, total_steps=steps, pct_start=0.2, cycle_momentum=False
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,227 @@
+"""One run: data, float baseline, the stages of a recipe, export, and the evidence in the run's folder."""
+
+import json
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from torch import Tensor, nn
+
+from qat_tricks.baseline import prepare_baseline
+from qat_tricks.classifier import Classifier
+from qat_tricks.config import recipe_of
+from qat_tricks.data import ImageData, build_data
+from qat_tricks.deploy.export import export_onnx
+from qat_tricks.deploy.latency import measure_latency
+from qat_tricks.deploy.session import open_session, run_batch
+from qat_tricks.deploy.weights import file_bytes, weight_sparsity
+from qat_tricks.errors import QatTricksError
+from qat_tricks.evidence.device import measure_device
+from qat_tricks.evidence.ledger import Ledger, LedgerRow, check_drop
+from qat_tricks.evidence.metrics import Metrics, agreement, evaluate_classifier
+from qat_tricks.evidence.report import write_report
+from qat_tricks.lightning import save_checkpoint
+from qat_tricks.loggers import log_report
+from qat_tricks.recipes import Recipe, Stage
+from qat_tricks.stages import run_stages
+
+PARITY_IMAGES = 512  # images on which each export is compared with its simulation
+
+Logger = Any  # one of Lightning's loggers, several, or False
+
+
+def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[str, Any]:
+    """Runs one composed and checked config and returns the report that it has written to ``folder``.
+
+    The folder holds ``report.json``, ``report.md``, ``ledger.json``, ``model.onnx``, ``model_fp32.onnx``, ``model.ckpt``,
+    ``config.yaml`` and, of stages but the last, ``stages/NAME.onnx``.
+
+    Raises:
+        QatTricksError: bad input, a stage that loses more than it may, or an export that does not run as simulated.
+    """
+    torch.set_num_threads(config.measure.threads)
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(config, folder / "config.yaml", resolve=True)
+    recipe = recipe_of(config)
+    data = build_data(**OmegaConf.to_container(config.data, resolve=True))  # type: ignore[arg-type]
+    data.prepare_data()
+    data.setup()
+    module = _classifier(config, data)
+    trainer = {**OmegaConf.to_container(config.trainer, resolve=True), "logger": logger}  # type: ignore[dict-item]
+    run = _Run(config, folder, recipe, data, module)
+
+    _check_classes(module.network, data)
+    started = time.perf_counter()
+    prepare_baseline(config, module, data, trainer)
+    run.measure_stage("fp32", module.network, started, folder / "model_fp32.onnx")
+    run_stages(module, data, recipe, trainer=trainer, after_stage=run.after_stage)
+    save_checkpoint(module, folder / "model.ckpt")
+    report = run.report()
+    write_report(folder, report)
+    console = Console()
+    console.print(run.ledger.as_table())
+    log_report(logger, report, folder)
+    return report
+
+
+def _classifier(config: DictConfig, data: ImageData) -> Classifier:
+    model = {
+        "name": config.model.name,
+        "factory": config.model.factory,
+        "num_classes": data.num_classes,
+        "in_channels": data.in_channels,
+    }
+    return Classifier(
+        model=model,
+        data=OmegaConf.to_container(config.data, resolve=True),  # type: ignore[arg-type]
+        lr=config.baseline.lr,
+        **config.optimizer,
+    )
+
+
+def _check_classes(network: nn.Module, data: ImageData) -> None:
+    images, _ = next(iter(data.test_dataloader()))
+    training = network.training
+    with torch.no_grad():
+        logits = network.eval()(images[:1])
+    network.train(training)
+    if logits.shape[-1] != data.num_classes:
+        raise QatTricksError(
+            f"the network has {logits.shape[-1]} classes and the data {data.num_classes}: choose a network or weights with "
+            f"{data.num_classes}, or data with {logits.shape[-1]}"
+        )
+
+
+class _Run:
+    """What a run has measured so far."""
+
+    def __init__(self, config: DictConfig, folder: Path, recipe: Recipe, data: ImageData, module: Classifier) -> None:
+        self.config, self.folder, self.recipe, self.data, self.module = config, folder, recipe, data, module
+        self.ledger = Ledger()
+        self.stage_started = time.perf_counter()
+        self.parity: dict[str, float] = {}
+        self.shape = (data.in_channels, *data.image_size)
+        self.example = torch.zeros(2, *self.shape)
+
+    @property
+    def model_path(self) -> Path:
+        return self.folder / "model.onnx"
+
+    def after_stage(self, stage: Stage, network: nn.Module) -> None:
+        """Measures the network after a stage, and stops the run if the stage lost more than it may."""
+        is_last = stage is self.recipe.stages[-1]
+        path = self.model_path if is_last else self.folder / "stages" / f"{stage.name}.onnx"
+        before = self.ledger.stages[-1].after.accuracy
+        metrics = self.measure_stage(stage.name, network, self.stage_started, path)
+        check_drop(stage.name, before, metrics.accuracy, stage.max_drop, ledger_path=self.folder / "ledger.json")
+
+    def measure_stage(self, name: str, network: nn.Module, started: float, path: Path) -> Metrics:
+        """Measures ``network`` as it is simulated, exports it to ``path``, and enters both in the ledger."""
+        network.to("cpu").eval()
+        metrics = self._evaluate(network, name)
+        before = self.ledger.stages[-1].after if self.ledger.stages else None
+        self.ledger.add(LedgerRow(name=name, before=before, after=metrics, seconds=time.perf_counter() - started))
+        self.ledger.write(self.folder / "ledger.json")  # before the export, which may refuse
+        images = (batch for batch, _ in islice(self.data.test_dataloader(), _batches(PARITY_IMAGES, self.data.batch_size)))
+        self.parity = export_onnx(
+            network,
+            path,
+            self.example,
+            images=images,
+            metadata=self._metadata(),
+            min_top1_agreement=self.config.measure.min_top1_agreement,
+        ).as_dict()
+        self._enter_costs(path)
+        self.stage_started = time.perf_counter()
+        return metrics
+
+    def _enter_costs(self, path: Path) -> None:
+        measure = self.config.measure
+        latency = measure_latency(
+            {"model": path},
+            image_shape=self.shape,
+            batch_size=measure.batch_size,
+            threads=measure.threads,
+            runs=measure.runs,
+            max_seconds=measure.max_seconds,
+        )["model"]
+        row = self.ledger.stages.pop()
+        costs = {"size_bytes": file_bytes(path), "latency_ms": latency, "sparsity": weight_sparsity(path)}
+        self.ledger.add(LedgerRow(**{**vars(row), **costs}))
+        self.ledger.write(self.folder / "ledger.json")
+
+    def _evaluate(self, predict: Any, description: str) -> Metrics:
+        return evaluate_classifier(
+            predict, self.data.test_dataloader(), self.data.num_classes, description=f"measure {description}"
+        )
+
+    def _metadata(self) -> dict[str, str]:
+        return {
+            f"qat_tricks.{key}": json.dumps(value)
+            for key, value in {
+                "recipe": self.recipe.name,
+                "model": self.module.hparams["model"],
+                "data": self.module.hparams["data"],
+                "preprocessing": _preprocessing(self.data),
+                "class_names": list(self.data.class_names),
+            }.items()
+        }
+
+    def report(self) -> dict[str, Any]:
+        """Runs the final ONNX file itself, and puts everything together under DESIGN's keys."""
+        if not self.recipe.stages:  # recipe=fp32: the float network is the result
+            self.model_path.write_bytes((self.folder / "model_fp32.onnx").read_bytes())
+        started = time.perf_counter()
+        session = open_session(self.model_path, threads=self.config.measure.threads)
+
+        def predict(images: Tensor) -> Tensor:
+            return torch.from_numpy(run_batch(session, images.numpy()))
+
+        metrics = self._evaluate(predict, "onnx")
+        last = self.ledger.stages[-1]
+        fp32 = self.ledger.stages[0].after
+        measure = self.config.measure
+        device = measure_device(
+            {"fp32": self.folder / "model_fp32.onnx", "int8": self.model_path},
+            self.shape,
+            batch_size=measure.batch_size,
+            threads=measure.threads,
+            runs=measure.runs,
+            max_seconds=measure.max_seconds,
+        )
+        self.ledger.add(
+            LedgerRow(
+                name="onnx",
+                before=last.after,
+                after=metrics,
+                seconds=time.perf_counter() - started,
+                size_bytes=device["size_bytes"]["int8"],
+                latency_ms=device["latency_ms"]["int8"],
+                sparsity=device["sparsity"],
+            )
+        )
+        self.ledger.write(self.folder / "ledger.json")
+        return {
+            "recipe": self.recipe.name,
+            "model": self.config.model.name,
+            "data": self.config.data.name,
+            "stages": self.ledger.rows(),
+            "agreement": agreement(metrics.predictions, fp32.predictions),
+            "parity": self.parity,
+            **device,
+            "preprocessing": _preprocessing(self.data),
+        }
+
+
+def _preprocessing(data: ImageData) -> dict[str, Any]:
+    return {**data.preprocessing.as_dict(), "hash": data.preprocessing.hash}
+
+
+def _batches(images: int, batch_size: int) -> int:
+    return max(1, -(-images // batch_size))

@@ -1,0 +1,17 @@
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ["WANDB_MODE"] = "offline"
+sys.path.insert(0, str(Path(__file__).parent))  # for nets.py
+
+
+@pytest.fixture(autouse=True)
+def _fresh(tmp_path, monkeypatch):
+    """Each test has its own cache and a fixed seed."""
+    monkeypatch.setenv("QAT_TRICKS_CACHE", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # these networks are too small to share

@@ -1,0 +1,120 @@
+import pytest
+import torch
+import torchvision
+from nets import images, small_net
+from torch import nn
+
+from qat_tricks.errors import QatTricksError
+from qat_tricks.graph import activation_quantizers, float_mode, layers, place_quantizers, spec_of, trace
+
+
+def _placed(net=None, **settings):
+    return place_quantizers(trace(net or small_net()), **settings)
+
+
+def test_float_mode_is_the_float_function():
+    traced = _placed()
+    with float_mode(traced):
+        torch.testing.assert_close(traced(images()), small_net()(images()))
+
+
+def test_points_are_where_integer_kernels_have_them():
+    activations = spec_of(_placed())["activations"]
+    points = {node: entry["activation"] for entry in activations.values() for node in entry["nodes"]}
+    assert points == {
+        "x": None,  # the image
+        "stem_2": "relu",
+        "block_relu": "relu",
+        "block_bn2": None,
+        "block_relu_1": "relu",  # the residual add's
+        "depthwise_2": "relu6",
+        "relu": "relu",
+        "relu_1": "relu",
+        "mean": None,
+    }  # and none after the head: an integer kernel hands out float logits
+
+
+def test_concat_inputs_share_one_quantizer():
+    entry = spec_of(_placed())["activations"]["relu"]
+    assert entry["nodes"] == ["relu", "relu_1"]
+
+
+class MixedConcat(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(1, 4, 1), nn.Conv2d(1, 4, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        return self.c(torch.cat([torch.relu(self.a(x)), self.b(x)], 1)).flatten(1)
+
+
+def test_a_shared_grid_below_zero_keeps_the_relu():
+    traced = _placed(MixedConcat())
+    entry = spec_of(traced)["activations"]["relu"]
+    assert entry["nodes"] == ["relu", "b"]
+    assert entry["activation"] is None
+    with float_mode(traced):
+        torch.testing.assert_close(traced(images(2)), MixedConcat.forward(traced, images(2)))
+
+
+class SharedInPlace(nn.Module):
+    """The shortcut reads what an in-place ReLU has overwritten."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        y = self.a(x)
+        return (self.b(nn.functional.relu(y, inplace=True)) + y).mean([2, 3])
+
+
+def test_in_place_relu_with_another_reader_keeps_its_effect():
+    net = SharedInPlace()
+    traced = _placed(net)
+    with float_mode(traced):
+        torch.testing.assert_close(traced(images(2)), net(images(2)))
+
+
+def test_first_and_last_layer_stay_at_eight_bits():
+    traced = _placed(weight_bits=4, activation_bits=4)
+    bits = {name: layer.weight_quantizer.scheme.bits for name, layer in layers(traced).items()}
+    assert {name for name, b in bits.items() if b == 8} == {"stem.0", "head"}
+    inputs = {name: layer.input_quantizer[0].scheme.bits for name, layer in layers(traced).items()}
+    assert {name for name, b in inputs.items() if b == 8} == {"stem.0", "head"}
+    everywhere = _placed(weight_bits=4, activation_bits=4, first_last_bits=None)
+    assert {layer.weight_quantizer.scheme.bits for layer in layers(everywhere).values()} == {4}
+
+
+def test_include_exclude_and_overrides():
+    traced = _placed(include=["block.*", "left", "right"], exclude=["block.conv2"], overrides={"le*": {"weight_bits": 3}})
+    bits = {name: layer.weight_quantizer.scheme.bits for name, layer in layers(traced).items() if layer.weight_quantizer}
+    assert bits == {"block.conv1": 8, "left": 3, "right": 8}
+
+
+@pytest.mark.parametrize("settings", [{"include": ["stm*"]}, {"exclude": ["stm*"]}, {"overrides": {"stm*": {"weight_bits": 4}}}])
+def test_a_pattern_that_matches_nothing_is_an_error(settings):
+    with pytest.raises(QatTricksError, match=r'"stm\*" matches no'):
+        _placed(**settings)
+
+
+def test_an_unknown_override_is_an_error():
+    with pytest.raises(QatTricksError, match="weight_bits"):
+        _placed(overrides={"head": {"weigth_bits": 4}})
+
+
+def test_nothing_left_is_an_error():
+    with pytest.raises(QatTricksError, match="no conv or linear layer is left"):
+        _placed(exclude=["*"])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "squeezenet1_1", "googlenet", "densenet121", "shufflenet_v2_x1_0"])
+def test_every_layer_of_common_networks_has_a_quantized_input(name):
+    net = getattr(torchvision.models, name)(num_classes=10, **({"init_weights": False} if name == "googlenet" else {})).eval()
+    traced = _placed(net)
+    assert all(layer.input_quantizer for layer in layers(traced).values())
+    x = torch.randn(1, 3, 64, 64)
+    with float_mode(traced), torch.no_grad():
+        expected = net(x)
+        torch.testing.assert_close(traced(x), expected if torch.is_tensor(expected) else expected[0], rtol=1e-4, atol=1e-5)
+    assert len(activation_quantizers(traced)) == len(spec_of(traced)["activations"])

@@ -1,0 +1,81 @@
+import pytest
+import torch
+
+from qat_tricks.numerics import Scheme, fake_quantize, quantize_weight
+from qat_tricks.numerics.scheme import weight_scheme
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("zero_point", [0, 1])
+def test_values_equal_core_pytorch(bits, zero_point):
+    x = torch.randn(4, 3, 5, 5)
+    scheme, scale = Scheme(bits=bits), torch.tensor(0.11)
+    expected = torch.fake_quantize_per_tensor_affine(x, 0.11, zero_point, scheme.qmin, scheme.qmax)
+    torch.testing.assert_close(fake_quantize(x, scale, zero_point, scheme), expected)
+
+
+def test_per_channel_affine_equals_core_pytorch():
+    x = torch.randn(6, 4)
+    scheme = Scheme(bits=4, per_channel=True)
+    scale, zero_point = torch.rand(6, 1) * 0.2 + 0.05, torch.arange(6)[:, None]
+    expected = torch.fake_quantize_per_channel_affine(x, scale.flatten(), zero_point.flatten().int(), 0, 0, 15)
+    torch.testing.assert_close(fake_quantize(x, scale, zero_point, scheme), expected)
+
+
+def _lsq_reference(x, scale, low, high):
+    """LSQ's equations by autograd: straight-through rounding, clamp with gradient, gradient scale."""
+    factor = 1 / (x.numel() / scale.numel() * max(high, -low)) ** 0.5
+    scale = (scale - scale * factor).detach() + scale * factor
+    steps = (x / scale).clamp(low, high)
+    return ((steps.round() - steps).detach() + steps) * scale
+
+
+@pytest.mark.parametrize(
+    ("scheme", "zero_point", "shape"),
+    [(Scheme(bits=4), 0, []), (Scheme(bits=4), 5, []), (Scheme(bits=8), 100, []), (weight_scheme(4), 0, [6, 1, 1])],
+    ids=["relu-u4", "affine-u4", "affine-u8", "weight-s4"],
+)
+def test_gradients_are_lsqs(scheme, zero_point, shape):
+    x = torch.randn(6, 20, 7).double().float()
+    scale = torch.full(shape, 0.13)
+    ours = [x.clone().requires_grad_(), scale.clone().requires_grad_()]
+    theirs = [x.clone().requires_grad_(), scale.clone().requires_grad_()]
+    weights = torch.randn_like(x)
+    (fake_quantize(*ours, zero_point, scheme) * weights).sum().backward()
+    (_lsq_reference(*theirs, scheme.qmin - zero_point, scheme.qmax - zero_point) * weights).sum().backward()
+    for mine, reference in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, reference.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_a_scale_that_is_not_learned_costs_and_gets_no_gradient():
+    x = torch.randn(10, requires_grad=True)
+    scale = torch.tensor(0.1)
+    fake_quantize(x, scale, 3, Scheme(bits=3)).sum().backward()
+    inside = (x / 0.1 > -3) & (x / 0.1 < 4)
+    assert torch.equal(x.grad, inside.float())
+    assert scale.grad is None
+
+
+def test_weight_scale_that_follows_the_weight_never_clips():
+    weight = torch.randn(5, 3, 3, 3, requires_grad=True)
+    out = quantize_weight(weight, None, weight_scheme(8))
+    step = weight.detach().abs().amax((1, 2, 3), keepdim=True) / 127
+    assert ((out - weight).abs() <= step / 2 + 1e-6).all()
+    out.sum().backward()
+    assert torch.equal(weight.grad, torch.ones_like(weight))
+
+
+def test_zero_channel_stays_zero():
+    weight = torch.randn(3, 4)
+    weight[1] = 0
+    assert torch.equal(quantize_weight(weight, None, weight_scheme(8))[1], torch.zeros(4))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_under_autocast(dtype):
+    x = torch.randn(64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = fake_quantize(x.to(dtype), torch.tensor(0.02), 128, Scheme(bits=8))
+    assert out.dtype == torch.float32
+    steps = out.double() / torch.tensor(0.02).double()
+    assert torch.allclose(steps, steps.round(), atol=1e-4)  # on the grid, not rounded to bfloat16

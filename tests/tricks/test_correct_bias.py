@@ -1,0 +1,69 @@
+import copy
+
+import pytest
+import torch
+from nets import images, small_net
+
+from qat_tricks.errors import QatTricksError
+from qat_tricks.graph import trace
+from qat_tricks.tricks import calibrate, correct_bias, fold_batchnorm, quantize
+
+
+def _coarse():
+    traced = trace(small_net())
+    fold_batchnorm(traced)
+    reference = copy.deepcopy(traced)
+    quantize(traced, weight_bits=3, activation_bits=4)
+    return calibrate(traced, [images(64)]), reference
+
+
+def _means(network, x):
+    """The mean of each channel of every conv and linear output."""
+    seen: dict[str, torch.Tensor] = {}
+    hooks = [
+        module.register_forward_hook(lambda m, i, o, name=name: seen.update({name: o.detach().transpose(1, -1).flatten(0, -2).mean(0)}))
+        for name, module in network.named_modules()
+        if hasattr(module, "weight") and module.weight is not None and not list(module.children())[1:]
+    ]
+    network.eval()(x)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def test_channel_means_match_float_on_the_images_seen():
+    traced, reference = _coarse()
+    x = images(64)
+    expected = _means(reference, x)
+
+    def error():
+        return sum(float((mean - expected[name]).abs().mean()) for name, mean in _means(traced, x).items() if name in expected)
+
+    before = error()
+    correct_bias(traced, reference, list(x.split(16)))
+    assert error() < 0.2 * before  # what is left is the rounding of the integer bias
+
+
+def test_images_not_seen_get_better_too():
+    traced, reference = _coarse()
+    x = images(256, seed=5)
+    before = (traced.eval()(x) - reference(x)).square().mean()
+    correct_bias(traced, reference, [images(64)])
+    assert (traced(x) - reference(x)).square().mean() < before
+
+
+def test_only_biases_change():
+    traced, reference = _coarse()
+    before = {key: value.clone() for key, value in traced.state_dict().items()}
+    correct_bias(traced, reference, [images()])
+    changed = {key for key, value in traced.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed
+    assert all(key.endswith(".bias") for key in changed)
+
+
+def test_another_network_as_reference_is_refused():
+    traced, _ = _coarse()
+    with pytest.raises(QatTricksError, match="reference has no"):
+        correct_bias(traced, trace(torch.nn.Identity()), [images()])
+    with pytest.raises(QatTricksError, match="no images"):
+        correct_bias(traced, traced, [])

@@ -1,0 +1,74 @@
+import pytest
+import torch
+from nets import images, small_net
+from torch import nn
+
+from qat_tricks.errors import QatTricksError
+from qat_tricks.graph import trace
+from qat_tricks.tricks import equalize, fold_batchnorm
+from qat_tricks.tricks.equalize import find_pairs
+
+
+class Chain(nn.Sequential):
+    """Pointwise, depthwise, grouped and linear layers with channels of very different ranges between them."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(
+            nn.Conv2d(1, 8, 1), nn.ReLU(),
+            nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(8, 12, 1, groups=2), nn.ReLU(),
+            nn.Flatten(), nn.Linear(12 * 9, 5),
+        )  # fmt: skip
+        with torch.no_grad():
+            for layer in (self[0], self[2], self[5]):
+                layer.weight.mul_(torch.logspace(-2, 2, len(layer.weight)).view(-1, 1, 1, 1))
+
+
+def _ranges(first, second):
+    return first.weight.abs().flatten(1).amax(1), second.weight.abs().flatten(1).amax(1)
+
+
+def test_function_stays():
+    traced = trace(Chain().eval())
+    pairs = equalize(traced)
+    assert [(p.first, p.second, p.flat) for p in pairs] == [("0", "2", 1), ("2", "5", 1), ("5", "8", 9)]
+    torch.testing.assert_close(traced(images()), Chain()(images()), rtol=1e-4, atol=1e-4)
+
+
+def test_ranges_on_both_sides_become_equal():
+    net = nn.Sequential(nn.Conv2d(1, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8))
+    with torch.no_grad():
+        net[0].weight.mul_(torch.logspace(-2, 2, 8).view(-1, 1, 1, 1))
+    equalize(trace(net))
+    torch.testing.assert_close(*_ranges(net[0], net[2]), rtol=1e-2, atol=1e-4)
+
+
+def test_relu6_is_left_alone_unless_uncapped():
+    net = small_net()
+    traced = trace(net)
+    fold_batchnorm(traced)
+    assert not [pair for pair in find_pairs(traced) if pair.first == "depthwise.0"]
+    chain = nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU6(), nn.Conv2d(4, 4, 1))
+    assert find_pairs(trace(chain)) == []
+    assert len(equalize(trace(chain), uncap=True)) == 1
+
+
+def test_absorbed_bias_leaves_the_function_where_inputs_exceed_it():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    with torch.no_grad():
+        net[1].bias.fill_(20.0)  # twenty standard deviations above the ReLU's kink
+    x = 0.3 * images()
+    expected = net(x)
+    traced = trace(net)
+    fold_batchnorm(traced)
+    bias = net[0].bias.clone()
+    equalize(traced)
+    torch.testing.assert_close(traced(x), expected, rtol=1e-4, atol=1e-4)
+    assert net[0].bias.sum() < 0.5 * bias.sum()
+
+
+def test_iterations_below_one_are_refused():
+    with pytest.raises(QatTricksError, match="iterations=0"):
+        equalize(trace(Chain()), iterations=0)

@@ -1,0 +1,101 @@
+import pytest
+import torch
+from nets import small_net
+from torch import nn
+
+from qat_tricks.errors import QatTricksError
+from qat_tricks.graph import layers, trace
+from qat_tricks.tricks import prune
+from qat_tricks.tricks.prune import Prune, cubic_schedule
+
+
+def _zeros(layer):
+    return float((layer.masked_weight() == 0).float().mean())
+
+
+def test_cubic_schedule():
+    at = [cubic_schedule(t / 10, initial=0.1, final=0.5, start=0.2, end=0.8) for t in range(11)]
+    assert at[0] == at[2] == 0.1
+    assert at[8] == at[10] == 0.5
+    assert at[5] == pytest.approx(0.5 - 0.4 * 0.5**3)
+    assert at == sorted(at)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.97])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_sparsity_is_reached_exactly(sparsity, scope):
+    traced = trace(small_net())
+    reached = prune(traced, sparsity, scope=scope)
+    count = sum(layer.weight.numel() for layer in layers(traced).values())
+    assert sparsity <= reached <= sparsity + len(layers(traced)) / count + 1e-6
+    if scope == "layer":
+        assert all(_zeros(layer) >= sparsity for layer in layers(traced).values())
+
+
+def test_the_smallest_weights_go():
+    traced = trace(small_net())
+    weight = traced.get_submodule("block.conv1").weight.detach().abs().clone()
+    prune(traced, 0.5)
+    kept = traced.get_submodule("block.conv1").weight_mask.bool()
+    assert weight[~kept].max() <= weight[kept].min()
+
+
+def test_global_ranking_does_not_depend_on_a_layers_scale():
+    first, second = trace(small_net()), trace(small_net())
+    with torch.no_grad():
+        second.get_submodule("left").weight.mul_(1000)
+    prune(first, 0.5, scope="global")
+    prune(second, 0.5, scope="global")
+    for name, layer in layers(first).items():
+        assert (layer.weight_mask != layers(second)[name].weight_mask).float().mean() < 0.02
+
+
+def test_masks_only_grow():
+    traced = trace(small_net())
+    prune(traced, 0.3)
+    before = {name: layer.weight_mask.clone() for name, layer in layers(traced).items()}
+    with torch.no_grad():
+        for layer in layers(traced).values():
+            layer.weight.add_(torch.randn_like(layer.weight))  # momentum moves pruned weights too
+    prune(traced, 0.6)
+    assert all((layer.weight_mask <= before[name]).all() for name, layer in layers(traced).items())
+
+
+@pytest.mark.parametrize("sparsity", [0.25, 0.5])
+def test_two_of_four(sparsity):
+    net = nn.Sequential(nn.Conv2d(16, 8, 3), nn.Conv2d(3, 8, 1), nn.Flatten(), nn.Linear(32, 10))
+    traced = trace(net)
+    prune(traced, sparsity, granularity="2:4")
+    assert set(layers(traced)) == {"0", "3"}  # three input channels make no fours
+    for layer in layers(traced).values():
+        fours = layer.weight_mask.transpose(1, -1).reshape(-1, 4).sum(1)
+        assert (fours >= 2).all()
+        assert float(1 - layer.weight_mask.mean()) == pytest.approx(sparsity, abs=1e-3)
+    if sparsity == 0.5:
+        assert (fours == 2).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sparsity": 1.0}, "from 0 to below 1"),
+        ({"sparsity": -0.1}, "from 0 to below 1"),
+        ({"scope": "globl"}, 'did you mean "global"'),
+        ({"granularity": "4:2"}, "2:4"),
+        ({"granularity": "2:4", "sparsity": 0.6}, "not possible with 2:4"),
+        ({"start": 0.6, "end": 0.4}, "start must not be after end"),
+        ({"end": 1.5}, "from 0 to 1"),
+        ({"initial": 0.9}, "initial not above"),
+    ],
+)
+def test_settings_are_checked_when_made(settings, message):
+    with pytest.raises(QatTricksError, match=message):
+        Prune(**settings)
+
+
+def test_patterns():
+    traced = trace(small_net())
+    prune(traced, 0.5, exclude=["stem.*", "head"])
+    assert "stem.0" not in layers(traced)
+    with pytest.raises(QatTricksError, match="matches no"):
+        prune(traced, 0.5, include=["nothing*"])
