@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+SHOWN = 40  # names listed in an error
+
 
 class QatTricksError(Exception):
     """Bad input. Its text is one line for the user; the command line prints it without a traceback and exits with 2."""
@@ -14,4 +16,5 @@ def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     near = get_close_matches(given, names, n=3, cutoff=0.6)
     if near:
         return "did you mean " + " or ".join(f'"{name}"' for name in near) + "?"
-    return "allowed: " + (", ".join(names) if names else "nothing")
+    more = f" and {len(names) - SHOWN:,} others" if len(names) > SHOWN else ""
+    return "allowed: " + (", ".join(names[:SHOWN]) + more if names else "nothing")

@@ -1,18 +1,17 @@
 """Recipes: from the Hydra groups ``conf/recipe`` and ``conf/trick`` to checked stages of tricks."""
 
-import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qat_tricks.binding import make, unknown_keys
+from qat_tricks.compose import Composer, config_dir, one_line
 from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.order import check_order
 from qat_tricks.trick import Trick
@@ -32,12 +31,16 @@ class Stage:
 
     def __post_init__(self) -> None:
         problems = []
-        if isinstance(self.epochs, bool) or not isinstance(self.epochs, int) or self.epochs < 0:
-            problems.append(f"epochs={self.epochs!r}: give a whole number, 0 for no training")
-        if self.lr is not None and not (isinstance(self.lr, (int, float)) and self.lr > 0):
-            problems.append(f"lr={self.lr!r}: give a number above 0, or null")
-        if self.max_drop is not None and not (isinstance(self.max_drop, (int, float)) and self.max_drop >= 0):
-            problems.append(f"max_drop={self.max_drop!r}: give a number of points, 0 or more, or null")
+        if self.epochs < 0:
+            problems.append(f"epochs={self.epochs} is not allowed: give 1 or more, or 0 for no training")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            problems.append(
+                f"lr={self.lr} is not allowed: give a number above 0, or null for the trainer's default"
+            )
+        if self.max_drop is not None and not self.max_drop >= 0:
+            problems.append(
+                f"max_drop={self.max_drop} is not allowed: give 0 or more points of accuracy, or null"
+            )
         if problems:
             raise QatTricksError("; ".join(problems))
 
@@ -56,12 +59,6 @@ class Recipe:
         return [trick for stage in self.stages for trick in stage.tricks]
 
 
-def config_dir() -> Path:
-    """The folder of the YAML files: beside the package in a checkout, inside it when installed from a wheel."""
-    inside = Path(__file__).parent / "conf"
-    return inside if inside.is_dir() else Path(__file__).parents[1] / "conf"
-
-
 def options(group: str) -> list[str]:
     """The names in a config group, such as ``recipe`` or ``trick``."""
     return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
@@ -76,11 +73,17 @@ def trick_config(name: str) -> dict[str, Any]:
 
 def trick_class(name: str, target: str | None = None) -> type[Trick]:
     """The callback class of a trick, from its ``_target_``."""
-    module, _, attribute = (target or trick_config(name)["_target_"]).rpartition(".")
+    target = str(target or trick_config(name)["_target_"])
+    module, _, attribute = target.rpartition(".")
     try:
-        return getattr(import_module(module), attribute)
+        kind = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise QatTricksError(f'trick "{name}": _target_ {target} cannot be imported ({error})') from error
+    if not (isinstance(kind, type) and issubclass(kind, Trick)):
+        raise QatTricksError(
+            f'trick "{name}": _target_ {target} is no trick: derive it from qat_tricks.trick.Trick'
+        )
+    return kind
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -88,34 +91,29 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         name: one of ``options("recipe")``.
-        overrides: Hydra overrides of the recipe, such as ``stages.ptq.tricks.calibrate.estimator=kl`` or ``network=net``.
+        overrides: Hydra overrides of the recipe, such as ``stages.ptq.tricks.calibrate.estimator=kl``,
+            ``network=net`` or ``+trick@recipe.stages.ptq.tricks=prune``.
 
     Raises:
-        QatTricksError: an unknown recipe, a key or a value that is not allowed, tricks in an order that cannot work; all
-            that is wrong at once.
+        QatTricksError: an unknown recipe, a key or value that is not allowed, an order that cannot work.
     """
     if name not in options("recipe"):
         raise QatTricksError(f'unknown recipe "{name}": {did_you_mean(name, options("recipe"))}')
+    inside = [_in_recipe(override) for override in overrides]
+    config, problems = Composer("train").compose([f"recipe={name}", *inside])
     try:
-        with initialize_config_dir(str(config_dir().absolute()), version_base="1.3"):
-            config = compose(f"recipe/{name}", overrides=[_in_recipe(override) for override in overrides])
-    except (HydraException, OmegaConfBaseException) as error:
-        raise QatTricksError(f'recipe "{name}" with {list(overrides)}: {one_line(error)}') from error
-    return check_recipe(config.recipe)
+        loaded = check_recipe(config.recipe)
+    except QatTricksError as error:
+        problems.append(str(error))
+    if problems:
+        raise QatTricksError("; ".join(problems))
+    return loaded
 
 
 def _in_recipe(override: str) -> str:
     mark = override[: len(override) - len(override.lstrip("+~"))]
     key = override[len(mark) :]
-    return override if key.startswith("recipe.") or "@recipe" in key else f"{mark}recipe.{key}"
-
-
-def one_line(error: BaseException) -> str:
-    """The message of ``error`` on one line."""
-    if isinstance(error, MissingConfigException) and error.options:
-        missing = str(error.missing_cfg_file)
-        return f'there is no "{missing}": {did_you_mean(missing.split("/")[-1], error.options)}'
-    return " ".join(str(error).split())
+    return override if key.startswith("recipe.") or "@recipe." in key else f"{mark}recipe.{key}"
 
 
 def check_recipe(config: DictConfig | Mapping[str, Any]) -> Recipe:
@@ -124,31 +122,57 @@ def check_recipe(config: DictConfig | Mapping[str, Any]) -> Recipe:
     Raises:
         QatTricksError: one line with all that is wrong.
     """
-    plain: Any = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else dict(config)
-    name = plain.get("name", "recipe")
-    problems = _unknown_keys(f"recipe {name}", plain, RECIPE_KEYS)
+    try:
+        plain: Any = (
+            OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else dict(config)
+        )
+    except OmegaConfBaseException as error:
+        raise QatTricksError(f"recipe: {one_line(error)}") from error
+    name, network = plain.get("name", "recipe"), plain.get("network")
+    problems = unknown_keys(f"recipe {name}", plain, RECIPE_KEYS)
+    problems += [
+        f"recipe.{key}={plain[key]!r} is not allowed: give text"
+        for key in ("name", "network")
+        if not _is_text(plain.get(key))
+    ]
     stages: list[Stage] = []
     done: list[str] = []
-    for stage_name, settings in (plain.get("stages") or {}).items():
+    for stage_name, settings in _mapping("recipe.stages", plain.get("stages"), problems).items():
         where = f"stage {stage_name}"
-        settings = dict(settings or {})
+        settings = _mapping(where, settings, problems)
+        chosen = _mapping(f"{where}.tricks", settings.pop("tricks", None), problems)
         tricks: list[Trick] = []
-        for trick_name, given in dict(settings.pop("tricks", None) or {}).items():
+        for trick_name, given in chosen.items():
             try:
-                tricks.append(make_trick(trick_name, given or {}, network=plain.get("network")))
+                tricks.append(make_trick(trick_name, _mapping(trick_name, given, problems), network=network))
             except QatTricksError as error:
                 problems.append(f"{where}: {error}")
-        problems += _unknown_keys(where, settings, {"epochs", "lr", "max_drop"})
-        known = {key: value for key, value in settings.items() if key in ("epochs", "lr", "max_drop")}
         try:
-            check_order(tricks, done)
-            stages.append(Stage(name=stage_name, tricks=tricks, **known))
+            if len(tricks) == len(chosen):  # else it would miss what could not be made
+                check_order(tricks, done)
         except QatTricksError as error:
             problems.append(f"{where}: {error}")
-        done += [trick.name for trick in tricks]
+        try:
+            if "name" in settings:
+                raise QatTricksError(f'{where} has no setting "name"')
+            stages.append(make(where, Stage, {"name": stage_name, "tricks": tricks, **settings}))
+        except QatTricksError as error:
+            problems.append(str(error))
+        done += [*chosen, *(trick.name for trick in tricks)]
     if problems:
         raise QatTricksError("; ".join(problems))
-    return Recipe(name=name, stages=stages, network=plain.get("network"))
+    return Recipe(name=name, stages=stages, network=network)
+
+
+def _is_text(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and value != "")
+
+
+def _mapping(where: str, value: Any, problems: list[str]) -> dict[str, Any]:
+    if value is None or isinstance(value, Mapping):
+        return dict(value or {})
+    problems.append(f"{where}={value!r} is not allowed: give keys with values")
+    return {}
 
 
 def make_trick(name: str, settings: Mapping[str, Any], *, network: str | None = None) -> Trick:
@@ -160,23 +184,9 @@ def make_trick(name: str, settings: Mapping[str, Any], *, network: str | None = 
     target = settings.get("_target_")
     defaults = {} if target is not None and name not in options("trick") else trick_config(name)
     arguments = {**defaults, **settings}
-    kind = trick_class(name, arguments.pop("_target_"))
-    allowed = set(inspect.signature(kind).parameters)
-    unknown = _unknown_keys(name, arguments, allowed)
-    if unknown:
-        raise QatTricksError("; ".join(unknown))
-    try:
-        trick = kind(**arguments)
-    except TypeError as error:
-        raise QatTricksError(f"{name}: a setting has the wrong type ({one_line(error)})") from error
-    except QatTricksError as error:
-        raise QatTricksError(f"{name}: {error}") from error
+    trick = make(name, trick_class(name, arguments.pop("_target_")), arguments)
     trick.network_name = network
     return trick
-
-
-def _unknown_keys(where: str, given: Mapping[str, Any], allowed: set[str]) -> list[str]:
-    return [f'{where} has no setting "{key}": {did_you_mean(str(key), allowed)}' for key in given if key not in allowed]
 
 
 def recipe(name: str, overrides: Sequence[str] = ()) -> list[pl.Callback]:
@@ -193,7 +203,7 @@ def recipe(name: str, overrides: Sequence[str] = ()) -> list[pl.Callback]:
     training = [stage.name for stage in loaded.stages if stage.epochs > 0]
     if len(training) > 1 or any(stage.epochs > 0 for stage in loaded.stages[:-1]):
         raise QatTricksError(
-            f'recipe "{name}" trains in several stages ({", ".join(training)}) and cannot be one list of callbacks: '
-            f'run it with qat_tricks.run_stages(module, datamodule, "{name}")'
+            f'recipe "{name}" trains in several stages ({", ".join(training)}) and cannot be one list '
+            f'of callbacks: run it with qat_tricks.run_stages(module, datamodule, "{name}")'
         )
     return list(loaded.tricks)

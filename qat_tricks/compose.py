@@ -1,0 +1,202 @@
+"""Composes the Hydra configs in ``conf`` and tells what is wrong in one line, everything at once.
+
+Hydra's public ``compose`` needs global state, which a running Hydra application has taken already; its config
+loader, used here, needs none.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.utils import setup_globals
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from qat_tricks.errors import QatTricksError, did_you_mean
+
+COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
+"""What Hydra raises for bad input."""
+
+
+def config_dir() -> Path:
+    """The folder of the YAML files: beside the package in a checkout, inside it in an installed wheel."""
+    inside = Path(__file__).parent / "conf"
+    return (inside if inside.is_dir() else Path(__file__).parents[1] / "conf").absolute()
+
+
+class Composition(NamedTuple):
+    """A composed config, the ``hydra`` node included, without the overrides that could not be applied."""
+
+    config: DictConfig
+    problems: list[str]  # why they could not, a message each
+
+
+class Composer:
+    """Composes one primary config, such as ``train``.
+
+    Args:
+        config_name: of the primary config.
+        extra: a folder of the user's own YAML files, which go first.
+
+    Raises:
+        QatTricksError: ``extra`` is not a folder.
+    """
+
+    def __init__(self, config_name: str, extra: Path | None = None) -> None:
+        version.setbase("1.3")
+        setup_globals()
+        path = create_config_search_path(str(config_dir()))
+        if extra is not None:
+            if not extra.is_dir():
+                raise QatTricksError(
+                    f"--config-dir {extra} is not a folder: give one that holds recipe/, trick/ and so on"
+                )
+            path.prepend(
+                "command-line", f"file://{extra.absolute()}", anchor=SearchPathQuery(provider="schema")
+            )
+        self.config_name = config_name
+        self.loader = ConfigLoaderImpl(path)
+
+    def compose(self, overrides: Sequence[str], *, sweep: bool = False) -> Composition:
+        """Composes the config; overrides that fail are left out and explained.
+
+        Args:
+            overrides: as on Hydra's command line.
+            sweep: whether values such as ``a,b`` are allowed.
+
+        Raises:
+            QatTricksError: the files themselves cannot be composed.
+        """
+        parsed, problems = self._parse(overrides)
+        if not problems:
+            try:
+                return Composition(self._load(overrides, sweep), [])
+            except COMPOSE_ERRORS:
+                pass  # found and explained one by one below
+        kept: list[str] = []
+        lost: set[str] = set()  # groups whose choice failed: what is set inside them is not to blame
+        try:
+            config = self._load([], sweep)
+        except COMPOSE_ERRORS as error:
+            raise QatTricksError(one_line(error)) from error
+        for override in sorted(
+            parsed, key=lambda override: "." in override.key_or_group
+        ):  # groups are chosen first
+            if override.key_or_group.partition(".")[0] in lost:
+                continue
+            line = str(override.input_line)
+            try:
+                config = self._load([*kept, line], sweep)
+                kept.append(line)
+            except COMPOSE_ERRORS as error:
+                lost.add(override.key_or_group)
+                problems.append(self._explain(override, config, error, sweep))
+        return Composition(config, problems)
+
+    def jobs(self, overrides: Sequence[str]) -> list[list[str]]:
+        """Expands a sweep, ranges and globs included, to the overrides of each job, as Hydra's sweeper does.
+
+        Raises:
+            QatTricksError: a sweep that only other sweepers know.
+        """
+        try:
+            parsed = OverridesParser.create(config_loader=self.loader).parse_overrides(list(overrides))
+            return [list(job) for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
+        except HydraException as error:
+            raise QatTricksError(one_line(error)) from error
+
+    def _load(self, overrides: Sequence[str], sweep: bool) -> DictConfig:
+        mode = RunMode.MULTIRUN if sweep else RunMode.RUN
+        return self.loader.load_configuration(
+            self.config_name, list(overrides), run_mode=mode, from_shell=False
+        )
+
+    def _parse(self, overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
+        parser = OverridesParser.create(config_loader=self.loader)
+        parsed, problems = [], []
+        for override in overrides:
+            try:
+                parsed += parser.parse_overrides([override])
+            except HydraException as error:
+                reason = re.sub(
+                    r"^Error parsing override '.*?' (?=\w)| expecting .*| See https.*", "", one_line(error)
+                )
+                problems.append(
+                    f'"{override}" cannot be read ({reason}): write key=value, quote spaces and commas'
+                )
+        return parsed, problems
+
+    def _explain(self, override: Override, config: DictConfig, error: Exception, sweep: bool) -> str:
+        if isinstance(error, MissingConfigException):
+            return self._missing_option(error)
+        if override.is_sweep_override():
+            return f'"{override.input_line}" has several values: add --multirun, or write a list as [a,b]'
+        if not (override.is_add() or override.is_force_add()) and override.package is None:
+            unknown = unknown_path(config, override.key_or_group)
+            if unknown:
+                key = override.key_or_group
+                return unknown + (
+                    f"; if only the swept configs have it: {key}=choice(VALUE)" if sweep else ""
+                )
+        if override.is_add() and OmegaConf.select(config, override.key_or_group) is not None:
+            return f'"{override.input_line}" adds what is there already: leave out the +'
+        return f'"{override.input_line}": {one_line(error)}'
+
+    def _missing_option(self, error: MissingConfigException) -> str:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        where = re.match(r"In '([^']+)'", str(error))
+        inside = f"in {where[1]}: " if where and where[1] != self.config_name else ""
+        if group == "model/timm" and not self._options(group):
+            return f'{inside}model "timm/{name}" needs timm: pip install "qat_tricks[timm]"'
+        return f'{inside}unknown {group} "{name}": {did_you_mean(name, self._options(group))}'
+
+    def _options(self, group: str) -> list[str]:
+        return self.loader.get_group_options(group, ObjectType.CONFIG)
+
+
+def unknown_path(config: DictConfig, key: str) -> str | None:
+    """Says which part of a dotted key is not in ``config``, with the nearest keys; None if all of it is."""
+    node: Any = config
+    done: list[str] = []
+    for part in re.findall(r"[^.\[\]]+", key):
+        where = ".".join(done) or "the config"
+        if not isinstance(node, DictConfig):
+            return f'{where} is a value and has no setting "{part}"'
+        if part not in node:
+            keys = [str(known) for known in node if known != "hydra"]
+            elsewhere = [path for path in _paths(config) if path.endswith(f".{key}")]
+            hint = f"did you mean {' or '.join(elsewhere)}?" if elsewhere else did_you_mean(part, keys)
+            hint += f"; other arguments of pl.Trainer with a plus: +{key}=" if done == ["trainer"] else ""
+            return f'{where} has no setting "{part}": {hint}'
+        node = OmegaConf.select(node, part, throw_on_resolution_failure=False)
+        done.append(part)
+    return None
+
+
+def _paths(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items_ex(resolve=False):
+        if prefix or key != "hydra":
+            yield f"{prefix}{key!s}"
+            if isinstance(value, DictConfig) and not value._is_none():
+                yield from _paths(value, f"{prefix}{key!s}.")
+
+
+def one_line(error: BaseException) -> str:
+    """The message of ``error``, and of what caused it, on one line, without what only programmers need."""
+    causes = [str(error), *([str(error.__cause__)] if error.__cause__ else [])]
+    parts = (
+        re.split(r"\s+(?:full_key: |Config search path:|Available options in)", cause)[0] for cause in causes
+    )
+    return " ".join(" ".join(parts).split())
