@@ -1,0 +1,191 @@
+"""Checks that a composed config can work, everything at once, before anything is read, written or trained."""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from qat_tricks.binding import Problems, bind, make, unknown_keys
+from qat_tricks.compose import one_line
+from qat_tricks.config import Baseline, Measure, Optimizer, recipe_of
+from qat_tricks.data import build_data, data_builder
+from qat_tricks.errors import QatTricksError, did_you_mean
+from qat_tricks.isolation import isolated
+from qat_tricks.loggers import LoggerOptions
+from qat_tricks.models import build_model, model_names, register_models
+from qat_tricks.recipes import options
+
+OF_THE_JOB = (
+    "self",
+    "max_epochs",
+    "min_epochs",
+    "callbacks",
+    "logger",
+    "enable_checkpointing",
+    "default_root_dir",
+)
+"""Arguments of ``pl.Trainer`` that a job decides itself."""
+
+
+def check_train(config: DictConfig) -> None:
+    """Checks a config composed from ``conf/train.yaml``: every key bound to what takes it, every value.
+
+    Nothing is read, written or trained.
+
+    Raises:
+        QatTricksError: one line with all that is wrong.
+    """
+    problems = Problems()
+    parts = {"baseline": Baseline, "optimizer": Optimizer, "measure": Measure, "logger": LoggerOptions}
+    sections = _sections(config, {*parts, "data", "model", "recipe", "trainer", "stage"}, {"seed"}, problems)
+    for name, kind in parts.items():
+        problems.of(lambda name=name, kind=kind: make(name, kind, sections[name]))  # type: ignore[misc]
+    problems.of(lambda: recipe_of(config))
+    problems.of(lambda: _check_model(sections["model"]))
+    problems.of(lambda: _check_data(sections["data"]))
+    problems.of(lambda: _check_trainer(sections["trainer"]))
+    seed = sections["seed"]
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        problems.found.append(f"seed={seed!r} is not allowed: give a whole number from 0 to {2**32 - 1}")
+    problems.report()
+
+
+def check_evaluate(config: DictConfig) -> None:
+    """Checks a config composed from ``conf/evaluate.yaml``.
+
+    Raises:
+        QatTricksError: one line with all that is wrong.
+    """
+    problems = Problems()
+    if OmegaConf.is_missing(config, "artifact"):
+        raise QatTricksError("artifact is missing: give artifact=PATH, a .onnx or .ckpt that a run wrote")
+    sections = _sections(config, {"measure"}, {"artifact", "float", "folder", "data"}, problems)
+    problems.of(lambda: make("measure", Measure, sections["measure"]))
+    for name in ("artifact", "float", "folder"):
+        value = sections[name]
+        if not (isinstance(value, str) and value) and not (value is None and name != "artifact"):
+            problems.found.append(f"{name}={value!r} is not allowed: give a path")
+    if sections["data"] is not None and not isinstance(sections["data"], Mapping):
+        problems.found.append(f"data={sections['data']!r} is not allowed: give data=NAME")
+    elif sections["data"] is not None:
+        problems.of(lambda: _check_data(sections["data"]))
+    problems.report()
+
+
+def check_one_process(config: DictConfig) -> None:
+    """Checks that a sweep's job stays in this process.
+
+    Raises:
+        QatTricksError: the trainer would start others.
+    """
+    trainer = config.trainer
+    devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
+    strategy = str(trainer.get("strategy", "auto"))
+    if strategy.startswith(("ddp", "fsdp", "deepspeed")) or _count(devices) != 1 or nodes != 1:
+        raise QatTricksError(
+            f"--multirun with trainer.strategy={strategy}, devices={devices}, num_nodes={nodes}: each other "
+            "process would start the whole sweep again; sweep with trainer.devices=1 trainer.strategy=auto, "
+            "or start the runs one by one without --multirun"
+        )
+
+
+def check_folder(folder: Path) -> None:
+    """Checks that a run's folder can be made and written, and leaves nothing behind.
+
+    Raises:
+        QatTricksError: it cannot.
+    """
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=nearest, prefix=".qat_tricks"):
+            pass
+    except OSError as error:
+        raise QatTricksError(
+            f'the run folder "{folder}" cannot be written ({error.strerror}): give one that can '
+            "with hydra.run.dir, in a sweep hydra.sweep.dir, in evaluate.py folder"
+        ) from error
+
+
+def _sections(config: DictConfig, groups: set[str], values: set[str], problems: Problems) -> dict[str, Any]:
+    """The top-level parts as plain data. Raises QatTricksError at once where one cannot be had."""
+    given = {str(key) for key in config if key != "hydra"}
+    for problem in unknown_keys("the config", sorted(given), groups | values):
+        problems.found.append(problem)
+    sections: dict[str, Any] = {}
+    for name in sorted(groups | values):
+        try:
+            if name not in given:
+                raise QatTricksError(f"the config lacks {name}")
+            value = config[name]
+            sections[name] = (
+                OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+            )
+            if name in groups and not isinstance(sections[name], Mapping):
+                raise QatTricksError(f"{name}={sections.pop(name)!r} is not allowed: give {name}.KEY=VALUE")
+        except OmegaConfBaseException as error:
+            problems.found.append(f"{name}: {one_line(error)}")
+        except QatTricksError as error:
+            problems.found.append(str(error))
+    if len(sections) < len(groups | values):
+        problems.report()
+    return sections
+
+
+def _check_model(model: dict[str, Any]) -> None:
+    problems = bind("model", build_model, model, without=("num_classes", "in_channels"))
+    name = model.get("name")
+    register_models()
+    composed = [
+        *options("model"),
+        *(file.removesuffix(".yaml") for file in ConfigStore.instance().list("model")),
+    ]
+    if not problems and name not in composed and name not in model_names():  # the latter loads timm: slow
+        problems.append(f'unknown model "{name}": {did_you_mean(str(name), [*model_names(), "custom"])}')
+    if not problems and (model.get("factory") is None) == (name == "custom"):
+        problems.append(
+            f"model.factory={model.get('factory')} with model={name}: model=custom, and it alone, takes one"
+        )
+    if problems:
+        raise QatTricksError("; ".join(problems))
+
+
+def _check_data(data: dict[str, Any]) -> None:
+    problems = bind(
+        "data", data_builder(str(data.get("name"))), {k: v for k, v in data.items() if k != "name"}
+    )
+    if problems:
+        raise QatTricksError("; ".join(problems))
+    build_data(**data)  # reads nothing yet, and refuses what cannot be
+
+
+def _check_trainer(trainer: dict[str, Any]) -> None:
+    problems = [
+        f"trainer.{key} is decided by the recipe and the job: see baseline.epochs, stage.epochs and logger"
+        for key in trainer
+        if key in OF_THE_JOB
+    ]
+    others = {key: value for key, value in trainer.items() if key not in OF_THE_JOB}
+    problems += bind("trainer", pl.Trainer.__init__, others, without=OF_THE_JOB)
+    if problems:
+        raise QatTricksError("; ".join(problems))
+    try:
+        with isolated():
+            pl.Trainer(**trainer, logger=False, enable_checkpointing=False, max_epochs=1)
+    except Exception as error:  # Lightning raises many kinds for what it cannot have
+        raise QatTricksError(f"trainer: {one_line(error)}") from error
+
+
+def _count(devices: Any) -> int:
+    if isinstance(devices, str) and "," in devices:
+        devices = devices.strip(",").split(",")
+    if isinstance(devices, int) and devices >= 0:
+        return devices
+    if devices in (-1, "-1", "auto"):
+        return max(1, torch.cuda.device_count())
+    return int(devices) if isinstance(devices, str) and devices.isdigit() else len(devices)

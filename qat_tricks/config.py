@@ -1,0 +1,120 @@
+"""The settings of ``conf/train.yaml`` and ``conf/evaluate.yaml``."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from qat_tricks.binding import Problems, make
+from qat_tricks.errors import QatTricksError
+from qat_tricks.recipes import Recipe, check_recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """How the float network is trained."""
+
+    epochs: int = 10
+    lr: float = 0.1  # peak of a one-cycle schedule
+    finetune: bool = False  # also train when model.weights is given
+    cache: bool = True  # keep what was trained
+
+    def __post_init__(self) -> None:
+        _allow(
+            self,
+            epochs=(self.epochs >= 0, "0 or more"),
+            lr=(0 < self.lr < math.inf, "a number above 0"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """SGD with Nesterov momentum, of the baseline and of every stage that trains."""
+
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        _allow(
+            self,
+            momentum=(0 <= self.momentum < 1, "0 to below 1"),
+            weight_decay=(0 <= self.weight_decay < math.inf, "0 or more"),
+            label_smoothing=(0 <= self.label_smoothing < 1, "0 to below 1"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """How latency and memory are measured, and how closely ONNX Runtime must follow the simulated network."""
+
+    batch_size: int = 1
+    threads: int = 2
+    runs: int = 200
+    max_seconds: float = 5.0  # for one file
+    min_top1_agreement: float = 0.99  # 0 to 1
+
+    def __post_init__(self) -> None:
+        _allow(
+            self,
+            batch_size=(self.batch_size >= 1, "1 or more"),
+            threads=(self.threads >= 1, "1 or more"),
+            runs=(self.runs >= 1, "1 or more"),
+            max_seconds=(0 < self.max_seconds < math.inf, "a number above 0"),
+            min_top1_agreement=(0 <= self.min_top1_agreement <= 1, "0 to 1"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageOverride:
+    """What every stage of the recipe does instead of its own setting; None leaves it."""
+
+    epochs: int | None = None  # of the stages that train
+    lr: float | None = None  # of the stages that train
+    max_drop: float | None = None  # points of accuracy
+
+    def __post_init__(self) -> None:
+        _allow(
+            self,
+            epochs=(self.epochs is None or self.epochs >= 0, "0 or more, or null"),
+            lr=(self.lr is None or 0 < self.lr < math.inf, "a number above 0, or null"),
+            max_drop=(self.max_drop is None or self.max_drop >= 0, "0 or more points of accuracy, or null"),
+        )
+
+
+def _allow(settings: Any, **rules: tuple[bool, str]) -> None:
+    problems = [
+        f"{name}={getattr(settings, name)} is not allowed: give {allowed}"
+        for name, (holds, allowed) in rules.items()
+        if not holds
+    ]
+    if problems:
+        raise QatTricksError("; ".join(problems))
+
+
+def recipe_of(config: DictConfig) -> Recipe:
+    """The recipe of a composed config, with ``stage.epochs``, ``.lr`` and ``.max_drop`` put into its stages.
+
+    Raises:
+        QatTricksError: all that is wrong with the two.
+    """
+    problems = Problems()
+    override = problems.of(lambda: make("stage", StageOverride, OmegaConf.to_container(config.stage)))  # type: ignore[arg-type]
+    recipe = problems.of(lambda: check_recipe(config.recipe))
+    problems.report()
+    assert override is not None
+    assert recipe is not None
+    everywhere: dict[str, Any] = {"max_drop": override.max_drop}
+    in_training = {**everywhere, "epochs": override.epochs, "lr": override.lr}
+    stages = []
+    for stage in recipe.stages:
+        wanted = in_training if stage.epochs > 0 else everywhere
+        stages.append(replace(stage, **{key: value for key, value in wanted.items() if value is not None}))
+    return replace(recipe, stages=stages)
+
+
+def evaluation_folder(config: DictConfig) -> Path:
+    """Where ``evaluate.py`` writes: ``folder``, or ``evaluation`` beside the artifact."""
+    return Path(config.folder) if config.folder else Path(config.artifact).parent / "evaluation"

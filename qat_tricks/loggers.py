@@ -1,0 +1,212 @@
+"""Where a run's metrics go: Weights & Biases, offline unless you are logged in; a CSV file; or nowhere."""
+
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from netrc import NetrcParseError, netrc
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import wandb
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+from qat_tricks.errors import QatTricksError, did_you_mean
+
+NAMES = ("wandb", "csv", "none")
+FILES = ("report.json", "report.md", "model.onnx")
+LOGIN_SECONDS = 20  # how long a server may take to answer before the run goes on offline
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggerOptions:
+    """The config group ``logger``."""
+
+    name: str
+    project: str = "qat_tricks"
+    entity: str | None = None
+    tags: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in NAMES:
+            raise QatTricksError(f'unknown logger "{self.name}": {did_you_mean(self.name, NAMES)}')
+
+
+def make_logger(
+    config: DictConfig, folder: Path, *, group: str | None = None, job_name: str | None = None
+) -> Logger | bool:
+    """Makes the logger of one run; end it with ``finish_logger``.
+
+    With W&B it never asks for a login and never fails: where W&B cannot start, one line on stderr says why,
+    and the metrics go to a CSV file. WANDB_MODE is respected.
+
+    Args:
+        config: the composed config, ``config.logger`` a ``LoggerOptions``.
+        folder: the run's.
+        group: W&B's group, for the jobs of a sweep.
+        job_name: W&B's name of the run.
+
+    Returns:
+        A logger for ``pl.Trainer``; False for none.
+    """
+    options = LoggerOptions(**OmegaConf.to_container(config.logger, resolve=True))  # type: ignore[arg-type]
+    mode = _mode() if options.name == "wandb" else "disabled"
+    if options.name == "none" or (options.name == "wandb" and mode == "disabled"):
+        return False
+    if options.name == "wandb":
+        if _rank() != 0:
+            return WandbLogger(project=options.project)  # logs nothing: the first process does
+        run = _start(config, options, folder, mode, group, job_name)
+        if run is not None:
+            return WandbLogger(experiment=run, project=options.project, save_dir=folder)
+    return CSVLogger(folder, name="csv", version="")
+
+
+def finish_logger(logger: Logger | bool, *, failed: bool = False) -> None:
+    """Ends the run of a logger from ``make_logger``; uploads what is left if it is online."""
+    try:
+        if isinstance(logger, WandbLogger) and _rank() == 0:
+            logger.experiment.finish(exit_code=int(failed))
+        elif isinstance(logger, CSVLogger):
+            logger.save()
+    except Exception as error:  # the run itself is done: nothing here may undo it
+        _warn(f"the logger could not be ended ({_reason(error)})")
+
+
+def log_report(logger: Any, report: Mapping[str, Any], folder: Path) -> None:
+    """Logs a finished run's report.
+
+    The metrics are ``stage/NAME/accuracy`` and so on, one a stage and figure, and ``report/…`` for everything
+    else, such as ``report/size_bytes/int8``. W&B also gets them as the run's summary, the stages as the table
+    ``ledger``, and the report and ``model.onnx`` as an artifact.
+
+    Args:
+        logger: from ``make_logger``, a list of loggers, or False.
+        report: as in ``report.json``.
+        folder: where the files are.
+    """
+    for one in logger if isinstance(logger, list | tuple) else [logger]:
+        if not isinstance(one, Logger) or _rank() != 0:
+            continue
+        try:
+            metrics = report_metrics(report)
+            if isinstance(one, WandbLogger):
+                _log_to_wandb(one.experiment, metrics, report, folder)
+            else:
+                one.log_metrics(metrics)
+                one.save()
+        except Exception as error:  # the report is on disk already
+            _warn(f"the report could not be logged to {type(one).__name__} ({_reason(error)})")
+
+
+def report_metrics(report: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a report under stable names."""
+    stages = {
+        f"stage/{stage['name']}": {k: v for k, v in stage.items() if k != "before"}
+        for stage in report["stages"]
+    }
+    whole = {k: v for k, v in report.items() if k not in ("stages", "preprocessing", "environment")}
+    flat = _flatten({**stages, "report": whole})
+    return {
+        key: value
+        for key, value in flat.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def _log_to_wandb(run: Any, metrics: dict[str, float], report: Mapping[str, Any], folder: Path) -> None:
+    rows = [_flatten({k: v for k, v in stage.items() if k != "before"}) for stage in report["stages"]]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = wandb.Table(columns=[*columns], data=[[row.get(column) for column in columns] for row in rows])
+    run.log({**metrics, "ledger": table})
+    run.summary.update({**metrics, **{key: report[key] for key in ("recipe", "model", "data")}})
+    name = "-".join(str(report[key]) for key in ("recipe", "model", "data"))
+    artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", name), type="model", metadata=dict(metrics))
+    for file in FILES:
+        if (folder / file).is_file():
+            artifact.add_file(str(folder / file), policy="immutable")
+    run.log_artifact(artifact)
+
+
+def _flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat |= (
+            _flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        )
+    return flat
+
+
+def _rank() -> int:
+    return int(getattr(rank_zero_only, "rank", 0))
+
+
+def _mode() -> str:
+    """online, offline or disabled: as WANDB_MODE or W&B's settings say, but never online without a login."""
+    try:
+        settings = wandb.setup().settings
+        wish = os.environ.get("WANDB_MODE") or settings.mode
+        if wish in ("disabled", "offline", "dryrun"):
+            return "disabled" if wish == "disabled" else "offline"
+        return "online" if _logged_in(settings) else "offline"
+    except Exception:  # shows again, and is told, when the run starts
+        return "offline"
+
+
+def _logged_in(settings: Any) -> bool:
+    if os.environ.get("WANDB_API_KEY") or settings.api_key or getattr(settings, "identity_token_file", None):
+        return True
+    candidates = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
+    file = next(
+        (path for path in (Path(name).expanduser() for name in candidates if name) if path.is_file()), None
+    )
+    try:
+        known = netrc(file) if file else None
+    except (NetrcParseError, OSError):
+        return False
+    return known is not None and known.authenticators(urlsplit(settings.base_url).netloc) is not None
+
+
+def _start(
+    config: DictConfig,
+    options: LoggerOptions,
+    folder: Path,
+    mode: str,
+    group: str | None,
+    job_name: str | None,
+) -> Any:
+    """A W&B run of its own, whatever others this process has; None, and a line on stderr, if it cannot be."""
+    for attempt in dict.fromkeys([mode, "offline"]):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            run = wandb.init(
+                project=options.project,
+                entity=options.entity,
+                tags=options.tags or None,
+                dir=str(folder),
+                group=group,
+                name=job_name,
+                mode=attempt,  # type: ignore[arg-type]
+                config=OmegaConf.to_container(config, resolve=True),  # type: ignore[arg-type]
+                reinit="create_new",
+                settings=wandb.Settings(silent=True, console="off", init_timeout=LOGIN_SECONDS),
+            )
+            run.define_metric("trainer/global_step")
+            run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+            return run
+        except Exception as error:  # W&B raises many kinds; none of them is worth a training
+            then = "goes on offline" if attempt != "offline" else "logs to csv instead"
+            _warn(f"W&B cannot start {attempt} ({_reason(error)}): this run {then}")
+    return None
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
