@@ -1,0 +1,30 @@
+"""Silences what libraries say at every run, and nothing that could matter."""
+
+import logging
+import warnings
+
+_CHATTY = (
+    "pytorch_lightning",
+    "lightning_fabric",
+    "lightning.pytorch",
+    "torch.onnx",
+    "onnxscript",
+    "onnx_ir",
+    "matplotlib",
+)
+
+_KNOWN = (
+    r".*does not have many workers.*",  # the images are in memory
+    r".*number of training batches .* is smaller than the logging interval.*",
+    r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",  # Lightning's own use of torch
+    r".*GPU available but not used.*",
+    r".*Checkpoint directory .* exists and is not empty.*",
+)
+
+
+def quiet() -> None:
+    """Sets the loggers of talkative libraries to warnings, and filters warnings that nobody can act on."""
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in _KNOWN:
+        warnings.filterwarnings("ignore", message=message)

@@ -1,0 +1,40 @@
+"""The end of a sweep: its jobs compared, from what they left on disk, wherever they ran."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+from rich.console import Console
+
+from qat_tricks.errors import QatTricksError
+from qat_tricks.evidence.comparison import comparison_rows, comparison_table, write_comparison
+
+
+class CompareJobs(Callback):
+    """Hydra's callback that writes a sweep's ``comparison.csv`` and ``comparison.png``, and prints the table.
+
+    It ends the program with status 2 if a job failed.
+    """
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Hydra calls this once all jobs are done."""
+        if not compare_jobs(Path(config.hydra.sweep.dir)):
+            sys.exit(2)
+
+
+def compare_jobs(folder: Path) -> bool:
+    """Writes and prints the comparison of a sweep; returns whether all its jobs did well."""
+    try:
+        write_comparison(folder)
+        rows = comparison_rows(folder)
+    except QatTricksError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return False
+    console = Console()
+    console.print(comparison_table(rows))
+    console.print(
+        f"the sweep is in {folder}: comparison.csv, comparison.png", soft_wrap=True, highlight=False
+    )
+    return not any(row["error"] for row in rows)
