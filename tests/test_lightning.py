@@ -203,7 +203,7 @@ def test_distillation_pulls_towards_the_float_network():
         pl.seed_everything(0, verbose=False)
         lit = Lit().train()
         overrides = [f"stages.qat.tricks.distill.weight={weight}"]
-        trainer(qat_tricks.recipe("int8_qat", overrides), max_epochs=4).fit(lit, datamodule=Data())
+        trainer(qat_tricks.recipe("w4a8_qat", overrides), max_epochs=4).fit(lit, datamodule=Data())
         assert "training_step" not in lit.__dict__  # the module is its own again
         teacher = small_net(0, num_classes=4)
         return float((lit.backbone.eval()(images(64)).detach() - teacher(images(64)).detach()).square().mean())
