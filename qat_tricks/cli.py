@@ -56,7 +56,7 @@ def _run(name: str, job: Callable[[DictConfig], None], arguments: Sequence[str] 
 def _train_job(config: DictConfig) -> None:
     """Runs one job; in a sweep one that fails leaves ``error.json``, and the others go on."""
     from qat_tricks.evidence.files import write_json
-    from qat_tricks.isolation import isolated
+    from qat_tricks.isolation import free_memory, isolated
     from qat_tricks.job import run_job
     from qat_tricks.loggers import finish_logger, make_logger
 
@@ -86,6 +86,8 @@ def _train_job(config: DictConfig) -> None:
         write_json(failure, {"error": f"{type(error).__name__}: {error}"})
     finally:
         finish_logger(logger, failed=not done)
+    if sweep:
+        free_memory()
     if done:
         _say(f"the run is in {_short(folder)}: report.md, report.json, model.onnx")
 

@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qat_tricks.errors import QatTricksError, did_you_mean
 
-COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
+COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 """What Hydra raises for bad input."""
 
 
@@ -152,6 +152,9 @@ class Composer:
                 )
         if override.is_add() and OmegaConf.select(config, override.key_or_group) is not None:
             return f'"{override.input_line}" adds what is there already: leave out the +'
+        choices = self._options(override.key_or_group)
+        if choices and not override.is_delete():
+            return f'"{override.input_line}" chooses nothing: {did_you_mean(str(override.value()), choices)}'
         return f'"{override.input_line}": {one_line(error)}'
 
     def _missing_option(self, error: MissingConfigException) -> str:

@@ -16,7 +16,7 @@ def isolated() -> Iterator[None]:
     """Restores, after the block, what a job may set for the whole process.
 
     That is torch's threads, default type, determinism, matmul precision and gradient mode, the random states,
-    the environment variables, and open matplotlib figures; then frees memory.
+    the environment variables, and open matplotlib figures.
     """
     environment = dict(os.environ)
     threads, dtype, grad = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
@@ -42,6 +42,10 @@ def isolated() -> Iterator[None]:
         torch.set_rng_state(states[2])
         if "matplotlib.pyplot" in sys.modules:
             sys.modules["matplotlib.pyplot"].close("all")
-        gc.collect()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+
+
+def free_memory() -> None:
+    """Gives back what a job that has ended still holds."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
