@@ -13,13 +13,15 @@ FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
 def records(folder: Path) -> list[Record]:
-    """All records of the one run in ``folder``, which has been ended; W&B may still be writing the last of them."""
+    """All records of the one run in ``folder``; W&B may be writing the last of them after the run has ended."""
     (path,) = folder.glob("wandb/*run-*/run-*.wandb")
     end = time.monotonic() + 10
-    while not any(record.HasField("exit") for record in (found := _read(path.read_bytes()))):
-        assert time.monotonic() < end, f"{path} has no end"
+    while time.monotonic() < end:
+        found = _read(path.read_bytes())
+        if any(record.HasField("exit") for record in found):
+            return found
         time.sleep(0.02)
-    return found
+    raise AssertionError(f"{path} has no end")
 
 
 def _read(data: bytes) -> list[Record]:
@@ -32,6 +34,8 @@ def _read(data: bytes) -> list[Record]:
         _, length, kind = struct.unpack("<IHB", data[position : position + RECORD_HEADER])
         assert kind in (FULL, FIRST, MIDDLE, LAST)
         position += RECORD_HEADER
+        if position + length > len(data):
+            break
         part += data[position : position + length]
         position += length
         if kind in (FULL, LAST):
