@@ -1,0 +1,168 @@
+"""Write a network as one ONNX file that ONNX Runtime runs as it was simulated, and prove it."""
+
+import copy
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from os import PathLike
+from pathlib import Path
+
+import onnx
+import torch
+from onnx import helper
+from torch import Tensor, fx, nn
+
+from qat_tricks.deploy.onnx_passes import COPY, tidy
+from qat_tricks.deploy.parity import ParityReport, measure_parity
+from qat_tricks.deploy.qdq import to_qdq
+from qat_tricks.deploy.session import one_line
+from qat_tricks.deploy.weights import WEIGHT_BITS_KEY
+from qat_tricks.errors import QatTricksError
+from qat_tricks.graph.layers import layers
+from qat_tricks.tricks.fold_batchnorm import fold_batchnorm
+
+OPSET = 18  # what PyTorch's exporter writes without converting
+INPUT, OUTPUT = "images", "logits"
+
+
+def export_onnx(
+    network: nn.Module,
+    path: str | PathLike[str],
+    example: Tensor,
+    *,
+    images: Iterable[object] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    min_top1_agreement: float = 0.9,
+    min_sqnr_db: float = 10.0,
+    opset: int = OPSET,
+) -> ParityReport:
+    """Writes ``network`` to ``path``, runs the file in ONNX Runtime and compares.
+
+    A network with our quantizers becomes a QDQ network with int8 weights; any other is written as it is, in
+    float. It is neither changed nor left in another mode. The file takes ``images`` of any batch size and
+    yields ``logits``. Unless parity holds no file is written, and one that was there stays.
+
+    Args:
+        network: a network of ours, calibrated, or any float network; yields logits ``[N, classes]``.
+        path: of the file to write; its folder is made.
+        example: images ``[N, C, H, W]``, ``N`` at least 1, as the network takes them.
+        images: batches to measure parity on, real images at best; ``example`` by default.
+        metadata: the file's properties, such as class names and preprocessing.
+        min_top1_agreement: share of the images, 0..1, that must get the same class as in the simulation;
+            below 1, one image alone is never held against it.
+        min_sqnr_db: least ratio of the logits to their error, in dB. Both are set to catch what is broken:
+            a value that float arithmetic puts on the other side of a rounding boundary than integer
+            arithmetic does spreads through a deep network, and costs more than quantizing well would.
+        opset: ONNX operator set, 18 or newer.
+
+    Raises:
+        QatTricksError: the network cannot be exported, has quantizers without range, parity is below a
+            threshold, or ``path`` cannot be written.
+    """
+    path = Path(path)
+    if example.dim() < 2 or len(example) == 0:
+        raise QatTricksError(
+            f"the example's shape is {tuple(example.shape)}: give at least one image, [N, C, H, W]"
+        )
+    simulated = copy.deepcopy(network).cpu().float().eval()
+    with _draft(path) as draft:
+        model = _to_onnx(copy.deepcopy(simulated), example.detach().cpu().float(), opset)
+        model.producer_name, model.producer_version = "qat_tricks", version("qat_tricks")
+        helper.set_model_props(model, {**{p.key: p.value for p in model.metadata_props}, **(metadata or {})})
+        onnx.save(model, str(draft))
+        onnx.checker.check_model(str(draft))
+        report = measure_parity(draft, simulated, [example] if images is None else images)
+        _check(report, min_top1_agreement, min_sqnr_db)
+    return report
+
+
+def _to_onnx(network: nn.Module, example: Tensor, opset: int) -> onnx.ModelProto:
+    """Exports ``network``, which is ours to change."""
+    bits: dict[str, int] = {}
+    if isinstance(network, fx.GraphModule) and "qat_tricks" in network.meta:
+        fold_batchnorm(network)
+        bits = to_qdq(network)
+    for name, layer in layers(network).items():  # what stays in float
+        if layer.is_quantizing:
+            raise QatTricksError(
+                f'layer "{name}" is quantized, the network around it not traced: hand over the traced network'
+            )
+        layer.weight.data, layer.weight_mask = layer.masked_weight().data, None
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                network,
+                (torch.cat([example[:1]] * 2),),  # of a batch of one, its size would be frozen
+                dynamo=True,
+                verbose=False,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                opset_version=opset,
+            )
+    except Exception as error:  # PyTorch's exporter lets through whatever went wrong on its way
+        kind, reason = type(network).__name__, one_line(_cause(error))
+        raise QatTricksError(f"{kind} cannot be exported to ONNX: {reason}") from error
+    assert program is not None
+    model = program.model_proto
+    tidy(model)
+    if bits:
+        names = {tensor.name: tensor.name.partition(COPY)[0] for tensor in model.graph.initializer}
+        stored = {name: bits[weight] for name, weight in names.items() if weight in bits}
+        helper.set_model_props(model, {WEIGHT_BITS_KEY: json.dumps(stored)})
+    return model
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The first error of a chain, which says more than the exporter's advice around it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _check(report: ParityReport, min_top1_agreement: float, min_sqnr_db: float) -> None:
+    wrong = round((1 - report.top1_agreement) * report.images)
+    allowed = max((1 - min_top1_agreement) * report.images, float(min_top1_agreement < 1))
+    if wrong <= allowed and report.sqnr_db >= min_sqnr_db:
+        return
+    raise QatTricksError(
+        f"the ONNX file does not run as simulated, so it was not kept: on {report.images} images top-1 "
+        f"agreement {report.top1_agreement:.4f} (at least {min_top1_agreement}), SQNR {report.sqnr_db:.1f} "
+        f"dB (at least {min_sqnr_db:g}), largest error of a logit {report.max_abs_error:.3g}"
+    )
+
+
+@contextmanager
+def _draft(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` that takes its place if all goes well and is gone otherwise."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.touch()
+        yield draft
+        os.replace(draft, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise QatTricksError(
+            f'"{path}" cannot be written ({reason}): give a path in a folder of yours'
+        ) from error
+    finally:
+        if path.parent.is_dir():
+            draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the exporter: its advice is for its developers, and what matters is measured afterwards."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

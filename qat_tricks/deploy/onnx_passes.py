@@ -1,0 +1,180 @@
+"""Small rewrites of an exported graph, each towards what integer kernels exist for."""
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+COPY = "@"
+
+
+def tidy(model: onnx.ModelProto) -> None:
+    """Applies every rewrite below to ``model`` in place."""
+    _fold_pads(model.graph)
+    _use_global_pools(model.graph)
+    _pad_integers(model.graph)
+    _drop_repeated_quantizers(model.graph)
+    _keep_float_layers(model.graph)
+    _give_layers_their_own_weights(model.graph)
+    _drop_unused(model.graph)
+    for item in (*model.graph.node, *model.graph.value_info):
+        item.ClearField("metadata_props")  # where in whose source code each came from
+
+
+def _fold_pads(graph: onnx.GraphProto) -> None:
+    """Pad with zeros, then Conv: the Conv can do it, even where PyTorch's could not pad one side alone."""
+    values, producers = _initializers(graph), _producers(graph)
+    for conv in graph.node:
+        pad = producers.get(conv.input[0]) if conv.op_type == "Conv" else None
+        if pad is None or pad.op_type != "Pad" or not _pads_zeros(pad, values):
+            continue
+        amounts = [int(v) for v in values[pad.input[1]]]
+        rank = len(amounts) // 2
+        begin, end = amounts[:rank], amounts[rank:]
+        own = next((a for a in conv.attribute if a.name == "pads"), None)
+        if own is None or any(begin[:2] + end[:2]) or min(amounts) < 0:
+            continue
+        pads = [a + b for a, b in zip(own.ints, begin[2:] + end[2:], strict=True)]
+        own.CopyFrom(helper.make_attribute("pads", pads))
+        conv.input[0] = pad.input[0]
+
+
+def _pads_zeros(pad: onnx.NodeProto, values: dict[str, np.ndarray]) -> bool:
+    mode = next((a.s for a in pad.attribute if a.name == "mode"), b"constant")
+    value = pad.input[2] if len(pad.input) > 2 else ""
+    axes = pad.input[3] if len(pad.input) > 3 else ""
+    zero = not value or (value in values and not values[value].any())
+    return mode == b"constant" and zero and not axes and pad.input[1] in values
+
+
+def _pad_integers(graph: onnx.GraphProto) -> None:
+    """DequantizeLinear, Pad with zeros, QuantizeLinear on the same grid: the integers can be padded."""
+    values, producers = _initializers(graph), _producers(graph)
+    for pad in graph.node:
+        before = producers.get(pad.input[0]) if pad.op_type == "Pad" and _pads_zeros(pad, values) else None
+        users = [node for node in graph.node if pad.output[0] in node.input]
+        if before is None or before.op_type != "DequantizeLinear":
+            continue
+        if any(user.op_type != "QuantizeLinear" or user.input[1:] != before.input[1:] for user in users):
+            continue
+        pad.input[:] = [before.input[0], pad.input[1], before.input[2]]
+        for user in users:
+            _rename(graph, user.output[0], pad.output[0])
+        shapes = [value for value in graph.value_info if value.name != pad.output[0]]  # it was of float
+        graph.ClearField("value_info")
+        graph.value_info.extend(shapes)
+
+
+def _keep_float_layers(graph: onnx.GraphProto) -> None:
+    """A Sum of one input before a float layer that takes dequantized values.
+
+    Between quantizers, ONNX Runtime would otherwise quantize the layer's weight by itself, per tensor.
+    """
+    values, producers = {tensor.name for tensor in graph.initializer}, _producers(graph)
+    for at, node in reversed(list(enumerate(graph.node))):
+        before = producers.get(node.input[0]) if node.op_type in ("Conv", "ConvTranspose", "Gemm") else None
+        if before is not None and before.op_type == "DequantizeLinear" and node.input[1] in values:
+            apart = f"{node.output[0]}_in_float"
+            graph.node.insert(at, helper.make_node("Sum", [node.input[0]], [apart], apart))
+            node.input[0] = apart
+
+
+def _use_global_pools(graph: onnx.GraphProto) -> None:
+    """ReduceMean over height and width becomes GlobalAveragePool, which has an integer kernel."""
+    values = _initializers(graph)
+    ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in graph.value_info}
+    for node in list(graph.node):
+        if node.op_type != "ReduceMean" or len(node.input) < 2 or ranks.get(node.input[0]) != 4:
+            continue
+        axes = values.get(node.input[1])
+        if axes is None or sorted(int(a) % 4 for a in axes) != [2, 3]:
+            continue
+        keeps = next((a.i for a in node.attribute if a.name == "keepdims"), 1)
+        pooled = node.output[0] if keeps else f"{node.output[0]}_pooled"
+        nodes = [helper.make_node("GlobalAveragePool", [node.input[0]], [pooled], node.name)]
+        if not keeps:
+            shape = numpy_helper.from_array(np.array([0, -1]), f"{pooled}_shape")
+            graph.initializer.append(shape)
+            name = f"{node.name}_reshape"
+            nodes.append(helper.make_node("Reshape", [pooled, shape.name], [node.output[0]], name))
+        at = list(graph.node).index(node)
+        graph.node.remove(node)
+        for offset, new in enumerate(nodes):
+            graph.node.insert(at + offset, new)
+
+
+def _drop_repeated_quantizers(graph: onnx.GraphProto) -> None:
+    """DequantizeLinear, then QuantizeLinear with the same scale and zero point, changes nothing."""
+    producers = _producers(graph)
+    for node in graph.node:
+        before = producers.get(node.input[0]) if node.op_type == "QuantizeLinear" else None
+        if before is not None and before.op_type == "DequantizeLinear" and before.input[1:] == node.input[1:]:
+            _rename(graph, node.output[0], before.input[0])
+
+
+def _give_layers_their_own_weights(graph: onnx.GraphProto) -> None:
+    """ONNX Runtime, making weights unsigned, fails on a weight or zero point that two layers share.
+
+    Exporters make equal ones shared. Copies of a weight are called ``<weight>@1``, ``<weight>@2`` ...
+    """
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    producers = _producers(graph)
+
+    def copy(name: str, new: str) -> str:
+        if new not in tensors:
+            tensors[new] = graph.initializer.add()
+            tensors[new].CopyFrom(tensors[name])
+            tensors[new].name = new
+        return new
+
+    uses: dict[str, int] = {}
+    for at, node in reversed(list(enumerate(graph.node))):
+        for i, name in enumerate(node.input):
+            dequantize = producers.get(name)
+            if dequantize is None or dequantize.op_type != "DequantizeLinear" or len(dequantize.input) < 3:
+                continue
+            weight = dequantize.input[0].partition(COPY)[0]
+            if weight not in tensors:
+                continue
+            count = uses[weight] = uses.get(weight, -1) + 1
+            if count == 0:
+                dequantize.input[2] = copy(dequantize.input[2], f"{weight}_zero_point")
+                continue
+            own = onnx.NodeProto()
+            own.CopyFrom(dequantize)
+            own.name = own.output[0] = node.input[i] = f"{name}{COPY}{count}"
+            own.input[0] = copy(weight, f"{weight}{COPY}{count}")
+            own.input[2] = copy(own.input[2], f"{own.input[0]}_zero_point")
+            graph.node.insert(at, own)
+
+
+def _drop_unused(graph: onnx.GraphProto) -> None:
+    """Removes nodes, initializers and shapes that nothing uses."""
+    used = {output.name for output in graph.output}
+    kept = []
+    for node in reversed(graph.node):
+        if used.intersection(node.output):
+            used.update(node.input)
+            kept.append(node)
+    values = {name for node in kept for name in node.output}
+    initializers = [tensor for tensor in graph.initializer if tensor.name in used]
+    shapes = [value for value in graph.value_info if value.name in values]
+    for field, left in (("node", kept[::-1]), ("initializer", initializers), ("value_info", shapes)):
+        graph.ClearField(field)
+        getattr(graph, field).extend(left)
+
+
+def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:
+    """Whatever takes the tensor ``old`` takes ``new``."""
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            if name == old:
+                node.input[i] = new
+
+
+def _initializers(graph: onnx.GraphProto) -> dict[str, np.ndarray]:
+    """The small integer tensors: axes, shapes, pads, and scalars."""
+    return {t.name: numpy_helper.to_array(t) for t in graph.initializer if np.prod(t.dims) <= 16}
+
+
+def _producers(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
+    return {output: node for node in graph.node for output in node.output}

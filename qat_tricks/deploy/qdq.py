@@ -1,0 +1,189 @@
+"""From the simulated network to one that says QuantizeLinear and DequantizeLinear where it rounds.
+
+The integers are those of the simulation: int8 weights with a zero point a channel (ONNX Runtime needs it
+spelled out to keep products exact on x86 without VNNI), unsigned activations, an int32 bias in steps of input
+scale times weight scale.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from qat_tricks.errors import QatTricksError
+from qat_tricks.graph import nodes as n
+from qat_tricks.graph.layers import Layer, activation_quantizers
+from qat_tricks.graph.trace import module_of
+from qat_tricks.numerics import ActivationQuantizer
+
+WEIGHT = "weight"  # an integer layer's int8 weight is the initializer "<layer>.weight"
+
+
+def to_qdq(traced: fx.GraphModule) -> dict[str, int]:
+    """Turns ``traced``, in place, into a network for ``torch.onnx.export``.
+
+    Quantizers and quantized layers become modules that emit ONNX operators. What only moves values gets a
+    quantizer of the same grid behind it: it changes no value, and what follows finds its integers.
+
+    Returns:
+        The bits of each int8 weight, by the name that its initializer will have.
+
+    Raises:
+        QatTricksError: a quantizer in use has no range.
+    """
+    calls = [node for node in traced.graph.nodes if _calls_quantized(node, traced)]
+    inputs = {node: (module_of(node, traced), n.input_quantizer_of(node, traced)) for node in calls}
+    behind = [(node, grid) for node in traced.graph.nodes if (grid := _grid_to_repeat(node, traced))]
+    enabled = _enabled(traced)
+    emitters: dict[ActivationQuantizer | None, EmitActivation] = {
+        quantizer: EmitActivation(name, quantizer) for name, quantizer in enabled.items()
+    }
+    names: dict[Any, str] = {}  # a layer called on two grids has two biases, and is two
+    bits: dict[str, int] = {}
+    for node, (layer, quantizer) in inputs.items():
+        assert isinstance(layer, Layer)
+        assert layer.weight_quantizer is not None
+        if (layer, quantizer) not in names:
+            name = f"{node.target}.on.{node.name}" if f"{node.target}.{WEIGHT}" in bits else str(node.target)
+            traced.add_submodule(name, EmitLayer(layer, emitters.get(quantizer)))
+            bits[f"{name}.{WEIGHT}"] = layer.weight_quantizer.scheme.bits
+            names[layer, quantizer] = name
+        node.target = names[layer, quantizer]
+    for name, quantizer in enabled.items():
+        traced.add_submodule(name, emitters[quantizer])
+    for node, grid in behind:
+        with traced.graph.inserting_after(node):
+            call = traced.graph.call_module(grid, (node,))
+        node.replace_all_uses_with(call, delete_user_cb=lambda user, call=call: user is not call)
+    traced.recompile()
+    return bits
+
+
+class EmitActivation(nn.Module):
+    """``QuantizeLinear`` and ``DequantizeLinear`` of one activation, below 8 bits with a ``Clip`` between."""
+
+    scale: Tensor
+    zero_point: Tensor
+    qmin: Tensor
+    qmax: Tensor
+
+    def __init__(self, name: str, quantizer: ActivationQuantizer) -> None:
+        super().__init__()
+        if not quantizer.is_calibrated:
+            raise QatTricksError(f'quantizer "{name}" has no range yet: calibrate the network first')
+        scheme = quantizer.scheme
+        self.dtype = torch.int8 if scheme.signed else torch.uint8
+        self.clips = (scheme.qmin, scheme.qmax) != (torch.iinfo(self.dtype).min, torch.iinfo(self.dtype).max)
+        self.register_buffer("scale", quantizer.current_scale().detach().clone())
+        integers = {"zero_point": int(quantizer.zero_point), "qmin": scheme.qmin, "qmax": scheme.qmax}
+        for key, value in integers.items():
+            self.register_buffer(key, torch.tensor(value, dtype=self.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        integers = _emit("QuantizeLinear", (x, self.scale, self.zero_point), x, self.dtype)
+        if self.clips:
+            integers = _emit("Clip", (integers, self.qmin, self.qmax), x, self.dtype)
+        return _emit("DequantizeLinear", (integers, self.scale, self.zero_point), x, torch.float32)
+
+
+class EmitLayer(nn.Module):
+    """A conv or linear on dequantized integers, which a runtime fuses into an integer kernel.
+
+    Without a quantizer before it (``grid`` is None) only the weight is stored in integers.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor
+    bias: Tensor | None
+    bias_scale: Tensor
+
+    @torch.no_grad()
+    def __init__(self, layer: Layer, grid: EmitActivation | None) -> None:
+        super().__init__()
+        assert layer.weight_quantizer is not None
+        # In tuples, so that no float weight is registered and exported.
+        self._layer, self._grid = (layer,), (grid,)
+        scheme, weight = layer.weight_quantizer.scheme, layer.masked_weight().float()
+        scale = layer.weight_scale(weight)
+        steps = torch.round(weight / scale).clamp_(scheme.qmin, scheme.qmax)
+        scale = scale.flatten() if scheme.per_channel else scale.reshape(())
+        self.register_buffer("weight", steps.to(torch.int8))
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("weight_zero_point", torch.zeros(scale.shape, dtype=torch.int8))
+        self.register_buffer("bias", layer.effective_bias())
+        if self.bias is not None and grid is not None:
+            bias_scale = grid.scale.double() * scale.double().expand(len(self.bias))
+            assert layer.bias is not None
+            self.bias = torch.round(layer.bias / bias_scale).to(torch.int32)
+            self.register_buffer("bias_scale", bias_scale.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = _dequantize(self.weight, self.weight_scale, self.weight_zero_point)
+        bias = self.bias
+        if bias is not None and not bias.is_floating_point():
+            bias = _dequantize(bias, self.bias_scale)
+        (layer,), (grid,) = self._layer, self._grid
+        if not isinstance(layer, nn.Linear):
+            return layer._conv_forward(x, weight, bias)  # type: ignore[operator]
+        if x.dim() == 2:
+            return F.linear(x, weight, bias)
+        rows = x.flatten(0, -2)  # integer linears take a matrix
+        out = F.linear(rows if grid is None else grid(rows), weight, bias)
+        return out.reshape(-1, *x.shape[1:-1], layer.out_features)
+
+
+def _emit(
+    operator: str, inputs: tuple[Tensor, ...], like: Tensor, dtype: torch.dtype, **attributes: int
+) -> Tensor:
+    return torch.onnx.ops.symbolic(operator, inputs, dict(attributes), dtype=dtype, shape=like.shape)
+
+
+def _dequantize(*initializers: Tensor) -> Tensor:
+    """Values with their scale, along dimension 0 if each channel has its own, and perhaps zero point."""
+    values, scale = initializers[:2]
+    axis = {"axis": 0} if scale.dim() else {}
+    return _emit("DequantizeLinear", initializers, values, torch.float32, **axis)
+
+
+def _enabled(traced: fx.GraphModule) -> dict[str, ActivationQuantizer]:
+    return {name: quantizer for name, quantizer in activation_quantizers(traced).items() if quantizer.enabled}
+
+
+def _calls_quantized(node: fx.Node, traced: fx.GraphModule) -> bool:
+    layer = module_of(node, traced)
+    return isinstance(layer, Layer) and layer.is_quantizing
+
+
+def _grid_to_repeat(node: fx.Node, traced: fx.GraphModule) -> str | None:
+    """Name of the quantizer to call again behind ``node``, whose values are on its grid, or None."""
+    if not (n.is_passthrough(node, traced) or n.is_cat(node, traced)) or _yields_parts(node, traced):
+        return None
+    if all(user.op == "output" or _is_folded_pad(node, user, traced) for user in node.users):
+        return None
+    return _grid(node, traced)
+
+
+def _grid(node: fx.Node, traced: fx.GraphModule) -> str | None:
+    """Name of the enabled quantizer on whose grid all values of ``node`` are, or None."""
+    module = module_of(node, traced)
+    if isinstance(module, ActivationQuantizer):
+        return str(node.target) if module.enabled else None
+    if n.is_cat(node, traced):
+        grids = {_grid(part, traced) for part in node.all_input_nodes}
+        return grids.pop() if len(grids) == 1 else None
+    return _grid(node.all_input_nodes[0], traced) if n.is_passthrough(node, traced) else None
+
+
+def _yields_parts(node: fx.Node, traced: fx.GraphModule) -> bool:
+    """Whether ``node`` yields a tuple of tensors (chunk, split)."""
+    kinds: set[Any] = {torch.chunk, torch.split, "chunk", "split"}
+    return n.calls(node, traced, kinds)
+
+
+def _is_folded_pad(node: fx.Node, user: fx.Node, traced: fx.GraphModule) -> bool:
+    """Whether ``node`` pads for the conv ``user``, which will do it itself."""
+    is_pad = node.target is F.pad or isinstance(module_of(node, traced), nn.ZeroPad2d)
+    conv = module_of(user, traced)
+    return is_pad and isinstance(conv, nn.Conv2d) and conv.padding_mode == "zeros"

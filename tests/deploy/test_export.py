@@ -1,0 +1,239 @@
+"""Export: what the file holds is what was simulated, and ONNX Runtime runs it in integers."""
+
+import copy
+import json
+from functools import cache
+
+import networks
+import numpy as np
+import onnx
+import pytest
+import torch
+from networks import images, quantized, seeded
+from onnx import numpy_helper
+from torch import nn
+
+from qat_tricks.deploy.coverage import integer_coverage
+from qat_tricks.deploy.export import export_onnx
+from qat_tricks.deploy.parity import measure_parity
+from qat_tricks.deploy.session import open_session, run_batch
+from qat_tricks.deploy.weights import WEIGHT_BITS_KEY, weight_size, weight_sparsity
+from qat_tricks.errors import QatTricksError
+from qat_tricks.graph import activation_quantizers, as_layer, layers, trace
+
+SHAPE = (3, 32, 32)
+INTEGER = {
+    "QLinearConv", "QLinearAdd", "QLinearConcat", "QLinearGlobalAveragePool", "QGemm",
+    "NhwcMaxPool", "MaxPool",
+    "Transpose", "Reshape", "Flatten", "Split", "Slice", "Pad",
+}  # fmt: skip
+
+
+def initializers(path):
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
+
+
+def properties(path):
+    return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+
+
+def optimized(path, folder):
+    """The nodes of the graph that ONNX Runtime really runs, and which of its tensors are float."""
+    open_session(path, optimized_path=folder / "optimized.onnx")
+    return list(onnx.load(folder / "optimized.onnx").graph.node)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Exports a calibrated network of a kind, once: its file and its parity on three images."""
+
+    @cache
+    def export(kind):
+        path = tmp_path_factory.mktemp(kind.__name__) / "model.onnx"
+        metadata = {"preprocessing": '{"mean": 0.5}'}
+        return path, export_onnx(quantized(kind), path, images(3), metadata=metadata)
+
+    return export
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        networks.Residual,
+        networks.ShortcutOfZeros,
+        networks.PaddedOnOneSide,
+        networks.Concatenated,
+        networks.Shuffled,
+        networks.Flat,
+    ],
+)
+def test_nothing_but_integer_kernels_between_the_two_ends(kind, exported, tmp_path):
+    path, report = exported(kind)
+    assert report.sqnr_db > 40
+    assert integer_coverage(path, SHAPE).coverage == 1.0
+    ran = [node.op_type for node in optimized(path, tmp_path)]
+    assert ran.count("QuantizeLinear") == 1  # of the images
+    assert ran.count("DequantizeLinear") == ("QGemm" not in ran)  # of the logits, where no linear yields them
+    assert set(ran) - {"QuantizeLinear", "DequantizeLinear"} <= INTEGER
+
+
+@pytest.mark.parametrize("kind", [networks.SqueezeExcite, networks.Tokens, networks.CalledTwice])
+def test_float_operations_stand_between_integer_layers(kind, exported):
+    path, report = exported(kind)
+    assert report.sqnr_db > 40
+    assert integer_coverage(path, SHAPE).coverage == 1.0
+
+
+def test_padding_on_one_side_becomes_the_convs_own(exported):
+    nodes = onnx.load(exported(networks.PaddedOnOneSide)[0]).graph.node
+    attributes = [attribute for node in nodes if node.op_type == "Conv" for attribute in node.attribute]
+    pads = [list(attribute.ints) for attribute in attributes if attribute.name == "pads"]
+    assert pads == [[0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0]]
+    assert "Pad" not in {node.op_type for node in nodes}
+
+
+def test_metadata_travels_and_paths_do_not(exported):
+    path, _ = exported(networks.Flat)
+    assert properties(path)["preprocessing"] == '{"mean": 0.5}'
+    assert onnx.load(path).producer_name == "qat_tricks"
+    assert b".py" not in path.read_bytes()
+    session = open_session(path)
+    assert [i.name for i in session.get_inputs()] == ["images"]
+    assert [o.name for o in session.get_outputs()] == ["logits"]
+    for batch in (1, 5):  # whatever the example's was
+        assert run_batch(session, images(batch).numpy()).shape == (batch, 5)
+    assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]
+
+
+def test_the_file_holds_the_integers_of_the_simulation(tmp_path):
+    network, path = quantized(networks.Residual, overrides={"b": {"weight_bits": 4}}), tmp_path / "model.onnx"
+    export_onnx(network, path, images(1))
+    stored = initializers(path)
+    for name, layer in layers(network).items():
+        weight, bias = stored[f"{name}.weight"], stored[f"{name}.bias"]
+        assert weight.dtype == np.int8
+        assert weight.min() >= -127
+        assert bias.dtype == np.int32
+        scale = stored[f"{name}.weight_scale"].reshape(-1, *[1] * (weight.ndim - 1))
+        simulated = layer.effective_weight().detach().numpy()
+        np.testing.assert_allclose(weight * scale, simulated, rtol=1e-6)
+        grid = layer.input_quantizer[0].current_scale().item() * np.float64(scale.ravel())
+        simulated = layer.effective_bias().detach().double().numpy() / grid
+        np.testing.assert_allclose(bias, simulated, rtol=1e-6, atol=1e-3)
+    assert np.abs(stored["b.weight"]).max() == 7
+    assert np.abs(stored["a.0.weight"]).max() == 127
+    assert max(v.ndim for v in stored.values() if v.dtype == np.float32) == 1  # no float weight is left
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_below_8_bits_values_stay_exact_in_8_bit_containers(bits, tmp_path):
+    settings = {"weight_bits": bits, "activation_bits": bits, "first_last_bits": 8 if bits > 2 else None}
+    network, path = quantized(networks.Residual, **settings), tmp_path / "model.onnx"
+    for quantizer in activation_quantizers(network).values():
+        quantizer.set_range(-0.5, 0.7)  # clips much
+    assert export_onnx(network, path, images(3)).sqnr_db > 35
+    assert integer_coverage(path, SHAPE).coverage == 1.0
+    named = json.loads(properties(path)[WEIGHT_BITS_KEY])
+    own = {name: layer.weight_quantizer.scheme.bits for name, layer in layers(network).items()}
+    assert named == {f"{name}.weight": bits for name, bits in own.items()}
+    assert weight_size(path).packed < weight_size(path).on_disk
+    assert np.abs(initializers(path)["b.weight"]).max() <= 2 ** (bits - 1) - 1
+
+    model = onnx.load(path)  # without its Clips it is another network
+    clips = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Clip"}
+    for node in model.graph.node:
+        node.input[:] = [clips.get(name, name) for name in node.input]
+    onnx.save(model, path)
+    assert measure_parity(path, network.eval(), [images(3)]).sqnr_db < 20
+
+
+def test_the_network_is_left_as_it_was(tmp_path):
+    network = quantized(networks.Residual, fold=False).train()
+    network.get_submodule("stem.1").eval()  # a frozen BatchNorm
+    state, code = copy.deepcopy(network.state_dict()), network.code
+    modes = [module.training for module in network.modules()]
+    report = export_onnx(network, tmp_path / "m.onnx", images(3))
+    assert report.sqnr_db > 38  # the BatchNorms left unfolded for training are folded in the file
+    assert integer_coverage(tmp_path / "m.onnx", SHAPE).coverage == 1.0
+    assert "BatchNormalization" not in {node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node}
+    assert network.code == code
+    assert [module.training for module in network.modules()] == modes
+    assert network.state_dict().keys() == state.keys()
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(value, state[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_pruned_weights_are_exact_zeros_and_excluded_layers_float(tmp_path):
+    network, path = quantized(networks.Residual, exclude=["a*", "stem*"]), tmp_path / "m.onnx"
+    for name in ("a.0", "stem.0", "b", "shortcut", "fc"):
+        layer = as_layer(network.get_submodule(name))
+        layer.weight_mask = (torch.rand_like(layer.weight) > 0.5).float()
+    effective = [layer.effective_weight() for layer in layers(network).values()]
+    assert export_onnx(network, path, images(3)).sqnr_db > 40
+    zeros = sum(int((weight == 0).sum()) for weight in effective)
+    assert weight_sparsity(path) == pytest.approx(zeros / sum(weight.numel() for weight in effective))
+    stored = initializers(path)
+    assert stored["b.weight"].dtype == np.int8
+    assert sum(v.dtype == np.float32 and v.ndim == 4 for v in stored.values()) == 2
+    # Left alone, ONNX Runtime quantizes the weight of a float conv between quantizers.
+    assert [kernel.integer for kernel in integer_coverage(path, SHAPE).kernels].count(False) == 2
+
+
+def test_weights_alone_in_integers_make_a_valid_file(tmp_path):
+    network = quantized(networks.Residual)
+    for quantizer in activation_quantizers(network).values():
+        quantizer.enabled = False
+    assert export_onnx(network, tmp_path / "m.onnx", images(3)).sqnr_db > 60
+    assert initializers(tmp_path / "m.onnx")["b.weight"].dtype == np.int8
+    assert integer_coverage(tmp_path / "m.onnx", SHAPE).coverage == 0.0
+
+
+class Wide(networks.Flat):
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.fc = nn.Linear(256, 400), nn.Linear(400, 5)
+
+
+def test_a_float_network_becomes_a_float_file_four_times_as_large(tmp_path):
+    network = seeded(Wide).train()
+    assert export_onnx(network, tmp_path / "fp32.onnx", images(3)).sqnr_db > 80
+    assert network.training
+    export_onnx(quantized(Wide), tmp_path / "int8.onnx", images(3))
+    assert (tmp_path / "int8.onnx").stat().st_size < 0.3 * (tmp_path / "fp32.onnx").stat().st_size
+
+
+def test_an_older_file_stays_when_parity_fails(tmp_path):
+    network, path = quantized(networks.Flat), tmp_path / "model.onnx"
+    path.write_text("an older model")
+    measured = r"on 2 images top-1 agreement \d\.\d+ .* SQNR \d+\.\d dB \(at least 300\)"
+    with pytest.raises(QatTricksError, match=measured):
+        export_onnx(network, path, images(2), min_sqnr_db=300)
+    assert path.read_text() == "an older model"
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+
+
+class Foreign(nn.Module):
+    def forward(self, x):
+        return torch.fft.fft(x).real if x.sum() > 0 else x
+
+
+def test_bad_input_is_refused_in_one_line(tmp_path):
+    path = tmp_path / "m.onnx"
+    uncalibrated = trace(seeded(networks.Flat))
+    networks.quantize(uncalibrated)
+    (tmp_path / "file").write_text("")
+    net = seeded(networks.Flat)
+    ours = quantized(networks.Flat)
+    inside = nn.Sequential(ours)
+    for network, where, example, message in [
+        (uncalibrated, path, images(1), "has no range yet"),
+        (net, tmp_path / "file" / "m.onnx", images(1), "cannot be written"),
+        (net, path, images(1)[:0], "at least one image"),
+        (net, path, torch.zeros(1, 3, 20, 20), "cannot be exported"),
+        (Foreign(), path, images(1), "cannot be exported"),
+        (inside, path, images(1), "hand over the traced network"),
+    ]:
+        with pytest.raises(QatTricksError, match=message) as caught:
+            export_onnx(network, where, example)
+        assert "\n" not in str(caught.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
