@@ -11,6 +11,8 @@ from rich.console import Console
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.comparison import comparison_rows, comparison_table, write_comparison
 
+WIDTH = 160  # columns of the table where it goes to a file
+
 
 class CompareJobs(Callback):
     """Hydra's callback that writes a sweep's ``comparison.csv`` and ``comparison.png``, and prints the table.
@@ -32,7 +34,7 @@ def compare_jobs(folder: Path) -> bool:
     except QatTricksError as error:
         print(f"error: {error}", file=sys.stderr)
         return False
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     console.print(comparison_table(rows))
     console.print(
         f"the sweep is in {folder}: comparison.csv, comparison.png", soft_wrap=True, highlight=False
