@@ -68,9 +68,7 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     if parsed.resolve and not (parsed.cfg or parsed.help):
         raise QatTricksError("--resolve belongs to --cfg or --help: add one of them")
     if parsed.config_path:
-        raise QatTricksError(
-            "--config-path would replace the configs of qat_tricks: add your own with --config-dir"
-        )
+        raise QatTricksError("--config-path would replace the configs of qat_tricks: add your own with --config-dir")
     return parsed
 
 
@@ -85,15 +83,13 @@ def _problems(name: str, parsed: Namespace) -> list[str]:
     if not sweep:
         problems.of(lambda: (check_evaluate if name == "evaluate" else check_train)(config))
         if not problems.found:
-            problems.of(lambda: _check_folder(config, "hydra.run.dir"))
+            problems.of(lambda: _check_paths(config, "hydra.run.dir"))
         return problems.found
     if name == "evaluate":
         return ["evaluate.py takes one artifact at a time: leave out --multirun"]
     if found:
         return found
-    if str(config.hydra.sweeper.get("_target_")).endswith(
-        "BasicSweeper"
-    ):  # others decide their jobs as they go
+    if str(config.hydra.sweeper.get("_target_")).endswith("BasicSweeper"):  # others decide their jobs as they go
         of_hydra = [line for line in parsed.overrides if line.lstrip("+~").startswith("hydra")]
         swept = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
         swept += [line for line in parsed.overrides if line not in of_hydra]
@@ -105,12 +101,14 @@ def _problems(name: str, parsed: Namespace) -> list[str]:
             problems.found += found
             problems.of(lambda job=job: check_train(job))  # type: ignore[misc]
             problems.of(lambda job=job: check_one_process(job))  # type: ignore[misc]
-    problems.of(lambda: _check_folder(config, "hydra.sweep.dir"))
+    problems.of(lambda: _check_paths(config, "hydra.sweep.dir"))
     return problems.found
 
 
-def _check_folder(config: DictConfig, key: str) -> None:
+def _check_paths(config: DictConfig, key: str) -> None:
     if "artifact" in config:
+        if not Path(config.artifact).is_file():
+            raise QatTricksError(f"artifact={config.artifact} is not a file: give a .onnx or .ckpt that a run wrote")
         return check_folder(evaluation_folder(config))
     before = HydraConfig.instance().cfg
     try:

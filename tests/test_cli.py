@@ -109,7 +109,8 @@ def test_a_lost_choice_is_not_blamed_on_what_is_set_inside_it(ran, capsys):
         ("artifct=x", 'did you mean "artifact"?'),
         ("artifact=x data=digit", 'did you mean "digits"?'),
         ("artifact=x measure.runs=0", "runs=0"),
-        ("artifact=x folder=file/x", "cannot be written"),
+        ("artifact=file folder=file/x", "cannot be written"),
+        ("artifact=none.onnx", "artifact=none.onnx is not a file"),
         ("-m artifact=x,y", "one artifact at a time"),
     ],
 )
