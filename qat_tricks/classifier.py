@@ -4,8 +4,9 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from qat_tricks.models import build_model
 
@@ -51,7 +52,7 @@ class Classifier(pl.LightningModule):
         self.log("val/loss", F.cross_entropy(logits, labels))
         self.log("val/accuracy", (logits.argmax(1) == labels).float().mean(), prog_bar=True)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.SGD(
             self.parameters(),
             lr=self.lr,

@@ -51,7 +51,7 @@ def run_stages(
         else:
             work.applied.clear()
             if stage.lr is not None and hasattr(module, "lr"):
-                module.lr = stage.lr
+                module.lr = stage.lr  # type: ignore[assignment]
             module.train()  # Lightning trains a module in the mode it finds it
             fit = pl.Trainer(max_epochs=stage.epochs, callbacks=[*stage.tricks, *extra_callbacks], **settings)
             fit.fit(module, datamodule=datamodule)

@@ -77,22 +77,22 @@ class Layer(nn.Module):
         return self.input_quantizer[0].current_scale().detach().double() * scale
 
 
-class Conv1d(Layer, nn.Conv1d):
+class Conv1d(Layer, nn.Conv1d):  # type: ignore[misc]
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(input, self.effective_weight(), self.effective_bias())
 
 
-class Conv2d(Layer, nn.Conv2d):
+class Conv2d(Layer, nn.Conv2d):  # type: ignore[misc]
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(input, self.effective_weight(), self.effective_bias())
 
 
-class Conv3d(Layer, nn.Conv3d):
+class Conv3d(Layer, nn.Conv3d):  # type: ignore[misc]
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(input, self.effective_weight(), self.effective_bias())
 
 
-class Linear(Layer, nn.Linear):
+class Linear(Layer, nn.Linear):  # type: ignore[misc]
     def forward(self, input: Tensor) -> Tensor:
         return nn.functional.linear(input, self.effective_weight(), self.effective_bias())
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from qat_tricks.graph.layers import is_layer
 from qat_tricks.graph.trace import module_of
@@ -75,7 +75,7 @@ def activation_of(node: fx.Node, traced: fx.GraphModule) -> str | None:
     kind = _kind_of(node, traced)
     if kind is nn.Hardtanh or kind is F.hardtanh:
         module = module_of(node, traced)
-        low, high = (module.min_val, module.max_val) if isinstance(module, nn.Hardtanh) else (node.args + (-1.0, 1.0))[1:3]
+        low, high = (module.min_val, module.max_val) if isinstance(module, nn.Hardtanh) else (*node.args, -1.0, 1.0)[1:3]
         return "relu6" if (low, high) == (0, 6) else None
     return _ACTIVATIONS.get(kind)
 
@@ -102,10 +102,11 @@ def is_passthrough(node: fx.Node, traced: fx.GraphModule) -> bool:
     if node.target is F.pad:
         mode = node.kwargs.get("mode", node.args[2] if len(node.args) > 2 else "constant")
         value = node.kwargs.get("value", node.args[3] if len(node.args) > 3 else 0.0)
-        return mode == "constant" and not value  # zero is on every grid
+        return bool(mode == "constant" and value in (0, None))  # zero is on every grid
     if not node.op.startswith("call_") or not is_tensor(node):
         return False
-    return calls(node, traced, _PASS) or _kind_of(node, traced).__class__ is type and _kind_of(node, traced).__name__ in _PASS_NAMES
+    kind = _kind_of(node, traced)
+    return kind in _PASS or (isinstance(kind, type) and kind.__name__ in _PASS_NAMES)
 
 
 def only_user(node: fx.Node, test: Callable[[fx.Node], bool]) -> fx.Node | None:

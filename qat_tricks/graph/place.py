@@ -56,8 +56,8 @@ def place_quantizers(
     calls = [node for node in traced.graph.nodes if n.calls_layer(node, traced)]
     names = list(dict.fromkeys(str(node.target) for node in calls))
     overrides = overrides or {}
-    for pattern, bits in overrides.items():
-        for key in bits:
+    for pattern, given in overrides.items():
+        for key in given:
             if key not in _OVERRIDES:
                 raise QatTricksError(f'override "{pattern}" has no setting "{key}": {did_you_mean(key, _OVERRIDES)}')
     _check_patterns([*include, *exclude, *overrides], names)
@@ -70,11 +70,11 @@ def place_quantizers(
     if first_last_bits is not None:
         for end in {names[0], names[-1]} & set(chosen):
             weights[end] = inputs[end] = first_last_bits
-    for pattern, bits in overrides.items():
+    for pattern, given in overrides.items():
         for name in chosen:
             if fnmatchcase(name, pattern):
-                weights[name] = bits.get("weight_bits", weights[name])
-                inputs[name] = bits.get("activation_bits", inputs[name])
+                weights[name] = given.get("weight_bits", weights[name])
+                inputs[name] = given.get("activation_bits", inputs[name])
 
     points: dict[fx.Node, _Point] = {}
     groups: dict[fx.Node, fx.Node] = {}  # each point's representative; concatenated points have the same one

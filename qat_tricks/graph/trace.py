@@ -2,6 +2,7 @@
 
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -16,7 +17,7 @@ class Tracer(fx.Tracer):
         if super().is_leaf_module(m, module_qualified_name):
             return True
         has_parts = any(True for _ in m.children()) or any(True for _ in m.parameters(recurse=False))
-        return not has_parts and "training" in getattr(type(m).forward, "__code__", type(m).forward).co_names
+        return not has_parts and "training" in type(m).forward.__code__.co_names
 
 
 def trace(network: nn.Module) -> fx.GraphModule:
@@ -33,8 +34,8 @@ def trace(network: nn.Module) -> fx.GraphModule:
         graph = Tracer().trace(network)
     except Exception as error:  # whatever user code raises when it meets a proxy
         raise QatTricksError(
-            f"{type(network).__name__} cannot be traced: {_user_line(error)}: {_first_line(error)}; "
-            "mend that line so that it does not depend on the values or shape of the input, or hand over the part that can be traced"
+            f"{type(network).__name__} cannot be traced: {_user_line(error)}: {_first_line(error)}; mend that line so that it "
+            "does not depend on the values or the shape of the input, or hand over the part that can be traced"
         ) from error
     finally:
         network.train(was_training)
@@ -90,3 +91,8 @@ def replace_with_module(
 def module_of(node: fx.Node, traced: fx.GraphModule) -> nn.Module | None:
     """The submodule that ``node`` calls, or None if it calls none."""
     return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def layer_at(traced: fx.GraphModule, name: str) -> Any:
+    """The conv, linear or BatchNorm called ``name``; typed loosely, for its attributes differ by kind."""
+    return traced.get_submodule(name)

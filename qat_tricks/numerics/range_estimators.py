@@ -176,8 +176,8 @@ def _squared_errors(
     values: Tensor, counts: Tensor, lows: Tensor | float, highs: Tensor | float, scheme: Scheme
 ) -> Tensor:
     """Squared error of quantizing ``values`` (``[B]``, weighted by ``counts``) for each candidate range; ``[candidates]``."""
-    lows, highs = torch.broadcast_tensors(torch.as_tensor(lows), torch.as_tensor(highs))
-    qparams = [scheme.qparams(low, high) for low, high in zip(lows.tolist(), highs.tolist(), strict=True)]
+    ranges = torch.stack(torch.broadcast_tensors(torch.as_tensor(lows), torch.as_tensor(highs)), dim=1)
+    qparams = [scheme.qparams(low, high) for low, high in ranges.tolist()]
     scales = torch.tensor([scale for scale, _ in qparams])[:, None]
     zero_points = torch.tensor([float(zero_point) for _, zero_point in qparams])[:, None]
     steps = torch.round(values / scales).clamp_(scheme.qmin - zero_points, scheme.qmax - zero_points)

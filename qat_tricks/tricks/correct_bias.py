@@ -61,7 +61,7 @@ def correct_bias(traced: fx.GraphModule, reference: fx.GraphModule, batches: Seq
 def _channel_mean(outputs: Sequence[Tensor], layer: Layer) -> Tensor:
     """The mean over images and positions of each channel, ``[C]``; channels come last for a linear, else second."""
     axis = -1 if hasattr(layer, "in_features") else 1
-    total = sum(output.transpose(axis, -1).flatten(0, -2).double().sum(0) for output in outputs)
+    total = torch.stack([output.transpose(axis, -1).flatten(0, -2).double().sum(0) for output in outputs]).sum(0)
     count = sum(output.numel() // output.shape[axis] for output in outputs)
     return (total / count).float()
 

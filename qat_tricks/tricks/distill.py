@@ -9,12 +9,12 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.lightning import workbench_of
-from qat_tricks.trick import Trick
 from qat_tricks.training import check_fraction
+from qat_tricks.trick import Trick
 
 
 def distill(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -57,7 +57,7 @@ class _Step:
                 f"distill needs {type(self.pl_module).__name__}.training_step to run the network and to return its loss: "
                 "use automatic optimization, or leave distill out"
             )
-        loss = result["loss"] if isinstance(result, dict) else result
+        loss: Any = result["loss"] if isinstance(result, dict) else result
         loss = (1 - self.trick.weight) * loss + self.trick.weight * torch.stack(losses).mean()
         return {**result, "loss": loss} if isinstance(result, dict) else loss
 

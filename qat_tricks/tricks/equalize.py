@@ -11,6 +11,7 @@ layer does not pad, since at a padded border the shift would not cancel.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,6 +20,7 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.spec import uncap as uncap_nodes
+from qat_tricks.graph.trace import layer_at
 from qat_tricks.trick import Trick
 from qat_tricks.workbench import Workbench
 
@@ -78,14 +80,15 @@ def find_pairs(traced: fx.GraphModule) -> list[Pair]:
             elif not _is_channelwise(after, traced):
                 break
         if n.calls_layer(after, traced) and after is not node and called.count(str(after.target)) == 1:
-            first, second = traced.get_submodule(str(node.target)), traced.get_submodule(str(after.target))
+            first, second = layer_at(traced, str(node.target)), layer_at(traced, str(after.target))
             inputs = second.weight.shape[1] * getattr(second, "groups", 1)
             if inputs % first.weight.shape[0] == 0 and (inputs == first.weight.shape[0] or isinstance(second, nn.Linear)):
                 pairs.append(Pair(str(node.target), str(after.target), relu, inputs // first.weight.shape[0]))
     return pairs
 
 
-_SAFE = {nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Dropout, nn.Dropout2d, nn.Identity, nn.Flatten, torch.flatten, "flatten"}
+_SAFE: set[Any] = {nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Dropout, nn.Dropout2d, nn.Identity, nn.Flatten}
+_SAFE |= {torch.flatten, "flatten"}
 
 
 def _is_channelwise(node: fx.Node, traced: fx.GraphModule) -> bool:
@@ -100,7 +103,7 @@ def _by_input(weight: Tensor, channels: int, flat: int) -> Tensor:
 
 def _equalize_pair(traced: fx.GraphModule, pair: Pair) -> float:
     """Equalizes one pair and returns the largest relative change of a channel."""
-    first, second = traced.get_submodule(pair.first), traced.get_submodule(pair.second)
+    first, second = layer_at(traced, pair.first), layer_at(traced, pair.second)
     channels = first.weight.shape[0]
     by_input = _by_input(second.weight, channels, pair.flat)
     r1 = first.weight.abs().flatten(1).amax(1)
@@ -118,7 +121,7 @@ def _equalize_pair(traced: fx.GraphModule, pair: Pair) -> float:
 
 
 def _absorb(traced: fx.GraphModule, pair: Pair) -> None:
-    first, second = traced.get_submodule(pair.first), traced.get_submodule(pair.second)
+    first, second = layer_at(traced, pair.first), layer_at(traced, pair.second)
     statistics = getattr(first, "output_statistics", None)
     pads = any(p != 0 for p in getattr(second, "padding", (0,))) if not isinstance(second, nn.Linear) else False
     if not pair.relu or statistics is None or pads or first.bias is None or second.bias is None:

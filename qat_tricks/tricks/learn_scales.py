@@ -16,7 +16,6 @@ import torch
 from torch import fx, nn
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph import nodes as n
 from qat_tricks.graph.layers import activation_quantizers, layers
 from qat_tricks.graph.spec import QUANTIZERS, spec_of
 from qat_tricks.lightning import workbench_of
@@ -43,11 +42,13 @@ def learn_scales(traced: fx.GraphModule) -> list[nn.Parameter]:
     for name, quantizer in quantizers.items():
         if name not in of_inputs:
             spec["activations"][name.removeprefix(f"{QUANTIZERS}.")]["learned"] = True
-            scales.append(quantizer.scale.requires_grad_())
+            quantizer.scale.requires_grad_()
+            scales.append(quantizer.scale)
     for name, layer in layers(traced).items():
         if layer.weight_quantizer is not None and layer.weight_quantizer.scale is not None:
             spec["layers"][name]["learned"] = True
-            scales.append(layer.weight_quantizer.scale.requires_grad_())
+            layer.weight_quantizer.scale.requires_grad_()
+            scales.append(layer.weight_quantizer.scale)
     return scales
 
 

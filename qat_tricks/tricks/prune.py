@@ -24,8 +24,8 @@ from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.graph.layers import Layer, as_layer, is_layer
 from qat_tricks.graph.spec import spec_of
 from qat_tricks.lightning import workbench_of
-from qat_tricks.trick import Trick
 from qat_tricks.training import check_fraction, progress
+from qat_tricks.trick import Trick
 from qat_tricks.workbench import Workbench
 
 SCOPES = ("layer", "global")
@@ -188,7 +188,7 @@ class Prune(Trick):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         if self._update(workbench_of(pl_module), progress(trainer)):
-            self.log("sparsity", self.reached, batch_size=1)
+            pl_module.log("sparsity", self.reached, batch_size=1)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._update(workbench_of(pl_module), progress(trainer, batches_done=1))

@@ -5,6 +5,7 @@ is so coarse that clipping pays: each channel takes the scale of least squared e
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import fx
 
@@ -62,7 +63,7 @@ class Quantize(Trick):
         super().__init__()
         # Bits are checked now: before anything has been trained.
         weight_scheme(weight_bits), activation_scheme(activation_bits)
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "weight_bits": weight_bits,
             "activation_bits": activation_bits,
             "first_last_bits": first_last_bits,

@@ -21,7 +21,9 @@ def _means(network, x):
     """The mean of each channel of every conv and linear output."""
     seen: dict[str, torch.Tensor] = {}
     hooks = [
-        module.register_forward_hook(lambda m, i, o, name=name: seen.update({name: o.detach().transpose(1, -1).flatten(0, -2).mean(0)}))
+        module.register_forward_hook(
+            lambda m, i, o, name=name: seen.update({name: o.detach().transpose(1, -1).flatten(0, -2).mean(0)})
+        )
         for name, module in network.named_modules()
         if hasattr(module, "weight") and module.weight is not None and not list(module.children())[1:]
     ]

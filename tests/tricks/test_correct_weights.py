@@ -1,5 +1,4 @@
 import pytest
-import torch
 from nets import small_net
 
 from qat_tricks.errors import QatTricksError
