@@ -22,8 +22,31 @@ class Layer(nn.Module):
     bias: nn.Parameter | None
     weight_mask: Tensor | None
     weight_quantizer: WeightQuantizer | None
-    input_quantizer: tuple[ActivationQuantizer, ...]  # a tuple, so that it is not registered as a child
+    input_quantizer: tuple[ActivationQuantizer, ...]  # of each call; a tuple, so that they are not registered as children
     channel_axis = 0  # the weight's dimension of output channels
+    output_axis = 1  # and the output's
+
+    def _compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The conv or linear itself."""
+        raise AssertionError(f"{type(self).__name__} does not compute")
+
+    def forward(self, input: Tensor) -> Tensor:
+        differentiable = self.training or torch.is_grad_enabled()
+        one_grid = len(self.input_quantizer) == 1 and self.has_input_scale
+        if self.is_quantizing and one_grid and not differentiable:
+            return self._integer_forward(input)
+        return self._compute(input, self.effective_weight(), self.effective_bias())
+
+    def _integer_forward(self, input: Tensor) -> Tensor:
+        """Computes on integers held in float32, as the kernel does: sums are exact, so that what lies near the middle
+        between two steps is rounded to the same side here and there."""
+        scale = self.weight_scale(self.masked_weight()).detach()
+        input_scale = self.input_quantizer[0].current_scale().detach()
+        weight = torch.round(self.effective_weight() / scale)
+        bias = None if self.bias is None else torch.round(self.bias.double() / self.bias_scale()).float()
+        out = self._compute(torch.round(input / input_scale), weight, bias)
+        step = (scale * input_scale).flatten()
+        return out * (step if self.output_axis == -1 else step.view(-1, *[1] * (out.dim() - 2)))
 
     def masked_weight(self) -> Tensor:
         """The weight with pruned entries at exactly zero."""
@@ -54,7 +77,7 @@ class Layer(nn.Module):
     @property
     def has_input_scale(self) -> bool:
         """Whether the layer's input is on a grid, and which one is known."""
-        return bool(self.input_quantizer) and self.input_quantizer[0].is_calibrated
+        return bool(self.input_quantizer) and self.input_quantizer[0].is_calibrated and self.input_quantizer[0].enabled
 
     def weight_scale(self, weight: Tensor) -> Tensor:
         """The weight's scale in evaluation and export, shape ``[1, .., C, .., 1]``.
@@ -78,23 +101,25 @@ class Layer(nn.Module):
 
 
 class Conv1d(Layer, nn.Conv1d):  # type: ignore[misc]
-    def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.effective_weight(), self.effective_bias())
+    def _compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._conv_forward(input, weight, bias)
 
 
 class Conv2d(Layer, nn.Conv2d):  # type: ignore[misc]
-    def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.effective_weight(), self.effective_bias())
+    def _compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._conv_forward(input, weight, bias)
 
 
 class Conv3d(Layer, nn.Conv3d):  # type: ignore[misc]
-    def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.effective_weight(), self.effective_bias())
+    def _compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._conv_forward(input, weight, bias)
 
 
 class Linear(Layer, nn.Linear):  # type: ignore[misc]
-    def forward(self, input: Tensor) -> Tensor:
-        return nn.functional.linear(input, self.effective_weight(), self.effective_bias())
+    output_axis = -1
+
+    def _compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return nn.functional.linear(input, weight, bias)
 
 
 LAYER_OF: dict[type[nn.Module], type[Layer]] = {

@@ -121,9 +121,14 @@ def insert_quantizers(traced: fx.GraphModule) -> None:
 
 def _connect(traced: fx.GraphModule) -> None:
     """Tells each layer which quantizer its input is on, which is half of its integer bias's scale."""
+    seen: dict[str, list[ActivationQuantizer]] = {}
     for node in traced.graph.nodes:
         if n.calls_layer(node, traced):
-            layer = traced.get_submodule(str(node.target))
-            if isinstance(layer, Layer) and layer.weight_quantizer is not None:
-                quantizer = n.input_quantizer_of(node, traced)
-                layer.input_quantizer = () if quantizer is None else (quantizer,)
+            quantizer = n.input_quantizer_of(node, traced)
+            known = seen.setdefault(str(node.target), [])
+            if quantizer is not None and quantizer not in known:
+                known.append(quantizer)
+    for name, quantizers in seen.items():
+        layer = traced.get_submodule(name)
+        if isinstance(layer, Layer) and layer.weight_quantizer is not None:
+            layer.input_quantizer = tuple(quantizers)
