@@ -7,9 +7,12 @@ Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias 
 
 Where this differs: scaling passes through whatever is positively homogeneous (ReLU, max and average pools, flatten), so
 through ReLU but not through ReLU6, unless ``uncap`` says that ReLU6 may become ReLU; biases are absorbed only where the next
-layer does not pad, since at a padded border the shift would not cancel.
+layer does not pad, since at a padded border the shift would not cancel. With images, a channel between a ReLU6 and a depthwise
+conv is scaled up as far as the largest value seen stays below the cap: the activation's grid is used in full, and the depthwise
+conv's scale a channel takes it back at no cost.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +24,7 @@ from qat_tricks.graph import nodes as n
 from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.spec import uncap as uncap_nodes
 from qat_tricks.graph.trace import layer_at
+from qat_tricks.progress import track
 from qat_tricks.trick import Trick
 from qat_tricks.workbench import Workbench
 
@@ -35,11 +39,19 @@ class Pair:
     flat: int  # how many of the second layer's inputs stem from one channel of the first (flatten before a linear)
 
 
-def equalize(traced: fx.GraphModule, *, iterations: int = 20, absorb_bias: bool = True, uncap: bool = False) -> list[Pair]:
+def equalize(
+    traced: fx.GraphModule,
+    batches: Sequence[Tensor] = (),
+    *,
+    iterations: int = 20,
+    absorb_bias: bool = True,
+    uncap: bool = False,
+) -> list[Pair]:
     """Equalizes all pairs of ``traced`` in place and returns them; the network's function stays the same.
 
     Args:
         traced: a traced network without quantizers, BatchNorm folded.
+        batches: images ``[N, C, H, W]`` each, that show how far below a ReLU6's cap channels stay; none leaves those alone.
         iterations: how often to sweep over the pairs; chains converge geometrically.
         absorb_bias: also move large biases before a ReLU into the next layer.
         uncap: let ReLU6 become ReLU, so that the pairs around it can be equalized; this changes the function.
@@ -62,7 +74,63 @@ def equalize(traced: fx.GraphModule, *, iterations: int = 20, absorb_bias: bool 
         if absorb_bias:
             for pair in pairs:
                 _absorb(traced, pair)
+        _fill_caps(traced, batches)
     return pairs
+
+
+CAP = 6.0
+HEADROOM = 1.02  # images to come may reach a little higher than those seen
+
+
+def _fill_caps(traced: fx.GraphModule, batches: Sequence[Tensor]) -> None:
+    """Scales channels between a layer's ReLU6 and a depthwise conv up to the cap, by the largest values in ``batches``."""
+    capped = {}
+    for node in traced.graph.nodes:
+        layer, depthwise = node.all_input_nodes[0] if node.all_input_nodes else node, _depthwise_after(node, traced)
+        if n.activation_of(node, traced) == "relu6" and n.calls_layer(layer, traced) and len(layer.users) == 1 and depthwise:
+            capped[node] = (str(layer.target), depthwise)
+    if not capped or not batches:
+        return
+    largest = _channel_maxima(traced, set(capped), batches)
+    for node, (first_name, second_name) in capped.items():
+        first, second = layer_at(traced, first_name), layer_at(traced, second_name)
+        scale = (CAP / HEADROOM / largest[node].clamp_min(1e-6)).clamp(1.0, 64.0)
+        first.weight.mul_(scale.view(-1, *[1] * (first.weight.dim() - 1)))
+        first.bias.mul_(scale)
+        second.weight.div_(scale.view(-1, *[1] * (second.weight.dim() - 1)))
+
+
+def _depthwise_after(node: fx.Node, traced: fx.GraphModule) -> str | None:
+    """The depthwise conv that alone uses ``node``, if need be after a pad; each input channel makes one output channel."""
+    user = n.only_user(node, lambda user: True)
+    if user is not None and user.target is nn.functional.pad and n.is_passthrough(user, traced):
+        user = n.only_user(user, lambda user: True)
+    if user is None or not n.calls_layer(user, traced):
+        return None
+    second = layer_at(traced, str(user.target))
+    is_depthwise = getattr(second, "groups", 1) == second.weight.shape[0] > 1
+    called_once = sum(other.target == user.target for other in traced.graph.nodes) == 1
+    return str(user.target) if is_depthwise and called_once else None
+
+
+def _channel_maxima(traced: fx.GraphModule, wanted: set[fx.Node], batches: Sequence[Tensor]) -> dict[fx.Node, Tensor]:
+    """The largest value of each channel of the ``wanted`` nodes, ``[C]``, over all images."""
+    largest: dict[fx.Node, Tensor] = {}
+
+    class Watch(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            output = super().run_node(n)
+            if n in wanted:
+                seen = output.transpose(0, 1).flatten(1).amax(1)
+                largest[n] = torch.maximum(largest.get(n, seen), seen)
+            return output
+
+    was_training = traced.training
+    traced.eval()
+    for batch in track(batches, "equalize"):
+        Watch(traced).run(batch)
+    traced.train(was_training)
+    return largest
 
 
 def find_pairs(traced: fx.GraphModule) -> list[Pair]:
@@ -141,9 +209,16 @@ class Equalize(Trick):
 
     after = ("fold_batchnorm",)
 
-    def __init__(self, iterations: int = 20, absorb_bias: bool = True, uncap: bool = False) -> None:
+    def __init__(
+        self, iterations: int = 20, absorb_bias: bool = True, uncap: bool = False, num_images: int = 128
+    ) -> None:
         super().__init__()
-        self.iterations, self.absorb_bias, self.uncap = iterations, absorb_bias, uncap
+        if num_images < 0:
+            raise QatTricksError(f"num_images={num_images} is not allowed: give 0 (leave ReLU6 alone) or more")
+        self.settings: dict[str, Any] = {"iterations": iterations, "absorb_bias": absorb_bias, "uncap": uncap}
+        self.num_images = num_images
 
     def apply(self, work: Workbench) -> None:
-        equalize(work.network, iterations=self.iterations, absorb_bias=self.absorb_bias, uncap=self.uncap)
+        has_caps = any(n.activation_of(node, work.network) == "relu6" for node in work.network.graph.nodes)
+        batches = work.batches(self.num_images) if has_caps and self.num_images else []
+        equalize(work.network, batches, **self.settings)

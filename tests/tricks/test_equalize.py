@@ -72,3 +72,18 @@ def test_absorbed_bias_leaves_the_function_where_inputs_exceed_it():
 def test_iterations_below_one_are_refused():
     with pytest.raises(QatTricksError, match="iterations=0"):
         equalize(trace(Chain()), iterations=0)
+
+
+def test_channels_before_a_depthwise_conv_are_scaled_up_to_the_cap():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 1), nn.ReLU6(), nn.Conv2d(8, 8, 3, groups=8))
+    with torch.no_grad():
+        net[0].weight.copy_(torch.logspace(-1, 1.5, 8).view(-1, 1, 1, 1))
+        net[0].bias.fill_(0.05)
+    expected, before = net(images(64)), net[1](net[0](images(64))).amax((0, 2, 3))
+    equalize(trace(net), [images(64)])
+    after = net[1](net[0](images(64))).amax((0, 2, 3))
+    torch.testing.assert_close(net(images(64)), expected, rtol=1e-4, atol=1e-5)
+    assert (after >= before - 1e-5).all()
+    assert after.min() > 5.5  # every channel now uses the grid in full
+    assert before.min() < 1
