@@ -16,6 +16,7 @@ from rich.console import Console
 from qat_tricks import __version__
 from qat_tricks.classifier import Classifier
 from qat_tricks.models import build_model
+from qat_tricks.ranks import Ranks
 
 
 def cache_dir() -> Path:
@@ -24,7 +25,11 @@ def cache_dir() -> Path:
 
 
 def prepare_baseline(
-    config: DictConfig, module: Classifier, datamodule: pl.LightningDataModule, trainer: Mapping[str, Any]
+    config: DictConfig,
+    module: Classifier,
+    datamodule: pl.LightningDataModule,
+    trainer: Mapping[str, Any],
+    ranks: Ranks,
 ) -> None:
     """Gives ``module`` its float weights: those of ``model.weights``, or trained here, or trained here before.
 
@@ -36,6 +41,7 @@ def prepare_baseline(
         module: the classifier, with fresh weights.
         datamodule: set up.
         trainer: arguments of ``pl.Trainer``.
+        ranks: its processes; all of them get the weights of rank zero, which alone looks into the cache.
 
     Raises:
         QatTricksError: weights that are missing, damaged or of another network.
@@ -46,12 +52,13 @@ def prepare_baseline(
         if not config.baseline.finetune:
             return
     kept = cache_dir() / f"{_key(config)}.pt"
-    if config.baseline.cache and _restore(module, kept):
-        return
-    module.train().lr = config.baseline.lr
-    pl.Trainer(max_epochs=config.baseline.epochs, enable_checkpointing=False, **trainer).fit(module, datamodule=datamodule)
-    if config.baseline.cache:
-        _keep(module, kept)
+    if not (config.baseline.cache and ranks.on_zero(_restore, module, kept)):
+        module.train().lr = config.baseline.lr
+        fit = pl.Trainer(max_epochs=config.baseline.epochs, enable_checkpointing=False, **trainer)
+        fit.fit(module, datamodule=datamodule)
+        if config.baseline.cache:
+            ranks.on_zero(_keep, module, kept)
+    module.network.load_state_dict(ranks.on_zero(module.network.state_dict))
 
 
 def _key(config: DictConfig) -> str:

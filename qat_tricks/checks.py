@@ -10,6 +10,7 @@ import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 
 from qat_tricks.binding import Problems, bind, make, unknown_keys
 from qat_tricks.compose import one_line
@@ -176,9 +177,14 @@ def _check_trainer(trainer: dict[str, Any]) -> None:
         raise QatTricksError("; ".join(problems))
     try:
         with isolated():
-            pl.Trainer(**trainer, logger=False, enable_checkpointing=False, max_epochs=1)
+            launcher = pl.Trainer(**trainer, logger=False, enable_checkpointing=False, max_epochs=1).strategy.launcher
     except Exception as error:  # Lightning raises many kinds for what it cannot have
         raise QatTricksError(f"trainer: {one_line(error)}") from error
+    if not isinstance(launcher, _SubprocessScriptLauncher | None):
+        raise QatTricksError(
+            f"trainer.strategy={trainer['strategy']} trains in processes that hand back weights alone, and tricks change the "
+            "network's structure: give ddp"
+        )
 
 
 def _count(devices: Any) -> int:

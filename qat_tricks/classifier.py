@@ -49,8 +49,8 @@ class Classifier(pl.LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
         logits = self(images)
-        self.log("val/loss", F.cross_entropy(logits, labels))
-        self.log("val/accuracy", (logits.argmax(1) == labels).float().mean(), prog_bar=True)
+        self.log("val/loss", F.cross_entropy(logits, labels), sync_dist=True)
+        self.log("val/accuracy", (logits.argmax(1) == labels).float().mean(), prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.SGD(

@@ -27,6 +27,7 @@ from qat_tricks.evidence.metrics import Metrics, agreement, evaluate_classifier
 from qat_tricks.evidence.report import write_report
 from qat_tricks.lightning import save_checkpoint
 from qat_tricks.loggers import log_report
+from qat_tricks.ranks import Ranks
 from qat_tricks.recipes import Recipe, Stage
 from qat_tricks.stages import run_stages
 
@@ -38,6 +39,8 @@ Logger = Any  # one of Lightning's loggers, several, or False
 def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[str, Any]:
     """Runs one composed and checked config and returns the report that it has written to ``folder``.
 
+    All processes of ``config.trainer`` train; the first alone measures, exports, writes, prints and logs.
+
     The folder holds ``report.json``, ``report.md``, ``ledger.json``, ``model.onnx``, ``model_fp32.onnx``, ``model.ckpt``,
     ``config.yaml`` and, of stages but the last, ``stages/NAME.onnx``.
 
@@ -46,28 +49,28 @@ def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[st
     """
     torch.set_num_threads(config.measure.threads)
     pl.seed_everything(config.seed, workers=True, verbose=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(config, folder / "config.yaml", resolve=True)
     recipe = recipe_of(config)
     data = build_data(**OmegaConf.to_container(config.data, resolve=True))  # type: ignore[arg-type]
     data.prepare_data()
     data.setup()
     module = _classifier(config, data)
     trainer = {**OmegaConf.to_container(config.trainer, resolve=True), "logger": logger}  # type: ignore[dict-item]
+    _check_classes(module.network, data)
+
+    ranks = Ranks(trainer)
     run = _Run(config, folder, recipe, data, module)
 
-    _check_classes(module.network, data)
+    def after_stage(stage: Stage, network: nn.Module) -> None:
+        network.to("cpu").eval()  # on every rank: what the next stage begins with
+        ranks.on_zero(run.after_stage, stage, network)
+
+    ranks.on_zero(run.save_config)
     started = time.perf_counter()
-    prepare_baseline(config, module, data, trainer)
-    run.measure_stage("fp32", module.network, started, folder / "model_fp32.onnx")
-    run_stages(module, data, recipe, trainer=trainer, after_stage=run.after_stage)
-    save_checkpoint(module, folder / "model.ckpt")
-    report = run.report()
-    write_report(folder, report)
-    console = Console()
-    console.print(run.ledger.as_table())
-    log_report(logger, report, folder)
-    return report
+    prepare_baseline(config, module, data, trainer, ranks)
+    module.network.to("cpu").eval()
+    ranks.on_zero(run.measure_stage, "fp32", module.network, started, folder / "model_fp32.onnx")
+    run_stages(module, data, recipe, trainer=trainer, after_stage=after_stage)
+    return ranks.on_zero(run.finish, logger)
 
 
 def _classifier(config: DictConfig, data: ImageData) -> Classifier:
@@ -113,6 +116,11 @@ class _Run:
     def model_path(self) -> Path:
         return self.folder / "model.onnx"
 
+    def save_config(self) -> None:
+        """Keeps the composed config in the folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.config, self.folder / "config.yaml", resolve=True)
+
     def after_stage(self, stage: Stage, network: nn.Module) -> None:
         """Measures the network after a stage, and stops the run if the stage lost more than it may."""
         is_last = stage is self.recipe.stages[-1]
@@ -123,7 +131,6 @@ class _Run:
 
     def measure_stage(self, name: str, network: nn.Module, started: float, path: Path) -> Metrics:
         """Measures ``network`` as it is simulated, exports it to ``path``, and enters both in the ledger."""
-        network.to("cpu").eval()
         metrics = self._evaluate(network, name)
         before = self.ledger.stages[-1].after if self.ledger.stages else None
         self.ledger.add(LedgerRow(name=name, before=before, after=metrics, seconds=time.perf_counter() - started))
@@ -172,6 +179,15 @@ class _Run:
                 "class_names": list(self.data.class_names),
             }.items()
         }
+
+    def finish(self, logger: Logger) -> dict[str, Any]:
+        """Writes the checkpoint and the report, prints the ledger, logs both, and returns the report."""
+        save_checkpoint(self.module, self.folder / "model.ckpt")
+        report = self.report()
+        write_report(self.folder, report)
+        Console().print(self.ledger.as_table())
+        log_report(logger, report, self.folder)
+        return report
 
     def report(self) -> dict[str, Any]:
         """Runs the final ONNX file itself, and puts everything together under DESIGN's keys."""

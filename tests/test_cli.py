@@ -57,6 +57,7 @@ def status(run, *arguments):
         ),
         ("recipe.name.x=1", "recipe.name is a value"),
         ("trainer.fast_dev_run=true", "+trainer.fast_dev_run="),
+        ("trainer=ddp_cpu trainer.strategy=ddp_spawn", "trainer.strategy=ddp_spawn trains in processes"),
         ("~recipe.stages.ptq.tricks.equalise", 'did you mean "equalize"'),
         ("+trick@recipe.stages.ptq.tricks=prun", 'unknown trick "prun": did you mean "prune"?'),
         ("recipe.stages.ptq.tricks.quantize.weight_bits=9", "bits=9"),

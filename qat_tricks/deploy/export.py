@@ -22,8 +22,8 @@ from qat_tricks.deploy.qdq import to_qdq
 from qat_tricks.deploy.session import one_line
 from qat_tricks.deploy.weights import WEIGHT_BITS_KEY
 from qat_tricks.errors import QatTricksError
+from qat_tricks.graph.fold import fold_batchnorm
 from qat_tricks.graph.layers import layers
-from qat_tricks.tricks.fold_batchnorm import fold_batchnorm
 
 OPSET = 18  # what PyTorch's exporter writes without converting
 INPUT, OUTPUT = "images", "logits"

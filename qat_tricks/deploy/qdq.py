@@ -5,6 +5,7 @@ spelled out to keep products exact on x86 without VNNI), unsigned activations, a
 scale times weight scale.
 """
 
+import operator
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import nodes as n
-from qat_tricks.graph.layers import Layer, activation_quantizers
+from qat_tricks.graph.layers import Add, Layer, activation_quantizers
 from qat_tricks.graph.trace import module_of
 from qat_tricks.numerics import ActivationQuantizer
 
@@ -56,6 +57,9 @@ def to_qdq(traced: fx.GraphModule) -> dict[str, int]:
         with traced.graph.inserting_after(node):
             call = traced.graph.call_module(grid, (node,))
         node.replace_all_uses_with(call, delete_user_cb=lambda user, call=call: user is not call)
+    for node in traced.graph.nodes:
+        if isinstance(module_of(node, traced), Add):
+            node.op, node.target = "call_function", operator.add
     traced.recompile()
     return bits
 

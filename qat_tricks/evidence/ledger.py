@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from qat_tricks.errors import QatTricksError
@@ -11,8 +12,8 @@ from qat_tricks.evidence.files import write_json
 from qat_tricks.evidence.metrics import Metrics
 from qat_tricks.evidence.show import show
 
-# What fits a terminal of 80 columns; report.md has every metric.
-_COLUMNS = ("accuracy", "drop", "F1", "size", "latency p50", "sparsity", "time")
+# What fits a terminal of 80 columns, the stage's name being of up to 12 letters; report.md has every metric.
+_COLUMNS = ("top-1", "drop", "F1", "size", "latency", "zeros", "time")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +62,11 @@ class Ledger:
         ]
 
     def as_table(self) -> Table:
-        """Returns the ledger as a rich table, one row a stage."""
-        table = Table(title="ledger")
+        """Returns the ledger as a rich table, one row a stage; the latency is the median."""
+        table = Table(title="ledger", box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
         table.add_column("stage", no_wrap=True)
         for column in _COLUMNS:
-            table.add_column(column, justify="right")
+            table.add_column(column, justify="right", no_wrap=True)
         notes = any(row.note for row in self.stages)
         if notes:
             table.add_column("note")

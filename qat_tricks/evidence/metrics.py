@@ -56,14 +56,13 @@ def evaluate_classifier(
             contain NaN or have another number of classes.
     """
     start = time.perf_counter()
+    options: dict[str, Any] = {"validate_args": False, "sync_on_compute": False}  # this process measures alone
     metrics = MetricCollection(
         {
-            "accuracy": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
-            "top5": MulticlassAccuracy(
-                num_classes, average="micro", top_k=min(5, num_classes), validate_args=False
-            ),
-            "f1": MulticlassF1Score(num_classes, average="none", validate_args=False),
-            "ece": MulticlassCalibrationError(num_classes, n_bins=15, validate_args=False),
+            "accuracy": MulticlassAccuracy(num_classes, average="micro", **options),
+            "top5": MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes), **options),
+            "f1": MulticlassF1Score(num_classes, average="none", **options),
+            "ece": MulticlassCalibrationError(num_classes, n_bins=15, **options),
         },
         compute_groups=False,
     )

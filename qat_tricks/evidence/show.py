@@ -12,7 +12,7 @@ _UNITS: dict[str, Callable[[float], str]] = {
     "ms": lambda value: f"{value:.2f} ms" if value >= 1 else f"{value:.3f} ms",
     "mib": lambda value: f"{value:.0f} MiB",
     "db": lambda value: f"{value:.1f} dB",
-    "seconds": lambda value: f"{value:.1f} s",
+    "seconds": lambda value: f"{value:.0f} s" if value >= 100 else f"{value:.1f} s",
     "times": lambda value: f"{value:.2f}x",
 }
 

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from qat_tricks.numerics import ActivationQuantizer, WeightQuantizer
+from qat_tricks.numerics import ActivationQuantizer, WeightQuantizer, kernels
 
 
 class Layer(nn.Module):
@@ -23,6 +23,8 @@ class Layer(nn.Module):
     weight_mask: Tensor | None
     weight_quantizer: WeightQuantizer | None
     input_quantizer: tuple[ActivationQuantizer, ...]  # of each call; a tuple, so that they are not registered as children
+    output_quantizer: tuple[ActivationQuantizer, ...]  # of each call whose output nothing else reads
+    rounds: bool = True  # whether, in evaluation, the output is rounded to its grid as the kernel rounds its integer sums
     channel_axis = 0  # the weight's dimension of output channels
     output_axis = 1  # and the output's
 
@@ -46,7 +48,10 @@ class Layer(nn.Module):
         bias = None if self.bias is None else torch.round(self.bias.double() / self.bias_scale()).float()
         out = self._compute(torch.round(input / input_scale), weight, bias)
         step = (scale * input_scale).flatten()
-        return out * (step if self.output_axis == -1 else step.view(-1, *[1] * (out.dim() - 2)))
+        step = step if self.output_axis == -1 else step.view(-1, *[1] * (out.dim() - 2))
+        if self.rounds and len(self.output_quantizer) == 1 and is_on(self.output_quantizer[0]):
+            return kernels.requantize(out, step, self.output_quantizer[0])
+        return out * step
 
     def masked_weight(self) -> Tensor:
         """The weight with pruned entries at exactly zero."""
@@ -77,7 +82,7 @@ class Layer(nn.Module):
     @property
     def has_input_scale(self) -> bool:
         """Whether the layer's input is on a grid, and which one is known."""
-        return bool(self.input_quantizer) and self.input_quantizer[0].is_calibrated and self.input_quantizer[0].enabled
+        return bool(self.input_quantizer) and is_on(self.input_quantizer[0])
 
     def weight_scale(self, weight: Tensor) -> Tensor:
         """The weight's scale in evaluation and export, shape ``[1, .., C, .., 1]``.
@@ -122,6 +127,28 @@ class Linear(Layer, nn.Linear):  # type: ignore[misc]
         return nn.functional.linear(input, weight, bias)
 
 
+class Add(nn.Module):
+    """A residual add; in evaluation, between calibrated grids, it sums as the integer kernel does.
+
+    Attributes:
+        quantizers: of both inputs and of the output; a tuple, so that they are not registered as children.
+    """
+
+    def __init__(self, *quantizers: ActivationQuantizer) -> None:
+        super().__init__()
+        self.quantizers = quantizers
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.training or torch.is_grad_enabled() or x.shape != y.shape or not all(map(is_on, self.quantizers)):
+            return x + y
+        return kernels.add(x, y, *self.quantizers)
+
+
+def is_on(quantizer: ActivationQuantizer) -> bool:
+    """Whether what passes ``quantizer`` is on its grid."""
+    return quantizer.enabled and quantizer.is_calibrated
+
+
 LAYER_OF: dict[type[nn.Module], type[Layer]] = {
     nn.Conv1d: Conv1d,
     nn.Conv2d: Conv2d,
@@ -142,7 +169,7 @@ def as_layer(module: nn.Module) -> Layer:
         layer = cast(Layer, module)
         layer.register_buffer("weight_mask", None)
         layer.register_module("weight_quantizer", None)
-        layer.input_quantizer = ()
+        layer.input_quantizer = layer.output_quantizer = ()
     return cast(Layer, module)
 
 
@@ -154,6 +181,19 @@ def layers(network: nn.Module) -> dict[str, Layer]:
 def activation_quantizers(network: nn.Module) -> dict[str, ActivationQuantizer]:
     """The activation quantizers of ``network`` by name, in order."""
     return {name: module for name, module in network.named_modules() if isinstance(module, ActivationQuantizer)}
+
+
+@contextmanager
+def unrounded_sums(network: nn.Module) -> Iterator[None]:
+    """Within it the layers of ``network`` hand out their sums as they are, for a quantizer to round."""
+    quantized = list(layers(network).values())
+    try:
+        for layer in quantized:
+            layer.rounds = False
+        yield
+    finally:
+        for layer in quantized:
+            layer.rounds = True
 
 
 @contextmanager

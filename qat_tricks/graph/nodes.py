@@ -8,11 +8,11 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from qat_tricks.graph.layers import is_layer
+from qat_tricks.graph.layers import Add, is_layer
 from qat_tricks.graph.trace import module_of
 from qat_tricks.numerics import ActivationQuantizer
 
-_ADD: set[Any] = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_ADD: set[Any] = {Add, operator.add, operator.iadd, torch.add, "add", "add_"}
 _MUL: set[Any] = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 _CAT: set[Any] = {torch.cat, torch.concat, torch.concatenate}
 _POOL: set[Any] = {
@@ -115,9 +115,25 @@ def only_user(node: fx.Node, test: Callable[[fx.Node], bool]) -> fx.Node | None:
     return users[0] if len(users) == 1 and test(users[0]) else None
 
 
+def is_residual_add(node: fx.Node, traced: fx.GraphModule) -> bool:
+    """Whether ``node`` adds two activations, and does nothing else."""
+    return calls(node, traced, _ADD) and len(node.args) == 2 and not node.kwargs and _operands_are_activations(node)
+
+
+def output_quantizer_of(node: fx.Node, traced: fx.GraphModule) -> ActivationQuantizer | None:
+    """The quantizer that alone uses ``node``, or None."""
+    user = only_user(node, lambda user: True)
+    module = None if user is None else module_of(user, traced)
+    return module if isinstance(module, ActivationQuantizer) else None
+
+
 def input_quantizer_of(node: fx.Node, traced: fx.GraphModule) -> ActivationQuantizer | None:
     """The quantizer whose grid the first input of ``node`` is on, or None."""
-    source = node.all_input_nodes[0]
+    return quantizer_of(node.all_input_nodes[0], traced)
+
+
+def quantizer_of(source: fx.Node, traced: fx.GraphModule) -> ActivationQuantizer | None:
+    """The quantizer whose grid the values of ``source`` are on, or None."""
     while True:
         module = module_of(source, traced)
         if isinstance(module, ActivationQuantizer):

@@ -21,11 +21,11 @@ from torch import fx, nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import nodes as n
-from qat_tricks.graph.layers import Layer, as_layer
+from qat_tricks.graph.layers import Add, Layer, as_layer
 from qat_tricks.graph.trace import replace_with_module, trace
 from qat_tricks.numerics import ActivationQuantizer, Scheme, WeightQuantizer
 
-QUANTIZERS = "activation_quantizers"
+QUANTIZERS, ADDS = "activation_quantizers", "adds"
 
 
 def spec_of(traced: fx.GraphModule) -> dict[str, Any]:
@@ -115,20 +115,30 @@ def insert_quantizers(traced: fx.GraphModule) -> None:
             layer.weight_quantizer = WeightQuantizer(Scheme(**entry["weight"]), channel_axis=layer.channel_axis).to(device)
             if entry.get("scale"):
                 layer.weight_quantizer.own_scale(layer.weight).requires_grad_(entry.get("learned", False))
-    traced.recompile()
     _connect(traced)
 
 
 def _connect(traced: fx.GraphModule) -> None:
-    """Tells each layer which quantizer its input is on, which is half of its integer bias's scale."""
-    seen: dict[str, list[ActivationQuantizer]] = {}
+    """Tells each layer and each residual add which quantizers its inputs and its output are on."""
+    seen: dict[str, tuple[list[ActivationQuantizer], list[ActivationQuantizer | None]]] = {}
     for node in traced.graph.nodes:
         if n.calls_layer(node, traced):
             quantizer = n.input_quantizer_of(node, traced)
-            known = seen.setdefault(str(node.target), [])
-            if quantizer is not None and quantizer not in known:
-                known.append(quantizer)
-    for name, quantizers in seen.items():
+            inputs, outputs = seen.setdefault(str(node.target), ([], []))
+            if quantizer is not None and quantizer not in inputs:
+                inputs.append(quantizer)
+            outputs.append(n.output_quantizer_of(node, traced))
+        elif n.is_residual_add(node, traced):
+            tensors = [n.quantizer_of(arg, traced) for arg in node.all_input_nodes]
+            grids = [grid for grid in (*tensors, n.output_quantizer_of(node, traced)) if grid is not None]
+            if len(grids) == 3:
+                name = f"{ADDS}.{node.name}"
+                traced.add_submodule(name, Add(*grids))
+                node.op, node.target = "call_module", name
+    for name, (inputs, outputs) in seen.items():
         layer = traced.get_submodule(name)
         if isinstance(layer, Layer) and layer.weight_quantizer is not None:
-            layer.input_quantizer = tuple(quantizers)
+            layer.input_quantizer = tuple(inputs)
+            found = tuple(dict.fromkeys(quantizer for quantizer in outputs if quantizer is not None))
+            layer.output_quantizer = () if None in outputs else found
+    traced.recompile()

@@ -48,6 +48,12 @@ class ActivationQuantizer(nn.Module):
         """Whether a range was set or loaded."""
         return self._zero_point is not None
 
+    @property
+    def range(self) -> tuple[float, float]:
+        """The values ``(low, high)`` that the smallest and the largest integer stand for."""
+        scale, zero_point = float(self.current_scale()), int(self.zero_point)
+        return scale * (self.scheme.qmin - zero_point), scale * (self.scheme.qmax - zero_point)
+
     def set_range(self, low: float, high: float) -> None:
         """Sets scale and zero point so that the integers cover ``[low, high]``."""
         if self.activation is not None:

@@ -15,6 +15,7 @@ from qat_tricks.tricks.learn_scales import LearnScales, learn_scales
 from qat_tricks.tricks.prune import Prune, prune
 from qat_tricks.tricks.quantize import Quantize, quantize
 from qat_tricks.tricks.reestimate_batchnorm import ReestimateBatchnorm, reestimate_batchnorm
+from qat_tricks.tricks.tune_ranges import TuneRanges, tune_ranges
 
 __all__ = [
     "Calibrate",
@@ -29,6 +30,7 @@ __all__ = [
     "Quantize",
     "ReestimateBatchnorm",
     "Trick",
+    "TuneRanges",
     "calibrate",
     "correct_bias",
     "correct_weights",
@@ -40,4 +42,5 @@ __all__ = [
     "prune",
     "quantize",
     "reestimate_batchnorm",
+    "tune_ranges",
 ]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph.layers import Layer
+from qat_tricks.graph.layers import Layer, unrounded_sums
 from qat_tricks.graph.trace import module_of
 from qat_tricks.progress import track
 from qat_tricks.trick import Trick, check_num_images
@@ -38,24 +38,27 @@ def correct_bias(traced: fx.GraphModule, reference: fx.GraphModule, batches: Seq
     modes = traced.training, reference.training
     traced.eval(), reference.eval()
     try:
-        float_stream = _Stream(reference, batches)
-        quantized_stream = _Stream(traced, batches)
-        for node in track(list(traced.graph.nodes), "correct bias"):
-            layer = module_of(node, traced)
-            if not isinstance(layer, Layer) or layer.weight_quantizer is None:
-                quantized_stream.advance()
-                continue
-            expected = float_stream.run_until(node.name)
-            outputs = quantized_stream.advance()
-            if layer.bias is None:
-                continue
-            error = _channel_mean(expected, layer) - _channel_mean(outputs, layer)
-            layer.bias.add_(error)
-            for output in outputs:
-                output.add_(error.view(-1, *[1] * (output.dim() - 2)))
+        with unrounded_sums(traced):
+            _correct(traced, _Stream(traced, batches), _Stream(reference, batches))
     finally:
         traced.train(modes[0]), reference.train(modes[1])
     return traced
+
+
+def _correct(traced: fx.GraphModule, quantized: "_Stream", reference: "_Stream") -> None:
+    for node in track(list(traced.graph.nodes), "correct bias"):
+        layer = module_of(node, traced)
+        if not isinstance(layer, Layer) or layer.weight_quantizer is None:
+            quantized.advance()
+            continue
+        expected = reference.run_until(node.name)
+        outputs = quantized.advance()
+        if layer.bias is None:
+            continue
+        error = _channel_mean(expected, layer) - _channel_mean(outputs, layer)
+        layer.bias.add_(error)
+        for output in outputs:
+            output.add_(error.view(-1, *[1] * (output.dim() - 2)))
 
 
 def _channel_mean(outputs: Sequence[Tensor], layer: Layer) -> Tensor:
@@ -102,6 +105,7 @@ class CorrectBias(Trick):
     """Callback of ``correct_bias``."""
 
     requires = ("calibrate",)
+    after = ("tune_ranges", "correct_weights")
 
     def __init__(self, num_images: int = 128) -> None:
         super().__init__()

@@ -5,11 +5,15 @@ Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias 
 ``s_i = sqrt(r1_i * r2_i) / r2_i``, where ``r1``, ``r2`` are the channel's largest absolute weights in either layer; then
 ``c = max(0, beta - 3 * gamma)`` of a ReLU's input moves into the next layer's bias.
 
-Where this differs: scaling passes through whatever is positively homogeneous (ReLU, max and average pools, flatten), so
-through ReLU but not through ReLU6, unless ``uncap`` says that ReLU6 may become ReLU; biases are absorbed only where the next
-layer does not pad, since at a padded border the shift would not cancel. With images, a channel between a ReLU6 and a depthwise
-conv is scaled up as far as the largest value seen stays below the cap: the activation's grid is used in full, and the depthwise
-conv's scale a channel takes it back at no cost.
+Where this differs: with images, ``r1`` is the largest value of the channel between the layers, not the largest weight that
+makes it, and ``r2`` is relative to the largest weight of each output channel: weights have a scale an output channel, which
+takes up any factor, while an activation has one for all of its channels (as in Xiao et al. 2023, "SmoothQuant", arXiv
+2211.10438, equation 4, with alpha 1/2). Scaling passes through whatever is positively homogeneous (ReLU, max and average
+pools, flatten), so through ReLU but not through ReLU6, unless ``uncap`` says that ReLU6 may become ReLU; biases are
+absorbed only where the next layer does not pad, since at a padded border the shift would not cancel. With images, a channel
+between a ReLU6 and a depthwise conv is scaled up towards the cap, as far as its largest values leave room: the activation's
+grid is used in full, and the depthwise conv's scale a channel takes it back at no cost. That alone can change the function,
+for images unlike those seen.
 """
 
 from collections.abc import Sequence
@@ -37,6 +41,7 @@ class Pair:
     second: str
     relu: bool
     flat: int  # how many of the second layer's inputs stem from one channel of the first (flatten before a linear)
+    between: str  # the node whose channels are scaled
 
 
 def equalize(
@@ -47,11 +52,12 @@ def equalize(
     absorb_bias: bool = True,
     uncap: bool = False,
 ) -> list[Pair]:
-    """Equalizes all pairs of ``traced`` in place and returns them; the network's function stays the same.
+    """Equalizes all pairs of ``traced`` in place and returns them; the network's function stays the same, a cap aside.
 
     Args:
         traced: a traced network without quantizers, BatchNorm folded.
-        batches: images ``[N, C, H, W]`` each, that show how far below a ReLU6's cap channels stay; none leaves those alone.
+        batches: images ``[N, C, H, W]`` each, that show the ranges of channels; without any, weights alone decide, and channels
+            before a ReLU6 stay as they are.
         iterations: how often to sweep over the pairs; chains converge geometrically.
         absorb_bias: also move large biases before a ReLU into the next layer.
         uncap: let ReLU6 become ReLU, so that the pairs around it can be equalized; this changes the function.
@@ -65,39 +71,52 @@ def equalize(
         names = [node.name for node in traced.graph.nodes if n.activation_of(node, traced) == "relu6"]
         uncap_nodes(traced, names)
         spec_of(traced).setdefault("uncapped", []).extend(names)
-    pairs = find_pairs(traced)
+    pairs, capped = find_pairs(traced), _capped(traced)
     with torch.no_grad():
+        largest = _channel_maxima(traced, [*(pair.between for pair in pairs), *(pair.between for pair in capped)], batches)
         for _ in range(iterations):
-            change = max((_equalize_pair(traced, pair) for pair in pairs), default=0.0)
+            change = max((_equalize_pair(traced, pair, largest) for pair in pairs), default=0.0)
             if change < 1e-3:
                 break
         if absorb_bias:
             for pair in pairs:
                 _absorb(traced, pair)
-        _fill_caps(traced, batches)
+        if batches:
+            for pair in capped:
+                _fill_cap(traced, pair, largest[pair.between])
     return pairs
 
 
 CAP = 6.0
-HEADROOM = 1.02  # images to come may reach a little higher than those seen
+SPLITS = 8  # parts of the images whose maxima are compared
+TAIL = 3  # how many times the gap between the largest of all and the mean of the parts' maxima images to come may add
 
 
-def _fill_caps(traced: fx.GraphModule, batches: Sequence[Tensor]) -> None:
-    """Scales channels between a layer's ReLU6 and a depthwise conv up to the cap, by the largest values in ``batches``."""
-    capped = {}
+def _capped(traced: fx.GraphModule) -> list[Pair]:
+    """The pairs of a layer with a ReLU6 and the depthwise conv after it."""
+    pairs = []
     for node in traced.graph.nodes:
         layer, depthwise = node.all_input_nodes[0] if node.all_input_nodes else node, _depthwise_after(node, traced)
         if n.activation_of(node, traced) == "relu6" and n.calls_layer(layer, traced) and len(layer.users) == 1 and depthwise:
-            capped[node] = (str(layer.target), depthwise)
-    if not capped or not batches:
-        return
-    largest = _channel_maxima(traced, set(capped), batches)
-    for node, (first_name, second_name) in capped.items():
-        first, second = layer_at(traced, first_name), layer_at(traced, second_name)
-        scale = (CAP / HEADROOM / largest[node].clamp_min(1e-6)).clamp(1.0, 64.0)
-        first.weight.mul_(scale.view(-1, *[1] * (first.weight.dim() - 1)))
-        first.bias.mul_(scale)
-        second.weight.div_(scale.view(-1, *[1] * (second.weight.dim() - 1)))
+            pairs.append(Pair(str(layer.target), depthwise, True, 1, node.name))
+    return pairs
+
+
+def _fill_cap(traced: fx.GraphModule, pair: Pair, largest: Tensor) -> None:
+    """Scales channels between a layer's ReLU6 and a depthwise conv up to the cap, by the ``largest`` of each image,
+    ``[images, C]``.
+
+    What exceeds the cap later is lost, so that a channel which only some images excite is given room: the more, the more the
+    maxima of parts of the images differ.
+    """
+    first, second = layer_at(traced, pair.first), layer_at(traced, pair.second)
+    parts = torch.stack([part.amax(0) for part in largest.chunk(SPLITS)])
+    most = parts.amax(0)
+    reach = most + TAIL * (most - parts.mean(0))
+    scale = (CAP / reach.clamp_min(1e-6)).clamp(1.0, 64.0)
+    first.weight.mul_(scale.view(-1, *[1] * (first.weight.dim() - 1)))
+    first.bias.mul_(scale)
+    second.weight.div_(scale.view(-1, *[1] * (second.weight.dim() - 1)))
 
 
 def _depthwise_after(node: fx.Node, traced: fx.GraphModule) -> str | None:
@@ -113,24 +132,24 @@ def _depthwise_after(node: fx.Node, traced: fx.GraphModule) -> str | None:
     return str(user.target) if is_depthwise and called_once else None
 
 
-def _channel_maxima(traced: fx.GraphModule, wanted: set[fx.Node], batches: Sequence[Tensor]) -> dict[fx.Node, Tensor]:
-    """The largest value of each channel of the ``wanted`` nodes, ``[C]``, over all images."""
-    largest: dict[fx.Node, Tensor] = {}
+def _channel_maxima(traced: fx.GraphModule, wanted: Sequence[str], batches: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The largest absolute value of each image and channel of the nodes called ``wanted``, ``[images, C]``."""
+    largest: dict[str, list[Tensor]] = {}
 
     class Watch(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             output = super().run_node(n)
-            if n in wanted:
-                seen = output.transpose(0, 1).flatten(1).amax(1)
-                largest[n] = torch.maximum(largest.get(n, seen), seen)
+            if n.name in wanted:
+                values = output.abs()
+                largest.setdefault(n.name, []).append(values.flatten(2).amax(2) if values.dim() > 2 else values)
             return output
 
     was_training = traced.training
     traced.eval()
-    for batch in track(batches, "equalize"):
+    for batch in track(batches if wanted else [], "equalize"):
         Watch(traced).run(batch)
     traced.train(was_training)
-    return largest
+    return {name: torch.cat(parts) for name, parts in largest.items()}
 
 
 def find_pairs(traced: fx.GraphModule) -> list[Pair]:
@@ -140,18 +159,18 @@ def find_pairs(traced: fx.GraphModule) -> list[Pair]:
     for node in traced.graph.nodes:
         if not n.calls_layer(node, traced) or called.count(str(node.target)) > 1:
             continue
-        relu, after = False, node
+        relu, between, after = False, node, node
         while len(after.users) == 1:
             (after,) = after.users
             if n.activation_of(after, traced) == "relu":
-                relu = True
+                relu, between = True, after
             elif not _is_channelwise(after, traced):
                 break
         if n.calls_layer(after, traced) and after is not node and called.count(str(after.target)) == 1:
             first, second = layer_at(traced, str(node.target)), layer_at(traced, str(after.target))
             inputs = second.weight.shape[1] * getattr(second, "groups", 1)
             if inputs % first.weight.shape[0] == 0 and (inputs == first.weight.shape[0] or isinstance(second, nn.Linear)):
-                pairs.append(Pair(str(node.target), str(after.target), relu, inputs // first.weight.shape[0]))
+                pairs.append(Pair(str(node.target), str(after.target), relu, inputs // first.weight.shape[0], between.name))
     return pairs
 
 
@@ -169,19 +188,26 @@ def _by_input(weight: Tensor, channels: int, flat: int) -> Tensor:
     return weight.view(groups, weight.shape[0] // groups, channels // groups, -1)
 
 
-def _equalize_pair(traced: fx.GraphModule, pair: Pair) -> float:
-    """Equalizes one pair and returns the largest relative change of a channel."""
+def _equalize_pair(traced: fx.GraphModule, pair: Pair, largest: dict[str, Tensor]) -> float:
+    """Equalizes one pair, keeps its ``largest`` values, where known, up to date, and returns the largest relative change."""
     first, second = layer_at(traced, pair.first), layer_at(traced, pair.second)
     channels = first.weight.shape[0]
     by_input = _by_input(second.weight, channels, pair.flat)
-    r1 = first.weight.abs().flatten(1).amax(1)
-    r2 = by_input.abs().amax((1, 3)).flatten()
+    seen = largest.get(pair.between)
+    if seen is None:
+        r1 = first.weight.abs().flatten(1).amax(1)
+        r2 = by_input.abs().amax((1, 3)).flatten()
+    else:
+        r1 = seen.amax(0) / seen.max().clamp_min(1e-12)
+        r2 = (by_input.abs() / by_input.abs().amax((2, 3), keepdim=True).clamp_min(1e-12)).amax((1, 3)).flatten()
     # s = r1 / sqrt(r1 * r2): both ranges become sqrt(r1 * r2). Channels that one side does not use stay as they are.
     scale = torch.where((r1 > 0) & (r2 > 0), (r1 / r2.clamp_min(1e-12)).sqrt(), 1.0).clamp(1e-4, 1e4)
     first.weight.div_(scale.view(-1, *[1] * (first.weight.dim() - 1)))
     if first.bias is not None:
         first.bias.div_(scale)
     by_input.mul_(scale.view(by_input.shape[0], 1, by_input.shape[2], 1))
+    if seen is not None:
+        largest[pair.between] = seen / scale
     statistics = getattr(first, "output_statistics", None)
     if statistics is not None:
         first.output_statistics = (statistics[0] / scale, statistics[1] / scale)
@@ -214,11 +240,10 @@ class Equalize(Trick):
     ) -> None:
         super().__init__()
         if num_images < 0:
-            raise QatTricksError(f"num_images={num_images} is not allowed: give 0 (leave ReLU6 alone) or more")
+            raise QatTricksError(f"num_images={num_images} is not allowed: give 0 (weights alone decide) or more")
         self.settings: dict[str, Any] = {"iterations": iterations, "absorb_bias": absorb_bias, "uncap": uncap}
         self.num_images = num_images
 
     def apply(self, work: Workbench) -> None:
-        has_caps = any(n.activation_of(node, work.network) == "relu6" for node in work.network.graph.nodes)
-        batches = work.batches(self.num_images) if has_caps and self.num_images else []
+        batches = work.batches(self.num_images) if self.num_images else []
         equalize(work.network, batches, **self.settings)

@@ -1,5 +1,6 @@
 """The ledger: each stage against the float one, and stages that lose too much stopped."""
 
+import io
 import json
 
 import pytest
@@ -30,6 +31,15 @@ def ledger():
     return ledger
 
 
+def printed(ledger, width=200):
+    """The rows of the printed table, by their stage's name."""
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(ledger.as_table())
+    _title, head, _rule, *rows = (line.rstrip() for line in console.export_text().splitlines())
+    assert head.split()[:8] == ["stage", "top-1", "drop", "F1", "size", "latency", "zeros", "time"]
+    return {row.split()[0]: row for row in rows}
+
+
 def test_drops_are_from_the_float_stage_not_from_the_one_before(ledger):
     assert [row["drop_points"] for row in ledger.rows()] == pytest.approx([0, 3, -1])
     assert [row["before"] and row["before"]["accuracy"] for row in ledger.rows()] == [None, 0.98, 0.95]
@@ -43,15 +53,26 @@ def test_what_is_written_reads_back(ledger, tmp_path):
 
 
 def test_the_table_has_a_row_a_stage_and_no_invented_figures(ledger):
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(ledger.as_table())
-    lines = {line.split()[1]: line for line in console.export_text().splitlines() if line.startswith("│")}
+    lines = printed(ledger)
     assert list(lines) == ["fp32", "prune", "tune"]
     assert "98.00%" in lines["fp32"]
     assert all(
         part in lines["prune"] for part in ("95.00%", " 3.00", "310.0 kB", "0.610 ms", "50.00%", "20.0 s")
     )
-    assert lines["tune"].count(" - ") == 3
+    assert lines["tune"].split().count("-") == 3
+
+
+def test_the_widest_row_fits_a_terminal():
+    ledger = Ledger()
+    costs = {"size_bytes": 553_430_000, "latency_ms": {"p50": 123.45, "p95": 150.0}, "sparsity": 0.5}
+    ledger.add(LedgerRow(name="fp32", before=None, after=metrics(1.0), seconds=1809.7, **costs))
+    ledger.add(LedgerRow(name="reconstruct8", before=metrics(1.0), after=metrics(0.0), seconds=12345.6, **costs))
+    ledger.add(LedgerRow(name="prune_qat", before=metrics(0.0), after=metrics(1.0), seconds=99.94, **costs))
+    lines = printed(ledger, width=80)
+    assert list(lines) == ["fp32", "reconstruct8", "prune_qat"]
+    cells = " ".join(lines["reconstruct8"].split())
+    assert cells == "reconstruct8 0.00% 100.00 0.00% 553.43 MB 123.45 ms 50.00% 12346 s"
+    assert lines["prune_qat"].endswith(" 99.9 s")
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(ledger, tmp_path):

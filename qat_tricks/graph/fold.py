@@ -1,0 +1,57 @@
+"""Take each BatchNorm into the conv or linear before it: the function of the trick ``fold_batchnorm``, and what export does."""
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from qat_tricks.graph import nodes as n
+from qat_tricks.graph.layers import Layer
+from qat_tricks.graph.spec import erase_batchnorm, spec_of
+from qat_tricks.graph.trace import layer_at
+
+
+def fold_batchnorm(traced: fx.GraphModule) -> list[tuple[str, str]]:
+    """Folds every BatchNorm that alone follows a conv or linear; its function in evaluation stays the same.
+
+    Returns the pairs ``(layer, batchnorm)`` folded. Others stay: a BatchNorm before a conv or after an activation, one
+    without running statistics, and pairs of which either is called more than once.
+    """
+    times_called: dict[str, int] = {}
+    for node in traced.graph.nodes:
+        if node.op == "call_module":
+            times_called[str(node.target)] = times_called.get(str(node.target), 0) + 1
+    pairs = []
+    for node in traced.graph.nodes:
+        if not n.calls_batchnorm(node, traced):
+            continue
+        before = node.all_input_nodes[0]
+        batchnorm = traced.get_submodule(str(node.target))
+        if (
+            n.calls_layer(before, traced)
+            and len(before.users) == 1
+            and batchnorm.running_var is not None
+            and times_called[str(node.target)] == times_called[str(before.target)] == 1
+        ):
+            pairs.append((str(before.target), str(node.target)))
+    for layer_name, batchnorm_name in pairs:
+        layer, batchnorm = layer_at(traced, layer_name), layer_at(traced, batchnorm_name)
+        erase_batchnorm(traced, layer_name, batchnorm_name)
+        _fold(layer, batchnorm)
+    spec_of(traced).setdefault("folded", []).extend([list(pair) for pair in pairs])
+    return pairs
+
+
+@torch.no_grad()
+def _fold(layer: Any, batchnorm: Any) -> None:
+    mean, var = batchnorm.running_mean.double(), batchnorm.running_var.double()
+    gamma = torch.ones_like(var) if batchnorm.weight is None else batchnorm.weight.double()
+    beta = torch.zeros_like(var) if batchnorm.bias is None else batchnorm.bias.double()
+    factor = gamma * torch.rsqrt(var + batchnorm.eps)
+    per_channel = factor.view(-1, *[1] * (layer.weight.dim() - 1))
+    layer.weight.copy_(layer.weight.double() * per_channel)
+    layer.bias.copy_((layer.bias.double() - mean) * factor + beta)
+    if isinstance(layer, Layer) and layer.weight_quantizer is not None and layer.weight_quantizer.scale is not None:
+        layer.weight_quantizer.scale.mul_(per_channel.abs())  # the integers stay the same
+    # What the normalization said of the output, for the bias absorption of equalize: mean and standard deviation.
+    layer.output_statistics = (beta.float(), gamma.abs().float())

@@ -1,0 +1,46 @@
+"""What integer kernels compute between two grids, to the last bit.
+
+A float that comes to lie just on the other side of a rounding boundary moves a value by a whole step, and a deep network
+spreads it. Exact here means ONNX Runtime's kernels on x86 with AVX2 and FMA, whose requantization is a product in float32.
+"""
+
+import torch
+from torch import Tensor
+
+from qat_tricks.numerics.quantizer import ActivationQuantizer
+
+
+def requantize(accumulator: Tensor, step: Tensor, output: ActivationQuantizer) -> Tensor:
+    """The output, on the grid of ``output``, of a conv or linear whose integer sums are ``accumulator``.
+
+    Args:
+        accumulator: sums of integer products, held in float32, any shape.
+        step: input scale times weight scale, broadcastable to ``accumulator``.
+    """
+    scale = output.current_scale()
+    return _clamp(torch.round(accumulator * (step / scale)), output) * scale
+
+
+def add(x: Tensor, y: Tensor, x_grid: ActivationQuantizer, y_grid: ActivationQuantizer, output: ActivationQuantizer) -> Tensor:
+    """The sum of ``x`` and ``y``, each on its grid, on that of ``output``.
+
+    As ``QLinearAdd`` does it: ``fma(qx, rx, fma(qy, ry, zero_point - fma(rx, zx, ry * zy)))`` with the ratios of the scales
+    ``rx``, ``ry``. A fused multiply-add rounds once, which float64 in between reproduces.
+    """
+    scale = output.current_scale()
+    ratios = [(grid.current_scale() / scale).double() for grid in (x_grid, y_grid)]
+    zero_points = [grid.zero_point.double() for grid in (x_grid, y_grid)]
+    integers = [
+        torch.round(values / grid.current_scale()) + grid.zero_point for values, grid in ((x, x_grid), (y, y_grid))
+    ]
+    zeros = (ratios[0] * zero_points[0] + (ratios[1] * zero_points[1]).float().double()).float()
+    total = (output.zero_point.float() - zeros).double()
+    for quantized, ratio in ((integers[1], ratios[1]), (integers[0], ratios[0])):
+        total = (quantized.double() * ratio + total).float().double()
+    return _clamp(torch.round(total).float() - output.zero_point, output) * scale
+
+
+def _clamp(steps: Tensor, grid: ActivationQuantizer) -> Tensor:
+    """Clamps multiples of a scale to those that the grid has."""
+    zero_point = int(grid.zero_point)
+    return steps.clamp_(grid.scheme.qmin - zero_point, grid.scheme.qmax - zero_point)

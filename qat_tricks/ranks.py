@@ -1,0 +1,54 @@
+"""The processes of one run: all of them train, and rank zero does everything else."""
+
+import atexit
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any, ParamSpec, TypeVar
+
+import pytorch_lightning as pl
+from torch import distributed
+
+PATIENCE = timedelta(days=1000)  # with which the others wait while rank zero measures
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Ranks:
+    """The processes that a trainer trains with, started when this is made.
+
+    Lightning would start them in the first fit, and each then runs the whole program from its beginning. Started before
+    anything that takes long or is written, they can be told what rank zero has found or done, a float baseline in its cache
+    for one, and whether it failed.
+
+    Args:
+        trainer: arguments of ``pl.Trainer``.
+    """
+
+    def __init__(self, trainer: Mapping[str, Any]) -> None:
+        strategy = pl.Trainer(enable_checkpointing=False, **trainer).strategy
+        self._group: Any = None  # with one process there is none
+        if strategy.launcher is not None:
+            atexit.register(strategy.launcher.kill, signal.SIGKILL)  # none outlives rank zero, whatever ended it
+            strategy.launcher.launch(strategy.setup_environment)
+            # Gloo, because those who wait on NCCL keep a GPU busy; and the group of the fits gives up after half an hour.
+            self._group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+
+    def on_zero(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Calls ``work`` on rank zero and returns its result, which can be pickled, on every rank.
+
+        The others wait for it, and end quietly if it raises. Call it on every rank.
+        """
+        if self._group is None:
+            return work(*args, **kwargs)
+        told: list[tuple[T] | None] = [None]
+        try:
+            if distributed.get_rank() == 0:
+                told = [(work(*args, **kwargs),)]
+        finally:
+            distributed.broadcast_object_list(told, group=self._group)
+        if told[0] is None:
+            sys.exit(0)  # after any other status Lightning kills rank zero, which may still be telling why
+        return told[0][0]

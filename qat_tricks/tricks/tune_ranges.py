@@ -1,0 +1,124 @@
+"""Choose where each activation is clipped by what that does to the logits.
+
+A range estimator weighs all values of a tensor alike, yet clipping errs the same way in every position and adds up on the
+way to the logits, where rounding errors cancel. To first order, quantizing a tensor ``x`` changes the log-likelihood of a
+label by ``g · (Q(x) - x)`` with ``g`` its gradient; averaged over labels that the float network itself would draw, the square
+of this is the loss of the Fisher information: Li et al. 2021, "BRECQ" (arXiv 2102.05426), equations 5 to 9.
+
+Where this differs: errors are summed over a tensor with their signs before they are squared (BRECQ keeps the diagonal, which
+loses that clipping adds up and rounding does not), and one histogram of gradients by value, an image and a tensor, serves
+all ranges that are tried.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from qat_tricks.errors import QatTricksError
+from qat_tricks.graph.layers import activation_quantizers, float_mode
+from qat_tricks.numerics import ActivationQuantizer
+from qat_tricks.progress import track
+from qat_tricks.trick import Trick, check_num_images
+from qat_tricks.workbench import Workbench, images_of
+
+BINS = 4096  # of a histogram: 16 for each step of 8 bits
+CHUNK = 8  # images whose gradients are held at a time
+# Ends of a range are tried from so far inside to a little outside of the calibrated ones; the latter first, so that it stays
+# where nothing is better.
+FACTORS = (1.0, *(step / 100 for step in range(20, 109, 2) if step != 100))
+
+
+def tune_ranges(traced: fx.GraphModule, batches: Sequence[Tensor], *, seed: int = 0) -> fx.GraphModule:
+    """Sets every activation quantizer of ``traced`` to the range, within the calibrated one, that changes the logits least.
+
+    Args:
+        traced: a quantized network, calibrated (with ``minmax``: what calibration clipped stays clipped).
+        batches: images as the network takes them, ``[N, C, H, W]`` each.
+        seed: of the labels drawn.
+
+    Raises:
+        QatTricksError: a quantizer without range, or no batches.
+    """
+    quantizers = activation_quantizers(traced)
+    if not quantizers or not all(quantizer.is_calibrated for quantizer in quantizers.values()):
+        raise QatTricksError("there are no calibrated ranges to tune: quantize and calibrate the network first")
+    if not batches:
+        raise QatTricksError("there are no images to tune ranges on: give a loader that yields at least one batch")
+    was_training = traced.training
+    trainable = [parameter for parameter in traced.parameters() if parameter.requires_grad]
+    histograms = [_GradientHistogram(quantizer) for quantizer in quantizers.values()]
+    generator = torch.Generator().manual_seed(seed)
+    traced.eval().requires_grad_(False)  # the gradients of activations alone
+    try:
+        with float_mode(traced), torch.inference_mode(False), torch.enable_grad():
+            for images in track([chunk for batch in batches for chunk in batch.split(CHUNK)], "tune ranges"):
+                logits = images_of(traced(images.clone().requires_grad_())).flatten(1)
+                likelihoods = logits.log_softmax(1)
+                labels = torch.multinomial(likelihoods.detach().exp().cpu(), 1, generator=generator)
+                likelihoods.gather(1, labels.to(logits.device)).sum().backward()
+    finally:
+        for histogram in histograms:
+            histogram.handle.remove()
+        for parameter in trainable:
+            parameter.requires_grad_()
+        traced.train(was_training)
+    for histogram in histograms:
+        histogram.tune()
+    return traced
+
+
+class _GradientHistogram:
+    """For each image, the sum of the gradients of all values in a bin: ``[images, BINS]``."""
+
+    def __init__(self, quantizer: ActivationQuantizer) -> None:
+        self.quantizer = quantizer
+        self.low, self.high = quantizer.range
+        self.first = self.low * FACTORS[-1]
+        self.width = max((self.high - self.low) * FACTORS[-1], 1e-12) / BINS
+        self.sums: list[Tensor] = []
+        self.handle = quantizer.register_forward_hook(self._see)
+
+    def _see(self, module: object, inputs: object, output: Tensor) -> None:
+        images = len(output)
+        bins = ((output.detach() - self.first) / self.width).long().clamp_(0, BINS - 1).view(images, -1)
+        bins += BINS * torch.arange(images, device=bins.device).view(-1, 1)
+
+        def add(gradient: Tensor) -> None:
+            sums = torch.zeros(images * BINS, device=gradient.device)
+            self.sums.append(sums.index_add_(0, bins.flatten(), gradient.flatten()).view(images, BINS))
+
+        output.register_hook(add)
+
+    def tune(self) -> None:
+        """Tries one end of the range after the other, twice: they interact only through the step between them."""
+        sums = torch.cat(self.sums).double().cpu()
+        centers = self.first + self.width * (torch.arange(BINS, dtype=torch.float64) + 0.5)
+        low = high = 1.0
+        for _ in range(2):
+            high = self._best(sums, centers, [(low, factor) for factor in FACTORS])[1]
+            if self.low < 0:
+                low = self._best(sums, centers, [(factor, high) for factor in FACTORS])[0]
+        self.quantizer.set_range(self.low * low, self.high * high)
+
+    def _best(self, sums: Tensor, centers: Tensor, factors: list[tuple[float, float]]) -> tuple[float, float]:
+        scheme = self.quantizer.scheme
+        errors = []
+        for low, high in factors:
+            scale, zero_point = scheme.qparams(self.low * low, self.high * high)
+            steps = torch.round(centers / scale).clamp_(scheme.qmin - zero_point, scheme.qmax - zero_point)
+            errors.append(steps.mul_(scale).sub_(centers))
+        return factors[int((sums @ torch.stack(errors, 1)).square().sum(0).argmin())]
+
+
+class TuneRanges(Trick):
+    """Callback of ``tune_ranges``."""
+
+    requires = ("calibrate",)
+
+    def __init__(self, num_images: int = 128) -> None:
+        super().__init__()
+        self.num_images = check_num_images(num_images)
+
+    def apply(self, work: Workbench) -> None:
+        tune_ranges(work.network, work.batches(self.num_images))

@@ -1,0 +1,54 @@
+"""The simulation of integer kernels against ONNX Runtime's own."""
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from qat_tricks.numerics import ActivationQuantizer, Scheme, kernels
+
+
+def _grid(low, high):
+    quantizer = ActivationQuantizer(Scheme())
+    quantizer.set_range(low, high)
+    return quantizer
+
+
+def _integers(values, grid):
+    return (torch.round(values / grid.scale) + grid.zero_point).to(torch.uint8)
+
+
+def _run(op, domain, inputs, feed):
+    initializers = [helper.make_tensor(name, *value) for name, value in inputs.items() if isinstance(value, tuple)]
+    values = [helper.make_tensor_value_info(name, TensorProto.UINT8, feed[name].shape) for name in feed]
+    node = helper.make_node(op, list(inputs), ["out"], domain=domain)
+    out = helper.make_tensor_value_info("out", TensorProto.UINT8, None)
+    graph = helper.make_graph([node], "kernel", values, [out], initializers)
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, feed)[0]
+
+
+def _scalar(quantizer):
+    scale = (TensorProto.FLOAT, [], [float(quantizer.scale)])
+    return scale, (TensorProto.UINT8, [], [int(quantizer.zero_point)])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_add_differs_nowhere(seed):
+    ends = np.random.default_rng(seed).uniform(1, 60, (3, 2))
+    x_grid, y_grid, out_grid = (_grid(-low, high) for low, high in ends.tolist())
+    every = torch.arange(256, dtype=torch.uint8)
+    qx, qy = (q.flatten().contiguous() for q in torch.meshgrid(every, every, indexing="ij"))
+    x, y = ((q.float() - grid.zero_point) * grid.scale for q, grid in ((qx, x_grid), (qy, y_grid)))
+    with torch.no_grad():
+        simulated = _integers(kernels.add(x, y, x_grid, y_grid, out_grid), out_grid)
+    (sx, zx), (sy, zy), (so, zo) = map(_scalar, (x_grid, y_grid, out_grid))
+    inputs = {"x": None, "sx": sx, "zx": zx, "y": None, "sy": sy, "zy": zy, "so": so, "zo": zo}
+    run = _run("QLinearAdd", "com.microsoft", inputs, {"x": qx.numpy(), "y": qy.numpy()})
+    naive = _integers(out_grid(x + y).detach(), out_grid)
+    # Kernels of other processors fuse other products: there, at most as many differ as without all this.
+    differing = int((torch.from_numpy(run) != simulated).sum())
+    assert differing == 0 or differing <= int((torch.from_numpy(run) != naive).sum())
