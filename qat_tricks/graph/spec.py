@@ -14,6 +14,7 @@ points, masks) are in the state dict, under the keys that ``rebuild`` recreates.
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -115,6 +116,19 @@ def insert_quantizers(traced: fx.GraphModule) -> None:
             layer.weight_quantizer = WeightQuantizer(Scheme(**entry["weight"]), channel_axis=layer.channel_axis).to(device)
             if entry.get("scale"):
                 layer.weight_quantizer.own_scale(layer.weight).requires_grad_(entry.get("learned", False))
+    _connect(traced)
+
+
+def share_quantizer(traced: fx.GraphModule, names: Sequence[str]) -> None:
+    """Puts one quantizer, the first of those called ``names`` (of ``activations`` in the spec), in the place of all."""
+    kept, *gone = (f"{QUANTIZERS}.{name}" for name in names)
+    for node in traced.graph.nodes:
+        if node.op == "call_module" and node.target in gone:
+            node.target = kept
+    entries = spec_of(traced)["activations"]
+    for name in names[1:]:
+        entries[names[0]]["nodes"] += entries.pop(name)["nodes"]
+        traced.delete_submodule(f"{QUANTIZERS}.{name}")
     _connect(traced)
 
 

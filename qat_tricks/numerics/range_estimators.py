@@ -5,7 +5,9 @@ Each observes batches one after the other and is asked once for the range. ``min
 TensorRT", GTC 2017) clip, judged on a histogram of a bounded sample, so that their cost does not grow with the images.
 """
 
-from typing import Protocol
+import copy
+import math
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -19,6 +21,9 @@ class RangeEstimator(Protocol):
 
     def observe(self, x: Tensor) -> None:
         """Takes in one batch of values, of any shape."""
+
+    def merge(self, other: Self) -> None:
+        """Takes in what ``other``, an estimator of the same kind, has seen."""
 
     def range(self, scheme: Scheme) -> tuple[float, float]:
         """Returns ``(low, high)``; raises QatTricksError if nothing was observed."""
@@ -38,6 +43,9 @@ class MinMax:
 
     def _extend(self, low: float, high: float) -> None:
         self.low, self.high = min(self.low, low), max(self.high, high)
+
+    def merge(self, other: Self) -> None:
+        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
 
     def range(self, scheme: Scheme) -> tuple[float, float]:
         if self.low > self.high:
@@ -75,16 +83,29 @@ class Histogram(MinMax):
         super().observe(x)
         largest = max(-self.low, self.high, 1e-12)
         if self.reach == 0.0:
-            self.reach = largest
-        while self.reach < largest:  # doubling the reach merges bins two by two: no count is ever misplaced
-            merged = self.counts.view(-1, 2).sum(1)
-            self.counts.zero_()
-            self.counts[self.bins // 4 : 3 * self.bins // 4] = merged
-            self.reach *= 2
+            self.reach = 2.0 ** math.ceil(math.log2(largest))  # of a power of two, so that histograms can be merged
+        self._widen(largest)
         # An odd stride visits every channel, also where the channel count is a power of two.
         flat = x.detach().flatten()
         flat = flat[:: max(1, flat.numel() // self.sample) | 1].float()
         self.counts += torch.histc(flat, self.bins, -self.reach, self.reach).double().cpu()
+
+    def _widen(self, reach: float) -> None:
+        while self.reach < reach:  # doubling the reach merges bins two by two: no count is ever misplaced
+            merged = self.counts.view(-1, 2).sum(1)
+            self.counts.zero_()
+            self.counts[self.bins // 4 : 3 * self.bins // 4] = merged
+            self.reach *= 2
+
+    def merge(self, other: Self) -> None:
+        super().merge(other)
+        if self.reach == 0.0:
+            self.reach = other.reach
+        self._widen(other.reach)
+        widened = copy.deepcopy(other)
+        if widened.reach > 0:
+            widened._widen(self.reach)
+        self.counts += widened.counts
 
     @property
     def centers(self) -> Tensor:

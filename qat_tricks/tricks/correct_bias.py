@@ -4,7 +4,8 @@ Nagel et al. 2019 (arXiv 1906.04721), section 4.2 and appendix D: ``b <- b + E[W
 ``x_q`` already carries the errors of all (corrected) layers before.
 
 Where this differs: the graph is walked once with a float and a quantized stream side by side, so the cost is two forward
-passes, not one a layer; a tensor is dropped after its last use.
+passes, not one a layer; a tensor is dropped after its last use. And the mean error is known from few images only: it is
+corrected as far as it is more than chance (James and Stein 1961, "Estimation with quadratic loss").
 """
 
 from collections.abc import Sequence
@@ -55,18 +56,29 @@ def _correct(traced: fx.GraphModule, quantized: "_Stream", reference: "_Stream")
         outputs = quantized.advance()
         if layer.bias is None:
             continue
-        error = _channel_mean(expected, layer) - _channel_mean(outputs, layer)
+        error = _certain(_image_means(expected, layer) - _image_means(outputs, layer))
         layer.bias.add_(error)
         for output in outputs:
             output.add_(error.view(-1, *[1] * (output.dim() - 2)))
 
 
-def _channel_mean(outputs: Sequence[Tensor], layer: Layer) -> Tensor:
-    """The mean over images and positions of each channel, ``[C]``; channels come last for a linear, else second."""
-    axis = -1 if hasattr(layer, "in_features") else 1
-    total = torch.stack([output.transpose(axis, -1).flatten(0, -2).double().sum(0) for output in outputs]).sum(0)
-    count = sum(output.numel() // output.shape[axis] for output in outputs)
-    return (total / count).float()
+def _image_means(outputs: Sequence[Tensor], layer: Layer) -> Tensor:
+    """The mean over positions of each image and channel, ``[images, C]``, float64."""
+    by_channel = (output.movedim(layer.output_axis, 1) for output in outputs)
+    return torch.cat([values.reshape(*values.shape[:2], -1).double().mean(2) for values in by_channel])
+
+
+def _certain(errors: Tensor) -> Tensor:
+    """The mean of ``errors`` (``[images, C]``) over images, as far as it is more than chance, ``[C]``.
+
+    The mean of few images errs itself, by the standard error ``se``; ``mean * (1 - (se / mean)^2)``, and never beyond zero,
+    is the estimate that errs less.
+    """
+    mean = errors.mean(0)
+    if len(errors) < 2:
+        return mean.float()
+    chance = errors.var(0) / len(errors) / mean.square().clamp_min(1e-30)
+    return (mean * (1 - chance).clamp_min(0)).float()
 
 
 class _Stream:

@@ -4,9 +4,10 @@ Banner et al. 2019, "Post training 4-bit quantization of convolutional networks 
 section 4 ("per-channel bias correction"): ``w_q <- xi * (w_q + mu)`` with ``mu = E[w] - E[w_q]`` and
 ``xi = ||w - E[w]|| / ||w_q - E[w_q]||``.
 
-Where this differs: a quantized weight cannot leave its grid. ``xi`` scales the weight and with it the scale, which
-scales the quantized weight exactly; ``mu`` moves the weight before it is rounded. Of no correction, ``xi`` alone, and both,
-each channel keeps what brings its mean and standard deviation nearest to the float ones.
+Where this differs: a quantized weight cannot leave its grid. ``mu`` cannot shift all weights by less than a step; so a few of
+them, those nearest to the middle between two steps, are rounded to the other side until the errors of each kernel, and then of
+each channel, sum to no more than half a step (Guo et al. 2022, "SQuant", arXiv 2202.07471, section 3.3). ``xi`` scales the
+weight and with it the scale, which scales the quantized weight exactly.
 """
 
 import torch
@@ -25,50 +26,53 @@ def correct_weights(traced: fx.GraphModule) -> fx.GraphModule:
     if not quantized:
         raise QatTricksError("there are no quantized weights to correct: quantize the network first")
     for layer in quantized:
-        _correct(layer)
+        spread = _spread(layer.masked_weight().float())
+        _match_mean(layer)
+        _match_spread(layer, spread)
     return traced
 
 
-def _statistics(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each output channel, shape ``[C, 1, ..]``."""
-    dims = list(range(1, weight.dim()))
-    return weight.mean(dims, keepdim=True), weight.std(dims, keepdim=True, correction=0)
+def _spread(weight: Tensor) -> Tensor:
+    """The standard deviation of each output channel, shape ``[C, 1, ..]``."""
+    return weight.std(list(range(1, weight.dim())), keepdim=True, correction=0)
 
 
-def _correct(layer: Layer) -> None:
-    assert layer.weight_quantizer is not None
-    target = layer.masked_weight().float()
-    mask = torch.ones_like(target) if layer.weight_mask is None else layer.weight_mask
-    mean, std = _statistics(target)
+def _match_mean(layer: Layer) -> None:
+    """Rounds some weights to the other side; a scale that follows the largest weight stays as it is."""
+    quantizer, weight = layer.weight_quantizer, layer.masked_weight().detach().float()
+    assert quantizer is not None
+    scheme, scale = quantizer.scheme, quantizer.current_scale(weight)
+    exact = weight / scale
+    steps = torch.round(exact).clamp_(scheme.qmin, scheme.qmax)
+    movable = (exact.abs() < scheme.qmax) & (weight != 0)  # not what clips, sets the scale, or is pruned
+    for kernels in (exact.flatten(2) if exact.dim() > 2 else None, exact.flatten(1)):
+        if kernels is not None:
+            steps = _balance(kernels, steps.view_as(kernels), movable.view_as(kernels)).view_as(exact)
+    moved = steps != torch.round(exact).clamp_(scheme.qmin, scheme.qmax)
+    layer.weight.copy_(torch.where(moved, steps * scale, layer.weight))
 
+
+def _match_spread(layer: Layer, target: Tensor) -> None:
     quantizer = layer.weight_quantizer
-
-    def quantized(weight: Tensor, ratio: Tensor | float = 1.0) -> Tensor:
-        scale = None if quantizer.scale is None else quantizer.current_scale(weight) * ratio
-        return quantizer(weight * mask, scale)
-
-    def rescaled(weight: Tensor) -> tuple[Tensor, Tensor]:
-        spread = _statistics(quantized(weight))[1]
-        ratio = torch.where(spread > 0, std / spread.clamp_min(1e-30), torch.ones_like(std)).clamp(0.5, 2.0)
-        return weight * ratio, ratio
-
-    weight = layer.weight.detach().float()
-    best, best_ratio, best_error = weight, torch.ones_like(std), _distance(quantized(weight), mean, std)
-    for candidate, ratio in (rescaled(weight), rescaled(weight + mean - _statistics(quantized(weight))[0])):
-        error = _distance(quantized(candidate, ratio), mean, std)
-        best, best_ratio, best_error = (
-            torch.where(error < best_error, new, old)
-            for new, old in ((candidate, best), (ratio, best_ratio), (error, best_error))
-        )
-    layer.weight.copy_(best)
-    if layer.weight_quantizer.scale is not None:
-        layer.weight_quantizer.scale.mul_(best_ratio)
+    assert quantizer is not None
+    got = _spread(quantizer(layer.masked_weight().float()))
+    ratio = torch.where(got > 0, target / got.clamp_min(1e-30), 1.0).clamp(0.5, 2.0)
+    layer.weight.mul_(ratio)
+    if quantizer.scale is not None:
+        quantizer.scale.mul_(ratio)
 
 
-def _distance(weight: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """How far mean and standard deviation of each channel are from ``mean`` and ``std``, ``[C, 1, ..]``."""
-    got_mean, got_std = _statistics(weight)
-    return (got_mean - mean).abs() + (got_std - std).abs()
+def _balance(exact: Tensor, steps: Tensor, movable: Tensor) -> Tensor:
+    """Moves ``steps`` by one, where ``movable``, so that the errors of each row (the last dimension) sum to nearly nothing.
+
+    Those with the largest error in the direction of the sum are moved; one that was moved before has its error elsewhere.
+    """
+    error = steps - exact
+    surplus = error.sum(-1, keepdim=True).round()
+    towards = torch.where(movable, error * surplus.sign(), -torch.inf)
+    rank = towards.argsort(-1, descending=True).argsort(-1)
+    # Only errors of the sum's own sign: moving others would leave a weight more than a step from its value.
+    return torch.where((rank < surplus.abs()) & (towards > 0), steps - surplus.sign(), steps)
 
 
 class CorrectWeights(Trick):

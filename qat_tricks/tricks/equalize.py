@@ -89,7 +89,7 @@ def equalize(
 
 CAP = 6.0
 SPLITS = 8  # parts of the images whose maxima are compared
-TAIL = 3  # how many times the gap between the largest of all and the mean of the parts' maxima images to come may add
+TAIL = 6  # how many times the gap between the largest of all and the mean of the parts' maxima images to come may add
 
 
 def _capped(traced: fx.GraphModule) -> list[Pair]:

@@ -36,6 +36,17 @@ def test_order_of_batches_and_growing_ranges_do_not_break(name):
     assert high <= float(HEAVY_TAILED.max()) * 2 + 1e-4
 
 
+@pytest.mark.parametrize("name", sorted(set(ESTIMATORS) - {"moving_average"}))
+def test_merged_estimators_answer_as_one_that_saw_it_all(name):
+    parts = HEAVY_TAILED[:10000], HEAVY_TAILED[10000:] * 5
+    one, *others = (make_estimator(name) for _ in range(3))
+    for part, other in zip(parts, others, strict=True):
+        one.observe(part)
+        other.observe(part)
+    others[0].merge(others[1])
+    assert others[0].range(Scheme()) == pytest.approx(one.range(Scheme()), rel=1e-6)
+
+
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_mse_is_no_worse_than_minmax_and_others(bits):
     scheme = Scheme(bits=bits)

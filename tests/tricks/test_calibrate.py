@@ -1,9 +1,12 @@
+import copy
+
 import pytest
 import torch
 from nets import images, small_net
+from torch import nn
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph import activation_quantizers, trace
+from qat_tricks.graph import activation_quantizers, rebuild, spec_of, trace
 from qat_tricks.numerics import ESTIMATORS
 from qat_tricks.tricks import calibrate, quantize
 
@@ -37,3 +40,48 @@ def test_errors():
         calibrate(quantize(trace(small_net())), [])
     with pytest.raises(QatTricksError, match="NaN"):
         calibrate(quantize(trace(small_net())), [images() * torch.nan])
+
+
+class Stream(nn.Module):
+    """Two residual branches on a stream without activation functions; each writes the image into a channel of its own."""
+
+    def __init__(self, gain=1.0):
+        super().__init__()
+        self.stem, self.a, self.b = (nn.Conv2d(c, 4, 1, bias=False) for c in (1, 4, 4))
+        self.head = nn.Linear(4, 5)
+        with torch.no_grad():
+            self.stem.weight.copy_(torch.tensor([1.0, -1.0, 0, 0]).view(4, 1, 1, 1))
+            for conv, channel in ((self.a, 2), (self.b, 3)):
+                conv.weight.zero_()[channel, :2, 0, 0] = torch.tensor([1.0, -1.0])
+            self.b.weight.mul_(gain)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.a(torch.relu(x))
+        x = x + self.b(torch.relu(x))
+        return self.head(x.mean([2, 3]))
+
+
+def test_tensors_that_are_added_share_a_range_where_that_rounds_less():
+    together = calibrate(quantize(trace(Stream())), [images()])
+    spec = spec_of(together)["activations"]
+    assert spec["stem"]["nodes"] == ["stem", "a", "add", "b", "add_1"]
+    assert set(spec) == {"x", "stem", "relu", "relu_1", "mean"}
+    apart = calibrate(quantize(trace(Stream(gain=50.0))), [images()])
+    assert spec_of(apart)["activations"]["stem"]["nodes"] == ["stem"]
+    assert "add" in spec_of(calibrate(quantize(trace(Stream())), [images()], share_residuals=False))["activations"]
+
+
+def test_an_add_on_one_grid_rounds_nothing_and_the_spec_rebuilds_it():
+    net = Stream()
+    traced = calibrate(quantize(trace(copy.deepcopy(net))), [images()]).eval()
+    stream = activation_quantizers(traced)["activation_quantizers.stem"]
+    add = traced.get_submodule("adds.add")
+    low, high = stream.range
+    x, y = (stream(torch.rand(100) * (high - low) / 2 + low / 2) for _ in range(2))
+    with torch.no_grad():
+        torch.testing.assert_close(add(x, y), (x + y).clamp(low, high), rtol=0, atol=1e-6)
+    rebuilt = rebuild(net, spec_of(traced))
+    rebuilt.load_state_dict(traced.state_dict(), strict=True)
+    with torch.no_grad():
+        assert torch.equal(rebuilt.eval()(images()), traced(images()))

@@ -7,6 +7,7 @@ from nets import images, small_net
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import trace
 from qat_tricks.tricks import calibrate, correct_bias, fold_batchnorm, quantize
+from qat_tricks.tricks.correct_bias import _certain
 
 
 def _coarse():
@@ -61,6 +62,18 @@ def test_only_biases_change():
     changed = {key for key, value in traced.state_dict().items() if not torch.equal(value, before[key])}
     assert changed
     assert all(key.endswith(".bias") for key in changed)
+
+
+def test_a_mean_error_is_corrected_as_far_as_it_is_more_than_chance():
+    noise = torch.randn(100, 4, dtype=torch.float64)
+    noise -= noise.mean(0)  # the standard error of its mean is 0.1
+    means = torch.tensor([10.0, 0.2, -0.2, 0.01], dtype=torch.float64)
+    certain = _certain(means + noise)
+    assert certain[0] == pytest.approx(10.0, rel=1e-3)
+    assert certain[1] == pytest.approx(0.2 * (1 - 0.25 * float(noise[:, 1].var())), rel=1e-3)
+    assert -0.2 < certain[2] < 0
+    assert certain[3] == 0  # nothing but chance
+    assert torch.equal(_certain(means[None]), means.float())
 
 
 def test_another_network_as_reference_is_refused():
