@@ -1,0 +1,176 @@
+# python benchmarks/coverage.py --calibration PATH/imagenet_calib1000 --val PATH/imagenette160/val --out docs/results/coverage.md
+"""``int8_ptq`` on the classifiers people bring: what is traced, folded and equalized, and whether ONNX Runtime runs what was simulated.
+
+Pretrained weights need a download, so each network is given weights under which a comparison means something: layers scaled one
+after the other until their outputs have unit variance (Mishkin and Matas 2016, "All you need is a good init", LSUV), BatchNorms
+with statistics of real images and random affine parameters, and logits of zero mean and unit variance between images.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import onnxruntime
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+import qat_tricks
+from qat_tricks.deploy.coverage import integer_coverage
+from qat_tricks.errors import QatTricksError
+from qat_tricks.graph import is_layer, spec_of, trace
+from qat_tricks.graph.nodes import BATCHNORMS
+from qat_tricks.models import build_model
+from qat_tricks.tricks import fold_batchnorm
+from qat_tricks.tricks.equalize import find_pairs
+
+TORCHVISION = """alexnet vgg11_bn googlenet inception_v3 resnet18 resnet50 resnext50_32x4d wide_resnet50_2 squeezenet1_1 densenet121
+mnasnet1_0 mobilenet_v2 mobilenet_v3_small mobilenet_v3_large efficientnet_b0 efficientnet_v2_s regnet_x_400mf regnet_y_400mf
+shufflenet_v2_x1_0 convnext_tiny swin_t vit_b_16 maxvit_t""".split()
+TIMM = """resnet18 efficientnet_lite0 mobilenetv3_small_100 mobilenetv4_conv_small convnext_atto ghostnet_100 repvgg_a0 fbnetc_100
+hardcorenas_a tinynet_e mobileone_s0 fastvit_t8 edgenext_xx_small hrnet_w18_small dla34 nfnet_l0 regnetz_c16 resnetv2_50 skresnet18
+selecsls42b res2net50_26w_4s starnet_s1 rexnet_100 mixnet_s cspresnet50 darknet53 vovnet39a ese_vovnet19b_dw levit_128s
+efficientvit_b0""".split()
+NAMES = [*TORCHVISION, *(f"timm/{name}" for name in TIMM)]
+SIZES = {"inception_v3": 299}  # else 224
+TRANSFORMERS = {"swin_t", "vit_b_16", "maxvit_t", "timm/fastvit_t8", "timm/edgenext_xx_small", "timm/levit_128s", "timm/efficientvit_b0"}
+
+
+@torch.no_grad()
+def give_weights(net: nn.Module, batches: list[Tensor]) -> nn.Module:
+    """Gives ``net`` weights, in place, under which its logits differ between ``batches`` of real images."""
+    torch.manual_seed(0)
+    for name, parameter in net.named_parameters():
+        if name.rpartition(".")[2] in ("gamma", "layer_scale", "skipinit_gain") and float(parameter.abs().max()) < 0.1:
+            parameter.fill_(0.5)  # residual branches that begin switched off
+    scaled: set[nn.Module] = set()
+
+    def scale(layer: nn.Module, _: object, output: Tensor) -> Tensor | None:
+        if layer in scaled:
+            return None
+        scaled.add(layer)
+        factor = 1 / output.std().clamp_min(1e-6)
+        layer.weight.mul_(factor)  # type: ignore[operator]
+        return output * factor if layer.bias is None else (output - _bias_of(layer)) * factor + _bias_of(layer)
+
+    hooks = [module.register_forward_hook(scale) for module in net.modules() if is_layer(module)]
+    norms = [module for module in net.modules() if isinstance(module, BATCHNORMS)]
+    for norm in norms:
+        if norm.weight is not None:
+            norm.weight.uniform_(0.5, 1.5)
+            norm.bias.normal_(0, 0.2)
+        norm.momentum = None  # running statistics are then means over all batches
+        norm.reset_running_stats()
+    net.eval()
+    for norm in norms:
+        norm.train()
+    for batch in batches:
+        net(batch)
+    for hook in hooks:
+        hook.remove()
+    net.eval()
+    logits = torch.cat([net(batch) for batch in batches])
+    last = [module for module in net.modules() if is_layer(module)][-1]
+    factor = 1 / logits.std(0).mean()
+    last.weight.mul_(factor)  # type: ignore[operator]
+    if last.bias is not None:
+        shift = logits.mean(0) * factor
+        last.bias.mul_(factor).sub_(shift if shift.shape == last.bias.shape else 0)  # type: ignore[operator,union-attr]
+    return net
+
+
+def _bias_of(layer: nn.Module) -> Tensor:
+    bias = layer.bias
+    assert isinstance(bias, Tensor)
+    return bias if hasattr(layer, "in_features") else bias.view(-1, 1, 1)
+
+
+def images(folder: Path, count: int, size: int, seed: int = 0) -> list[Tensor]:
+    """``count`` images of ``folder`` in batches ``[16, 3, size, size]``."""
+    transform = transforms.Compose(
+        [transforms.Resize((size, size)), transforms.ToTensor(), transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
+    )
+    data = ImageFolder(str(folder), transform)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:count].tolist()
+    return [batch for batch, _ in DataLoader(Subset(data, order), batch_size=16)]
+
+
+def measure(name: str, args: argparse.Namespace) -> str:
+    """Quantizes, exports and runs one network, and returns its row of the table."""
+    started = time.perf_counter()
+    size = SIZES.get(name, 224)
+    calibration, test = images(args.calibration, args.images, size), images(args.val, args.test_images, size)
+    net = give_weights(build_model(name, num_classes=1000), calibration[:4])
+    traced = trace(net)
+    batchnorms = sum(isinstance(module, BATCHNORMS) for module in traced.modules())
+    work = trace(build_model(name, num_classes=1000).eval())
+    fold_batchnorm(work)
+    pairs = len(find_pairs(work))
+    seconds = time.perf_counter()
+    quantized = qat_tricks.quantize(net, calibration)
+    seconds = time.perf_counter() - seconds
+    folded = len(spec_of(quantized).get("folded", []))
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        path = Path(folder) / "model.onnx"
+        report = qat_tricks.export_onnx(quantized, path, calibration[0], images=test, min_top1_agreement=0.0, min_sqnr_db=-100)
+        coverage = integer_coverage(path, tuple(test[0].shape[1:]))
+        plain, simulated = (torch.cat([n(batch) for batch in test]) for n in (net, quantized))
+    for kernel in coverage.kernels:
+        if not kernel.integer:
+            print(f"  in float: {kernel.op_type} {kernel.name} {kernel.macs}", file=sys.stderr)
+    sqnr = 10 * float(torch.log10(plain.square().sum() / (plain - simulated).square().sum()))
+    return (
+        f"| {name} | {size} | {folded} of {batchnorms} | {pairs} | {coverage.coverage:.4f} | {report.sqnr_db:.0f} "
+        f"| {report.top1_agreement:.4f} | {sqnr:.0f} | {seconds:.0f} | {time.perf_counter() - started:.0f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for folder in ("calibration", "val"):
+        parser.add_argument(f"--{folder}", type=Path, required=True)
+    parser.add_argument("--networks", nargs="+", default=NAMES)
+    parser.add_argument("--images", type=int, default=64, help="of the calibration set")
+    parser.add_argument("--test-images", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--one", action="store_true", help="print the row of the one network named, and nothing else")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.one:
+        try:
+            print(measure(args.networks[0], args))
+        except QatTricksError as error:
+            print(f"| {args.networks[0]} | refused: {error} |")
+        return
+    settings = f"--images {args.images} --test-images {args.test_images} --threads {args.threads}"
+    lines = [
+        "# Networks that int8_ptq takes",
+        "",
+        f"`python benchmarks/coverage.py {settings}`, torch {torch.__version__}, ONNX Runtime {onnxruntime.__version__}.",
+        "",
+        "| network | px | BatchNorms folded | pairs equalized | int8 coverage (MACs) | parity SQNR, dB | top-1 agreement with the "
+        "simulation | SQNR to float, dB | PTQ, s | all, s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    print("\n".join(lines[4:]), flush=True)
+    for name in args.networks:
+        # A process each: what one network leaves in memory does not weigh on the next.
+        command = [sys.executable, os.path.abspath(__file__), "--one", "--networks", name]
+        for option in ("calibration", "val", "images", "test_images", "threads"):
+            command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        lines.append(done.stdout.strip().splitlines()[-1] if done.returncode == 0 and done.stdout.strip() else f"| {name} | failed |")
+        print(lines[-1], flush=True)
+        if args.out:
+            args.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
