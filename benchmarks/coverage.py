@@ -3,10 +3,11 @@
 
 Pretrained weights need a download, so each network is given weights under which a comparison means something: layers scaled one
 after the other until their outputs have unit variance (Mishkin and Matas 2016, "All you need is a good init", LSUV), BatchNorms
-with statistics of real images and random affine parameters, and logits of zero mean and unit variance between images.
+with statistics of real images and random affine parameters, and a last layer fitted to labels by ridge regression on 320 images.
 """
 
 import argparse
+import copy
 import os
 import subprocess
 import sys
@@ -43,12 +44,20 @@ TRANSFORMERS = {"swin_t", "vit_b_16", "maxvit_t", "timm/fastvit_t8", "timm/edgen
 
 
 @torch.no_grad()
-def give_weights(net: nn.Module, batches: list[Tensor]) -> nn.Module:
-    """Gives ``net`` weights, in place, under which its logits differ between ``batches`` of real images."""
+def give_weights(net: nn.Module, batches: list[Tensor], labelled: list[tuple[Tensor, Tensor]]) -> nn.Module:
+    """Gives ``net``, in place, weights made of real images ``batches`` and of ``labelled`` ones."""
     torch.manual_seed(0)
     for name, parameter in net.named_parameters():
         if name.rpartition(".")[2] in ("gamma", "layer_scale", "skipinit_gain") and float(parameter.abs().max()) < 0.1:
             parameter.fill_(0.5)  # residual branches that begin switched off
+    net.eval()
+    for norm in (module for module in net.modules() if isinstance(module, BATCHNORMS)):
+        if norm.weight is not None:
+            norm.weight.uniform_(0.5, 1.5)
+            norm.bias.normal_(0, 0.2)
+        norm.momentum = None  # running statistics are then means over all batches
+        norm.reset_running_stats()
+        norm.train()
     scaled: set[nn.Module] = set()
 
     def scale(layer: nn.Module, _: object, output: Tensor) -> Tensor | None:
@@ -57,59 +66,58 @@ def give_weights(net: nn.Module, batches: list[Tensor]) -> nn.Module:
         scaled.add(layer)
         factor = 1 / output.std().clamp_min(1e-6)
         layer.weight.mul_(factor)  # type: ignore[operator]
-        return output * factor if layer.bias is None else (output - _bias_of(layer)) * factor + _bias_of(layer)
+        if layer.bias is not None:
+            layer.bias.mul_(factor)  # type: ignore[operator]
+        return output * factor
 
     hooks = [module.register_forward_hook(scale) for module in net.modules() if is_layer(module)]
-    norms = [module for module in net.modules() if isinstance(module, BATCHNORMS)]
-    for norm in norms:
-        if norm.weight is not None:
-            norm.weight.uniform_(0.5, 1.5)
-            norm.bias.normal_(0, 0.2)
-        norm.momentum = None  # running statistics are then means over all batches
-        norm.reset_running_stats()
-    net.eval()
-    for norm in norms:
-        norm.train()
     for batch in batches:
         net(batch)
     for hook in hooks:
         hook.remove()
     net.eval()
-    logits = torch.cat([net(batch) for batch in batches])
-    last = [module for module in net.modules() if is_layer(module)][-1]
-    factor = 1 / logits.std(0).mean()
-    last.weight.mul_(factor)  # type: ignore[operator]
-    if last.bias is not None:
-        shift = logits.mean(0) * factor
-        last.bias.mul_(factor).sub_(shift if shift.shape == last.bias.shape else 0)  # type: ignore[operator,union-attr]
+    _fit_last_layer(net, labelled)
     return net
 
 
-def _bias_of(layer: nn.Module) -> Tensor:
-    bias = layer.bias
-    assert isinstance(bias, Tensor)
-    return bias if hasattr(layer, "in_features") else bias.view(-1, 1, 1)
+def _fit_last_layer(net: nn.Module, labelled: list[tuple[Tensor, Tensor]]) -> None:
+    last: nn.Module = [module for module in net.modules() if is_layer(module)][-1]
+    seen: list[Tensor] = []
+    hook = last.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for batch, _ in labelled:
+        net(batch)
+    hook.remove()
+    inputs = torch.cat([x.reshape(*x.shape[:2], -1).mean(2) for x in seen]).double()
+    targets = torch.nn.functional.one_hot(torch.cat([labels for _, labels in labelled]), 10).double() - 0.1
+    mean = inputs.mean(0)
+    gram = (inputs - mean).T @ (inputs - mean)
+    ridge = 0.1 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    weight = torch.linalg.solve(gram + ridge, (inputs - mean).T @ targets).T
+    last.weight.copy_(weight.view(last.weight.shape))  # type: ignore[operator]
+    if last.bias is not None:
+        last.bias.copy_(-(weight @ mean))  # type: ignore[operator]
 
 
-def images(folder: Path, count: int, size: int, seed: int = 0) -> list[Tensor]:
-    """``count`` images of ``folder`` in batches ``[16, 3, size, size]``."""
+def images(folder: Path, count: int, size: int, skip: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """``count`` images of ``folder`` in a random order in batches ``[16, 3, size, size]``, with labels, after ``skip`` others."""
     transform = transforms.Compose(
         [transforms.Resize((size, size)), transforms.ToTensor(), transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
     )
     data = ImageFolder(str(folder), transform)
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:count].tolist()
-    return [batch for batch, _ in DataLoader(Subset(data, order), batch_size=16)]
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
+    return [(batch, labels) for batch, labels in DataLoader(Subset(data, order[skip : skip + count]), batch_size=16)]
 
 
 def measure(name: str, args: argparse.Namespace) -> str:
     """Quantizes, exports and runs one network, and returns its row of the table."""
     started = time.perf_counter()
     size = SIZES.get(name, 224)
-    calibration, test = images(args.calibration, args.images, size), images(args.val, args.test_images, size)
-    net = give_weights(build_model(name, num_classes=1000), calibration[:4])
-    traced = trace(net)
-    batchnorms = sum(isinstance(module, BATCHNORMS) for module in traced.modules())
-    work = trace(build_model(name, num_classes=1000).eval())
+    calibration = [batch for batch, _ in images(args.calibration, args.images, size)]
+    test = [batch for batch, _ in images(args.val, args.test_images, size)]
+    labelled = images(args.val, 320, size, skip=args.test_images)
+    net = give_weights(build_model(name, num_classes=10), calibration[:4], labelled)
+    work = trace(copy.deepcopy(net))
+    batchnorms = sum(isinstance(module, BATCHNORMS) for module in work.modules())
     fold_batchnorm(work)
     pairs = len(find_pairs(work))
     seconds = time.perf_counter()

@@ -16,9 +16,9 @@ import torch
 from onnx import helper
 from torch import Tensor, fx, nn
 
-from qat_tricks.deploy.onnx_passes import COPY, tidy
+from qat_tricks.deploy.onnx_passes import COPY, name_quantized, tidy
 from qat_tricks.deploy.parity import ParityReport, measure_parity
-from qat_tricks.deploy.qdq import to_qdq
+from qat_tricks.deploy.qdq import Emitted, to_qdq
 from qat_tricks.deploy.session import one_line
 from qat_tricks.deploy.weights import WEIGHT_BITS_KEY
 from qat_tricks.errors import QatTricksError
@@ -82,10 +82,10 @@ def export_onnx(
 
 def _to_onnx(network: nn.Module, example: Tensor, opset: int) -> onnx.ModelProto:
     """Exports ``network``, which is ours to change."""
-    bits: dict[str, int] = {}
+    emitted = Emitted({}, {})
     if isinstance(network, fx.GraphModule) and "qat_tricks" in network.meta:
         fold_batchnorm(network)
-        bits = to_qdq(network)
+        emitted = to_qdq(network)
     for name, layer in layers(network).items():  # what stays in float
         if layer.is_quantizing:
             raise QatTricksError(
@@ -109,10 +109,11 @@ def _to_onnx(network: nn.Module, example: Tensor, opset: int) -> onnx.ModelProto
         raise QatTricksError(f"{kind} cannot be exported to ONNX: {reason}") from error
     assert program is not None
     model = program.model_proto
+    name_quantized(model.graph, emitted.calls)
     tidy(model)
-    if bits:
+    if emitted.bits:
         names = {tensor.name: tensor.name.partition(COPY)[0] for tensor in model.graph.initializer}
-        stored = {name: bits[weight] for name, weight in names.items() if weight in bits}
+        stored = {name: emitted.bits[weight] for name, weight in names.items() if weight in emitted.bits}
         helper.set_model_props(model, {WEIGHT_BITS_KEY: json.dumps(stored)})
     return model
 

@@ -1,10 +1,34 @@
 """Small rewrites of an exported graph, each towards what integer kernels exist for."""
 
+import ast
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
 COPY = "@"
+QUANTIZED = ".quantized"  # the integers of node "<name>" of the simulated network are the tensor "<name>.quantized"
+
+
+def name_quantized(graph: onnx.GraphProto, calls: Mapping[str, Sequence[str | None]]) -> None:
+    """Names the integers of each quantized tensor after the node that it is in the simulated network.
+
+    Args:
+        calls: of each quantizer by name, the node that each of its QuantizeLinear quantizes, in order; None has no name.
+    """
+    emitted: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        if node.op_type == "QuantizeLinear":
+            scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
+            emitted.setdefault(next(iter(ast.literal_eval(scopes)[-2:]), ""), []).append(node)
+    for quantizer, names in calls.items():
+        nodes = emitted.get(quantizer, [])
+        if len(nodes) == len(names):  # else the exporter has merged some, and nobody knows which
+            for node, name in zip(nodes, names, strict=True):
+                if name is not None:
+                    _rename(graph, node.output[0], name + QUANTIZED)
+                    node.output[0] = name + QUANTIZED
 
 
 def tidy(model: onnx.ModelProto) -> None:

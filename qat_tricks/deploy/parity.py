@@ -62,12 +62,13 @@ def measure_parity(path: str | PathLike[str], network: nn.Module, batches: Itera
     return ParityReport(
         top1_agreement=agreeing / images,
         max_abs_error=largest,
-        sqnr_db=_decibels(signal, noise),
+        sqnr_db=decibels(signal, noise),
         images=images,
     )
 
 
-def _decibels(signal: float, noise: float) -> float:
+def decibels(signal: float, noise: float) -> float:
+    """The ratio of two powers in dB, from -200 to 200."""
     if noise == 0.0:
         return LARGEST_SQNR_DB
     if not math.isfinite(noise) or not math.isfinite(signal):

@@ -5,8 +5,7 @@ spelled out to keep products exact on x86 without VNNI), unsigned activations, a
 scale times weight scale.
 """
 
-import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,29 +13,34 @@ from torch.nn import functional as F
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import nodes as n
-from qat_tricks.graph.layers import Add, Layer, activation_quantizers
+from qat_tricks.graph.layers import Elementwise, Layer, activation_quantizers
 from qat_tricks.graph.trace import module_of
 from qat_tricks.numerics import ActivationQuantizer
 
 WEIGHT = "weight"  # an integer layer's int8 weight is the initializer "<layer>.weight"
 
 
-def to_qdq(traced: fx.GraphModule) -> dict[str, int]:
+class Emitted(NamedTuple):
+    """What the ONNX file will hold."""
+
+    bits: dict[str, int]  # of each int8 weight, by the name that its initializer will have
+    calls: dict[str, list[str | None]]  # of each quantizer by name, in order: the node quantized, None for a repetition
+
+
+def to_qdq(traced: fx.GraphModule) -> Emitted:
     """Turns ``traced``, in place, into a network for ``torch.onnx.export``.
 
     Quantizers and quantized layers become modules that emit ONNX operators. What only moves values gets a
     quantizer of the same grid behind it: it changes no value, and what follows finds its integers.
 
-    Returns:
-        The bits of each int8 weight, by the name that its initializer will have.
-
     Raises:
         QatTricksError: a quantizer in use has no range.
     """
-    calls = [node for node in traced.graph.nodes if _calls_quantized(node, traced)]
-    inputs = {node: (module_of(node, traced), n.input_quantizer_of(node, traced)) for node in calls}
+    layers = [node for node in traced.graph.nodes if _calls_quantized(node, traced)]
+    inputs = {node: (module_of(node, traced), n.input_quantizer_of(node, traced)) for node in layers}
     behind = [(node, grid) for node in traced.graph.nodes if (grid := _grid_to_repeat(node, traced))]
     enabled = _enabled(traced)
+    placed = {node: node.all_input_nodes[0].name for node in traced.graph.nodes if node.target in enabled}
     emitters: dict[ActivationQuantizer | None, EmitActivation] = {
         quantizer: EmitActivation(name, quantizer) for name, quantizer in enabled.items()
     }
@@ -58,10 +62,15 @@ def to_qdq(traced: fx.GraphModule) -> dict[str, int]:
             call = traced.graph.call_module(grid, (node,))
         node.replace_all_uses_with(call, delete_user_cb=lambda user, call=call: user is not call)
     for node in traced.graph.nodes:
-        if isinstance(module_of(node, traced), Add):
-            node.op, node.target = "call_function", operator.add
+        module = module_of(node, traced)
+        if isinstance(module, Elementwise):
+            node.op, node.target = "call_function", type(module).function
     traced.recompile()
-    return bits
+    calls: dict[str, list[str | None]] = {name: [] for name in enabled}
+    for node in traced.graph.nodes:
+        if node.target in calls:
+            calls[node.target].append(placed.get(node))
+    return Emitted(bits, calls)
 
 
 class EmitActivation(nn.Module):

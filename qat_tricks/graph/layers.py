@@ -4,9 +4,10 @@ A layer is turned in place (its class changes, the object and its parameters sta
 holds, an optimizer's or another attribute's, stays good.
 """
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -127,21 +128,38 @@ class Linear(Layer, nn.Linear):  # type: ignore[misc]
         return nn.functional.linear(input, weight, bias)
 
 
-class Add(nn.Module):
-    """A residual add; in evaluation, between calibrated grids, it sums as the integer kernel does.
+class Elementwise(nn.Module):
+    """Two tensors into one; in evaluation, between calibrated grids, computed as the integer kernel does.
 
     Attributes:
         quantizers: of both inputs and of the output; a tuple, so that they are not registered as children.
     """
+
+    function: Callable[[Any, Any], Any]
+    kernel: Callable[..., Tensor]
+    broadcasts: bool  # whether the kernel computes the same where the shapes differ
 
     def __init__(self, *quantizers: ActivationQuantizer) -> None:
         super().__init__()
         self.quantizers = quantizers
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        if self.training or torch.is_grad_enabled() or x.shape != y.shape or not all(map(is_on, self.quantizers)):
-            return x + y
-        return kernels.add(x, y, *self.quantizers)
+        is_exact = not (self.training or torch.is_grad_enabled()) and (self.broadcasts or x.shape == y.shape)
+        if not is_exact or not all(map(is_on, self.quantizers)):
+            return type(self).function(x, y)
+        return type(self).kernel(x, y, *self.quantizers)
+
+
+class Add(Elementwise):
+    """A residual add."""
+
+    function, kernel, broadcasts = operator.add, kernels.add, False
+
+
+class Mul(Elementwise):
+    """A product of two activations, such as squeeze-and-excite's."""
+
+    function, kernel, broadcasts = operator.mul, kernels.multiply, True
 
 
 def is_on(quantizer: ActivationQuantizer) -> bool:

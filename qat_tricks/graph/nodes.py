@@ -8,12 +8,12 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from qat_tricks.graph.layers import Add, is_layer
+from qat_tricks.graph.layers import Add, Elementwise, Mul, is_layer
 from qat_tricks.graph.trace import module_of
 from qat_tricks.numerics import ActivationQuantizer
 
 _ADD: set[Any] = {Add, operator.add, operator.iadd, torch.add, "add", "add_"}
-_MUL: set[Any] = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
+_MUL: set[Any] = {Mul, operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 _CAT: set[Any] = {torch.cat, torch.concat, torch.concatenate}
 _POOL: set[Any] = {
     nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
@@ -115,9 +115,11 @@ def only_user(node: fx.Node, test: Callable[[fx.Node], bool]) -> fx.Node | None:
     return users[0] if len(users) == 1 and test(users[0]) else None
 
 
-def is_residual_add(node: fx.Node, traced: fx.GraphModule) -> bool:
-    """Whether ``node`` adds two activations, and does nothing else."""
-    return calls(node, traced, _ADD) and len(node.args) == 2 and not node.kwargs and _operands_are_activations(node)
+def elementwise_of(node: fx.Node, traced: fx.GraphModule) -> type[Elementwise] | None:
+    """The kind of kernel for a ``node`` that adds or multiplies two activations, and does nothing else."""
+    if len(node.args) != 2 or node.kwargs or not _operands_are_activations(node):
+        return None
+    return Add if calls(node, traced, _ADD) else Mul if calls(node, traced, _MUL) else None
 
 
 def output_quantizer_of(node: fx.Node, traced: fx.GraphModule) -> ActivationQuantizer | None:

@@ -22,11 +22,11 @@ from torch import fx, nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import nodes as n
-from qat_tricks.graph.layers import Add, Layer, as_layer
+from qat_tricks.graph.layers import Layer, as_layer
 from qat_tricks.graph.trace import replace_with_module, trace
 from qat_tricks.numerics import ActivationQuantizer, Scheme, WeightQuantizer
 
-QUANTIZERS, ADDS = "activation_quantizers", "adds"
+QUANTIZERS, ELEMENTWISE = "activation_quantizers", "elementwise"
 
 
 def spec_of(traced: fx.GraphModule) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def share_quantizer(traced: fx.GraphModule, names: Sequence[str]) -> None:
 
 
 def _connect(traced: fx.GraphModule) -> None:
-    """Tells each layer and each residual add which quantizers its inputs and its output are on."""
+    """Tells each layer, add and product which quantizers its inputs and its output are on."""
     seen: dict[str, tuple[list[ActivationQuantizer], list[ActivationQuantizer | None]]] = {}
     for node in traced.graph.nodes:
         if n.calls_layer(node, traced):
@@ -142,12 +142,12 @@ def _connect(traced: fx.GraphModule) -> None:
             if quantizer is not None and quantizer not in inputs:
                 inputs.append(quantizer)
             outputs.append(n.output_quantizer_of(node, traced))
-        elif n.is_residual_add(node, traced):
-            tensors = [n.quantizer_of(arg, traced) for arg in node.all_input_nodes]
+        elif kind := n.elementwise_of(node, traced):
+            tensors = [n.quantizer_of(arg, traced) for arg in node.args]
             grids = [grid for grid in (*tensors, n.output_quantizer_of(node, traced)) if grid is not None]
             if len(grids) == 3:
-                name = f"{ADDS}.{node.name}"
-                traced.add_submodule(name, Add(*grids))
+                name = f"{ELEMENTWISE}.{node.name}"
+                traced.add_submodule(name, kind(*grids))
                 node.op, node.target = "call_module", name
     for name, (inputs, outputs) in seen.items():
         layer = traced.get_submodule(name)

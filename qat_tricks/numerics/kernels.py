@@ -40,6 +40,18 @@ def add(x: Tensor, y: Tensor, x_grid: ActivationQuantizer, y_grid: ActivationQua
     return _clamp(torch.round(total).float() - output.zero_point, output) * scale
 
 
+def multiply(
+    x: Tensor, y: Tensor, x_grid: ActivationQuantizer, y_grid: ActivationQuantizer, output: ActivationQuantizer
+) -> Tensor:
+    """The product of ``x`` and ``y``, each on its grid, on that of ``output``.
+
+    As ``QLinearMul`` does it: ``round(qx * qy * ratio + zero_point)``, each operation in float32.
+    """
+    scale, x_scale, y_scale = (grid.current_scale() for grid in (output, x_grid, y_grid))
+    total = torch.round(x / x_scale) * torch.round(y / y_scale) * (x_scale * y_scale / scale) + output.zero_point
+    return _clamp(torch.round(total) - output.zero_point, output) * scale
+
+
 def _clamp(steps: Tensor, grid: ActivationQuantizer) -> Tensor:
     """Clamps multiples of a scale to those that the grid has."""
     zero_point = int(grid.zero_point)

@@ -37,18 +37,21 @@ def _scalar(quantizer):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_add_differs_nowhere(seed):
+@pytest.mark.parametrize(
+    ("op", "kernel", "function"), [("QLinearAdd", kernels.add, torch.add), ("QLinearMul", kernels.multiply, torch.mul)]
+)
+def test_adds_and_products_differ_nowhere(op, kernel, function, seed):
     ends = np.random.default_rng(seed).uniform(1, 60, (3, 2))
     x_grid, y_grid, out_grid = (_grid(-low, high) for low, high in ends.tolist())
     every = torch.arange(256, dtype=torch.uint8)
     qx, qy = (q.flatten().contiguous() for q in torch.meshgrid(every, every, indexing="ij"))
     x, y = ((q.float() - grid.zero_point) * grid.scale for q, grid in ((qx, x_grid), (qy, y_grid)))
     with torch.no_grad():
-        simulated = _integers(kernels.add(x, y, x_grid, y_grid, out_grid), out_grid)
+        simulated = _integers(kernel(x, y, x_grid, y_grid, out_grid), out_grid)
     (sx, zx), (sy, zy), (so, zo) = map(_scalar, (x_grid, y_grid, out_grid))
     inputs = {"x": None, "sx": sx, "zx": zx, "y": None, "sy": sy, "zy": zy, "so": so, "zo": zo}
-    run = _run("QLinearAdd", "com.microsoft", inputs, {"x": qx.numpy(), "y": qy.numpy()})
-    naive = _integers(out_grid(x + y).detach(), out_grid)
+    run = _run(op, "com.microsoft", inputs, {"x": qx.numpy(), "y": qy.numpy()})
+    naive = _integers(out_grid(function(x, y)).detach(), out_grid)
     # Kernels of other processors fuse other products: there, at most as many differ as without all this.
     differing = int((torch.from_numpy(run) != simulated).sum())
     assert differing == 0 or differing <= int((torch.from_numpy(run) != naive).sum())

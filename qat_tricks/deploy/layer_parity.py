@@ -1,0 +1,108 @@
+"""Parity layer by layer: where the network that runs begins to differ from the one that was simulated."""
+
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, numpy_helper
+from torch import Tensor, fx
+
+from qat_tricks.deploy.onnx_graph import load_model
+from qat_tricks.deploy.onnx_passes import QUANTIZED
+from qat_tricks.deploy.parity import decibels
+from qat_tricks.deploy.session import input_spec, open_session
+from qat_tricks.errors import QatTricksError
+from qat_tricks.graph.trace import module_of
+from qat_tricks.numerics import ActivationQuantizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerParity:
+    """A quantized tensor as ONNX Runtime has it against the simulated one."""
+
+    name: str  # of the node in the traced network that makes it
+    place: int  # among the quantized tensors, in the order in which they are made
+    sqnr_db: float  # power of the simulated values over that of the difference, in dB, at most 200
+    differing: float  # share of its integers that differ, 0..1
+
+    def as_dict(self) -> dict[str, Any]:
+        """The row as ``report.json`` holds it."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def measure_layer_parity(path: str | PathLike[str], network: fx.GraphModule, images: Tensor) -> list[LayerParity]:
+    """Compares every quantized tensor of the ONNX file with the simulation, the worst first, then in order.
+
+    ONNX Runtime runs the graph that it optimizes, its integer kernels included. A gap begins at the tensor with the smallest
+    ``place`` among those that differ; what comes after carries it on.
+
+    Args:
+        path: the file that ``export_onnx`` wrote of ``network``.
+        network: the quantized network, on the CPU and in evaluation mode.
+        images: ``[N, C, H, W]``.
+
+    Raises:
+        QatTricksError: the file has none of the network's quantized tensors.
+    """
+    simulated = _Recorder(network)
+    simulated.run(images)
+    grids, run = _run(path, images)
+    rows = []
+    for place, (name, (values, quantizer)) in enumerate(simulated.quantized.items()):
+        if name + QUANTIZED not in run:
+            continue  # merged with another tensor on the same grid
+        scale, zero_point = grids[name + QUANTIZED]
+        integers = torch.from_numpy(run[name + QUANTIZED].astype(np.float32)) - zero_point
+        expected = torch.round(values / quantizer.current_scale())
+        difference = (integers * scale - values).double()
+        rows.append(
+            LayerParity(
+                name=name,
+                place=place,
+                sqnr_db=decibels(float(values.double().square().sum()), float(difference.square().sum())),
+                differing=float((integers != expected).double().mean()),
+            )
+        )
+    if not rows:
+        raise QatTricksError(f'"{path}" has no quantized tensor of this network: give the file that was exported of it')
+    return sorted(rows, key=lambda row: (row.sqnr_db, row.place))
+
+
+class _Recorder(fx.Interpreter):
+    """Keeps what each call of a quantizer yields, by the name of the node that is quantized."""
+
+    def __init__(self, network: fx.GraphModule) -> None:
+        super().__init__(network)
+        self.quantized: dict[str, tuple[Tensor, ActivationQuantizer]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        module = module_of(n, self.module)  # type: ignore[arg-type]
+        if isinstance(module, ActivationQuantizer) and module.enabled:
+            self.quantized[n.all_input_nodes[0].name] = (result.clone(), module)  # what follows may work in place
+        return result
+
+
+def _run(path: str | PathLike[str], images: Tensor) -> tuple[dict[str, tuple[float, int]], dict[str, np.ndarray]]:
+    """Scale and zero point, and the integers, of each quantized tensor that the simulation knows by name."""
+    model = load_model(path)
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer if tensor.dims in ([], [1])}
+    grids = {}
+    for node in model.graph.node:
+        if node.op_type == "QuantizeLinear" and node.output[0].endswith(QUANTIZED):
+            scale, zero_point = (values[name] for name in node.input[1:3])
+            grids[node.output[0]] = (float(scale), int(zero_point))
+            kind = TensorProto.INT8 if zero_point.dtype == np.int8 else TensorProto.UINT8
+            model.graph.output.append(onnx.helper.make_tensor_value_info(node.output[0], kind, None))
+    with TemporaryDirectory() as folder:
+        probe = Path(folder) / "probe.onnx"
+        onnx.save(model, str(probe))
+        session = open_session(probe, threads=torch.get_num_threads())
+        run = session.run(list(grids), {input_spec(session).name: images.numpy()}) if grids else []
+    return grids, dict(zip(grids, run, strict=True))
