@@ -46,7 +46,6 @@ TRANSFORMERS = {"swin_t", "vit_b_16", "maxvit_t", "timm/fastvit_t8", "timm/edgen
 @torch.no_grad()
 def give_weights(net: nn.Module, batches: list[Tensor], labelled: list[tuple[Tensor, Tensor]]) -> nn.Module:
     """Gives ``net``, in place, weights made of real images ``batches`` and of ``labelled`` ones."""
-    torch.manual_seed(0)
     for name, parameter in net.named_parameters():
         if name.rpartition(".")[2] in ("gamma", "layer_scale", "skipinit_gain") and float(parameter.abs().max()) < 0.1:
             parameter.fill_(0.5)  # residual branches that begin switched off
@@ -115,6 +114,7 @@ def measure(name: str, args: argparse.Namespace) -> str:
     calibration = [batch for batch, _ in images(args.calibration, args.images, size)]
     test = [batch for batch, _ in images(args.val, args.test_images, size)]
     labelled = images(args.val, 320, size, skip=args.test_images)
+    torch.manual_seed(args.seed)
     net = give_weights(build_model(name, num_classes=10), calibration[:4], labelled)
     work = trace(copy.deepcopy(net))
     batchnorms = sum(isinstance(module, BATCHNORMS) for module in work.modules())
@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=NAMES)
     parser.add_argument("--images", type=int, default=64, help="of the calibration set")
     parser.add_argument("--test-images", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0, help="of the weights")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--one", action="store_true", help="print the row of the one network named, and nothing else")
     parser.add_argument("--out", type=Path)
@@ -157,7 +158,7 @@ def main() -> None:
         except QatTricksError as error:
             print(f"| {args.networks[0]} | refused: {error} |")
         return
-    settings = f"--images {args.images} --test-images {args.test_images} --threads {args.threads}"
+    settings = f"--images {args.images} --test-images {args.test_images} --seed {args.seed} --threads {args.threads}"
     lines = [
         "# Networks that int8_ptq takes",
         "",
@@ -171,7 +172,7 @@ def main() -> None:
     for name in args.networks:
         # A process each: what one network leaves in memory does not weigh on the next.
         command = [sys.executable, os.path.abspath(__file__), "--one", "--networks", name]
-        for option in ("calibration", "val", "images", "test_images", "threads"):
+        for option in ("calibration", "val", "images", "test_images", "seed", "threads"):
             command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         lines.append(done.stdout.strip().splitlines()[-1] if done.returncode == 0 and done.stdout.strip() else f"| {name} | failed |")
