@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 
 from qat_tricks.errors import QatTricksError
+from qat_tricks.graph.functional import layers_to_modules
 
 
 class Tracer(fx.Tracer):
@@ -41,6 +42,7 @@ def trace(network: nn.Module) -> fx.GraphModule:
         network.train(was_training)
     traced = fx.GraphModule(network, graph, class_name=type(network).__name__)
     _dropout_to_modules(traced)
+    layers_to_modules(traced)
     traced.train(was_training)
     traced.meta["qat_tricks"] = {}
     return traced
