@@ -64,7 +64,7 @@ def to_qdq(traced: fx.GraphModule) -> Emitted:
     for node in traced.graph.nodes:
         module = module_of(node, traced)
         if isinstance(module, Elementwise):
-            node.op, node.target = "call_function", type(module).function
+            node.op, node.target = "call_function", module.function
     traced.recompile()
     calls: dict[str, list[str | None]] = {name: [] for name in enabled}
     for node in traced.graph.nodes:

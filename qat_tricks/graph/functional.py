@@ -24,7 +24,8 @@ def layers_to_modules(traced: fx.GraphModule) -> None:
     for node in traced.graph.nodes:
         if node.op == "call_function" and node.target in _MODULE_OF and (given := _arguments(node)):
             settings = {name: value for name, value in given.items() if not isinstance(value, fx.Node)}
-            calls.setdefault((node.target, repr(settings), _origin(given["weight"]), _origin(given["bias"])), []).append((node, given))
+            key = node.target, repr(settings), _origin(given["weight"]), _origin(given["bias"])
+            calls.setdefault(key, []).append((node, given))
     for same in calls.values():
         first, given = same[0]
         name = _name({node for node, _ in same}, given["weight"], traced) or f"layers.{first.name}"
@@ -53,7 +54,7 @@ def _flat(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _origin(node: fx.Node | None) -> str | None:
+def _origin(node: Any) -> str | None:
     """How a tensor is made of the network's parameters, as text; None if it depends on the input."""
     if node is None:
         return ""
@@ -71,12 +72,12 @@ def _module(kind: type[nn.Module], given: dict[str, Any], traced: fx.GraphModule
     assert weight is not None
     out, into, *kernel = weight.shape
     settings: dict[str, Any] = {"bias": bias is not None, "device": "meta"}
-    if kind is nn.Linear:
-        module = kind(into, out, **settings)
-    else:
+    if kind is not nn.Linear:
         settings |= {key: given[key] for key in ("stride", "padding", "dilation", "groups")}
-        module = kind(into * given["groups"], out, tuple(kernel), **settings)
-    module.weight, module.bias = weight, bias
+    sizes = (into, out) if kind is nn.Linear else (into * given["groups"], out, tuple(kernel))
+    module = kind(*sizes, **settings)
+    module.register_parameter("weight", weight)
+    module.register_parameter("bias", bias)
     return module
 
 
@@ -105,11 +106,16 @@ def _value(argument: Any, traced: fx.GraphModule) -> Any:
 
 
 def _name(calls: set[fx.Node], weight: fx.Node, traced: fx.GraphModule) -> str | None:
-    """The path of the module that holds the weight for these calls alone: the keys stay the user's."""
+    """The path of the module that holds the weight for these calls alone: the keys stay the user's.
+
+    Of a weight called ``in_proj_weight``, ``in_proj`` beside it; None for others.
+    """
     while weight.op != "get_attr":
         weight = weight.all_input_nodes[0]
     owner, _, name = str(weight.target).rpartition(".")
     users = {u for n in traced.graph.nodes if n.op == "get_attr" and str(n.target).rpartition(".")[0] == owner for u in n.users}
+    if owner and name.endswith("_weight") and not hasattr(traced.get_submodule(owner), name.removesuffix("_weight")):
+        return f"{owner}.{name.removesuffix('_weight')}"
     alone = owner and name == "weight" and not list(traced.get_submodule(owner).children()) and _only_for(users, calls)
     return owner if alone else None
 

@@ -146,20 +146,20 @@ class Elementwise(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         is_exact = not (self.training or torch.is_grad_enabled()) and (self.broadcasts or x.shape == y.shape)
         if not is_exact or not all(map(is_on, self.quantizers)):
-            return type(self).function(x, y)
-        return type(self).kernel(x, y, *self.quantizers)
+            return self.function(x, y)
+        return self.kernel(x, y, *self.quantizers)
 
 
 class Add(Elementwise):
     """A residual add."""
 
-    function, kernel, broadcasts = operator.add, kernels.add, False
+    function, kernel, broadcasts = staticmethod(operator.add), staticmethod(kernels.add), False
 
 
 class Mul(Elementwise):
     """A product of two activations, such as squeeze-and-excite's."""
 
-    function, kernel, broadcasts = operator.mul, kernels.multiply, True
+    function, kernel, broadcasts = staticmethod(operator.mul), staticmethod(kernels.multiply), True
 
 
 def is_on(quantizer: ActivationQuantizer) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 
 from qat_tricks.errors import QatTricksError
+from qat_tricks.graph import attention
 from qat_tricks.graph.functional import layers_to_modules
 
 
@@ -19,6 +20,12 @@ class Tracer(fx.Tracer):
             return True
         has_parts = any(True for _ in m.children()) or any(True for _ in m.parameters(recurse=False))
         return not has_parts and "training" in type(m).forward.__code__.co_names
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Traces through self-attention, so that its projections are linears like any other."""
+        if isinstance(m, nn.MultiheadAttention) and attention.is_plain(m, args, kwargs):
+            return attention.attend(m, args[0]), None
+        return super().call_module(m, forward, args, kwargs)
 
 
 def trace(network: nn.Module) -> fx.GraphModule:

@@ -1,0 +1,152 @@
+"""What of a network will run in integers, and what will not and why: told before any training."""
+
+import copy
+import math
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from qat_tricks.graph import nodes as n
+from qat_tricks.graph.fold import fold_batchnorm
+from qat_tricks.graph.layers import Elementwise, Layer, float_mode
+from qat_tricks.graph.place import place_quantizers
+from qat_tricks.graph.trace import module_of, trace
+from qat_tricks.numerics import ActivationQuantizer
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_PRODUCTS: set[Any] = {torch.matmul, torch.bmm, torch.einsum, operator.matmul, F.scaled_dot_product_attention, "matmul", "bmm"}
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.LocalResponseNorm)
+_ARITHMETIC: set[Any] = {
+    operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, torch.add, torch.sub, torch.mul, torch.div,
+    "add", "sub", "mul", "div", "add_", "mul_",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class FloatOperation:
+    """An operation that stays in float."""
+
+    name: str  # of the module, or of the node where a function is called
+    operation: str  # what is called
+    reason: str
+    macs: int  # products with weights, for one image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """Integer coverage as it will be measured, and every operation left in float, in order."""
+
+    integer_macs: int
+    total_macs: int
+    in_float: list[FloatOperation]
+
+    @property
+    def coverage(self) -> float:
+        """The share of MACs of convs and linears in integer kernels, 0 to 1."""
+        return self.integer_macs / self.total_macs if self.total_macs else 0.0
+
+    def as_table(self) -> Table:
+        """The operations in float, one row each."""
+        title = f"int8 coverage {self.coverage:.4f} of {self.total_macs / 1e6:.1f} million MACs; in float:"
+        table = Table(title=title, title_justify="left")
+        for header in ("name", "operation", "MACs", "why"):
+            table.add_column(header, justify="right" if header == "MACs" else "left", overflow="fold")
+        for row in self.in_float:
+            table.add_row(row.name, row.operation, str(row.macs or ""), row.reason)
+        return table
+
+
+@torch.no_grad()
+def forecast(network: nn.Module, images: Tensor, settings: Mapping[str, Any] | None = None) -> Forecast:
+    """Foresees which operations of ``network`` ONNX Runtime will run in integers, without calibrating or training.
+
+    Args:
+        network: a float classifier; it stays as it is.
+        images: one image or more, ``[N, C, H, W]``, whose shape the MACs are counted for.
+        settings: of the ``quantize`` trick: ``include``, ``exclude``, ``overrides`` and bits.
+
+    Raises:
+        QatTricksError: the network cannot be traced, or a pattern matches no layer.
+    """
+    traced = trace(copy.deepcopy(network).eval())
+    fold_batchnorm(traced)
+    place_quantizers(traced, **(settings or {}))
+    run = _Shapes(traced)
+    with float_mode(traced):
+        run.run(images[:1])
+    integer = total = 0
+    in_float = []
+    for node in traced.graph.nodes:
+        macs = _macs(node, traced, run.shapes)
+        total += macs
+        reason = _reason(node, traced)
+        if reason is None:
+            integer += macs
+        else:
+            name = str(node.target) if node.op == "call_module" else node.name
+            in_float.append(FloatOperation(name=name, operation=_operation(node, traced), reason=reason, macs=macs))
+    return Forecast(integer_macs=integer, total_macs=total, in_float=in_float)
+
+
+class _Shapes(fx.Interpreter):
+    """Keeps the shape of what each node yields."""
+
+    def __init__(self, traced: fx.GraphModule) -> None:
+        super().__init__(traced)
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self.shapes[n] = tuple(result.shape)
+        return result
+
+
+def _macs(node: fx.Node, traced: fx.GraphModule, shapes: Mapping[fx.Node, tuple[int, ...]]) -> int:
+    module = module_of(node, traced)
+    if isinstance(module, _TRANSPOSED):
+        return math.prod(shapes[node.all_input_nodes[0]]) * math.prod(module.weight.shape[1:])
+    if n.calls_layer(node, traced):
+        assert module is not None
+        assert isinstance(module.weight, Tensor)
+        return math.prod(shapes[node]) * math.prod(module.weight.shape[1:])
+    return 0
+
+
+def _reason(node: fx.Node, traced: fx.GraphModule) -> str | None:
+    """Why ``node`` is computed in float; None if it is not, or computes nothing."""
+    module = module_of(node, traced)
+    if not node.op.startswith("call_") or isinstance(module, ActivationQuantizer) or not n.is_tensor(node):
+        return None
+    if n.calls_layer(node, traced):
+        if not isinstance(module, Layer) or module.weight_quantizer is None:
+            return "left out by include or exclude of the quantize trick"
+        return None if module.input_quantizer else "what it takes is on no grid"
+    if n.is_passthrough(node, traced) or n.is_cat(node, traced):
+        return None
+    if isinstance(module, Elementwise) or (n.is_integer_op(node, traced) and n.output_quantizer_of(node, traced)):
+        return None
+    if isinstance(module, _TRANSPOSED):
+        return "the runtime has no integer kernel for transposed convs"
+    if n.calls_batchnorm(node, traced):
+        return "a BatchNorm that does not alone follow a conv or linear cannot be folded"
+    if isinstance(module, _NORMS) or node.target in (F.layer_norm, F.group_norm):
+        return "a norm whose statistics depend on the image has no integer kernel"
+    if node.target in _PRODUCTS:
+        return "a product of two activations, as in attention"
+    if node.target in _ARITHMETIC:
+        return "arithmetic with a constant, or broadcast from one"
+    if n.activation_of(node, traced) is not None:
+        return "the values it takes are needed before it too"
+    return "no integer kernel is known for it; between integer layers it takes and gives dequantized values"
+
+
+def _operation(node: fx.Node, traced: fx.GraphModule) -> str:
+    module = module_of(node, traced)
+    return type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))

@@ -1,0 +1,63 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent / "deploy"))
+import networks
+
+from qat_tricks.deploy.coverage import integer_coverage
+from qat_tricks.deploy.export import export_onnx
+from qat_tricks.errors import QatTricksError
+from qat_tricks.forecast import forecast
+
+
+@pytest.mark.parametrize("kind", [networks.Residual, networks.Concatenated, networks.SqueezeExcite, networks.Tokens])
+def test_what_is_foreseen_is_what_is_measured(kind, tmp_path):
+    foreseen = forecast(networks.seeded(kind), networks.images(1))
+    export_onnx(networks.quantized(kind), tmp_path / "model.onnx", networks.images(2))
+    measured = integer_coverage(tmp_path / "model.onnx", (3, 32, 32))
+    assert (foreseen.integer_macs, foreseen.total_macs) == (measured.integer_macs, measured.total_macs)
+
+
+class Mixed(nn.Module):
+    """Something of each kind that stays in float."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.left, self.up = nn.Conv2d(8, 8, 1), nn.ConvTranspose2d(8, 8, 2, stride=2)
+        self.norm, self.fc = nn.GroupNorm(2, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.bn(torch.relu(self.stem(x)))
+        x = self.norm(self.up(nn.functional.gelu(self.left(x))))
+        return self.fc((x * 2).mean([2, 3]))
+
+
+def test_every_operation_in_float_is_named_with_its_reason():
+    seen = forecast(Mixed(), networks.images(1), {"exclude": ["left"]})
+    reasons = {(row.name, row.operation): row.reason for row in seen.in_float}
+    assert set(reasons) == {
+        ("bn", "BatchNorm2d"), ("left", "Conv2d"), ("gelu", "gelu"), ("up", "ConvTranspose2d"), ("norm", "GroupNorm"), ("mul", "mul"),
+    }  # fmt: skip
+    assert "folded" in reasons["bn", "BatchNorm2d"]
+    assert "exclude" in reasons["left", "Conv2d"]
+    assert "transposed" in reasons["up", "ConvTranspose2d"]
+    macs = {row.name: row.macs for row in seen.in_float}
+    assert macs["left"] == 32 * 32 * 8 * 8
+    assert macs["up"] == 32 * 32 * 8 * 8 * 4
+    stem, fc = 32 * 32 * 8 * 27, 8 * 5
+    assert (seen.integer_macs, seen.total_macs) == (stem + fc, stem + fc + macs["left"] + macs["up"])
+
+
+def test_the_network_stays_and_bad_patterns_are_refused():
+    net = Mixed()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    forecast(net, networks.images(1))
+    assert net.training
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    with pytest.raises(QatTricksError, match="matches no"):
+        forecast(net, networks.images(1), {"exclude": ["rigth"]})
