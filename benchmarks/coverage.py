@@ -32,17 +32,17 @@ from qat_tricks.models import build_model
 from qat_tricks.tricks import fold_batchnorm
 from qat_tricks.tricks.equalize import find_pairs
 
-TORCHVISION = """
-alexnet vgg11_bn googlenet inception_v3 resnet18 resnet50 resnext50_32x4d wide_resnet50_2 squeezenet1_1 densenet121
-mnasnet1_0 mobilenet_v2 mobilenet_v3_small mobilenet_v3_large efficientnet_b0 efficientnet_v2_s regnet_x_400mf
-regnet_y_400mf shufflenet_v2_x1_0 convnext_tiny swin_t vit_b_16 maxvit_t
-""".split()
-TIMM = """
-resnet18 efficientnet_lite0 mobilenetv3_small_100 mobilenetv4_conv_small convnext_atto ghostnet_100 repvgg_a0 fbnetc_100
-hardcorenas_a tinynet_e mobileone_s0 fastvit_t8 edgenext_xx_small hrnet_w18_small dla34 nfnet_l0 regnetz_c16 resnetv2_50
-skresnet18 selecsls42b res2net50_26w_4s starnet_s1 rexnet_100 mixnet_s cspresnet50 darknet53 vovnet39a ese_vovnet19b_dw
-levit_128s efficientvit_b0
-""".split()
+TORCHVISION = " ".join((
+    "alexnet vgg11_bn googlenet inception_v3 resnet18 resnet50 resnext50_32x4d wide_resnet50_2 squeezenet1_1 densenet121",
+    "mnasnet1_0 mobilenet_v2 mobilenet_v3_small mobilenet_v3_large efficientnet_b0 efficientnet_v2_s regnet_x_400mf",
+    "regnet_y_400mf shufflenet_v2_x1_0 convnext_tiny swin_t vit_b_16 maxvit_t",
+)).split()
+TIMM = " ".join((
+    "resnet18 efficientnet_lite0 mobilenetv3_small_100 mobilenetv4_conv_small convnext_atto ghostnet_100 repvgg_a0 fbnetc_100",
+    "hardcorenas_a tinynet_e mobileone_s0 fastvit_t8 edgenext_xx_small hrnet_w18_small dla34 nfnet_l0 regnetz_c16 resnetv2_50",
+    "skresnet18 selecsls42b res2net50_26w_4s starnet_s1 rexnet_100 mixnet_s cspresnet50 darknet53 vovnet39a ese_vovnet19b_dw",
+    "levit_128s efficientvit_b0",
+)).split()
 NAMES = [*TORCHVISION, *(f"timm/{name}" for name in TIMM)]
 SIZES = {"inception_v3": 299}  # else 224
 
@@ -84,7 +84,7 @@ def give_weights(net: nn.Module, batches: list[Tensor], labelled: list[tuple[Ten
 
 
 def _fit_last_layer(net: nn.Module, labelled: list[tuple[Tensor, Tensor]]) -> None:
-    last: nn.Module = [module for module in net.modules() if is_layer(module)][-1]
+    last: nn.Module = [m for m in net.modules() if is_layer(m) and len(m.weight) == 10][-1]  # type: ignore[arg-type]
     seen: list[Tensor] = []
     hook = last.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     for batch, _ in labelled:

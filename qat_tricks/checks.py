@@ -44,13 +44,15 @@ def check_train(config: DictConfig) -> None:
     """
     problems = Problems()
     parts = {"baseline": Baseline, "optimizer": Optimizer, "measure": Measure, "logger": LoggerOptions}
-    sections = _sections(config, {*parts, "data", "model", "recipe", "trainer", "stage"}, {"seed"}, problems)
+    sections = _sections(config, {*parts, "data", "model", "recipe", "trainer", "stage"}, {"seed", "preflight"}, problems)
     for name, kind in parts.items():
         problems.of(lambda name=name, kind=kind: make(name, kind, sections[name]))  # type: ignore[misc]
     problems.of(lambda: recipe_of(config))
     problems.of(lambda: _check_model(sections["model"]))
     problems.of(lambda: _check_data(sections["data"]))
     problems.of(lambda: _check_trainer(sections["trainer"]))
+    if not isinstance(sections["preflight"], bool):
+        problems.found.append(f"preflight={sections['preflight']!r} is not allowed: give true or false")
     seed = sections["seed"]
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         problems.found.append(f"seed={seed!r} is not allowed: give a whole number from 0 to {2**32 - 1}")

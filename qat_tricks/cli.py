@@ -60,6 +60,9 @@ def _train_job(config: DictConfig) -> None:
     from qat_tricks.job import run_job
     from qat_tricks.loggers import finish_logger, make_logger
 
+    if config.preflight:
+        _preflight_job(config)
+        return
     this = HydraConfig.get()
     folder, sweep = Path(this.runtime.output_dir), this.mode == RunMode.MULTIRUN
     group = Path(this.sweep.dir).name if sweep else None
@@ -90,6 +93,19 @@ def _train_job(config: DictConfig) -> None:
         free_memory()
     if done:
         _say(f"the run is in {_short(folder)}: report.md, report.json, model.onnx")
+
+
+def _preflight_job(config: DictConfig) -> None:
+    from rich.console import Console
+
+    from qat_tricks.job import foresee
+
+    _say(f"{config.recipe.name}: {config.model.name} on {config.data.name}, nothing is trained")
+    try:
+        Console().print(foresee(config).as_text())
+    except QatTricksError as error:
+        _tell(error)
+        sys.exit(BAD_INPUT)
 
 
 def _evaluate_job(config: DictConfig) -> None:

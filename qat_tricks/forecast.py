@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich import box
+from rich.console import Group
 from rich.table import Table
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
@@ -51,15 +53,17 @@ class Forecast:
         """The share of MACs of convs and linears in integer kernels, 0 to 1."""
         return self.integer_macs / self.total_macs if self.total_macs else 0.0
 
-    def as_table(self) -> Table:
-        """The operations in float, one row each."""
-        title = f"int8 coverage {self.coverage:.4f} of {self.total_macs / 1e6:.1f} million MACs; in float:"
-        table = Table(title=title, title_justify="left")
-        for header in ("name", "operation", "MACs", "why"):
+    def as_text(self) -> Group:
+        """The coverage, and a table of the operations in float."""
+        summary = f"int8 coverage {self.coverage:.4f} of {self.total_macs / 1e6:.1f} million MACs"
+        if not self.in_float:
+            return Group(f"{summary}; nothing stays in float")
+        table = Table(box=box.SIMPLE_HEAD)
+        for header in ("in float", "operation", "MACs", "why"):
             table.add_column(header, justify="right" if header == "MACs" else "left", overflow="fold")
         for row in self.in_float:
-            table.add_row(row.name, row.operation, str(row.macs or ""), row.reason)
-        return table
+            table.add_row(row.name, row.operation, f"{row.macs:,}" if row.macs else "", row.reason)
+        return Group(summary, table)
 
 
 @torch.no_grad()
@@ -126,25 +130,25 @@ def _reason(node: fx.Node, traced: fx.GraphModule) -> str | None:
         return None
     if n.calls_layer(node, traced):
         if not isinstance(module, Layer) or module.weight_quantizer is None:
-            return "left out by include or exclude of the quantize trick"
+            return "left out by quantize.include or exclude"
         return None if module.input_quantizer else "what it takes is on no grid"
     if n.is_passthrough(node, traced) or n.is_cat(node, traced):
         return None
     if isinstance(module, Elementwise) or (n.is_integer_op(node, traced) and n.output_quantizer_of(node, traced)):
         return None
     if isinstance(module, _TRANSPOSED):
-        return "the runtime has no integer kernel for transposed convs"
+        return "no integer kernel for transposed convs"
     if n.calls_batchnorm(node, traced):
-        return "a BatchNorm that does not alone follow a conv or linear cannot be folded"
+        return "does not alone follow a conv or linear, so it is not folded"
     if isinstance(module, _NORMS) or node.target in (F.layer_norm, F.group_norm):
-        return "a norm whose statistics depend on the image has no integer kernel"
+        return "no integer kernel: statistics of each image"
     if node.target in _PRODUCTS:
-        return "a product of two activations, as in attention"
+        return "product of two activations, as in attention"
     if node.target in _ARITHMETIC:
         return "arithmetic with a constant, or broadcast from one"
     if n.activation_of(node, traced) is not None:
-        return "the values it takes are needed before it too"
-    return "no integer kernel is known for it; between integer layers it takes and gives dequantized values"
+        return "its input is needed elsewhere too"
+    return "no integer kernel"
 
 
 def _operation(node: fx.Node, traced: fx.GraphModule) -> str:

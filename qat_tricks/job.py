@@ -25,11 +25,13 @@ from qat_tricks.evidence.device import measure_device
 from qat_tricks.evidence.ledger import Ledger, LedgerRow, check_drop
 from qat_tricks.evidence.metrics import Metrics, agreement, evaluate_classifier
 from qat_tricks.evidence.report import write_report
+from qat_tricks.forecast import Forecast, forecast
 from qat_tricks.lightning import save_checkpoint
 from qat_tricks.loggers import log_report
 from qat_tricks.ranks import Ranks
 from qat_tricks.recipes import Recipe, Stage
 from qat_tricks.stages import run_stages
+from qat_tricks.tricks.quantize import Quantize
 
 PARITY_IMAGES = 512  # images on which each export is compared with its simulation
 
@@ -73,6 +75,22 @@ def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[st
     return ranks.on_zero(run.finish, logger)
 
 
+def foresee(config: DictConfig) -> Forecast:
+    """What of the network of a composed config will run in integers; nothing is trained, and no image looked at.
+
+    Raises:
+        QatTricksError: bad input, a network that cannot be traced, or a recipe that quantizes nothing.
+    """
+    settings = [trick.settings for trick in recipe_of(config).tricks if isinstance(trick, Quantize)]
+    if not settings:
+        raise QatTricksError(f"recipe {config.recipe.name} does not quantize: preflight=true has nothing to foresee")
+    data = build_data(**OmegaConf.to_container(config.data, resolve=True))  # type: ignore[arg-type]
+    data.prepare_data()
+    data.setup()
+    network = _classifier(config, data).network
+    return forecast(network, torch.zeros(1, data.in_channels, *data.image_size), settings[-1])
+
+
 def _classifier(config: DictConfig, data: ImageData) -> Classifier:
     model = {
         "name": config.model.name,
@@ -108,7 +126,7 @@ class _Run:
         self.config, self.folder, self.recipe, self.data, self.module = config, folder, recipe, data, module
         self.ledger = Ledger()
         self.stage_started = time.perf_counter()
-        self.parity: dict[str, float] = {}
+        self.parity: dict[str, Any] = {}
         self.shape = (data.in_channels, *data.image_size)
         self.example = torch.zeros(2, *self.shape)
 

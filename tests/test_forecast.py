@@ -8,6 +8,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent / "deploy"))
 import networks
 
+from qat_tricks import cli
 from qat_tricks.deploy.coverage import integer_coverage
 from qat_tricks.deploy.export import export_onnx
 from qat_tricks.errors import QatTricksError
@@ -41,7 +42,8 @@ def test_every_operation_in_float_is_named_with_its_reason():
     seen = forecast(Mixed(), networks.images(1), {"exclude": ["left"]})
     reasons = {(row.name, row.operation): row.reason for row in seen.in_float}
     assert set(reasons) == {
-        ("bn", "BatchNorm2d"), ("left", "Conv2d"), ("gelu", "gelu"), ("up", "ConvTranspose2d"), ("norm", "GroupNorm"), ("mul", "mul"),
+        ("bn", "BatchNorm2d"), ("left", "Conv2d"), ("gelu", "gelu"),
+        ("up", "ConvTranspose2d"), ("norm", "GroupNorm"), ("mul", "mul"),
     }  # fmt: skip
     assert "folded" in reasons["bn", "BatchNorm2d"]
     assert "exclude" in reasons["left", "Conv2d"]
@@ -61,3 +63,21 @@ def test_the_network_stays_and_bad_patterns_are_refused():
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     with pytest.raises(QatTricksError, match="matches no"):
         forecast(net, networks.images(1), {"exclude": ["rigth"]})
+
+
+def test_preflight_prints_what_stays_in_float_and_trains_nothing(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    cli.train(["recipe=int8_ptq", "preflight=true", "model=mobilenet_v3_small", "data=fake"])
+    printed = capfd.readouterr().out
+    assert "int8 coverage 1.0000" in printed
+    assert "features.0.2" in printed
+    assert "Hardswish" in printed
+    assert not list(tmp_path.rglob("report.json"))
+
+
+def test_preflight_of_what_does_not_quantize_is_refused(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        cli.train(["recipe=fp32", "preflight=true"])
+    assert end.value.code == 2
+    assert "does not quantize" in capfd.readouterr().err

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from onnx import helper
 from torch import Tensor, fx, nn
 
+from qat_tricks.deploy.layer_parity import measure_layer_parity
 from qat_tricks.deploy.onnx_passes import COPY, name_quantized, tidy
 from qat_tricks.deploy.parity import ParityReport, measure_parity
 from qat_tricks.deploy.qdq import Emitted, to_qdq
@@ -23,10 +25,12 @@ from qat_tricks.deploy.session import one_line
 from qat_tricks.deploy.weights import WEIGHT_BITS_KEY
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.fold import fold_batchnorm
-from qat_tricks.graph.layers import layers
+from qat_tricks.graph.layers import activation_quantizers, layers
+from qat_tricks.workbench import images_of
 
 OPSET = 18  # what PyTorch's exporter writes without converting
 INPUT, OUTPUT = "images", "logits"
+LAYER_IMAGES = 8  # of those that parity is measured on: each layer's values are held
 
 
 def export_onnx(
@@ -75,8 +79,13 @@ def export_onnx(
         helper.set_model_props(model, {**{p.key: p.value for p in model.metadata_props}, **(metadata or {})})
         onnx.save(model, str(draft))
         onnx.checker.check_model(str(draft))
-        report = measure_parity(draft, simulated, [example] if images is None else images)
+        batches = [example] if images is None else list(images)
+        report = measure_parity(draft, simulated, batches)
         _check(report, min_top1_agreement, min_sqnr_db)
+        if any(quantizer.enabled for quantizer in activation_quantizers(simulated).values()):
+            assert isinstance(simulated, fx.GraphModule)
+            few = images_of(next(iter(batches)))[:LAYER_IMAGES].detach().float().cpu()
+            report = replace(report, layers=tuple(measure_layer_parity(draft, simulated, few)))
     return report
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from os import PathLike
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from qat_tricks.deploy.session import open_session, run_batch
 from qat_tricks.errors import QatTricksError
 from qat_tricks.workbench import images_of
+
+if TYPE_CHECKING:
+    from qat_tricks.deploy.layer_parity import LayerParity
 
 LARGEST_SQNR_DB = 200.0  # stands for logits without any difference, so that a report stays plain JSON
 
@@ -23,8 +27,9 @@ class ParityReport:
     max_abs_error: float  # largest difference of a logit
     sqnr_db: float  # power of the simulated logits over that of the difference, in dB, at most 200
     images: int  # how many were compared
+    layers: "tuple[LayerParity, ...]" = ()  # every quantized tensor, the worst first; none of a float network
 
-    def as_dict(self) -> dict[str, float | int]:
+    def as_dict(self) -> dict[str, Any]:
         """The report as ``report.json`` holds it."""
         return asdict(self)
 
