@@ -17,27 +17,13 @@ def fold_batchnorm(traced: fx.GraphModule) -> list[tuple[str, str]]:
     Returns the pairs ``(layer, batchnorm)`` folded. Others stay: a BatchNorm before a conv or after an activation, one
     without running statistics, and pairs of which either is called more than once.
     """
-    times_called: dict[str, int] = {}
-    for node in traced.graph.nodes:
-        if node.op == "call_module":
-            times_called[str(node.target)] = times_called.get(str(node.target), 0) + 1
-    pairs = []
-    for node in traced.graph.nodes:
-        if not n.calls_batchnorm(node, traced):
-            continue
-        before = node.all_input_nodes[0]
-        batchnorm = traced.get_submodule(str(node.target))
-        if (
-            n.calls_layer(before, traced)
-            and len(before.users) == 1
-            and batchnorm.running_var is not None
-            and times_called[str(node.target)] == times_called[str(before.target)] == 1
-        ):
-            pairs.append((str(before.target), str(node.target)))
+    found = [node for node in traced.graph.nodes if n.is_foldable_batchnorm(node, traced)]
+    pairs = [(str(node.all_input_nodes[0].target), str(node.target)) for node in found]
     for layer_name, batchnorm_name in pairs:
         layer, batchnorm = layer_at(traced, layer_name), layer_at(traced, batchnorm_name)
         erase_batchnorm(traced, layer_name, batchnorm_name)
         _fold(layer, batchnorm)
+    traced.recompile()
     spec_of(traced).setdefault("folded", []).extend([list(pair) for pair in pairs])
     return pairs
 

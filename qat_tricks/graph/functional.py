@@ -1,4 +1,4 @@
-"""Convs and linears that a network calls as functions become modules, so that they can be pruned and quantized like others.
+"""Convs, linears and BatchNorms that a network calls as functions become modules, to be pruned, folded and quantized like others.
 
 A weight that is a parameter of the user's stays that very parameter, under the user's key where a module of its own holds it
 (as in timm's ``Conv2dSame``). One that is computed from parameters alone, as in weight standardization, is computed once: from
@@ -18,8 +18,13 @@ _MODULE_OF: dict[Callable[..., Tensor], type[nn.Module]] = {
 _CONV_DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 
 
-def layers_to_modules(traced: fx.GraphModule) -> None:
-    """Replaces each call of ``F.conv1d``, ``F.conv2d``, ``F.conv3d`` and ``F.linear`` with a constant weight by a module."""
+def functions_to_modules(traced: fx.GraphModule, network: nn.Module) -> None:
+    """Replaces calls of ``F.conv1d``, ``F.conv2d``, ``F.conv3d`` and ``F.linear`` with a constant weight, and of ``F.batch_norm``
+    from within a BatchNorm, by modules.
+
+    Args:
+        traced: the graph module just traced from ``network``.
+    """
     calls: dict[Any, list[tuple[fx.Node, dict[str, Any]]]] = {}  # by what they compute with: one module each
     for node in traced.graph.nodes:
         if node.op == "call_function" and node.target in _MODULE_OF and (given := _arguments(node)):
@@ -29,13 +34,48 @@ def layers_to_modules(traced: fx.GraphModule) -> None:
     for same in calls.values():
         first, given = same[0]
         name = _name({node for node, _ in same}, given["weight"], traced) or f"layers.{first.name}"
-        traced.add_submodule(name, _module(_MODULE_OF[first.target], given, traced))  # type: ignore[index]
+        _install(traced, name, _module(_MODULE_OF[first.target], given, traced))  # type: ignore[index]
         for node, given in same:
             node.op, node.target, node.args, node.kwargs = "call_module", name, (given["input"],), {}
-    if calls:
-        traced.graph.eliminate_dead_code()
-        _drop_unused(traced)
-        traced.recompile()
+    for node in traced.graph.nodes:
+        if node.op == "call_function" and node.target is F.batch_norm:
+            _batchnorm_to_module(node, traced, network)
+    _drop_unused(traced)
+    traced.recompile()
+
+
+def _batchnorm_to_module(node: fx.Node, traced: fx.GraphModule, network: nn.Module) -> None:
+    """Makes a module of an ``F.batch_norm``, which was traced in evaluation mode and would stay in it."""
+    names = ["input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"]
+    given = {"training": False, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+    mean = given["running_mean"]
+    if not isinstance(mean, fx.Node) or mean.op != "get_attr" or given["training"] is not False:
+        return
+    owner = str(mean.target).rpartition(".")[0]
+    original: Any = network.get_submodule(owner)
+    kind = next((kind for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) if isinstance(original, kind)), None)
+    if kind is None:
+        return
+    if not isinstance(traced.get_submodule(owner), kind):
+        module = kind(
+            original.num_features, original.eps, original.momentum, original.affine, original.track_running_stats, device="meta"
+        )
+        module._parameters, module._buffers = original._parameters, original._buffers
+        _install(traced, owner, module.train(original.training))
+    node.op, node.target, node.args, node.kwargs = "call_module", owner, (given["input"],), {}
+
+
+def _install(traced: fx.GraphModule, name: str, module: nn.Module) -> None:
+    """Adds ``module`` as ``name``; what was there before leaves it its parts (timm's BatchNorms hold an activation)."""
+    owner, _, last = name.rpartition(".")
+    try:
+        before = getattr(traced.get_submodule(owner), last, None)
+    except AttributeError:
+        before = None
+    if isinstance(before, nn.Module):
+        for part, child in before.named_children():
+            module.add_module(part, child)
+    traced.add_submodule(name, module)
 
 
 def _arguments(node: fx.Node) -> dict[str, Any] | None:
@@ -116,7 +156,7 @@ def _name(calls: set[fx.Node], weight: fx.Node, traced: fx.GraphModule) -> str |
     users = {u for n in traced.graph.nodes if n.op == "get_attr" and str(n.target).rpartition(".")[0] == owner for u in n.users}
     if owner and name.endswith("_weight") and not hasattr(traced.get_submodule(owner), name.removesuffix("_weight")):
         return f"{owner}.{name.removesuffix('_weight')}"
-    alone = owner and name == "weight" and not list(traced.get_submodule(owner).children()) and _only_for(users, calls)
+    alone = owner and name == "weight" and _only_for(users, calls)
     return owner if alone else None
 
 
@@ -126,7 +166,10 @@ def _only_for(users: set[fx.Node], calls: set[fx.Node]) -> bool:
 
 
 def _drop_unused(traced: fx.GraphModule) -> None:
-    """Takes out parameters that nothing computes with any more: an optimizer would wait for their gradients."""
+    """Takes out what nothing computes with any more: an optimizer would wait for the gradients of such parameters."""
+    for node in reversed(list(traced.graph.nodes)):
+        if not node.users and (node.op == "get_attr" or (node.op.startswith("call_") and _origin(node) is not None)):
+            traced.graph.erase_node(node)
     used = {str(node.target) for node in traced.graph.nodes if node.op == "get_attr"}
     called = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}
     for name, _ in list(traced.named_parameters(remove_duplicate=False)):

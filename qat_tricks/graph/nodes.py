@@ -68,6 +68,16 @@ def calls_batchnorm(node: fx.Node, traced: fx.GraphModule) -> bool:
     return isinstance(module_of(node, traced), BATCHNORMS)
 
 
+def is_foldable_batchnorm(node: fx.Node, traced: fx.GraphModule) -> bool:
+    """Whether ``node`` calls a BatchNorm with running statistics that alone follows a conv or linear, both called once."""
+    if not calls_batchnorm(node, traced) or traced.get_submodule(str(node.target)).running_var is None:
+        return False
+    before = node.all_input_nodes[0]
+    targets = [other.target for other in traced.graph.nodes if other.op == "call_module"]
+    called_once = targets.count(node.target) == targets.count(before.target) == 1
+    return calls_layer(before, traced) and len(before.users) == 1 and called_once
+
+
 def activation_of(node: fx.Node, traced: fx.GraphModule) -> str | None:
     """``"relu"`` or ``"relu6"`` for a node that a quantizer can stand in for, else None."""
     if not node.op.startswith("call_"):
@@ -105,7 +115,10 @@ def is_passthrough(node: fx.Node, traced: fx.GraphModule) -> bool:
         return bool(mode == "constant" and value in (0, None))  # zero is on every grid
     if not node.op.startswith("call_") or not is_tensor(node):
         return False
-    kind = _kind_of(node, traced)
+    kind, module = _kind_of(node, traced), module_of(node, traced)
+    if isinstance(module, nn.Upsample) or kind is F.interpolate:
+        mode = module.mode if isinstance(module, nn.Upsample) else node.kwargs.get("mode", "nearest")
+        return bool(mode == "nearest")
     return kind in _PASS or (isinstance(kind, type) and kind.__name__ in _PASS_NAMES)
 
 

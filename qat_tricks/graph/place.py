@@ -1,11 +1,12 @@
 """Where quantizers go: where an integer kernel has them, and nowhere else.
 
 On the network's inputs, on the output of each conv and linear (after its BatchNorm and ReLU), of residual adds, products
-and average pools, and on whatever else feeds a conv or linear. Inputs of a concat share one quantizer. Operations that only
-move values need none. The last linear's output stays float: the integer kernel hands out float logits.
+and average pools, and on whatever else feeds a conv or linear. Inputs of a concat share one quantizer, unless only some of them
+come from a ReLU. Operations that only move values need none. The last linear's output stays float: the integer kernel hands out
+float logits.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -79,8 +80,10 @@ def place_quantizers(
     points: dict[fx.Node, _Point] = {}
     groups: dict[fx.Node, fx.Node] = {}  # each point's representative; concatenated points have the same one
 
+    mixed = {node for node in traced.graph.nodes if n.is_cat(node, traced) and _is_mixed(node, traced)}
+
     def require(node: fx.Node, bits: int | None) -> None:
-        sources = _sources(node, traced)
+        sources = _sources(node, traced, mixed)
         for source in sources:
             point = points.setdefault(source, _Point(source))
             groups.setdefault(source, source)
@@ -93,7 +96,7 @@ def place_quantizers(
         is_chosen = node.op == "call_module" and node.target in weights and n.calls_layer(node, traced)
         if is_chosen:
             require(node.all_input_nodes[0], inputs[node.target])
-        elif n.is_integer_op(node, traced):
+        elif n.is_integer_op(node, traced) or node in mixed:
             for operand in node.all_input_nodes:
                 if n.is_tensor(operand) and operand.op != "get_attr":
                     require(operand, None)
@@ -123,18 +126,27 @@ def _check_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:
             raise QatTricksError(f'pattern "{pattern}" matches no conv or linear layer: {did_you_mean(pattern, names)}')
 
 
-def _sources(node: fx.Node, traced: fx.GraphModule) -> list[fx.Node]:
-    """The nodes whose values those of ``node`` are: itself, or what lies before operations that only move values."""
-    if n.is_cat(node, traced):
-        return list(dict.fromkeys(s for part in node.all_input_nodes for s in _sources(part, traced)))
+def _sources(node: fx.Node, traced: fx.GraphModule, apart: Collection[fx.Node] = ()) -> list[fx.Node]:
+    """The nodes whose values those of ``node`` are: itself, or what lies before operations that only move values.
+
+    Concats in ``apart`` have a grid of their own.
+    """
+    if n.is_cat(node, traced) and node not in apart:
+        return list(dict.fromkeys(s for part in node.all_input_nodes for s in _sources(part, traced, apart)))
     if n.is_passthrough(node, traced):
-        return _sources(node.all_input_nodes[0], traced)
+        return _sources(node.all_input_nodes[0], traced, apart)
     return [node]
+
+
+def _is_mixed(cat: fx.Node, traced: fx.GraphModule) -> bool:
+    """Whether ``cat`` joins tensors behind a ReLU with others: one grid for all could not stand in for the ReLU, and the conv
+    before it would be left without an integer kernel. Each then has its own grid, and the concat brings them onto another."""
+    return len({_absorbable(source, traced) for source in _sources(cat, traced)}) > 1
 
 
 def _with_activation(node: fx.Node, traced: fx.GraphModule) -> fx.Node:
     """The node to quantize for the output of ``node``: after the BatchNorm, ReLU or ReLU6 that alone uses it."""
-    after = n.only_user(node, lambda user: n.calls_batchnorm(user, traced)) or node
+    after = n.only_user(node, lambda user: n.is_foldable_batchnorm(user, traced)) or node
     return n.only_user(after, lambda user: n.activation_of(user, traced) is not None) or after
 
 

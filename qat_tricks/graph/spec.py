@@ -67,7 +67,8 @@ def rebuild(network: nn.Module, spec: dict[str, Any]) -> fx.GraphModule:
 
 
 def erase_batchnorm(traced: fx.GraphModule, layer: str, batchnorm: str) -> None:
-    """Takes the BatchNorm after ``layer`` out of the graph, its values aside, and makes sure the layer has a bias."""
+    """Takes the BatchNorm after ``layer`` out of the graph, its values aside, and makes sure the layer has a bias; the caller
+    recompiles."""
     module = traced.get_submodule(layer)
     assert isinstance(module.weight, torch.Tensor)
     if module.bias is None:
@@ -77,8 +78,10 @@ def erase_batchnorm(traced: fx.GraphModule, layer: str, batchnorm: str) -> None:
         if node.op == "call_module" and node.target == batchnorm:
             node.replace_all_uses_with(node.all_input_nodes[0])
             traced.graph.erase_node(node)
+    parts = dict(traced.get_submodule(batchnorm).named_children())
     traced.delete_submodule(batchnorm)
-    traced.recompile()
+    for name, part in parts.items():  # an activation that it held
+        traced.add_submodule(f"{batchnorm}.{name}", part)
 
 
 def uncap(traced: fx.GraphModule, names: list[str]) -> None:

@@ -1,5 +1,6 @@
 """From the user's network to a ``torch.fx.GraphModule`` whose submodule names, and so checkpoint keys, stay the user's."""
 
+import operator
 import traceback
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from torch import fx, nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import attention
-from qat_tricks.graph.functional import layers_to_modules
+from qat_tricks.graph.functional import functions_to_modules
 
 
 class Tracer(fx.Tracer):
@@ -49,7 +50,9 @@ def trace(network: nn.Module) -> fx.GraphModule:
         network.train(was_training)
     traced = fx.GraphModule(network, graph, class_name=type(network).__name__)
     _dropout_to_modules(traced)
-    layers_to_modules(traced)
+    _erase_assertions(traced)
+    _erase_identities(traced)
+    functions_to_modules(traced, network)
     traced.train(was_training)
     traced.meta["qat_tricks"] = {}
     return traced
@@ -83,6 +86,24 @@ def _dropout_to_modules(traced: fx.GraphModule) -> None:
             p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
             replace_with_module(traced, node, f"dropouts.{node.name}", _DROPOUTS[node.target](p), node.all_input_nodes[:1])
     traced.recompile()
+
+
+def _erase_assertions(traced: fx.GraphModule) -> None:
+    """Takes out checks of shapes, which have held while tracing, and what was worked out for them alone."""
+    for node in reversed(list(traced.graph.nodes)):
+        is_read = node.target is getattr or node.target in (operator.eq, operator.ne)
+        if node.op == "call_function" and not node.users and (node.target is torch._assert or is_read):
+            traced.graph.erase_node(node)
+
+
+def _erase_identities(traced: fx.GraphModule) -> None:
+    """Takes out what returns its input: ``nn.Identity``, and additions of the number 0, with which sums over branches begin."""
+    for node in list(traced.graph.nodes):
+        adds_zero = node.target in (operator.add, operator.iadd) and any(isinstance(arg, int) and arg == 0 for arg in node.args)
+        tensors = node.all_input_nodes
+        if len(tensors) == 1 and (adds_zero or type(module_of(node, traced)) is nn.Identity):
+            node.replace_all_uses_with(tensors[0])
+            traced.graph.erase_node(node)
 
 
 def replace_with_module(

@@ -75,6 +75,19 @@ class Concatenated(nn.Module):
         return torch.flatten(F.adaptive_avg_pool2d(F.relu(x), (1, 1)), 1)
 
 
+class PartlyRectified(nn.Module):
+    """A concat of which one part comes from a ReLU and the other does not; nearest neighbours between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = conv(3, 8, stride=2), conv(8, 8, stride=2), nn.Conv2d(8, 8, 1)
+        self.up, self.last, self.fc = nn.Upsample(scale_factor=2, mode="nearest"), conv(16, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.fc(self.last(torch.cat([self.up(self.a(x)), self.b(x)], 1)).mean([2, 3]))
+
+
 class Shuffled(nn.Module):
     """Channels split, one half worked on, both joined and shuffled."""
 

@@ -27,7 +27,7 @@ SHAPE = (3, 32, 32)
 INTEGER = {
     "QLinearConv", "QLinearAdd", "QLinearConcat", "QLinearGlobalAveragePool", "QGemm",
     "NhwcMaxPool", "MaxPool",
-    "Transpose", "Reshape", "Flatten", "Split", "Slice", "Pad",
+    "Transpose", "Reshape", "Flatten", "Split", "Slice", "Pad", "Resize",
 }  # fmt: skip
 
 
@@ -65,6 +65,7 @@ def exported(tmp_path_factory):
         networks.ShortcutOfZeros,
         networks.PaddedOnOneSide,
         networks.Concatenated,
+        networks.PartlyRectified,
         networks.Shuffled,
         networks.Flat,
     ],

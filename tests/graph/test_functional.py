@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from qat_tricks.graph import is_layer, rebuild, spec_of, trace
-from qat_tricks.tricks import calibrate, quantize
+from qat_tricks.tricks import calibrate, fold_batchnorm, quantize
 
 
 class SamePadded(nn.Conv2d):
@@ -82,3 +82,41 @@ def test_a_weight_that_depends_on_the_input_stays_a_function():
     traced = trace(Dynamic())
     assert [node.op for node in traced.graph.nodes].count("call_module") == 0
     assert torch.equal(traced(images()), Dynamic()(images()))
+
+
+class NormAct(nn.BatchNorm2d):
+    """A BatchNorm with its activation, written out and checking its input, as timm's."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        torch._assert(x.ndim == 4, f"expected 4D input (got {x.ndim}D input)")
+        x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps)
+        return self.act(x)
+
+
+class Normalized(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(1, 4, 3), NormAct(4), nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.fc(self.bn(self.conv(x)).mean([2, 3]))
+
+
+def test_a_batchnorm_written_out_is_folded_and_follows_the_mode():
+    net = Normalized()
+    net(images())  # statistics
+    traced = trace(net.eval())
+    assert list(traced.state_dict()) == list(net.state_dict())
+    expected = net(images())
+    torch.testing.assert_close(traced(images()), expected)
+    before = traced.get_submodule("bn").running_mean.clone()
+    traced.train()(images(seed=3) + 1)
+    assert not torch.equal(traced.get_submodule("bn").running_mean, before)
+    assert traced.get_submodule("bn").num_batches_tracked == 1  # the user's own forward does not count
+    expected = traced.eval()(images())
+    assert fold_batchnorm(traced) == [("conv", "bn")]
+    torch.testing.assert_close(traced(images()), expected)

@@ -48,11 +48,16 @@ class MixedConcat(nn.Module):
         return self.c(torch.cat([torch.relu(self.a(x)), self.b(x)], 1)).flatten(1)
 
 
-def test_a_shared_grid_below_zero_keeps_the_relu():
+def test_a_concat_of_relus_and_others_has_a_grid_of_its_own():
     traced = _placed(MixedConcat())
-    entry = spec_of(traced)["activations"]["relu"]
-    assert entry["nodes"] == ["relu", "b"]
-    assert entry["activation"] is None
+    found = {name: (entry["activation"], entry["nodes"]) for name, entry in spec_of(traced)["activations"].items()}
+    assert found == {
+        "x": (None, ["x"]),
+        "relu": ("relu", ["relu"]),  # stands in for the ReLU, as the conv's kernel needs it
+        "b": (None, ["b"]),
+        "cat": (None, ["cat"]),
+        "c": (None, ["c"]),
+    }
     with float_mode(traced):
         torch.testing.assert_close(traced(images(2)), MixedConcat.forward(traced, images(2)))
 
