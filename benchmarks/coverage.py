@@ -26,7 +26,7 @@ import qat_tricks
 from qat_tricks.deploy.coverage import integer_coverage
 from qat_tricks.errors import QatTricksError
 from qat_tricks.forecast import forecast
-from qat_tricks.graph import is_layer, spec_of, trace
+from qat_tricks.graph import spec_of, trace
 from qat_tricks.graph.nodes import BATCHNORMS
 from qat_tricks.models import build_model
 from qat_tricks.tricks import fold_batchnorm
@@ -44,6 +44,7 @@ TIMM = " ".join((
     "levit_128s efficientvit_b0",
 )).split()
 NAMES = [*TORCHVISION, *(f"timm/{name}" for name in TIMM)]
+LAYERS = (nn.Conv2d, nn.Linear)
 SIZES = {"inception_v3": 299}  # else 224
 
 
@@ -73,7 +74,7 @@ def give_weights(net: nn.Module, batches: list[Tensor], labelled: list[tuple[Ten
             layer.bias.mul_(factor)  # type: ignore[operator]
         return output * factor
 
-    hooks = [module.register_forward_hook(scale) for module in net.modules() if is_layer(module)]
+    hooks = [module.register_forward_hook(scale) for module in net.modules() if isinstance(module, LAYERS)]
     for batch in batches:
         net(batch)
     for hook in hooks:
@@ -84,7 +85,7 @@ def give_weights(net: nn.Module, batches: list[Tensor], labelled: list[tuple[Ten
 
 
 def _fit_last_layer(net: nn.Module, labelled: list[tuple[Tensor, Tensor]]) -> None:
-    last: nn.Module = [m for m in net.modules() if is_layer(m) and len(m.weight) == 10][-1]  # type: ignore[arg-type]
+    last = [m for m in net.modules() if isinstance(m, LAYERS) and len(m.weight) == 10][-1]
     seen: list[Tensor] = []
     hook = last.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     for batch, _ in labelled:
