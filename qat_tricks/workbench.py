@@ -109,3 +109,23 @@ def images_of(batch: Any) -> Tensor:
         f"a batch of type {type(batch).__name__} holds no images: yield a float tensor, a tuple that begins with one, "
         "or a mapping that holds one"
     )
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits of what a network yields: the tensor itself, ``"logits"`` or ``"out"`` of a mapping or else its first value, or
+    the first element of a tuple, behind which auxiliary heads follow.
+
+    Raises:
+        QatTricksError: there is no tensor in that place.
+    """
+    chosen = output
+    if isinstance(output, Mapping) and output:
+        chosen = output[next((key for key in ("logits", "out") if key in output), next(iter(output)))]
+    elif isinstance(output, (list, tuple)) and output:
+        chosen = output[0]
+    if isinstance(chosen, Tensor):
+        return chosen
+    raise QatTricksError(
+        f"a network that yields {type(output).__name__} has no logits: yield a tensor, a tuple that begins with one, or a "
+        'mapping with "logits"'
+    )

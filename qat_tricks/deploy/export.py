@@ -16,6 +16,7 @@ import onnx
 import torch
 from onnx import helper
 from torch import Tensor, fx, nn
+from torch.utils._pytree import MappingKey, tree_flatten_with_path
 
 from qat_tricks.deploy.layer_parity import measure_layer_parity
 from qat_tricks.deploy.onnx_passes import COPY, name_quantized, tidy
@@ -26,7 +27,7 @@ from qat_tricks.deploy.weights import WEIGHT_BITS_KEY
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.fold import fold_batchnorm
 from qat_tricks.graph.layers import activation_quantizers, layers
-from qat_tricks.workbench import images_of
+from qat_tricks.workbench import images_of, logits_of
 
 OPSET = 18  # what PyTorch's exporter writes without converting
 INPUT, OUTPUT = "images", "logits"
@@ -48,10 +49,11 @@ def export_onnx(
 
     A network with our quantizers becomes a QDQ network with int8 weights; any other is written as it is, in
     float. It is neither changed nor left in another mode. The file takes ``images`` of any batch size and
-    yields ``logits``. Unless parity holds no file is written, and one that was there stays.
+    yields ``logits``, and whatever else the network does. Unless parity holds no file is written, and one that was there stays.
 
     Args:
-        network: a network of ours, calibrated, or any float network; yields logits ``[N, classes]``.
+        network: a network of ours, calibrated, or any float network; yields logits ``[N, classes]``, alone or first in a tuple or
+            as ``logits`` of a mapping.
         path: of the file to write; its folder is made.
         example: images ``[N, C, H, W]``, ``N`` at least 1, as the network takes them.
         images: batches to measure parity on, real images at best; ``example`` by default.
@@ -101,15 +103,17 @@ def _to_onnx(network: nn.Module, example: Tensor, opset: int) -> onnx.ModelProto
                 f'layer "{name}" is quantized, the network around it not traced: hand over the traced network'
             )
         layer.weight.data, layer.weight_mask = layer.masked_weight().data, None
+    pair = torch.cat([example[:1]] * 2)  # of a batch of one, its size would be frozen
     try:
         with _quiet():
+            outputs = _output_names(network(pair))
             program = torch.onnx.export(
                 network,
-                (torch.cat([example[:1]] * 2),),  # of a batch of one, its size would be frozen
+                (pair,),
                 dynamo=True,
                 verbose=False,
                 input_names=[INPUT],
-                output_names=[OUTPUT],
+                output_names=outputs,
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 opset_version=opset,
             )
@@ -118,6 +122,9 @@ def _to_onnx(network: nn.Module, example: Tensor, opset: int) -> onnx.ModelProto
         raise QatTricksError(f"{kind} cannot be exported to ONNX: {reason}") from error
     assert program is not None
     model = program.model_proto
+    logits_first = sorted(model.graph.output, key=lambda value: value.name != OUTPUT)
+    model.graph.ClearField("output")
+    model.graph.output.extend(logits_first)
     name_quantized(model.graph, emitted.calls)
     tidy(model)
     if emitted.bits:
@@ -125,6 +132,15 @@ def _to_onnx(network: nn.Module, example: Tensor, opset: int) -> onnx.ModelProto
         stored = {name: emitted.bits[weight] for name, weight in names.items() if weight in emitted.bits}
         helper.set_model_props(model, {WEIGHT_BITS_KEY: json.dumps(stored)})
     return model
+
+
+def _output_names(output: object) -> list[str]:
+    """A name for each tensor that the network yields: ``logits``, the keys of a mapping, and numbers for others."""
+    logits = logits_of(output)
+    leaves = [(path, leaf) for path, leaf in tree_flatten_with_path(output)[0] if isinstance(leaf, Tensor)]
+    keys = [next((key.key for key in reversed(path) if isinstance(key, MappingKey)), None) for path, _ in leaves]
+    names = [f"output_{i}" if key is None else str(key) for i, key in enumerate(keys)]
+    return [OUTPUT if leaf is logits else name for name, (_, leaf) in zip(names, leaves, strict=True)]
 
 
 def _cause(error: BaseException) -> BaseException:

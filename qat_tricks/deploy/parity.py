@@ -7,11 +7,11 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qat_tricks.deploy.session import open_session, run_batch
 from qat_tricks.errors import QatTricksError
-from qat_tricks.workbench import images_of
+from qat_tricks.workbench import images_of, logits_of
 
 if TYPE_CHECKING:
     from qat_tricks.deploy.layer_parity import LayerParity
@@ -49,12 +49,11 @@ def measure_parity(path: str | PathLike[str], network: nn.Module, batches: Itera
     agreeing = largest = signal = noise = 0.0
     for batch in batches:
         inputs = images_of(batch).detach().float().cpu()
-        simulated = network(inputs)
+        simulated = logits_of(network(inputs))
         run = torch.from_numpy(run_batch(session, inputs.numpy()))
-        if not isinstance(simulated, Tensor) or simulated.shape != run.shape:
-            given = tuple(simulated.shape) if isinstance(simulated, Tensor) else type(simulated).__name__
+        if simulated.shape != run.shape:
             raise QatTricksError(
-                f"the network yields {given}, its ONNX file {tuple(run.shape)}: it has to yield logits alone"
+                f"the network yields {tuple(simulated.shape)}, its ONNX file {tuple(run.shape)}: it is another network's"
             )
         difference = (run - simulated).double()
         images += len(run)

@@ -22,12 +22,13 @@ _POOL: set[Any] = {
 # These move values about and make no new ones: what was on a grid stays on it.
 _PASS: set[Any] = {
     nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.Flatten, nn.Unflatten, nn.Identity, nn.ChannelShuffle,
-    nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.PixelShuffle, nn.PixelUnshuffle, nn.ZeroPad2d,
+    nn.PixelShuffle, nn.PixelUnshuffle, nn.ZeroPad2d,
     F.max_pool1d, F.max_pool2d, F.adaptive_max_pool2d, F.channel_shuffle, F.pixel_shuffle, operator.getitem,
     torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.chunk, torch.split,
     "flatten", "view", "reshape", "permute", "transpose", "contiguous", "squeeze", "unsqueeze", "chunk", "split", "expand",
 }  # fmt: skip
-_PASS_NAMES = {"StochasticDepth", "DropPath"}
+_DROPOUTS: set[Any] = {nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout}
+_DROPOUT_NAMES = {"StochasticDepth", "DropPath", "DropBlock2d"}
 _SIZES = {"size", "dim", "numel", "shape"}
 BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _ACTIVATIONS: dict[Any, str] = {
@@ -73,9 +74,22 @@ def is_foldable_batchnorm(node: fx.Node, traced: fx.GraphModule) -> bool:
     if not calls_batchnorm(node, traced) or traced.get_submodule(str(node.target)).running_var is None:
         return False
     before = node.all_input_nodes[0]
-    targets = [other.target for other in traced.graph.nodes if other.op == "call_module"]
-    called_once = targets.count(node.target) == targets.count(before.target) == 1
-    return calls_layer(before, traced) and len(before.users) == 1 and called_once
+    alone = calls_layer(before, traced) and len(before.users) == 1
+    return alone and is_used_once(node, traced) and is_used_once(before, traced)
+
+
+def is_used_once(node: fx.Node, traced: fx.GraphModule) -> bool:
+    """Whether no other call uses the weight of the module that ``node`` calls, be it this module's or one's that shares it.
+
+    Otherwise what suits one call is wrong for the other.
+    """
+
+    def weight(node: fx.Node) -> Any:
+        module = module_of(node, traced)
+        own = getattr(module, "weight", None)
+        return module if own is None else own
+
+    return sum(weight(other) is weight(node) for other in traced.graph.nodes if other.op == "call_module") == 1
 
 
 def activation_of(node: fx.Node, traced: fx.GraphModule) -> str | None:
@@ -107,6 +121,12 @@ def is_integer_op(node: fx.Node, traced: fx.GraphModule) -> bool:
     return calls(node, traced, _POOL) and is_tensor(node)
 
 
+def is_dropout(node: fx.Node, traced: fx.GraphModule) -> bool:
+    """Whether ``node`` returns its input in evaluation, and not in training."""
+    kind = _kind_of(node, traced)
+    return kind in _DROPOUTS or (isinstance(kind, type) and kind.__name__ in _DROPOUT_NAMES)
+
+
 def is_passthrough(node: fx.Node, traced: fx.GraphModule) -> bool:
     """Whether the values of ``node`` are values of its first input: on a grid if that one is."""
     if node.target is F.pad:
@@ -119,7 +139,7 @@ def is_passthrough(node: fx.Node, traced: fx.GraphModule) -> bool:
     if isinstance(module, nn.Upsample) or kind is F.interpolate:
         mode = module.mode if isinstance(module, nn.Upsample) else node.kwargs.get("mode", "nearest")
         return bool(mode == "nearest")
-    return kind in _PASS or (isinstance(kind, type) and kind.__name__ in _PASS_NAMES)
+    return kind in _PASS or is_dropout(node, traced)
 
 
 def only_user(node: fx.Node, test: Callable[[fx.Node], bool]) -> fx.Node | None:

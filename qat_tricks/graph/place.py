@@ -147,7 +147,10 @@ def _is_mixed(cat: fx.Node, traced: fx.GraphModule) -> bool:
 def _with_activation(node: fx.Node, traced: fx.GraphModule) -> fx.Node:
     """The node to quantize for the output of ``node``: after the BatchNorm, ReLU or ReLU6 that alone uses it."""
     after = n.only_user(node, lambda user: n.is_foldable_batchnorm(user, traced)) or node
-    return n.only_user(after, lambda user: n.activation_of(user, traced) is not None) or after
+    last = after
+    while dropout := n.only_user(last, lambda user: n.is_dropout(user, traced)):  # gone once deployed
+        last = dropout
+    return n.only_user(last, lambda user: n.activation_of(user, traced) is not None) or after
 
 
 def _is_final_linear(node: fx.Node, traced: fx.GraphModule) -> bool:

@@ -1,5 +1,6 @@
 """From the user's network to a ``torch.fx.GraphModule`` whose submodule names, and so checkpoint keys, stay the user's."""
 
+import inspect
 import operator
 import traceback
 from pathlib import Path
@@ -33,10 +34,11 @@ def trace(network: nn.Module) -> fx.GraphModule:
     """Returns ``network`` as a graph module that shares its parameters; a graph module of ours is returned as it is.
 
     Raises:
-        QatTricksError: the network's control flow depends on its input values; names the line of its code.
+        QatTricksError: the network takes several inputs, or its control flow depends on their values; names the line of its code.
     """
     if isinstance(network, fx.GraphModule) and "qat_tricks" in network.meta:
         return network
+    _check_inputs(network)
     was_training = network.training
     network.eval()  # auxiliary heads and stochastic branches belong to training only
     try:
@@ -56,6 +58,17 @@ def trace(network: nn.Module) -> fx.GraphModule:
     traced.train(was_training)
     traced.meta["qat_tricks"] = {}
     return traced
+
+
+def _check_inputs(network: nn.Module) -> None:
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(network.forward).parameters.values()
+    inputs = [p.name for p in parameters if p.default is p.empty and p.kind not in variable]
+    if len(inputs) > 1:
+        raise QatTricksError(
+            f"{type(network).__name__} takes {len(inputs)} inputs ({', '.join(inputs)}): hand over a network that takes images "
+            "alone, such as a module that holds the others fixed"
+        )
 
 
 def _user_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.lightning import workbench_of
 from qat_tricks.training import check_fraction
 from qat_tricks.trick import Trick
+from qat_tricks.workbench import logits_of
 
 
 def distill(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -45,7 +46,7 @@ class _Step:
         def listen(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             with torch.no_grad():
                 expected = work.teacher(*inputs)  # type: ignore[misc]
-            losses.append(distill(output, expected, temperature=self.trick.temperature))
+            losses.append(distill(logits_of(output), logits_of(expected), temperature=self.trick.temperature))
 
         handle = work.network.register_forward_hook(listen)
         try:

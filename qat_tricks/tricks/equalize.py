@@ -128,8 +128,7 @@ def _depthwise_after(node: fx.Node, traced: fx.GraphModule) -> str | None:
         return None
     second = layer_at(traced, str(user.target))
     is_depthwise = getattr(second, "groups", 1) == second.weight.shape[0] > 1
-    called_once = sum(other.target == user.target for other in traced.graph.nodes) == 1
-    return str(user.target) if is_depthwise and called_once else None
+    return str(user.target) if is_depthwise and n.is_used_once(user, traced) else None
 
 
 def _channel_maxima(traced: fx.GraphModule, wanted: Sequence[str], batches: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -154,10 +153,9 @@ def _channel_maxima(traced: fx.GraphModule, wanted: Sequence[str], batches: Sequ
 
 def find_pairs(traced: fx.GraphModule) -> list[Pair]:
     """The pairs that can be equalized, in the order of the graph."""
-    called = [str(node.target) for node in traced.graph.nodes if node.op == "call_module"]
     pairs = []
     for node in traced.graph.nodes:
-        if not n.calls_layer(node, traced) or called.count(str(node.target)) > 1:
+        if not n.calls_layer(node, traced) or not n.is_used_once(node, traced):
             continue
         relu, between, after = False, node, node
         while len(after.users) == 1:
@@ -166,7 +164,7 @@ def find_pairs(traced: fx.GraphModule) -> list[Pair]:
                 relu, between = True, after
             elif not _is_channelwise(after, traced):
                 break
-        if n.calls_layer(after, traced) and after is not node and called.count(str(after.target)) == 1:
+        if n.calls_layer(after, traced) and after is not node and n.is_used_once(after, traced):
             first, second = layer_at(traced, str(node.target)), layer_at(traced, str(after.target))
             inputs = second.weight.shape[1] * getattr(second, "groups", 1)
             if inputs % first.weight.shape[0] == 0 and (inputs == first.weight.shape[0] or isinstance(second, nn.Linear)):

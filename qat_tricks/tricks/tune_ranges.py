@@ -20,7 +20,7 @@ from qat_tricks.graph.layers import activation_quantizers, float_mode
 from qat_tricks.numerics import ActivationQuantizer
 from qat_tricks.progress import track
 from qat_tricks.trick import Trick, check_num_images
-from qat_tricks.workbench import Workbench, images_of
+from qat_tricks.workbench import Workbench, logits_of
 
 BINS = 4096  # of a histogram: 16 for each step of 8 bits
 CHUNK = 8  # images whose gradients are held at a time
@@ -53,7 +53,7 @@ def tune_ranges(traced: fx.GraphModule, batches: Sequence[Tensor], *, seed: int 
     try:
         with float_mode(traced), torch.inference_mode(False), torch.enable_grad():
             for images in track([chunk for batch in batches for chunk in batch.split(CHUNK)], "tune ranges"):
-                logits = images_of(traced(images.clone().requires_grad_())).flatten(1)
+                logits = logits_of(traced(images.clone().requires_grad_())).flatten(1)
                 likelihoods = logits.log_softmax(1)
                 labels = torch.multinomial(likelihoods.detach().exp().cpu(), 1, generator=generator)
                 likelihoods.gather(1, labels.to(logits.device)).sum().backward()

@@ -168,7 +168,8 @@ def seeded(kind: type[nn.Module]) -> nn.Module:
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = None
-                nn.init.uniform_(module.bias, -0.5, 0.5)
+                if module.affine:
+                    nn.init.uniform_(module.bias, -0.5, 0.5)
         network(images())
     return network.eval()
 
