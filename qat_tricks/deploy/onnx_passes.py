@@ -37,7 +37,7 @@ def tidy(model: onnx.ModelProto) -> None:
     _use_global_pools(model.graph)
     _pad_integers(model.graph)
     _drop_repeated_quantizers(model.graph)
-    _keep_float_layers(model.graph)
+    _keep_in_float(model.graph)
     _give_layers_their_own_weights(model.graph)
     _drop_unused(model.graph)
     for item in (*model.graph.node, *model.graph.value_info):
@@ -88,15 +88,17 @@ def _pad_integers(graph: onnx.GraphProto) -> None:
         graph.value_info.extend(shapes)
 
 
-def _keep_float_layers(graph: onnx.GraphProto) -> None:
-    """A Sum of one input before a float layer that takes dequantized values.
+def _keep_in_float(graph: onnx.GraphProto) -> None:
+    """A Sum of one input before what takes dequantized values and is to be computed on them.
 
-    Between quantizers, ONNX Runtime would otherwise quantize the layer's weight by itself, per tensor.
+    Between quantizers, ONNX Runtime would otherwise quantize a float layer's weight by itself, per tensor, and compute a softmax
+    from tables, which rounds some of its values to the other side.
     """
     values, producers = {tensor.name for tensor in graph.initializer}, _producers(graph)
     for at, node in reversed(list(enumerate(graph.node))):
-        before = producers.get(node.input[0]) if node.op_type in ("Conv", "ConvTranspose", "Gemm") else None
-        if before is not None and before.op_type == "DequantizeLinear" and node.input[1] in values:
+        before = producers.get(node.input[0]) if node.op_type in ("Conv", "ConvTranspose", "Gemm", "Softmax") else None
+        is_float = node.op_type == "Softmax" or (before is not None and node.input[1] in values)
+        if before is not None and before.op_type == "DequantizeLinear" and is_float:
             apart = f"{node.output[0]}_in_float"
             graph.node.insert(at, helper.make_node("Sum", [node.input[0]], [apart], apart))
             node.input[0] = apart
