@@ -3,13 +3,15 @@
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from qat_tricks.binding import Problems, make
 from qat_tricks.errors import QatTricksError
-from qat_tricks.recipes import Recipe, check_recipe
+
+if TYPE_CHECKING:
+    from qat_tricks.recipes import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +96,14 @@ def _allow(settings: Any, **rules: tuple[bool, str]) -> None:
         raise QatTricksError("; ".join(problems))
 
 
-def recipe_of(config: DictConfig) -> Recipe:
+def recipe_of(config: DictConfig) -> "Recipe":
     """The recipe of a composed config, with ``stage.epochs``, ``.lr`` and ``.max_drop`` put into its stages.
 
     Raises:
         QatTricksError: all that is wrong with the two.
     """
+    from qat_tricks.recipes import check_recipe  # loads Lightning, which an evaluation does without
+
     problems = Problems()
     override = problems.of(lambda: make("stage", StageOverride, OmegaConf.to_container(config.stage)))  # type: ignore[arg-type]
     recipe = problems.of(lambda: check_recipe(config.recipe))

@@ -16,6 +16,7 @@ from qat_tricks.baseline import prepare_baseline
 from qat_tricks.classifier import Classifier
 from qat_tricks.config import recipe_of
 from qat_tricks.data import ImageData, build_data
+from qat_tricks.data.lightning import ImageDataModule
 from qat_tricks.deploy.export import export_onnx
 from qat_tricks.deploy.latency import measure_latency
 from qat_tricks.deploy.session import open_session, run_batch
@@ -57,6 +58,7 @@ def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[st
     trainer = {**OmegaConf.to_container(config.trainer, resolve=True), "logger": logger}  # type: ignore[dict-item]
     _check_classes(module.network, data)
 
+    datamodule = ImageDataModule(data)
     ranks = Ranks(trainer)
     run = _Run(config, folder, recipe, data, module)
 
@@ -66,10 +68,10 @@ def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[st
 
     ranks.on_zero(run.save_config)
     started = time.perf_counter()
-    prepare_baseline(config, module, data, trainer, ranks)
+    prepare_baseline(config, module, datamodule, trainer, ranks)
     module.network.to("cpu").eval()
     ranks.on_zero(run.measure_stage, "fp32", module.network, started, folder / "model_fp32.onnx")
-    run_stages(module, data, recipe, trainer=trainer, after_stage=after_stage)
+    run_stages(module, datamodule, recipe, trainer=trainer, after_stage=after_stage)
     return ranks.on_zero(run.finish, logger)
 
 
@@ -83,6 +85,7 @@ def _classifier(config: DictConfig, data: ImageData) -> Classifier:
     return Classifier(
         model=model,
         data=OmegaConf.to_container(config.data, resolve=True),  # type: ignore[arg-type]
+        preprocessing=data.preprocessing.described(),
         lr=config.baseline.lr,
         **config.optimizer,
     )
@@ -175,7 +178,7 @@ class _Run:
                 "recipe": self.recipe.name,
                 "model": self.module.hparams["model"],
                 "data": self.module.hparams["data"],
-                "preprocessing": _preprocessing(self.data),
+                "preprocessing": self.module.hparams["preprocessing"],
                 "class_names": list(self.data.class_names),
             }.items()
         }
@@ -231,12 +234,8 @@ class _Run:
             "agreement": agreement(metrics.predictions, fp32.predictions),
             "parity": self.parity,
             **device,
-            "preprocessing": _preprocessing(self.data),
+            "preprocessing": self.data.preprocessing.described(),
         }
-
-
-def _preprocessing(data: ImageData) -> dict[str, Any]:
-    return {**data.preprocessing.as_dict(), "hash": data.preprocessing.hash}
 
 
 def _batches(images: int, batch_size: int) -> int:

@@ -6,7 +6,8 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from qat_tricks.checks import check_evaluate, check_folder, check_one_process, check_train
+from qat_tricks.check_evaluate import check_evaluate, check_folder
+from qat_tricks.checks import check_one_process, check_train
 from qat_tricks.compose import Composer, config_dir
 from qat_tricks.config import Baseline, Measure, Optimizer, StageOverride, evaluation_folder, recipe_of
 from qat_tricks.errors import QatTricksError

@@ -17,6 +17,7 @@ from torchvision.datasets import CIFAR10
 
 from qat_tricks.data import Preprocessing, build_data, check_labels, data_builder, data_names
 from qat_tricks.data.images import random_flip, random_shift
+from qat_tricks.data.lightning import ImageDataModule
 from qat_tricks.data.splits import balanced_subset, stratified_split
 from qat_tricks.errors import QatTricksError
 from qat_tricks.models import build_model
@@ -208,9 +209,9 @@ def test_setup_loads_once_and_properties_need_it():
     data = build_data("fake")
     with pytest.raises(QatTricksError, match="setup"):
         _ = data.num_classes
-    data.setup("fit")
+    data.setup()
     splits = data.splits
-    data.setup("test")
+    data.setup()
     assert data.splits is splits
 
 
@@ -233,7 +234,7 @@ def test_fake_images_can_be_learned_in_a_real_trainer():
     trainer = pl.Trainer(
         max_epochs=3, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu"
     )
-    data, lit = build_data("fake"), Lit()
+    data, lit = ImageDataModule(build_data("fake")), Lit()
     trainer.fit(lit, data)
     assert trainer.test(lit, data, verbose=False)[0]["accuracy"] > 0.9
 
