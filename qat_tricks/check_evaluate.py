@@ -10,8 +10,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qat_tricks.binding import Problems, bind, make, unknown_keys
 from qat_tricks.compose import one_line
-from qat_tricks.config import Measure
+from qat_tricks.config import DeviceMeasure
 from qat_tricks.data import build_data, data_builder
+from qat_tricks.deploy.runtimes import check_runtimes
 from qat_tricks.errors import QatTricksError
 
 
@@ -24,8 +25,13 @@ def check_evaluate(config: DictConfig) -> None:
     problems = Problems()
     if OmegaConf.is_missing(config, "artifact"):
         raise QatTricksError("artifact is missing: give artifact=PATH, a .onnx or .ckpt that a run wrote")
-    given = sections(config, {"measure"}, {"artifact", "float", "folder", "data"}, problems)
-    problems.of(lambda: make("measure", Measure, given["measure"]))
+    values = {"artifact", "float", "folder", "data", "runtimes", "allow_preprocessing_change"}
+    given = sections(config, {"measure"}, values, problems)
+    problems.of(lambda: make("measure", DeviceMeasure, given["measure"]))
+    problems.of(lambda: _check_runtimes(given["runtimes"]))
+    if not isinstance(given["allow_preprocessing_change"], bool):
+        value = given["allow_preprocessing_change"]
+        problems.found.append(f"allow_preprocessing_change={value!r} is not allowed: give true or false")
     for name in ("artifact", "float", "folder"):
         value = given[name]
         if not (isinstance(value, str) and value) and not (value is None and name != "artifact"):
@@ -35,6 +41,12 @@ def check_evaluate(config: DictConfig) -> None:
     elif given["data"] is not None:
         problems.of(lambda: check_data(given["data"]))
     problems.report()
+
+
+def _check_runtimes(runtimes: Any) -> None:
+    if runtimes is not None and not (isinstance(runtimes, list) and runtimes and all(isinstance(r, str) for r in runtimes)):
+        raise QatTricksError(f"runtimes={runtimes!r} is not allowed: give a list such as [onnxruntime,openvino], or null")
+    check_runtimes(runtimes or [])
 
 
 def check_folder(folder: Path) -> None:

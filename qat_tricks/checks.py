@@ -11,7 +11,7 @@ from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 from qat_tricks.binding import Problems, bind, make
 from qat_tricks.check_evaluate import check_data, sections
 from qat_tricks.compose import one_line
-from qat_tricks.config import Baseline, Measure, Optimizer, recipe_of
+from qat_tricks.config import Baseline, Export, Measure, Optimizer, recipe_of
 from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.isolation import isolated
 from qat_tricks.loggers import LoggerOptions
@@ -39,8 +39,8 @@ def check_train(config: DictConfig) -> None:
         QatTricksError: one line with all that is wrong.
     """
     problems = Problems()
-    parts = {"baseline": Baseline, "optimizer": Optimizer, "measure": Measure, "logger": LoggerOptions}
-    given = sections(config, {*parts, "data", "model", "recipe", "trainer", "stage"}, {"seed"}, problems)
+    parts = {"baseline": Baseline, "optimizer": Optimizer, "measure": Measure, "logger": LoggerOptions, "export": Export}
+    given = sections(config, {*parts, "data", "model", "recipe", "trainer", "stage"}, {"seed", "target"}, problems)
     for name, kind in parts.items():
         problems.of(lambda name=name, kind=kind: make(name, kind, given[name]))  # type: ignore[misc]
     problems.of(lambda: recipe_of(config))

@@ -41,8 +41,9 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
     Args:
         folder: the run's folder, made when it is missing.
         report: plain data with at least ``REQUIRED_KEYS``. Besides those, ``packed_bytes`` is the size that
-            the int8 file would have at its weights' own bits, and ``environment`` defaults to
-            ``environment()``.
+            the int8 file would have at its weights' own bits, ``load_ms``, ``throughput``, ``runtimes``,
+            ``normalization``, ``target`` and ``preprocessing_change`` what their sections show, and
+            ``environment`` defaults to ``environment()``.
 
     Raises:
         QatTricksError: a key is missing, or the folder cannot be written.
@@ -84,6 +85,12 @@ def render(report: dict[str, Any]) -> str:
         "latency_ms": report["latency_ms"] or {},
         "memory_mib": report["memory_mib"] or {},
         "parity": report["parity"] or {},
+        "load_ms": report.get("load_ms") or {},
+        "throughput": report.get("throughput") or [],
+        "runtimes": report.get("runtimes") or {},
+        "preprocessing_change": report.get("preprocessing_change"),
+        "normalization": report.get("normalization"),
+        "target": report.get("target"),
         "packed_bytes": report.get("packed_bytes"),
         "preprocessing_hash": preprocessing.get("hash") if isinstance(preprocessing, dict) else None,
     }
