@@ -272,7 +272,7 @@ class _Run:
         name, measure = check_target(self.config.target).runtime, self.config.measure
         if name == REFERENCE:
             return {}
-        found = parity(self._predictor(name), self._predictor(REFERENCE), self._deployed_batches())
+        found = parity(self._predictor(name), self._predictor(REFERENCE), self._deployed_batches(), against=REFERENCE)
         check_parity(name, found, measure.min_top1_agreement)
         accuracy = self._measure(self._predictor(name), self._deployed_batches(), name).accuracy
         costs = measure_runtime(name, self._paths, image_shape=self.shape, measure=measure)

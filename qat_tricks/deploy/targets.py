@@ -31,7 +31,9 @@ TARGETS: Mapping[str, Target] = {
         "2 * 255 * 127 saturates",
         max_weight_bits=7,
     ),
-    "onnxruntime_arm": Target(about="64-bit ARM: its kernels take unsigned activations and add in 32 bits, so nothing changes"),
+    "onnxruntime_arm": Target(
+        about="64-bit ARM, not measured yet: its kernels take unsigned activations and add in 32 bits, so nothing changes"
+    ),
     "openvino_cpu": Target(about="OpenVINO on x86 with VNNI; the finished file is run there as well", runtime="openvino"),
     "tensorrt": Target(
         about="NVIDIA's TensorRT",

@@ -96,6 +96,7 @@ def evaluate_artifact(config: DictConfig) -> dict[str, Any]:
         _enter(ledger, "simulated", simulated, artifact.batches(data), data)
         deployed = _export(artifact, folder / "model.onnx", shape)
     predict = deployed.predict(measure.threads)
+    against = REFERENCE if simulated is None else "simulated"
     metrics = _enter(ledger, "onnx", predict, deployed.batches(data), data)
 
     paths = {"int8": deployed.path}
@@ -115,14 +116,14 @@ def evaluate_artifact(config: DictConfig) -> dict[str, Any]:
         "data": options["name"],
         "stages": ledger.rows(),
         "agreement": agreement(metrics.predictions, floats.predictions) if floats is not None else None,
-        "parity": parity(predict, simulated, deployed.batches(data)) if simulated is not None else None,
+        "parity": parity(predict, simulated, deployed.batches(data), against=against) if simulated is not None else None,
         **device,
         "preprocessing": artifact.preprocessing.described(),
         "normalization": BUILT_IN if deployed.normalizes else "outside",
         "runtimes": {
             name: {
                 **(_costs(device) if name == REFERENCE else measure_runtime(name, paths, image_shape=shape, measure=measure)),
-                **_in_runtime(deployed.predict(measure.threads, name), simulated or predict, deployed, data, name),
+                **_in_runtime(deployed.predict(measure.threads, name), simulated or predict, against, deployed, data, name),
             }
             for name in runtimes
         },
@@ -213,11 +214,13 @@ def _costs(device: dict[str, Any]) -> dict[str, Any]:
     return {"version": runtime_version(REFERENCE), **costs, "int8_layers": None}
 
 
-def _in_runtime(predict: Predict, reference: Predict, deployed: Artifact, data: ImageData, name: str) -> dict[str, Any]:
+def _in_runtime(
+    predict: Predict, reference: Predict, against: str, deployed: Artifact, data: ImageData, name: str
+) -> dict[str, Any]:
     """What the network gives in one runtime; parity is with the simulated network, or else with ONNX Runtime."""
     return {
         "accuracy": _measure(predict, deployed.batches(data), data, name).accuracy,
-        "parity": parity(predict, reference, deployed.batches(data)),
+        "parity": parity(predict, reference, deployed.batches(data), against=against),
     }
 
 

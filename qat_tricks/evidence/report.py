@@ -9,6 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from qat_tricks.deploy.targets import TARGETS
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.files import finite, read_json, write_json, write_text
 from qat_tricks.evidence.show import ratio, show
@@ -79,7 +80,7 @@ def render(report: dict[str, Any]) -> str:
         keep_trailing_newline=True,
     )
     templates.filters.update(show=show, cell=_cell, pretty=_pretty)
-    preprocessing = report["preprocessing"]
+    preprocessing, target = report["preprocessing"], report.get("target")
     fields = {
         "size_bytes": report["size_bytes"] or {},
         "latency_ms": report["latency_ms"] or {},
@@ -90,7 +91,8 @@ def render(report: dict[str, Any]) -> str:
         "runtimes": report.get("runtimes") or {},
         "preprocessing_change": report.get("preprocessing_change"),
         "normalization": report.get("normalization"),
-        "target": report.get("target"),
+        "target": target,
+        "target_needs": TARGETS[target].about if isinstance(target, str) and target in TARGETS else None,
         "packed_bytes": report.get("packed_bytes"),
         "preprocessing_hash": preprocessing.get("hash") if isinstance(preprocessing, dict) else None,
     }

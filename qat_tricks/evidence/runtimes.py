@@ -57,11 +57,14 @@ def measure_runtime(
     }
 
 
-def parity(predict: Predict, reference: Predict, loader: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """Compares the logits of ``predict`` with those of ``reference`` on the first images of a loader."""
+def parity(
+    predict: Predict, reference: Predict, loader: Iterable[tuple[Tensor, Tensor]], *, against: str
+) -> dict[str, Any]:
+    """Compares the logits of ``predict`` with those of ``reference``, called ``against``, on the first images of a loader."""
     batches = islice(loader, PARITY_BATCHES)
     with torch.no_grad():
-        return compare_logits((reference(images).numpy(), predict(images).numpy()) for images, _ in batches)
+        found = compare_logits((reference(images).numpy(), predict(images).numpy()) for images, _ in batches)
+    return {**found, "against": against}
 
 
 def check_parity(runtime: str, found: Mapping[str, Any], min_top1_agreement: float) -> None:

@@ -106,6 +106,8 @@ def test_a_checkpoint_is_exported_with_what_it_says_of_itself(ran, tmp_path):
     report = evaluate(ran / "model.ckpt", tmp_path)
     assert report["parity"]["top1_agreement"] == 1
     assert report["parity"]["max_abs_error"] < 1e-5
+    assert report["runtimes"]["onnxruntime"]["parity"] == report["parity"]
+    assert report["parity"]["against"] == "simulated"
     assert [stage["name"] for stage in report["stages"]] == ["fp32", "simulated", "onnx"]
     assert load_artifact(tmp_path / "model.onnx").preprocessing == load_artifact(ran / "model.onnx").preprocessing
     saved = load_checkpoint(ran / "model.ckpt")["hyper_parameters"]["preprocessing"]
@@ -185,6 +187,8 @@ def test_a_target_runs_the_file_in_its_runtime(tmp_path):
     pytest.importorskip("openvino")
     report = run(tmp_path, "target=openvino_cpu")
     assert list(report["runtimes"]) == ["openvino"]
+    assert report["runtimes"]["openvino"]["parity"]["against"] == "onnxruntime"
+    assert "`openvino_cpu`: OpenVINO on x86 with VNNI" in (tmp_path / "report.md").read_text()
     assert report["runtimes"]["openvino"]["parity"]["top1_agreement"] >= 0.95
 
 
