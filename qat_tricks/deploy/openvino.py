@@ -40,13 +40,16 @@ class OpenvinoNetwork:
         self.spec = _input_spec(compiled)
         self.integer_layers = _integer_layers(compiled)
         self._request = compiled.create_infer_request()
+        self._lent: np.ndarray | None = None
 
     def prepare(self, images: np.ndarray) -> Callable[[], np.ndarray]:
         check_shape(self.spec, images.shape)
         given = np.ascontiguousarray(images, dtype=self.spec.dtype)
 
         def run() -> np.ndarray:
-            return self._request.infer([given], share_inputs=True)[0]
+            logits = self._request.infer([given], share_inputs=True)[0]
+            self._lent = given  # the request goes on pointing at it, and does not own it
+            return logits
 
         return run
 
