@@ -4,7 +4,7 @@ ONNX Runtime is the reference: where parity is proved. Others are optional, and 
 """
 
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from importlib import import_module
 from importlib.util import find_spec
 from os import PathLike
 from typing import Protocol
@@ -77,5 +77,5 @@ def check_runtimes(names: Sequence[str]) -> None:
 
 
 def runtime_version(name: str) -> str:
-    """The version of an installed runtime's package."""
-    return version(name)
+    """The version of an installed runtime, whichever distribution (``onnxruntime``, ``onnxruntime-gpu``) it came from."""
+    return str(import_module(name).__version__).partition("-")[0]

@@ -1,5 +1,7 @@
 """Targets: weights that a runtime's kernels cannot get wrong, and refusals that say why."""
 
+import re
+
 import numpy as np
 import pytest
 from handmade import qdq_layer
@@ -52,6 +54,7 @@ def test_what_cannot_be_had_is_refused_with_the_reason(monkeypatch):
 def test_a_runtime_is_known_and_installed_or_refused(monkeypatch, tmp_path):
     path = qdq_layer(tmp_path / "m.onnx", np.ones((4, 3, 3, 3), np.int8))
     assert runtimes.installed_runtimes()[0] == "onnxruntime"
+    assert re.fullmatch(r"\d+(\.\d+)+", runtimes.runtime_version("onnxruntime"))
     with pytest.raises(QatTricksError, match='unknown runtime "onnxrt": did you mean "onnxruntime"'):
         runtimes.open_network(path, threads=1, runtime="onnxrt")
     monkeypatch.setattr(runtimes, "find_spec", lambda name: None if name == "openvino" else name)
