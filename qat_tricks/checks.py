@@ -1,21 +1,17 @@
-"""Checks that a composed config can work, everything at once, before anything is read, written or trained."""
+"""Checks that a run's composed config can work, everything at once, before anything is read, written or trained."""
 
-import tempfile
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 
-from qat_tricks.binding import Problems, bind, make, unknown_keys
+from qat_tricks.binding import Problems, bind, make
+from qat_tricks.check_evaluate import check_data, sections
 from qat_tricks.compose import one_line
-from qat_tricks.config import Baseline, Measure, Optimizer, recipe_of
-from qat_tricks.data import build_data, data_builder
+from qat_tricks.config import Baseline, Export, Measure, Optimizer, recipe_of
 from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.isolation import isolated
 from qat_tricks.loggers import LoggerOptions
@@ -43,41 +39,19 @@ def check_train(config: DictConfig) -> None:
         QatTricksError: one line with all that is wrong.
     """
     problems = Problems()
-    parts = {"baseline": Baseline, "optimizer": Optimizer, "measure": Measure, "logger": LoggerOptions}
-    sections = _sections(config, {*parts, "data", "model", "recipe", "trainer", "stage"}, {"seed", "preflight"}, problems)
+    parts = {"baseline": Baseline, "optimizer": Optimizer, "measure": Measure, "logger": LoggerOptions, "export": Export}
+    given = sections(config, {*parts, "data", "model", "recipe", "trainer", "stage"}, {"seed", "preflight", "target"}, problems)
     for name, kind in parts.items():
-        problems.of(lambda name=name, kind=kind: make(name, kind, sections[name]))  # type: ignore[misc]
+        problems.of(lambda name=name, kind=kind: make(name, kind, given[name]))  # type: ignore[misc]
     problems.of(lambda: recipe_of(config))
-    problems.of(lambda: _check_model(sections["model"]))
-    problems.of(lambda: _check_data(sections["data"]))
-    problems.of(lambda: _check_trainer(sections["trainer"]))
-    if not isinstance(sections["preflight"], bool):
-        problems.found.append(f"preflight={sections['preflight']!r} is not allowed: give true or false")
-    seed = sections["seed"]
+    problems.of(lambda: _check_model(given["model"]))
+    problems.of(lambda: check_data(given["data"]))
+    problems.of(lambda: _check_trainer(given["trainer"]))
+    if not isinstance(given["preflight"], bool):
+        problems.found.append(f"preflight={given['preflight']!r} is not allowed: give true or false")
+    seed = given["seed"]
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         problems.found.append(f"seed={seed!r} is not allowed: give a whole number from 0 to {2**32 - 1}")
-    problems.report()
-
-
-def check_evaluate(config: DictConfig) -> None:
-    """Checks a config composed from ``conf/evaluate.yaml``.
-
-    Raises:
-        QatTricksError: one line with all that is wrong.
-    """
-    problems = Problems()
-    if OmegaConf.is_missing(config, "artifact"):
-        raise QatTricksError("artifact is missing: give artifact=PATH, a .onnx or .ckpt that a run wrote")
-    sections = _sections(config, {"measure"}, {"artifact", "float", "folder", "data"}, problems)
-    problems.of(lambda: make("measure", Measure, sections["measure"]))
-    for name in ("artifact", "float", "folder"):
-        value = sections[name]
-        if not (isinstance(value, str) and value) and not (value is None and name != "artifact"):
-            problems.found.append(f"{name}={value!r} is not allowed: give a path")
-    if sections["data"] is not None and not isinstance(sections["data"], Mapping):
-        problems.found.append(f"data={sections['data']!r} is not allowed: give data=NAME")
-    elif sections["data"] is not None:
-        problems.of(lambda: _check_data(sections["data"]))
     problems.report()
 
 
@@ -98,48 +72,6 @@ def check_one_process(config: DictConfig) -> None:
         )
 
 
-def check_folder(folder: Path) -> None:
-    """Checks that a run's folder can be made and written, and leaves nothing behind.
-
-    Raises:
-        QatTricksError: it cannot.
-    """
-    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryDirectory(dir=nearest, prefix=".qat_tricks"):
-            pass
-    except OSError as error:
-        raise QatTricksError(
-            f'the run folder "{folder}" cannot be written ({error.strerror}): give one that can '
-            "with hydra.run.dir, in a sweep hydra.sweep.dir, in evaluate.py folder"
-        ) from error
-
-
-def _sections(config: DictConfig, groups: set[str], values: set[str], problems: Problems) -> dict[str, Any]:
-    """The top-level parts as plain data. Raises QatTricksError at once where one cannot be had."""
-    given = {str(key) for key in config if key != "hydra"}
-    for problem in unknown_keys("the config", sorted(given), groups | values):
-        problems.found.append(problem)
-    sections: dict[str, Any] = {}
-    for name in sorted(groups | values):
-        try:
-            if name not in given:
-                raise QatTricksError(f"the config lacks {name}")
-            value = config[name]
-            sections[name] = (
-                OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-            )
-            if name in groups and not isinstance(sections[name], Mapping):
-                raise QatTricksError(f"{name}={sections.pop(name)!r} is not allowed: give {name}.KEY=VALUE")
-        except OmegaConfBaseException as error:
-            problems.found.append(f"{name}: {one_line(error)}")
-        except QatTricksError as error:
-            problems.found.append(str(error))
-    if len(sections) < len(groups | values):
-        problems.report()
-    return sections
-
-
 def _check_model(model: dict[str, Any]) -> None:
     problems = bind("model", build_model, model, without=("num_classes", "in_channels"))
     name = model.get("name")
@@ -156,15 +88,6 @@ def _check_model(model: dict[str, Any]) -> None:
         )
     if problems:
         raise QatTricksError("; ".join(problems))
-
-
-def _check_data(data: dict[str, Any]) -> None:
-    problems = bind(
-        "data", data_builder(str(data.get("name"))), {k: v for k, v in data.items() if k != "name"}
-    )
-    if problems:
-        raise QatTricksError("; ".join(problems))
-    build_data(**data)  # reads nothing yet, and refuses what cannot be
 
 
 def _check_trainer(trainer: dict[str, Any]) -> None:

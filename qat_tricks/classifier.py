@@ -17,6 +17,7 @@ class Classifier(pl.LightningModule):
     Args:
         model: arguments of ``build_model``, as plain data, so that a checkpoint rebuilds its own network.
         data: the data's settings, kept for whoever evaluates the checkpoint.
+        preprocessing: what ``Preprocessing.described`` says, kept as well.
         lr: peak learning rate.
         momentum, weight_decay: of SGD.
         label_smoothing: of the cross entropy, 0 to 1.
@@ -26,6 +27,7 @@ class Classifier(pl.LightningModule):
         self,
         model: dict[str, Any],
         data: dict[str, Any] | None = None,
+        preprocessing: dict[str, Any] | None = None,
         lr: float = 0.1,
         momentum: float = 0.9,
         weight_decay: float = 5e-4,

@@ -37,6 +37,9 @@ def _run(name: str, job: Callable[[DictConfig], None], arguments: Sequence[str] 
         )  # loads torch: an interrupt meanwhile is an interrupt, not a traceback
         from qat_tricks.quiet import quiet
 
+        if name == "train":
+            import qat_tricks.checks  # noqa: F401 - loads Lightning, which sets up the loggers that quiet() silences
+
         quiet()
         sys.argv = [sys.argv[0], *preflight(name, sys.argv[1:])]
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name)(job)()

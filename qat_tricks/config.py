@@ -1,15 +1,20 @@
 """The settings of ``conf/train.yaml`` and ``conf/evaluate.yaml``."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from qat_tricks.binding import Problems, make
+from qat_tricks.deploy.latency import MIN_RUNS
+from qat_tricks.deploy.targets import check_target, fit_to_target
 from qat_tricks.errors import QatTricksError
-from qat_tricks.recipes import Recipe, check_recipe
+
+if TYPE_CHECKING:
+    from qat_tricks.recipes import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +66,35 @@ class Measure:
             self,
             batch_size=(self.batch_size >= 1, "1 or more"),
             threads=(self.threads >= 1, "1 or more"),
-            runs=(self.runs >= 1, "1 or more"),
+            runs=(self.runs >= MIN_RUNS, f"{MIN_RUNS} or more"),
             max_seconds=(0 < self.max_seconds < math.inf, "a number above 0"),
             min_top1_agreement=(0 <= self.min_top1_agreement <= 1, "0 to 1"),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceMeasure(Measure):
+    """What an evaluation measures besides: throughput at each number of threads with each size of batch."""
+
+    batch_sizes: Sequence[int] = (1, 8, 32)
+    thread_counts: Sequence[int] = (1, 2)
+    point_seconds: float = 0.3  # of one such combination
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _allow(
+            self,
+            batch_sizes=(_counts(self.batch_sizes), "a list of whole numbers, 1 or more, as in [1,8,32]"),
+            thread_counts=(_counts(self.thread_counts), "a list of whole numbers, 1 or more, as in [1,2]"),
+            point_seconds=(0 < self.point_seconds < math.inf, "a number above 0"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """What the exported files take."""
+
+    normalize: bool = False  # uint8 pixels, which the network normalizes itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +114,10 @@ class StageOverride:
         )
 
 
+def _counts(values: Sequence[int]) -> bool:
+    return len(values) > 0 and min(values) >= 1
+
+
 def _allow(settings: Any, **rules: tuple[bool, str]) -> None:
     problems = [
         f"{name}={getattr(settings, name)} is not allowed: give {allowed}"
@@ -94,18 +128,26 @@ def _allow(settings: Any, **rules: tuple[bool, str]) -> None:
         raise QatTricksError("; ".join(problems))
 
 
-def recipe_of(config: DictConfig) -> Recipe:
-    """The recipe of a composed config, with ``stage.epochs``, ``.lr`` and ``.max_drop`` put into its stages.
+def recipe_of(config: DictConfig) -> "Recipe":
+    """The recipe of a composed config, fitted to its target, with ``stage.epochs``, ``.lr`` and ``.max_drop`` in its stages.
 
     Raises:
-        QatTricksError: all that is wrong with the two.
+        QatTricksError: all that is wrong with the three.
     """
+    from qat_tricks.recipes import check_recipe  # these load Lightning, which an evaluation does without
+    from qat_tricks.tricks.quantize import Quantize
+
     problems = Problems()
     override = problems.of(lambda: make("stage", StageOverride, OmegaConf.to_container(config.stage)))  # type: ignore[arg-type]
     recipe = problems.of(lambda: check_recipe(config.recipe))
+    target = problems.of(lambda: check_target(config.target))
     problems.report()
     assert override is not None
     assert recipe is not None
+    assert target is not None
+    for trick in recipe.tricks:
+        if isinstance(trick, Quantize):
+            trick.settings = fit_to_target(trick.settings, target)
     everywhere: dict[str, Any] = {"max_drop": override.max_drop}
     in_training = {**everywhere, "epochs": override.epochs, "lr": override.lr}
     stages = []

@@ -10,21 +10,26 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from qat_tricks.baseline import prepare_baseline
 from qat_tricks.classifier import Classifier
 from qat_tricks.config import recipe_of
 from qat_tricks.data import ImageData, build_data
+from qat_tricks.data.lightning import ImageDataModule
+from qat_tricks.data.module import Batches
 from qat_tricks.deploy.export import export_onnx
 from qat_tricks.deploy.latency import measure_latency
-from qat_tricks.deploy.session import open_session, run_batch
+from qat_tricks.deploy.normalization import BUILT_IN, build_in_normalization
+from qat_tricks.deploy.runtimes import REFERENCE
+from qat_tricks.deploy.targets import check_target
 from qat_tricks.deploy.weights import file_bytes, weight_sparsity
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.device import measure_device
 from qat_tricks.evidence.ledger import Ledger, LedgerRow, check_drop
 from qat_tricks.evidence.metrics import Metrics, agreement, evaluate_classifier
 from qat_tricks.evidence.report import write_report
+from qat_tricks.evidence.runtimes import Predict, check_parity, measure_runtime, parity, predictor
 from qat_tricks.forecast import Forecast, forecast
 from qat_tricks.lightning import save_checkpoint
 from qat_tricks.loggers import log_report
@@ -59,6 +64,7 @@ def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[st
     trainer = {**OmegaConf.to_container(config.trainer, resolve=True), "logger": logger}  # type: ignore[dict-item]
     _check_classes(module.network, data)
 
+    datamodule = ImageDataModule(data)
     ranks = Ranks(trainer)
     run = _Run(config, folder, recipe, data, module)
 
@@ -68,10 +74,10 @@ def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[st
 
     ranks.on_zero(run.save_config)
     started = time.perf_counter()
-    prepare_baseline(config, module, data, trainer, ranks)
+    prepare_baseline(config, module, datamodule, trainer, ranks)
     module.network.to("cpu").eval()
     ranks.on_zero(run.measure_stage, "fp32", module.network, started, folder / "model_fp32.onnx")
-    run_stages(module, data, recipe, trainer=trainer, after_stage=after_stage)
+    run_stages(module, datamodule, recipe, trainer=trainer, after_stage=after_stage)
     return ranks.on_zero(run.finish, logger)
 
 
@@ -101,6 +107,7 @@ def _classifier(config: DictConfig, data: ImageData) -> Classifier:
     return Classifier(
         model=model,
         data=OmegaConf.to_container(config.data, resolve=True),  # type: ignore[arg-type]
+        preprocessing=data.preprocessing.described(),
         lr=config.baseline.lr,
         **config.optimizer,
     )
@@ -162,9 +169,24 @@ class _Run:
             metadata=self._metadata(),
             min_top1_agreement=self.config.measure.min_top1_agreement,
         ).as_dict()
+        if self.config.export.normalize:
+            self._build_in_normalization(path)
         self._enter_costs(path)
         self.stage_started = time.perf_counter()
         return metrics
+
+    def _build_in_normalization(self, path: Path) -> None:
+        preprocessing = self.data.preprocessing
+        loaders = zip(self.data.test_pixels(), self.data.test_dataloader(), strict=True)
+        batches = ((pixels.numpy(), floats.numpy()) for (pixels, _), (floats, _) in loaders)
+        build_in_normalization(
+            path,
+            islice(batches, _batches(PARITY_IMAGES, self.data.batch_size)),
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+            scale=preprocessing.scale,
+            min_top1_agreement=self.config.measure.min_top1_agreement,
+        )
 
     def _enter_costs(self, path: Path) -> None:
         measure = self.config.measure
@@ -182,18 +204,24 @@ class _Run:
         self.ledger.write(self.folder / "ledger.json")
 
     def _evaluate(self, predict: Any, description: str) -> Metrics:
-        return evaluate_classifier(
-            predict, self.data.test_dataloader(), self.data.num_classes, description=f"measure {description}"
-        )
+        return self._measure(predict, self.data.test_dataloader(), description)
+
+    def _measure(self, predict: Any, batches: Batches, description: str) -> Metrics:
+        return evaluate_classifier(predict, batches, self.data.num_classes, description=f"measure {description}")
+
+    def _deployed_batches(self) -> Batches:
+        """The test images as the exported file takes them."""
+        return self.data.test_pixels() if self.config.export.normalize else self.data.test_dataloader()
 
     def _metadata(self) -> dict[str, str]:
         return {
             f"qat_tricks.{key}": json.dumps(value)
             for key, value in {
                 "recipe": self.recipe.name,
+                "target": self.config.target,
                 "model": self.module.hparams["model"],
                 "data": self.module.hparams["data"],
-                "preprocessing": _preprocessing(self.data),
+                "preprocessing": self.module.hparams["preprocessing"],
                 "class_names": list(self.data.class_names),
             }.items()
         }
@@ -212,17 +240,12 @@ class _Run:
         if not self.recipe.stages:  # recipe=fp32: the float network is the result
             self.model_path.write_bytes((self.folder / "model_fp32.onnx").read_bytes())
         started = time.perf_counter()
-        session = open_session(self.model_path, threads=self.config.measure.threads)
-
-        def predict(images: Tensor) -> Tensor:
-            return torch.from_numpy(run_batch(session, images.numpy()))
-
-        metrics = self._evaluate(predict, "onnx")
+        metrics = self._measure(self._predictor(REFERENCE), self._deployed_batches(), "onnx")
         last = self.ledger.stages[-1]
         fp32 = self.ledger.stages[0].after
         measure = self.config.measure
         device = measure_device(
-            {"fp32": self.folder / "model_fp32.onnx", "int8": self.model_path},
+            self._paths,
             self.shape,
             batch_size=measure.batch_size,
             threads=measure.threads,
@@ -249,12 +272,29 @@ class _Run:
             "agreement": agreement(metrics.predictions, fp32.predictions),
             "parity": self.parity,
             **device,
-            "preprocessing": _preprocessing(self.data),
+            "preprocessing": self.data.preprocessing.described(),
+            "normalization": BUILT_IN if self.config.export.normalize else "outside",
+            "target": self.config.target,
+            "runtimes": self._runtimes(),
         }
 
+    @property
+    def _paths(self) -> dict[str, Path]:
+        return {"fp32": self.folder / "model_fp32.onnx", "int8": self.model_path}
 
-def _preprocessing(data: ImageData) -> dict[str, Any]:
-    return {**data.preprocessing.as_dict(), "hash": data.preprocessing.hash}
+    def _predictor(self, runtime: str) -> Predict:
+        return predictor(self.model_path, self.config.measure.threads, runtime)
+
+    def _runtimes(self) -> dict[str, Any]:
+        """What the target's runtime makes of the file, where it is another than ONNX Runtime; it has to make the same."""
+        name, measure = check_target(self.config.target).runtime, self.config.measure
+        if name == REFERENCE:
+            return {}
+        found = parity(self._predictor(name), self._predictor(REFERENCE), self._deployed_batches(), against=REFERENCE)
+        check_parity(name, found, measure.min_top1_agreement)
+        accuracy = self._measure(self._predictor(name), self._deployed_batches(), name).accuracy
+        costs = measure_runtime(name, self._paths, image_shape=self.shape, measure=measure)
+        return {name: {**costs, "accuracy": accuracy, "parity": found}}
 
 
 def _batches(images: int, batch_size: int) -> int:

@@ -12,11 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qat_tricks.binding import Problems
-from qat_tricks.checks import check_evaluate, check_folder, check_one_process, check_train
+from qat_tricks.check_evaluate import check_evaluate, check_folder
 from qat_tricks.compose import Composer, one_line
 from qat_tricks.config import evaluation_folder
 from qat_tricks.errors import QatTricksError
-from qat_tricks.models import register_models, register_timm_models
 
 
 def preflight(name: str, arguments: Sequence[str]) -> list[str]:
@@ -37,9 +36,8 @@ def preflight(name: str, arguments: Sequence[str]) -> list[str]:
     for override in parsed.overrides:
         flags.remove(override)
     if not (parsed.shell_completion or parsed.hydra_help or parsed.experimental_rerun):
-        register_models()
-        if any(line.startswith("model=") and "timm/" in line for line in parsed.overrides):
-            register_timm_models()
+        if name == "train":
+            _register_models(parsed.overrides)
         problems = _problems(name, parsed)
         if problems:
             raise QatTricksError("; ".join(dict.fromkeys(problems)))
@@ -72,6 +70,14 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     return parsed
 
 
+def _register_models(overrides: Sequence[str]) -> None:
+    from qat_tricks.models import register_models, register_timm_models
+
+    register_models()
+    if any(line.startswith("model=") and "timm/" in line for line in overrides):
+        register_timm_models()
+
+
 def _problems(name: str, parsed: Namespace) -> list[str]:
     composer = Composer(parsed.config_name or name, Path(parsed.config_dir) if parsed.config_dir else None)
     sweep = parsed.multirun or any(line.lower() == "hydra.mode=multirun" for line in parsed.overrides)
@@ -80,13 +86,20 @@ def _problems(name: str, parsed: Namespace) -> list[str]:
     problems.found += found
     if parsed.help or parsed.cfg or parsed.info:  # only shown
         return problems.found
-    if not sweep:
-        problems.of(lambda: (check_evaluate if name == "evaluate" else check_train)(config))
+    if name == "evaluate":
+        if sweep:
+            return ["evaluate.py takes one artifact at a time: leave out --multirun"]
+        problems.of(lambda: check_evaluate(config))
         if not problems.found:
             problems.of(lambda: _check_paths(config, "hydra.run.dir"))
         return problems.found
-    if name == "evaluate":
-        return ["evaluate.py takes one artifact at a time: leave out --multirun"]
+    from qat_tricks.checks import check_one_process, check_train  # loads Lightning, which an evaluation does without
+
+    if not sweep:
+        problems.of(lambda: check_train(config))
+        if not problems.found:
+            problems.of(lambda: _check_paths(config, "hydra.run.dir"))
+        return problems.found
     if found:
         return found
     if str(config.hydra.sweeper.get("_target_")).endswith("BasicSweeper"):  # others decide their jobs as they go

@@ -75,6 +75,9 @@ def status(run, *arguments):
         ("--config-dir none", "--config-dir none is not a folder"),
         ("--config-path x", "--config-dir"),
         ("-m --cfg job", "exclude each other"),
+        ("target=tensorrt", "target=tensorrt cannot be had: it takes int8 activations with zero point 0 alone"),
+        ("target=onnxruntime", 'unknown target "onnxruntime": did you mean "onnxruntime_cpu"'),
+        ("export.normalize=3", "export.normalize=3 is not allowed: give true or false"),
         ("--resolve", "--resolve belongs to --cfg"),
     ],
 )
@@ -113,6 +116,12 @@ def test_a_lost_choice_is_not_blamed_on_what_is_set_inside_it(ran, capsys):
         ("artifact=file folder=file/x", "cannot be written"),
         ("artifact=none.onnx", "artifact=none.onnx is not a file"),
         ("-m artifact=x,y", "one artifact at a time"),
+        ("artifact=x runtimes=[onnxrt]", 'unknown runtime "onnxrt": did you mean "onnxruntime"?'),
+        ("artifact=x runtimes=onnxruntime", "give a list such as [onnxruntime,openvino]"),
+        ("artifact=x measure.batch_sizes=[]", "batch_sizes=[] is not allowed: give a list of whole numbers"),
+        ("artifact=x measure.thread_counts=[0]", "thread_counts=[0] is not allowed"),
+        ("artifact=x measure.batch_sizes=8", "measure.batch_sizes=8 is not allowed: give a list of a whole number"),
+        ("artifact=x allow_preprocessing_change=maybe", "give true or false"),
     ],
 )
 def test_bad_input_of_evaluate_is_one_line(tmp_path, monkeypatch, capfd, arguments, told):

@@ -6,12 +6,14 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from qat_tricks.checks import check_evaluate, check_folder, check_one_process, check_train
+from qat_tricks.check_evaluate import check_evaluate, check_folder
+from qat_tricks.checks import check_one_process, check_train
 from qat_tricks.compose import Composer, config_dir
-from qat_tricks.config import Baseline, Measure, Optimizer, StageOverride, evaluation_folder, recipe_of
+from qat_tricks.config import Baseline, DeviceMeasure, Export, Measure, Optimizer, StageOverride, evaluation_folder, recipe_of
 from qat_tricks.errors import QatTricksError
 from qat_tricks.models import register_models
 from qat_tricks.recipes import options
+from qat_tricks.tricks.quantize import Quantize
 
 SHIPPED = sorted(config_dir().rglob("*.yaml"))
 NEEDS = {"custom": ["model.factory=torchvision.models.resnet18"]}  # beside the choice itself
@@ -66,10 +68,23 @@ def test_each_yaml_begins_with_its_command_which_composes_and_passes_the_checks(
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("baseline", Baseline), ("optimizer", Optimizer), ("measure", Measure), ("stage", StageOverride)],
+    [("baseline", Baseline), ("optimizer", Optimizer), ("measure", Measure), ("stage", StageOverride), ("export", Export)],
 )
 def test_the_defaults_of_yaml_and_python_are_the_same(name, kind):
     assert OmegaConf.to_container(composed()[name]) == asdict(kind())
+
+
+def test_the_defaults_of_an_evaluation_are_the_same_in_yaml_and_python():
+    python = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(DeviceMeasure()).items()}
+    assert python.pop("min_top1_agreement") == Measure().min_top1_agreement
+    assert OmegaConf.to_container(composed(name="evaluate").measure) == python
+
+
+def test_a_target_reaches_the_quantizers_of_every_stage():
+    recipe = recipe_of(composed("recipe=int8_prune50_multistage", "target=onnxruntime_cpu_no_vnni"))
+    settings = [trick.settings for trick in recipe.tricks if isinstance(trick, Quantize)]
+    assert settings
+    assert all((given["weight_bits"], given["activation_bits"]) == (7, 8) for given in settings)
 
 
 def test_stage_settings_reach_the_stages_they_are_for():

@@ -17,6 +17,7 @@ from torchvision.datasets import CIFAR10
 
 from qat_tricks.data import Preprocessing, build_data, check_labels, data_builder, data_names
 from qat_tricks.data.images import random_flip, random_shift
+from qat_tricks.data.lightning import ImageDataModule
 from qat_tricks.data.splits import balanced_subset, stratified_split
 from qat_tricks.errors import QatTricksError
 from qat_tricks.models import build_model
@@ -199,6 +200,34 @@ def test_calibration_images_are_unaugmented_balanced_and_in_one_order():
     assert not all(tuple(image.flatten().tolist()) in still for image in augmented)
 
 
+@pytest.mark.parametrize("name", ["digits", "fake"])
+def test_pixels_are_the_test_images_before_normalization(name):
+    data = ready(name)
+    pixels, labels = batches(data.test_pixels())
+    images, same = batches(data.test_dataloader())
+    assert pixels.dtype == torch.uint8
+    assert torch.equal(data.preprocessing.normalize()(pixels), images)
+    assert torch.equal(labels, same)
+
+
+def test_the_same_images_under_another_preprocessing():
+    data = ready("digits")
+    changed = {**data.preprocessing.as_dict(), "mean": [0.0], "resize": [8, 8], "image_size": [8, 8]}
+    other = data.with_preprocessing(Preprocessing.from_dict(changed))
+    other.setup()
+    assert other.image_size == (8, 8)
+    assert torch.equal(other.splits.test.labels, data.splits.test.labels)
+    assert batches(other.test_dataloader())[0].min() == 0
+    assert data.image_size == (16, 16)
+
+
+def test_a_changed_preprocessing_does_not_keep_its_hash():
+    described = build_data("digits").preprocessing.described()
+    assert Preprocessing.from_described(described) == build_data("digits").preprocessing
+    with pytest.raises(QatTricksError, match="changed by hand"):
+        Preprocessing.from_described({**described, "std": [0.5]})
+
+
 def test_an_empty_calibration_is_refused():
     with pytest.raises(QatTricksError, match="at least one"):
         ready("fake").calibration_loader(0)
@@ -208,9 +237,9 @@ def test_setup_loads_once_and_properties_need_it():
     data = build_data("fake")
     with pytest.raises(QatTricksError, match="setup"):
         _ = data.num_classes
-    data.setup("fit")
+    data.setup()
     splits = data.splits
-    data.setup("test")
+    data.setup()
     assert data.splits is splits
 
 
@@ -233,7 +262,7 @@ def test_fake_images_can_be_learned_in_a_real_trainer():
     trainer = pl.Trainer(
         max_epochs=3, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu"
     )
-    data, lit = build_data("fake"), Lit()
+    data, lit = ImageDataModule(build_data("fake")), Lit()
     trainer.fit(lit, data)
     assert trainer.test(lit, data, verbose=False)[0]["accuracy"] > 0.9
 
@@ -381,6 +410,16 @@ def test_an_unreadable_image_is_one_line_that_names_it(tmp_path, workers):
         batches(data.val_dataloader())
     assert "broken.jpg" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_images_that_keep_their_different_sizes_are_named(tmp_path):
+    make_folders(tmp_path / "train", {"a": 3, "b": 3})
+    (tmp_path / "val").symlink_to(tmp_path / "train")
+    Image.new("RGB", (20, 20)).save(tmp_path / "train" / "b" / "002.png")
+    data = build_data("imagefolder", root=str(tmp_path)).with_preprocessing(Preprocessing(image_size=(30, 40)))
+    data.setup()
+    with pytest.raises(QatTricksError, match=r"002\.png has the shape \(3, 20, 20\) and the others \(3, 30, 40\)"):
+        batches(data.test_dataloader())
 
 
 def test_folders_without_images_or_with_unknown_classes_are_named(tmp_path):

@@ -1,4 +1,4 @@
-"""Data sets by name, as Lightning data modules: digits, cifar10, imagefolder, imagenet, fake."""
+"""Data sets by name: digits, cifar10, imagefolder, imagenet, fake."""
 
 import inspect
 from collections.abc import Callable

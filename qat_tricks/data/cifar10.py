@@ -47,7 +47,8 @@ def cifar10(
         folder = folder.parent
     preprocessing = Preprocessing(image_size=(SIDE, SIDE), mean=tuple(mean), std=tuple(std))
     return ImageData(
-        partial(_load, folder, preprocessing, val_fraction, shift, flip),
+        partial(_load, folder, val_fraction, shift, flip),
+        preprocessing=preprocessing,
         batch_size=batch_size,
         num_workers=num_workers,
         seed=seed,
@@ -55,7 +56,7 @@ def cifar10(
     )
 
 
-def _load(folder: Path, preprocessing: Preprocessing, val_fraction: float, shift: int, flip: bool) -> Splits:
+def _load(folder: Path, val_fraction: float, shift: int, flip: bool, preprocessing: Preprocessing) -> Splits:
     read = _read_batches if (folder / CIFAR10.base_folder).is_dir() else _read_folders
     class_names, train, train_labels = read(folder, "train")
     test_names, test, test_labels = read(folder, "test")

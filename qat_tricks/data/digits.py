@@ -24,11 +24,11 @@ def digits(
     assert size is not None
     preprocessing = Preprocessing(image_size=size, channels=1, resize=size, mean=(0.3,), std=(0.35,))
     return ImageData(
-        partial(_load, preprocessing, shift), batch_size=batch_size, num_workers=num_workers, seed=seed
+        partial(_load, shift), preprocessing=preprocessing, batch_size=batch_size, num_workers=num_workers, seed=seed
     )
 
 
-def _load(preprocessing: Preprocessing, shift: int) -> Splits:
+def _load(shift: int, preprocessing: Preprocessing) -> Splits:
     source = load_digits()
     values = torch.from_numpy(source.images).float()  # [1797, 8, 8], 0..16
     images = (values * (255 / 16)).round().to(torch.uint8)[:, None]

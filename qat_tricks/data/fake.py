@@ -42,16 +42,22 @@ def fake(
     preprocessing = Preprocessing(
         image_size=size, channels=channels, mean=(0.5,) * channels, std=(0.25,) * channels
     )
-    load = partial(_load, preprocessing, num_classes, counts, noise, seed)
-    return ImageData(load, batch_size=batch_size, num_workers=num_workers, seed=seed)
+    load = partial(_load, (channels, *size), num_classes, counts, noise, seed)
+    return ImageData(load, preprocessing=preprocessing, batch_size=batch_size, num_workers=num_workers, seed=seed)
 
 
 def _load(
-    preprocessing: Preprocessing, num_classes: int, counts: tuple[int, ...], noise: float, seed: int
+    shape: tuple[int, int, int],
+    num_classes: int,
+    counts: tuple[int, ...],
+    noise: float,
+    seed: int,
+    preprocessing: Preprocessing,
 ) -> Splits:
     generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(num_classes, preprocessing.channels, 4, 4, generator=generator)
-    patterns = F.interpolate(coarse, size=list(preprocessing.image_size), mode="bilinear")
+    channels, height, width = shape
+    coarse = torch.rand(num_classes, channels, 4, 4, generator=generator)
+    patterns = F.interpolate(coarse, size=[height, width], mode="bilinear")
     labels = [torch.arange(count) % num_classes for count in counts]
 
     def draw(split: Tensor) -> Tensor:

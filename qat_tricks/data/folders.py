@@ -52,8 +52,8 @@ def imagefolder(
     folder = existing_root(root, "imagefolder")
     preprocessing = _preprocessing(channels, resize, crop, interpolation, mean, std, scale)
     files = partial(_user_files, folder, val_fraction, test_fraction, split_seed)
-    load = partial(_load, files, preprocessing, min_area, flip)
-    return ImageData(load, batch_size=batch_size, num_workers=num_workers, seed=seed)
+    load = partial(_load, files, min_area, flip)
+    return ImageData(load, preprocessing=preprocessing, batch_size=batch_size, num_workers=num_workers, seed=seed)
 
 
 def imagenet(
@@ -85,8 +85,8 @@ def imagenet(
     folder = existing_root(root, "imagenet")
     preprocessing = _preprocessing(3, resize, crop, interpolation, mean, std, scale)
     files = partial(_imagenet_files, folder / train_dir, folder / val_dir, num_classes)
-    load = partial(_load, files, preprocessing, min_area, flip)
-    return ImageData(load, batch_size=batch_size, num_workers=num_workers, seed=seed)
+    load = partial(_load, files, min_area, flip)
+    return ImageData(load, preprocessing=preprocessing, batch_size=batch_size, num_workers=num_workers, seed=seed)
 
 
 def existing_root(root: str | None, name: str, *, may_be_made: bool = False) -> Path:
@@ -203,7 +203,7 @@ def _preprocessing(
 
 
 def _load(
-    files: partial[tuple[list[str], list[Files]]], preprocessing: Preprocessing, min_area: float, flip: bool
+    files: partial[tuple[list[str], list[Files]]], min_area: float, flip: bool, preprocessing: Preprocessing
 ) -> Splits:
     if not 0 < min_area <= 1:
         raise QatTricksError(f"min_area={min_area}: give a share of the image in (0, 1]")
@@ -227,6 +227,6 @@ def _load(
         calibration=FolderImages(*train, channels, still),
         val=FolderImages(*val, channels, still),
         test=FolderImages(*test, channels, still),
+        pixels=FolderImages(*test, channels, preprocessing.geometry()),
         class_names=tuple(names),
-        preprocessing=preprocessing,
     )

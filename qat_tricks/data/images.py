@@ -28,7 +28,7 @@ class ImageSet(Dataset[tuple[Tensor, Tensor]]):
         return len(self.labels)
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """One batch: images float32 ``[B, C, H, W]``, labels int64 ``[B]``."""
+        """One batch: images ``[B, C, H, W]``, float32 or uint8; labels int64 ``[B]``."""
         raise NotImplementedError
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
@@ -41,8 +41,8 @@ class ImageSet(Dataset[tuple[Tensor, Tensor]]):
 
 
 class MemoryImages(ImageSet):
-    """Images held in memory as uint8 ``[N, C, H, W]``; ``transform`` takes a uint8 batch and returns a
-    float32 one.
+    """Images held in memory as uint8 ``[N, C, H, W]``; ``transform`` takes a uint8 batch and returns the one to
+    hand out.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, transform: Transform) -> None:
@@ -54,9 +54,10 @@ class MemoryImages(ImageSet):
 
 
 class FolderImages(ImageSet):
-    """Image files; ``transform`` takes one PIL image and returns a float32 ``[C, H, W]``.
+    """Image files; ``transform`` takes one PIL image and returns a float32 or uint8 ``[C, H, W]``.
 
-    A file that cannot be decoded raises ``UnreadableImageError`` naming it.
+    A file that cannot be decoded, or comes out in another shape than those before it, raises
+    ``UnreadableImageError`` naming it.
     """
 
     def __init__(self, paths: Sequence[str], labels: Tensor, channels: int, transform: Transform) -> None:
@@ -64,6 +65,12 @@ class FolderImages(ImageSet):
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         images = [self.transform(read_image(self.paths[index], self.channels)) for index in indices]
+        for index, image in zip(indices, images, strict=True):
+            if image.shape != images[0].shape:
+                raise UnreadableImageError(
+                    f"{self.paths[index]} has the shape {tuple(image.shape)} and the others {tuple(images[0].shape)}: "
+                    "give a resize or a crop, or images of one size"
+                )
         return torch.stack(images), self.labels[torch.as_tensor(indices)]
 
 
@@ -91,15 +98,15 @@ class SeededImages(ImageSet):
 @dataclass(frozen=True, kw_only=True)
 class Splits:
     """A loaded data set. ``calibration`` holds the images of ``train`` without augmentation, in the same
-    order.
+    order; ``pixels`` those of ``test`` before normalization, uint8.
     """
 
     train: ImageSet
     calibration: ImageSet
     val: ImageSet
     test: ImageSet
+    pixels: ImageSet
     class_names: tuple[str, ...]
-    preprocessing: Preprocessing
 
 
 class UnreadableImageError(QatTricksError):
@@ -156,6 +163,10 @@ class Augment:
         return self.normalize(random_flip(shifted) if self.flip else shifted)
 
 
+def _as_they_are(images: Tensor) -> Tensor:
+    return images
+
+
 def memory_splits(
     images: Sequence[Tensor],
     labels: Sequence[Tensor],
@@ -178,6 +189,6 @@ def memory_splits(
         calibration=MemoryImages(train, labels[0], normalize),
         val=MemoryImages(val, labels[1], normalize),
         test=MemoryImages(test, labels[2], normalize),
+        pixels=MemoryImages(test, labels[2], _as_they_are),
         class_names=tuple(class_names),
-        preprocessing=preprocessing,
     )

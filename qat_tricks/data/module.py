@@ -1,8 +1,8 @@
-"""The Lightning data module around any of this package's data sets."""
+"""Any of this package's data sets, loaded and in batches; without Lightning, so that a device can measure on it."""
 
+import copy
 from collections.abc import Callable
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
@@ -15,41 +15,48 @@ from qat_tricks.errors import QatTricksError
 Batches = DataLoader[tuple[Tensor, Tensor]]
 
 
-class ImageData(pl.LightningDataModule):
+class ImageData:
     """Batches of images float32 ``[B, C, H, W]`` and labels int64 ``[B]`` for train, val, test and
     calibration.
 
-    ``load`` returns the data set and is called by the first ``setup``; ``prepare``, where given, is called
-    before it by one process only (a download). The same ``seed`` gives the same batches in every run. Raises
+    ``load`` returns the data set under a preprocessing and is called by the first ``setup``; ``prepare``, where
+    given, is called before it by one process only (a download). The same ``seed`` gives the same batches in every run. Raises
     ``QatTricksError`` for a batch size or number of workers out of range.
     """
 
     def __init__(
         self,
-        load: Callable[[], Splits],
+        load: Callable[[Preprocessing], Splits],
         *,
+        preprocessing: Preprocessing,
         batch_size: int,
         num_workers: int = 0,
         seed: int = 0,
         prepare: Callable[[], None] | None = None,
     ) -> None:
-        super().__init__()
         if batch_size < 1:
             raise QatTricksError(f"batch_size={batch_size}: give a number of images, 1 or greater")
         if num_workers < 0:
             raise QatTricksError(f"num_workers={num_workers}: give a number of processes, 0 or greater")
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.preprocessing = preprocessing
         self._load, self._prepare = load, prepare
         self._splits: Splits | None = None
+
+    def with_preprocessing(self, preprocessing: Preprocessing) -> "ImageData":
+        """The same images, not yet loaded, that go through another preprocessing."""
+        other = copy.copy(self)
+        other.preprocessing, other._splits = preprocessing, None
+        return other
 
     def prepare_data(self) -> None:
         if self._prepare is not None:
             self._prepare()
 
-    def setup(self, stage: str | None = None) -> None:
-        """Loads the data once, whatever ``stage`` asks; later calls do nothing."""
+    def setup(self) -> None:
+        """Loads the data once; later calls do nothing."""
         if self._splits is None:
-            splits = self._load()
+            splits = self._load(self.preprocessing)
             for name in ("train", "val", "test"):
                 check_labels(getattr(splits, name).labels, len(splits.class_names), f"{name} images")
             self._splits = splits
@@ -60,10 +67,6 @@ class ImageData(pl.LightningDataModule):
         if self._splits is None:
             raise QatTricksError("the data is not loaded yet: call setup() first")
         return self._splits
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        return self.splits.preprocessing
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -82,11 +85,10 @@ class ImageData(pl.LightningDataModule):
         """Height and width in pixels, as the network sees them."""
         return self.preprocessing.image_size
 
-    def train_dataloader(self) -> Batches:
+    def train_dataloader(self, rank: int = 0) -> Batches:
         """Augmented and shuffled; a last, smaller batch is dropped if there is another. Begins at ``seed``
-        each call.
+        each call; ``rank`` is that of the process, each of which augments in its own way.
         """
-        rank = self.trainer.global_rank if self.trainer is not None else 0
         images = SeededImages(self.splits.train, self.seed + rank)
         return self._loader(images, shuffle=True, drop_last=len(images) > self.batch_size)
 
@@ -95,6 +97,10 @@ class ImageData(pl.LightningDataModule):
 
     def test_dataloader(self) -> Batches:
         return self._loader(self.splits.test)
+
+    def test_pixels(self) -> Batches:
+        """The images of ``test_dataloader`` before their normalization: uint8 ``[B, C, H, W]``."""
+        return self._loader(self.splits.pixels)
 
     def calibration_loader(self, num_images: int, batch_size: int | None = None) -> Batches:
         """``num_images`` of the train images without augmentation, seeded and balanced by class, always in

@@ -105,6 +105,21 @@ class Preprocessing:
             raise QatTricksError('preprocessing lacks its "image_size"')
         return cls(**settings)
 
+    def described(self) -> dict[str, Any]:
+        """The settings and their hash, as files and reports carry them; ``from_described`` reads it back."""
+        return {**self.as_dict(), "hash": self.hash}
+
+    @classmethod
+    def from_described(cls, described: Mapping[str, Any]) -> "Preprocessing":
+        """Reads what ``described`` wrote. Raises ``QatTricksError`` as well where the hash is not that of the settings."""
+        preprocessing = cls.from_dict({key: value for key, value in described.items() if key != "hash"})
+        if described.get("hash") != preprocessing.hash:
+            raise QatTricksError(
+                f"the preprocessing's hash is {described.get('hash')} and its settings have {preprocessing.hash}: "
+                "one of them was changed by hand; export the network again"
+            )
+        return preprocessing
+
     @property
     def hash(self) -> str:
         """Sixteen hex digits of the SHA-256 of the settings as canonical JSON."""

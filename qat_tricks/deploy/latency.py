@@ -1,4 +1,4 @@
-"""Latency of ONNX files on this machine, measured side by side."""
+"""How fast ONNX files run and open on this machine, measured side by side."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -6,19 +6,23 @@ from os import PathLike
 
 import numpy as np
 
-from qat_tricks.deploy.session import input_spec, open_session, random_images
+from qat_tricks.deploy.runtimes import REFERENCE, Network, open_network
+from qat_tricks.deploy.session import random_inputs
 from qat_tricks.errors import QatTricksError
 
 MIN_RUNS = 5
 """Timed runs that each network gets even when time is up; fewer say nothing about a 95th percentile."""
 
+Paths = Mapping[str, str | PathLike[str]]
+
 
 def measure_latency(
-    paths: Mapping[str, str | PathLike[str]],
+    paths: Paths,
     *,
     image_shape: Sequence[int],
     batch_size: int = 1,
     threads: int,
+    runtime: str = REFERENCE,
     warmup: int = 10,
     runs: int = 200,
     max_seconds: float = 20.0,
@@ -31,28 +35,102 @@ def measure_latency(
         image_shape: (channels, height, width).
         batch_size: images in a run.
         threads: threads within an operator.
+        runtime: who runs them.
         warmup: runs of each network that are not timed.
         runs: timed runs of each network.
         max_seconds: stops sooner after this time, spent on all networks together, warm-up included.
         seed: of the random images.
 
     Returns:
-        For each name its ``p50`` and ``p95`` in milliseconds a batch.
+        For each name its ``p50``, ``p95`` and ``p99`` in milliseconds a batch.
 
     Raises:
         QatTricksError: no paths, fewer runs than ``MIN_RUNS``, a file that does not open, or images that do
             not fit.
     """
-    if not paths:
-        raise QatTricksError("no ONNX file given to time: name at least one")
     if runs < MIN_RUNS:
         raise QatTricksError(f"runs is {runs}, allowed: {MIN_RUNS} or more")
-    calls = {}
-    for name, path in paths.items():
-        session = open_session(path, threads=threads)
-        images = random_images(session, image_shape, batch_size, seed)
-        calls[name] = (session, {input_spec(session).name: images})
+    networks = _open(paths, threads, runtime)
+    times = _time_in_turn(networks, image_shape, batch_size, warmup, runs, max_seconds, seed)
+    return {
+        name: {f"p{percent}": float(np.percentile(milliseconds, percent)) for percent in (50, 95, 99)}
+        for name, milliseconds in times.items()
+    }
+
+
+def measure_throughput(
+    paths: Paths,
+    *,
+    image_shape: Sequence[int],
+    batch_sizes: Sequence[int],
+    thread_counts: Sequence[int],
+    runtime: str = REFERENCE,
+    warmup: int = 2,
+    seconds: float = 0.3,
+    seed: int = 0,
+) -> list[dict[str, float]]:
+    """Measures how many images a second the networks take, at each number of threads with each size of batch.
+
+    Args:
+        paths, image_shape, runtime, warmup, seed: as of ``measure_latency``.
+        batch_sizes, thread_counts: the values to combine.
+        seconds: of each combination, spent on all networks together; each gets ``MIN_RUNS`` in any case.
+
+    Returns:
+        A row a combination: ``batch_size``, ``threads``, and images a second by the networks' names.
+
+    Raises:
+        QatTricksError: as ``measure_latency``.
+    """
+    rows: list[dict[str, float]] = []
+    for threads in thread_counts:
+        networks = _open(paths, threads, runtime)
+        for batch_size in batch_sizes:
+            times = _time_in_turn(networks, image_shape, batch_size, warmup, 10**6, seconds, seed)
+            rates = {name: 1e3 * batch_size * len(spent) / sum(spent) for name, spent in times.items()}
+            rows.append({"batch_size": batch_size, "threads": threads, **rates})
+    return rows
+
+
+def measure_load(paths: Paths, *, threads: int, runtime: str = REFERENCE, runs: int = 5) -> dict[str, float]:
+    """Measures how long the networks take to open, optimization of the graph included.
+
+    Returns:
+        For each name the median of ``runs`` times in milliseconds; the file is in the system's cache.
+
+    Raises:
+        QatTricksError: no paths, or a file that does not open.
+    """
+    _open(paths, threads, runtime)
     milliseconds: dict[str, list[float]] = {name: [] for name in paths}
+    for _ in range(runs):
+        for name, path in paths.items():
+            begin = time.perf_counter()
+            open_network(path, threads=threads, runtime=runtime)
+            milliseconds[name].append((time.perf_counter() - begin) * 1e3)
+    return {name: float(np.median(times)) for name, times in milliseconds.items()}
+
+
+def _open(paths: Paths, threads: int, runtime: str) -> dict[str, Network]:
+    if not paths:
+        raise QatTricksError("no ONNX file given to time: name at least one")
+    return {name: open_network(path, threads=threads, runtime=runtime) for name, path in paths.items()}
+
+
+def _time_in_turn(
+    networks: Mapping[str, Network],
+    image_shape: Sequence[int],
+    batch_size: int,
+    warmup: int,
+    runs: int,
+    max_seconds: float,
+    seed: int,
+) -> dict[str, list[float]]:
+    """Milliseconds of each timed run, by the networks' names."""
+    calls = {
+        name: network.prepare(random_inputs(network.spec, image_shape, batch_size, seed)) for name, network in networks.items()
+    }
+    milliseconds: dict[str, list[float]] = {name: [] for name in networks}
     start = time.perf_counter()
     for index in range(-warmup, runs):
         late = time.perf_counter() - start > max_seconds
@@ -60,12 +138,9 @@ def measure_latency(
             continue
         if late and index >= MIN_RUNS:
             break
-        for name, (session, feed) in calls.items():
+        for name, call in calls.items():
             begin = time.perf_counter()
-            session.run(None, feed)
+            call()
             if index >= 0:
                 milliseconds[name].append((time.perf_counter() - begin) * 1e3)
-    return {
-        name: {"p50": float(np.percentile(times, 50)), "p95": float(np.percentile(times, 95))}
-        for name, times in milliseconds.items()
-    }
+    return milliseconds

@@ -19,7 +19,12 @@ from qat_tricks.errors import QatTricksError
 SESSION_CONFIG: Mapping[str, str] = {"session.x64quantprecision": "1"}
 """Entries that every session of this package sets, and that whoever deploys the model should set too."""
 
-_FLOAT_TYPES = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16}
+_IMAGE_TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+    "tensor(uint8)": np.uint8,  # pixels, where the network normalizes them itself
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,14 +95,14 @@ def input_spec(session: ort.InferenceSession) -> InputSpec:
     """Returns name, shape and dtype of the network's input.
 
     Raises:
-        QatTricksError: the network has not exactly one input of a float type.
+        QatTricksError: the network has not exactly one input of a float type or of pixels.
     """
     inputs = session.get_inputs()
-    if len(inputs) != 1 or inputs[0].type not in _FLOAT_TYPES:
+    if len(inputs) != 1 or inputs[0].type not in _IMAGE_TYPES:
         given = ", ".join(f"{i.name}: {i.type}" for i in inputs) or "none"
-        raise QatTricksError(f"the ONNX network's inputs are ({given}), allowed: one float tensor of images")
+        raise QatTricksError(f"the ONNX network's inputs are ({given}), allowed: one float or uint8 tensor of images")
     shape = tuple(size if isinstance(size, int) else None for size in inputs[0].shape)
-    return InputSpec(name=inputs[0].name, shape=shape, dtype=np.dtype(_FLOAT_TYPES[inputs[0].type]))
+    return InputSpec(name=inputs[0].name, shape=shape, dtype=np.dtype(_IMAGE_TYPES[inputs[0].type]))
 
 
 def run_batch(session: ort.InferenceSession, images: np.ndarray) -> np.ndarray:
@@ -120,17 +125,24 @@ def run_batch(session: ort.InferenceSession, images: np.ndarray) -> np.ndarray:
 def random_images(
     session: ort.InferenceSession, image_shape: Sequence[int], batch_size: int, seed: int = 0
 ) -> np.ndarray:
-    """Returns normally distributed images [batch_size, *image_shape] in the network's own dtype.
+    """Returns what ``random_inputs`` does for the input of a session."""
+    return random_inputs(input_spec(session), image_shape, batch_size, seed)
+
+
+def random_inputs(spec: InputSpec, image_shape: Sequence[int], batch_size: int, seed: int = 0) -> np.ndarray:
+    """Returns random images [batch_size, *image_shape] in the network's own dtype: normally distributed, or uint8 pixels.
 
     Raises:
         QatTricksError: the network does not take this shape.
     """
-    spec = input_spec(session)
     shape = (batch_size, *image_shape)
     if min(shape) < 1:
         raise QatTricksError(f"batch size and image shape are {shape}, allowed: sizes of 1 or more")
     check_shape(spec, shape)
-    return np.random.default_rng(seed).standard_normal(shape).astype(spec.dtype)
+    random = np.random.default_rng(seed)
+    if spec.dtype == np.uint8:
+        return random.integers(0, 256, shape, dtype=np.uint8)
+    return random.standard_normal(shape).astype(spec.dtype)
 
 
 def check_shape(spec: InputSpec, shape: Sequence[int]) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from qat_tricks.deploy.coverage import integer_coverage
-from qat_tricks.deploy.latency import measure_latency
+from qat_tricks.deploy.latency import measure_latency, measure_load
 from qat_tricks.deploy.memory import peak_memory_mib
 from qat_tricks.deploy.weights import file_bytes, weight_size, weight_sparsity
 
@@ -28,11 +28,13 @@ def measure_device(
     """
     settings: dict[str, Any] = {"image_shape": image_shape, "batch_size": batch_size, "threads": threads}
     latency = measure_latency(paths, **settings, runs=runs, max_seconds=max_seconds)
+    load = measure_load(paths, threads=threads)
     both = ("fp32", "int8")
     return {
         "size_bytes": {name: file_bytes(paths[name]) if name in paths else None for name in both},
         "packed_bytes": weight_size(paths["int8"]).packed,
         "latency_ms": {name: latency.get(name) for name in both},
+        "load_ms": {name: load.get(name) for name in both},
         "memory_mib": {name: peak_memory_mib(paths[name], **settings) if name in paths else None for name in both},
         "sparsity": weight_sparsity(paths["int8"]),
         "int8_coverage": integer_coverage(paths["int8"], image_shape).coverage,

@@ -1,127 +1,239 @@
-"""Evaluates an artifact that a run wrote, a ``.onnx`` or a ``.ckpt``, and writes its report."""
+"""Evaluates an artifact that a run wrote, a ``.onnx`` or a ``.ckpt``, and writes its report.
+
+An ONNX file is measured without Lightning, the training code and the loggers being loaded.
+"""
 
 import json
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from torch import Tensor
+from torch import nn
 
-from qat_tricks.classifier import Classifier
 from qat_tricks.config import evaluation_folder
-from qat_tricks.data import ImageData, build_data
-from qat_tricks.deploy.export import export_onnx
-from qat_tricks.deploy.parity import measure_parity
-from qat_tricks.deploy.session import open_session, run_batch
+from qat_tricks.data import ImageData, Preprocessing, build_data
+from qat_tricks.data.module import Batches
+from qat_tricks.deploy.latency import measure_throughput
+from qat_tricks.deploy.normalization import BUILT_IN
+from qat_tricks.deploy.runtimes import REFERENCE, check_runtimes, installed_runtimes, runtime_version
+from qat_tricks.deploy.session import open_session
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.device import measure_device
 from qat_tricks.evidence.ledger import Ledger, LedgerRow
 from qat_tricks.evidence.metrics import Metrics, agreement, evaluate_classifier
 from qat_tricks.evidence.report import write_report
-from qat_tricks.lightning import load_from_checkpoint
+from qat_tricks.evidence.runtimes import Predict, measure_runtime, parity, predictor
 
 _PREFIX = "qat_tricks."
+_SAID = ("recipe", "model", "data", "preprocessing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A file that a run wrote, and what it says of itself."""
+
+    path: Path
+    recipe: str | None
+    model: dict[str, Any]
+    data: dict[str, Any]
+    preprocessing: Preprocessing
+    normalizes: bool = False  # takes pixels, and normalizes them itself
+    module: Any = None  # the classifier of a checkpoint
+
+    @property
+    def network(self) -> nn.Module:
+        """The simulated network of a checkpoint."""
+        return self.module.network.eval()
+
+    def batches(self, data: ImageData) -> Batches:
+        """The test images as the network takes them."""
+        return data.test_pixels() if self.normalizes else data.test_dataloader()
+
+    def predict(self, threads: int, runtime: str = REFERENCE) -> Predict:
+        """Images as the network takes them to logits."""
+        return predictor(self.path, threads, runtime) if self.module is None else self.network
 
 
 def evaluate_artifact(config: DictConfig) -> dict[str, Any]:
     """Measures ``config.artifact`` and its float counterpart and returns the report that it has written.
 
-    A checkpoint is measured as it is simulated, exported, and measured again in ONNX Runtime. The data are those that the
+    A checkpoint is measured as it is simulated, exported, and measured again in each runtime. The data are those that the
     artifact was made for, unless ``config.data`` names others; the float network is ``config.float``, or ``model_fp32.onnx``
     beside the artifact.
 
     Raises:
-        QatTricksError: an artifact that is missing, damaged or not ours, or data with other classes.
+        QatTricksError: an artifact that is missing, damaged or not ours, data with other classes or another preprocessing, or
+            a runtime that is not installed.
     """
-    torch.set_num_threads(config.measure.threads)
+    measure = config.measure
+    torch.set_num_threads(measure.threads)
+    runtimes = list(config.runtimes) if config.runtimes else installed_runtimes()
+    check_runtimes(runtimes)
     folder = evaluation_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
-    artifact = Path(config.artifact)
-    if artifact.suffix not in (".onnx", ".ckpt"):
-        raise QatTricksError(f"artifact={artifact} is neither a .onnx nor a .ckpt file: give one that a run wrote")
-    module = _load_module(artifact) if artifact.suffix == ".ckpt" else None
-    described = _metadata(artifact) if module is None else _from_module(module)
-    options: Any = described["data"] if config.data is None else OmegaConf.to_container(config.data, resolve=True)
-    data = build_data(**options)
+    artifact = load_artifact(Path(config.artifact))
+    options: Any = artifact.data if config.data is None else OmegaConf.to_container(config.data, resolve=True)
+    given = build_data(**options)
+    changes = _changes(artifact, given, config.allow_preprocessing_change)
+    data = given.with_preprocessing(artifact.preprocessing)
     data.prepare_data()
     data.setup()
+    shape = (data.in_channels, *data.image_size)
 
     ledger = Ledger()
-    reference = Path(config.float) if config.float else artifact.with_name("model_fp32.onnx")
+    reference = Path(config.float) if config.float else artifact.path.with_name("model_fp32.onnx")
     floats = None
     if config.float or reference.is_file():
-        floats = _measure(_predictor(reference, config.measure.threads), data, "fp32", ledger)
-    onnx_path, parity = artifact, None
-    if module is not None:
-        _measure(module.network.eval(), data, "simulated", ledger)
-        onnx_path = folder / "model.onnx"
-        example = torch.zeros(2, data.in_channels, *data.image_size)
-        metadata = {f"{_PREFIX}{key}": json.dumps(value) for key, value in described.items()}
-        export_onnx(module.network, onnx_path, example, metadata=metadata)
-        parity = measure_parity(onnx_path, module.network, data.test_dataloader()).as_dict()
-    metrics = _measure(_predictor(onnx_path, config.measure.threads), data, "onnx", ledger)
+        original = load_artifact(reference)
+        _changes(original, data, allowed=False)
+        floats = _enter(ledger, "fp32", original.predict(measure.threads), original.batches(data), data)
+    deployed, simulated = artifact, None
+    if artifact.module is not None:
+        simulated = artifact.network
+        _enter(ledger, "simulated", simulated, artifact.batches(data), data)
+        deployed = _export(artifact, folder / "model.onnx", shape)
+    predict = deployed.predict(measure.threads)
+    against = REFERENCE if simulated is None else "simulated"
+    metrics = _enter(ledger, "onnx", predict, deployed.batches(data), data)
 
-    paths = {"int8": onnx_path}
+    paths = {"int8": deployed.path}
     if reference.is_file() and reference.suffix == ".onnx":
         paths["fp32"] = reference
-    measure = config.measure
+    device = measure_device(
+        paths,
+        shape,
+        batch_size=measure.batch_size,
+        threads=measure.threads,
+        runs=measure.runs,
+        max_seconds=measure.max_seconds,
+    )
     report = {
-        "recipe": described.get("recipe"),
-        "model": described["model"]["name"],
+        "recipe": artifact.recipe,
+        "model": artifact.model["name"],
         "data": options["name"],
         "stages": ledger.rows(),
         "agreement": agreement(metrics.predictions, floats.predictions) if floats is not None else None,
-        "parity": parity,
-        **measure_device(
-            paths,
-            (data.in_channels, *data.image_size),
-            batch_size=measure.batch_size,
-            threads=measure.threads,
-            runs=measure.runs,
-            max_seconds=measure.max_seconds,
-        ),
-        "preprocessing": {**data.preprocessing.as_dict(), "hash": data.preprocessing.hash},
+        "parity": parity(predict, simulated, deployed.batches(data), against=against) if simulated is not None else None,
+        **device,
+        "preprocessing": artifact.preprocessing.described(),
+        "normalization": BUILT_IN if deployed.normalizes else "outside",
+        "runtimes": {
+            name: {
+                **(_costs(device) if name == REFERENCE else measure_runtime(name, paths, image_shape=shape, measure=measure)),
+                **_in_runtime(deployed.predict(measure.threads, name), simulated or predict, against, deployed, data, name),
+            }
+            for name in runtimes
+        },
+        "throughput": [
+            {"runtime": name, **row}
+            for name in runtimes
+            for row in measure_throughput(
+                paths,
+                image_shape=shape,
+                batch_sizes=measure.batch_sizes,
+                thread_counts=measure.thread_counts,
+                runtime=name,
+                seconds=measure.point_seconds,
+            )
+        ],
     }
+    if changes:
+        report["preprocessing_change"] = _with_other_preprocessing(deployed, given, changes, metrics, measure.threads)
     write_report(folder, report)
     Console().print(ledger.as_table())
     return report
 
 
-def _measure(predict: Callable[[Tensor], Tensor], data: ImageData, name: str, ledger: Ledger) -> Metrics:
-    metrics = evaluate_classifier(predict, data.test_dataloader(), data.num_classes, description=f"measure {name}")
+def load_artifact(path: Path) -> Artifact:
+    """Opens a ``.onnx`` or ``.ckpt`` and reads what it says of itself.
+
+    Raises:
+        QatTricksError: it is missing, damaged, or was not written by a run.
+    """
+    if path.suffix == ".ckpt":
+        from qat_tricks.evidence.checkpoint import describe, load_classifier  # loads Lightning
+
+        module = load_classifier(path)
+        return _artifact(path, describe(module), module=module)
+    if path.suffix != ".onnx":
+        raise QatTricksError(f"{path} is neither a .onnx nor a .ckpt file: give one that a run wrote")
+    properties = open_session(path).get_modelmeta().custom_metadata_map
+    said = {key: properties[_PREFIX + key] for key in (*_SAID, "normalization") if _PREFIX + key in properties}
+    missing = [key for key in _SAID if key not in said]
+    if missing:
+        raise QatTricksError(f"{path} was not written by train.py: it does not say its {', '.join(missing)}")
+    described = {key: json.loads(value) for key, value in said.items()}
+    return _artifact(path, described, normalizes=described.pop("normalization", None) == BUILT_IN)
+
+
+def _artifact(path: Path, described: dict[str, Any], **more: Any) -> Artifact:
+    preprocessing = Preprocessing.from_described(described["preprocessing"])
+    return Artifact(path=path, **{**described, "preprocessing": preprocessing}, **more)
+
+
+def _export(artifact: Artifact, path: Path, shape: tuple[int, int, int]) -> Artifact:
+    from qat_tricks.evidence.checkpoint import describe, export_classifier  # loads Lightning
+
+    export_classifier(artifact.module, path, describe(artifact.module), shape)
+    return load_artifact(path)
+
+
+def _changes(artifact: Artifact, data: ImageData, allowed: bool) -> list[str]:
+    """In what the preprocessing of ``data`` differs from the artifact's, that of a network that normalizes aside.
+
+    Raises:
+        QatTricksError: it does, and is not ``allowed`` to.
+    """
+    changes = artifact.preprocessing.differences(data.preprocessing)
+    if artifact.normalizes:
+        changes = [change for change in changes if change.partition(":")[0] not in ("mean", "std", "scale")]
+    if changes and not allowed:
+        raise QatTricksError(
+            f"the data are preprocessed otherwise than {artifact.path.name} was made with ({'; '.join(changes)}): give the data "
+            "its settings, or allow_preprocessing_change=true to measure both"
+        )
+    return changes
+
+
+def _measure(predict: Predict, batches: Batches, data: ImageData, name: str) -> Metrics:
+    return evaluate_classifier(predict, batches, data.num_classes, description=f"measure {name}")
+
+
+def _enter(ledger: Ledger, name: str, predict: Predict, batches: Batches, data: ImageData) -> Metrics:
+    metrics = _measure(predict, batches, data, name)
     ledger.add(LedgerRow(name=name, before=None, after=metrics, seconds=metrics.seconds))
     return metrics
 
 
-def _predictor(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
-    if path.suffix == ".ckpt":
-        return _load_module(path).network.eval()
-    session = open_session(path, threads=threads)
-    return lambda images: torch.from_numpy(run_batch(session, images.numpy()))
+def _costs(device: dict[str, Any]) -> dict[str, Any]:
+    """What ``measure_runtime`` would say of ONNX Runtime, which has been measured already."""
+    costs = {key: device[key] for key in ("latency_ms", "load_ms")}
+    return {"version": runtime_version(REFERENCE), **costs, "int8_layers": None}
 
 
-def _load_module(path: Path) -> Classifier:
-    try:
-        module = load_from_checkpoint(Classifier, path)
-    except TypeError as error:
-        raise QatTricksError(f"{path} was not written by train.py: it does not say which network it holds") from error
-    assert isinstance(module, Classifier)
-    return module
+def _in_runtime(
+    predict: Predict, reference: Predict, against: str, deployed: Artifact, data: ImageData, name: str
+) -> dict[str, Any]:
+    """What the network gives in one runtime; parity is with the simulated network, or else with ONNX Runtime."""
+    return {
+        "accuracy": _measure(predict, deployed.batches(data), data, name).accuracy,
+        "parity": parity(predict, reference, deployed.batches(data), against=against),
+    }
 
 
-def _from_module(module: Classifier) -> dict[str, Any]:
-    if module.hparams["data"] is None:
-        raise QatTricksError("the checkpoint does not say which data it was made for: give data=NAME")
-    return {"recipe": None, "model": module.hparams["model"], "data": module.hparams["data"]}
-
-
-def _metadata(path: Path) -> dict[str, Any]:
-    """What the file says of itself, from its ``qat_tricks.*`` properties."""
-    properties = open_session(path).get_modelmeta().custom_metadata_map
-    described = {key: properties[_PREFIX + key] for key in ("recipe", "model", "data") if _PREFIX + key in properties}
-    if set(described) != {"recipe", "model", "data"}:
-        raise QatTricksError(f"{path} was not written by train.py: it does not say which network and data it is for")
-    return {key: json.loads(value) for key, value in described.items()}
+def _with_other_preprocessing(
+    deployed: Artifact, given: ImageData, changes: list[str], own: Metrics, threads: int
+) -> dict[str, Any]:
+    """What the network makes of images that went through the data's preprocessing instead of its own."""
+    given.prepare_data()
+    given.setup()
+    metrics = _measure(deployed.predict(threads), deployed.batches(given), given, "the other preprocessing")
+    return {
+        "differences": changes,
+        "preprocessing": given.preprocessing.described(),
+        **metrics.as_dict(),
+        "agreement": agreement(metrics.predictions, own.predictions),
+    }

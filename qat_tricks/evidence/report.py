@@ -9,6 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from qat_tricks.deploy.targets import TARGETS
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.files import finite, read_json, write_json, write_text
 from qat_tricks.evidence.show import ratio, show
@@ -41,8 +42,9 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
     Args:
         folder: the run's folder, made when it is missing.
         report: plain data with at least ``REQUIRED_KEYS``. Besides those, ``packed_bytes`` is the size that
-            the int8 file would have at its weights' own bits, and ``environment`` defaults to
-            ``environment()``.
+            the int8 file would have at its weights' own bits, ``load_ms``, ``throughput``, ``runtimes``,
+            ``normalization``, ``target`` and ``preprocessing_change`` what their sections show, and
+            ``environment`` defaults to ``environment()``.
 
     Raises:
         QatTricksError: a key is missing, or the folder cannot be written.
@@ -78,12 +80,19 @@ def render(report: dict[str, Any]) -> str:
         keep_trailing_newline=True,
     )
     templates.filters.update(show=show, cell=_cell, pretty=_pretty)
-    preprocessing = report["preprocessing"]
+    preprocessing, target = report["preprocessing"], report.get("target")
     fields = {
         "size_bytes": report["size_bytes"] or {},
         "latency_ms": report["latency_ms"] or {},
         "memory_mib": report["memory_mib"] or {},
         "parity": report["parity"] or {},
+        "load_ms": report.get("load_ms") or {},
+        "throughput": report.get("throughput") or [],
+        "runtimes": report.get("runtimes") or {},
+        "preprocessing_change": report.get("preprocessing_change"),
+        "normalization": report.get("normalization"),
+        "target": target,
+        "target_needs": TARGETS[target].about if isinstance(target, str) and target in TARGETS else None,
         "packed_bytes": report.get("packed_bytes"),
         "preprocessing_hash": preprocessing.get("hash") if isinstance(preprocessing, dict) else None,
     }

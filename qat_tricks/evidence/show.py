@@ -10,6 +10,7 @@ _UNITS: dict[str, Callable[[float], str]] = {
     "error": lambda value: f"{value:.3g}",
     "bytes": lambda value: f"{value / 1e6:.2f} MB" if value >= 1e6 else f"{value / 1e3:.1f} kB",
     "ms": lambda value: f"{value:.2f} ms" if value >= 1 else f"{value:.3f} ms",
+    "rate": lambda value: f"{value:,.0f}",
     "mib": lambda value: f"{value:.0f} MiB",
     "db": lambda value: f"{value:.1f} dB",
     "seconds": lambda value: f"{value:.0f} s" if value >= 100 else f"{value:.1f} s",

@@ -6,7 +6,8 @@ import torch
 from handmade import float_conv
 from torch import nn
 
-from qat_tricks.deploy.parity import LARGEST_SQNR_DB, measure_parity
+from qat_tricks.deploy.compare import LARGEST_SQNR_DB
+from qat_tricks.deploy.parity import measure_parity
 from qat_tricks.errors import QatTricksError
 
 

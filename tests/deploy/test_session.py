@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from handmade import float_conv, qdq_layer
 
-from qat_tricks.deploy.session import input_spec, open_session, run_batch
+from qat_tricks.deploy.session import InputSpec, input_spec, open_session, random_inputs, run_batch
 from qat_tricks.errors import QatTricksError
 
 
@@ -26,6 +26,12 @@ def test_largest_products_do_not_saturate(tmp_path, per_channel, linear, sign):
 def test_input_spec_tells_the_dynamic_batch_from_the_fixed_image(tmp_path):
     spec = input_spec(open_session(float_conv(tmp_path / "m.onnx", np.ones((4, 3, 3, 3)))))
     assert (spec.name, spec.shape, spec.dtype) == ("x", (None, 3, 8, 8), np.float32)
+
+
+def test_random_pixels_fill_their_range():
+    spec = InputSpec(name="x", shape=(None, 3, 8, 8), dtype=np.dtype(np.uint8))
+    given = random_inputs(spec, (3, 8, 8), 8)
+    assert (given.dtype, given.min(), given.max()) == (np.uint8, 0, 255)
 
 
 def test_images_of_another_shape_are_refused(tmp_path):

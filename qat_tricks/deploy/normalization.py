@@ -1,0 +1,102 @@
+"""Builds the normalization of pixels into an ONNX file, which then takes uint8 images of 0 to 255.
+
+In front of what was there come Cast, Mul (1/255), Sub (mean) and Div (std), in float32 and in the order in which
+torchvision computes them: the network behind sees the same values to the last bit.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from qat_tricks.deploy.compare import compare_logits
+from qat_tricks.deploy.onnx_graph import load_model
+from qat_tricks.deploy.runtimes import open_network
+from qat_tricks.errors import QatTricksError
+
+NORMALIZATION_KEY = "qat_tricks.normalization"
+BUILT_IN = "built in"
+"""Value, as JSON text, of the property ``NORMALIZATION_KEY`` of a file that takes pixels."""
+
+_PREFIX = "normalize"  # of the names that are added
+
+
+def build_in_normalization(
+    path: str | PathLike[str],
+    batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    scale: str = "0..1",
+    min_top1_agreement: float = 0.99,
+) -> dict[str, Any]:
+    """Changes the file at ``path`` so that it takes pixels, and compares it with what it was.
+
+    Args:
+        path: an ONNX file that takes normalized float images; left as it is where the new one does not agree.
+        batches: pixels, uint8 ``[N, C, H, W]``, and the same images normalized, float32; to compare on.
+        mean, std: one a channel, in units of ``scale``.
+        scale: the range of a pixel before mean and std, ``0..1`` or ``0..255``.
+        min_top1_agreement: share of the images, 0..1, that must get the same class.
+
+    Returns:
+        What ``compare_logits`` says of the new file against the old one.
+
+    Raises:
+        QatTricksError: the file takes pixels already, or does not agree, or cannot be written.
+    """
+    path = Path(path)
+    model = load_model(path)
+    before = open_network(path, threads=1)
+    if before.spec.dtype == np.uint8:
+        raise QatTricksError(f'"{path}" takes uint8 images: its normalization is built in already')
+    _prepend(model.graph, mean, std, scale)
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    helper.set_model_props(model, {**properties, NORMALIZATION_KEY: f'"{BUILT_IN}"'})
+    draft = path.with_name(f".{path.name}.{os.getpid()}.pixels")
+    try:
+        onnx.save(model, str(draft))
+        onnx.checker.check_model(str(draft))
+        after = open_network(draft, threads=1)
+        report = compare_logits((before.prepare(floats)(), after.prepare(pixels)()) for pixels, floats in batches)
+        if report["top1_agreement"] < min_top1_agreement:
+            raise QatTricksError(
+                f"with its normalization built in, the ONNX file gives {report['top1_agreement']:.4f} of {report['images']} "
+                f"images the same class as before, at least {min_top1_agreement} must: leave export.normalize=false"
+            )
+        draft.replace(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise QatTricksError(f'"{path}" cannot be written ({reason}): give a path in a folder of yours') from error
+    finally:
+        draft.unlink(missing_ok=True)
+    return report
+
+
+def _prepend(graph: onnx.GraphProto, mean: Sequence[float], std: Sequence[float], scale: str) -> None:
+    """Puts the normalization between the graph's input and those that took it."""
+    (images,) = graph.input
+    images.type.tensor_type.elem_type = TensorProto.UINT8
+    steps = [("Mul", np.array(1 / 255, np.float32))] if scale == "0..1" else []
+    steps += [("Sub", _by_channel(mean)), ("Div", _by_channel(std))]
+    value = f"{_PREFIX}_cast"
+    nodes = [helper.make_node("Cast", [images.name], [value], value, to=TensorProto.FLOAT)]
+    for operator, operand in steps:
+        name = f"{_PREFIX}_{operator.lower()}"
+        graph.initializer.append(numpy_helper.from_array(operand, f"{name}_by"))
+        nodes.append(helper.make_node(operator, [value, f"{name}_by"], [name], name))
+        value = name
+    for node in graph.node:
+        node.input[:] = [value if name == images.name else name for name in node.input]
+    behind = list(graph.node)
+    graph.ClearField("node")
+    graph.node.extend([*nodes, *behind])
+
+
+def _by_channel(values: Sequence[float]) -> np.ndarray:
+    return np.array(values, np.float32).reshape(-1, 1, 1)

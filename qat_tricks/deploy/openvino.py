@@ -1,0 +1,69 @@
+"""OpenVINO on the CPU, running the same file as ONNX Runtime.
+
+It fuses QuantizeLinear and DequantizeLinear into integer layers of its own, and rounds a few values to the neighbouring step.
+What is not integer is told to stay float32: by default OpenVINO takes bfloat16 where the processor has it, which is another
+network than the one that was measured.
+"""
+
+from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qat_tricks.deploy.session import InputSpec, check_shape, one_line
+from qat_tricks.errors import QatTricksError
+
+_LAYERS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
+_INTEGERS = ("u8", "i8")
+
+
+class OpenvinoNetwork:
+    """An ONNX file compiled for the CPU; ``integer_layers`` comes from the graph that really runs."""
+
+    def __init__(self, path: str | PathLike[str], *, threads: int) -> None:
+        if not Path(path).is_file():
+            raise QatTricksError(f'no ONNX file at "{path}": give the path of a model.onnx that an export wrote')
+        settings = {
+            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_PRECISION_HINT": "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        import openvino  # optional
+
+        try:
+            compiled = openvino.Core().compile_model(str(path), "CPU", settings)
+        except Exception as error:  # OpenVINO's exceptions share no narrower base class
+            reason = one_line(error)
+            raise QatTricksError(f'OpenVINO cannot open "{path}" ({reason}): give a file that an export wrote') from error
+        self.spec = _input_spec(compiled)
+        self.integer_layers = _integer_layers(compiled)
+        self._request = compiled.create_infer_request()
+        self._lent: np.ndarray | None = None
+
+    def prepare(self, images: np.ndarray) -> Callable[[], np.ndarray]:
+        check_shape(self.spec, images.shape)
+        given = np.ascontiguousarray(images, dtype=self.spec.dtype)
+
+        def run() -> np.ndarray:
+            logits = self._request.infer([given], share_inputs=True)[0]
+            self._lent = given  # the request goes on pointing at it, and does not own it
+            return logits
+
+        return run
+
+
+def _input_spec(compiled: Any) -> InputSpec:
+    if len(compiled.inputs) != 1:
+        names = ", ".join(port.any_name for port in compiled.inputs) or "none"
+        raise QatTricksError(f"the ONNX network's inputs are ({names}), allowed: one tensor of images")
+    (port,) = compiled.inputs
+    shape = tuple(None if size.is_dynamic else size.get_length() for size in port.partial_shape)
+    return InputSpec(name=port.any_name, shape=shape, dtype=np.dtype(port.element_type.to_dtype()))
+
+
+def _integer_layers(compiled: Any) -> float | None:
+    facts = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
+    precisions = [str(fact["runtimePrecision"].value) for fact in facts if str(fact["layerType"].value) in _LAYERS]
+    return sum(precision in _INTEGERS for precision in precisions) / len(precisions) if precisions else None

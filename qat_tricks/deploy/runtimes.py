@@ -1,0 +1,81 @@
+"""The runtimes that can run an ONNX file on this machine's CPU, all of them called in one way.
+
+ONNX Runtime is the reference: where parity is proved. Others are optional, and are measured beside it.
+"""
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from os import PathLike
+from typing import Protocol
+
+import numpy as np
+
+from qat_tricks.deploy.session import InputSpec, check_shape, input_spec, open_session
+from qat_tricks.errors import QatTricksError, did_you_mean
+
+REFERENCE = "onnxruntime"
+RUNTIMES = (REFERENCE, "openvino")
+"""Names of the runtimes, each that of its package."""
+
+
+class Network(Protocol):
+    """An ONNX file opened in a runtime."""
+
+    spec: InputSpec
+    integer_layers: float | None  # share, 0..1, of convs and linears that run in integers; None: the runtime does not say
+
+    def prepare(self, images: np.ndarray) -> Callable[[], np.ndarray]:
+        """Takes images ``[batch, channels, height, width]`` and returns what runs them to logits ``[batch, classes]``.
+
+        Raises:
+            QatTricksError: the images do not have the shape that the network takes.
+        """
+
+
+class OnnxRuntimeNetwork:
+    """A session of ONNX Runtime."""
+
+    integer_layers: float | None = None
+
+    def __init__(self, path: str | PathLike[str], *, threads: int) -> None:
+        self._session = open_session(path, threads=threads)
+        self.spec = input_spec(self._session)
+
+    def prepare(self, images: np.ndarray) -> Callable[[], np.ndarray]:
+        check_shape(self.spec, images.shape)
+        feed = {self.spec.name: np.ascontiguousarray(images, dtype=self.spec.dtype)}
+        return lambda: self._session.run(None, feed)[0]
+
+
+def open_network(path: str | PathLike[str], *, threads: int, runtime: str = REFERENCE) -> Network:
+    """Opens an ONNX file in ``runtime``, with so many threads within an operator.
+
+    Raises:
+        QatTricksError: a runtime that is unknown or not installed, or a file that it cannot run.
+    """
+    check_runtimes([runtime])
+    if runtime == REFERENCE:
+        return OnnxRuntimeNetwork(path, threads=threads)
+    from qat_tricks.deploy.openvino import OpenvinoNetwork
+
+    return OpenvinoNetwork(path, threads=threads)
+
+
+def installed_runtimes() -> list[str]:
+    """The runtimes that can be had here, the reference first."""
+    return [name for name in RUNTIMES if find_spec(name) is not None]
+
+
+def check_runtimes(names: Sequence[str]) -> None:
+    """Refuses names of runtimes that are unknown or not installed (QatTricksError)."""
+    for name in names:
+        if name not in RUNTIMES:
+            raise QatTricksError(f'unknown runtime "{name}": {did_you_mean(name, RUNTIMES)}')
+        if find_spec(name) is None:
+            raise QatTricksError(f'the runtime "{name}" is not installed: pip install "qat_tricks[{name}]"')
+
+
+def runtime_version(name: str) -> str:
+    """The version of an installed runtime, whichever distribution (``onnxruntime``, ``onnxruntime-gpu``) it came from."""
+    return str(import_module(name).__version__).partition("-")[0]

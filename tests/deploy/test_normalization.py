@@ -1,0 +1,60 @@
+"""Normalization inside the file: the same logits from pixels, to the last bit."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from networks import Residual, images, quantized
+
+from qat_tricks.data import Preprocessing
+from qat_tricks.deploy.export import export_onnx
+from qat_tricks.deploy.normalization import build_in_normalization
+from qat_tricks.deploy.runtimes import open_network
+from qat_tricks.errors import QatTricksError
+
+SETTINGS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+LARGE = {"mean": (120.0, 110.0, 100.0), "std": (60.0, 50.0, 40.0), "scale": "0..255"}
+
+
+def pixels():
+    """The images that the network was calibrated on, as a camera would give them."""
+    return ((images() * 0.2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def batches(settings):
+    normalize = Preprocessing(image_size=(32, 32), **settings).normalize()
+    return [(part.numpy(), normalize(part).numpy()) for part in pixels().split(6)]
+
+
+@pytest.fixture
+def path(tmp_path):
+    export_onnx(quantized(Residual), tmp_path / "m.onnx", images()[:2], metadata={"kept": "yes"})
+    return tmp_path / "m.onnx"
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, LARGE], ids=["0..1", "0..255"])
+def test_pixels_give_the_logits_of_normalized_images(path, settings):
+    floats = [open_network(path, threads=1).prepare(normalized)() for _, normalized in batches(settings)]
+    found = build_in_normalization(path, batches(settings), **settings)
+    assert (found["max_abs_error"], found["images"]) == (0, 16)
+    network = open_network(path, threads=1)
+    assert network.spec.dtype == np.uint8
+    for (given, _), logits in zip(batches(settings), floats, strict=True):
+        np.testing.assert_array_equal(network.prepare(given)(), logits)
+    properties = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    assert properties["kept"] == "yes"
+    assert properties["qat_tricks.normalization"] == '"built in"'
+
+
+def test_a_file_that_does_not_agree_is_left_as_it_was(path):
+    before = path.read_bytes()
+    with pytest.raises(QatTricksError, match=r"export\.normalize=false"):
+        build_in_normalization(path, batches(SETTINGS), **{**SETTINGS, "mean": (5.0, -5.0, 5.0)})
+    assert path.read_bytes() == before
+    assert [entry.name for entry in path.parent.iterdir()] == ["m.onnx"]
+
+
+def test_normalization_is_built_in_once(path):
+    build_in_normalization(path, batches(SETTINGS), **SETTINGS)
+    with pytest.raises(QatTricksError, match="already"):
+        build_in_normalization(path, batches(SETTINGS), **SETTINGS)

@@ -1,0 +1,63 @@
+"""Targets: weights that a runtime's kernels cannot get wrong, and refusals that say why."""
+
+import re
+
+import numpy as np
+import pytest
+from handmade import qdq_layer
+
+from qat_tricks.deploy import runtimes
+from qat_tricks.deploy.targets import DEFAULT_TARGET, TARGETS, check_target, fit_to_target
+from qat_tricks.errors import QatTricksError
+from qat_tricks.tricks.quantize import Quantize
+
+NO_VNNI = TARGETS["onnxruntime_cpu_no_vnni"]
+
+
+def fitted(target=NO_VNNI, **settings):
+    after = fit_to_target(Quantize(**settings).settings, target)
+    Quantize(**after)  # still settings that it takes
+    return tuple(after[key] for key in ("weight_bits", "activation_bits", "first_last_bits"))
+
+
+def test_weights_of_seven_bits_leave_activations_alone_where_they_can():
+    assert fitted() == (7, 8, None)
+    assert fitted(weight_bits=4) == (4, 8, 7)  # null would make the ends 4 bits wide as well
+    assert fitted(weight_bits=4, activation_bits=4) == (4, 4, 7)
+    assert fitted(weight_bits=4, first_last_bits=None) == (4, 8, None)
+    assert fitted(weight_bits=6, first_last_bits=6) == (6, 8, 6)
+    after = fit_to_target(Quantize(overrides={"a": {"weight_bits": 8, "activation_bits": 8}}).settings, NO_VNNI)
+    assert after["overrides"] == {"a": {"weight_bits": 7, "activation_bits": 8}}
+
+
+@pytest.mark.parametrize("name", [name for name, target in TARGETS.items() if target.max_weight_bits == 8])
+def test_other_targets_change_nothing(name):
+    assert fitted(TARGETS[name]) == (8, 8, 8)
+
+
+def test_seven_bits_are_what_sixteen_bit_sums_of_two_products_hold():
+    largest = 2 ** (NO_VNNI.max_weight_bits - 1) - 1
+    assert 2 * 255 * largest < 2**15 <= 2 * 255 * (2 * largest + 1)
+
+
+def test_what_cannot_be_had_is_refused_with_the_reason(monkeypatch):
+    assert check_target(DEFAULT_TARGET).runtime == "onnxruntime"
+    with pytest.raises(QatTricksError, match="zero point 0 alone"):
+        check_target("tensorrt")
+    with pytest.raises(QatTricksError, match='did you mean "openvino_cpu"'):
+        check_target("openvino")
+    monkeypatch.setattr(runtimes, "find_spec", lambda name: None)
+    with pytest.raises(QatTricksError, match=r'"openvino" is not installed: pip install "qat_tricks\[openvino\]"'):
+        check_target("openvino_cpu")
+
+
+def test_a_runtime_is_known_and_installed_or_refused(monkeypatch, tmp_path):
+    path = qdq_layer(tmp_path / "m.onnx", np.ones((4, 3, 3, 3), np.int8))
+    assert runtimes.installed_runtimes()[0] == "onnxruntime"
+    assert re.fullmatch(r"\d+(\.\d+)+", runtimes.runtime_version("onnxruntime"))
+    with pytest.raises(QatTricksError, match='unknown runtime "onnxrt": did you mean "onnxruntime"'):
+        runtimes.open_network(path, threads=1, runtime="onnxrt")
+    monkeypatch.setattr(runtimes, "find_spec", lambda name: None if name == "openvino" else name)
+    assert runtimes.installed_runtimes() == ["onnxruntime"]
+    with pytest.raises(QatTricksError, match="not installed"):
+        runtimes.open_network(path, threads=1, runtime="openvino")
