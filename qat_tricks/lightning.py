@@ -351,6 +351,7 @@ def save_checkpoint(pl_module: pl.LightningModule, path: str | Path) -> None:
         torch.save(checkpoint, unfinished)
         unfinished.replace(path)
     except (OSError, RuntimeError) as error:
+        unfinished.unlink(missing_ok=True)
         raise QatTricksError(f"{path} cannot be written ({error}): give a folder that can") from error
 
 

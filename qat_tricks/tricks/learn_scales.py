@@ -13,7 +13,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.layers import activation_quantizers, layers
@@ -93,6 +93,19 @@ def _flatten(schedulers: list[Any]) -> list[Any]:
     return [s for outer in schedulers for s in (outer, *_flatten(getattr(outer, "_schedulers", [])))]
 
 
+def first_not_finite(traced: fx.GraphModule) -> str | None:
+    """The first parameter of ``traced``, in the order of its calls and scales before all others, with NaN or infinity."""
+    called = dict.fromkeys(str(node.target) for node in traced.graph.nodes if node.op == "call_module")
+    bad = [
+        (kind, name)
+        for name in called
+        for kind, parameter in traced.get_submodule(name).named_parameters()
+        if not bool(torch.isfinite(parameter).all())
+    ]
+    bad.sort(key=lambda found: not found[0].endswith("scale"))
+    return f"the {bad[0][0].replace('_', ' ').replace('.', ' ')} of {bad[0][1]}" if bad else None
+
+
 class LearnScales(Trick):
     """Callback of ``learn_scales``."""
 
@@ -120,3 +133,18 @@ class LearnScales(Trick):
         for optimizer in trainer.optimizers:
             schedulers = [c.scheduler for c in configs if getattr(c.scheduler, "optimizer", None) is optimizer]
             give_scales_own_group(optimizer, scales, schedulers, self.lr_factor)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        # Before this step has spread what is no number to all parameters. To look at it a GPU must be waited for.
+        looks = loss.device.type == "cpu" or trainer.fit_loop.epoch_loop.batch_idx % trainer.log_every_n_steps == 0
+        if not looks or bool(torch.isfinite(loss).all()):
+            return
+        first = first_not_finite(workbench_of(pl_module).network)
+        if first is None and trainer.precision == "16-mixed":
+            return  # an overflow, after which the loss scaler tries a smaller factor
+        cause = "all weights and scales are finite" if first is None else f"{first} is no finite number"
+        rates = ", ".join(f"{group['lr']:.3g}" for optimizer in trainer.optimizers for group in optimizer.param_groups)
+        raise QatTricksError(
+            f"the loss is {float(loss.detach())} in step {trainer.global_step}: {cause}; lower the learning rate ({rates}), "
+            "clip gradients (gradient_clip_val), or look for such numbers in the images; then resume from a checkpoint"
+        )
