@@ -48,10 +48,17 @@ def attach(trick: Trick, trainer: pl.Trainer, pl_module: pl.LightningModule) -> 
     if work is None:
         name = find_network(pl_module, trick.network_name)
         network = pl_module.get_submodule(name)
+        if hasattr(network, "_orig_mod"):
+            raise QatTricksError(
+                f"{name} is compiled, and surgery needs the network itself: leave it as it is and compile what is trained, "
+                "trainer.fit(torch.compile(module))"
+            )
         pl_module.to(trainer.strategy.root_device)
         saved = _prepare_restore(trainer, pl_module)
         teacher = copy.deepcopy(network) if any(t.needs_teacher for t in tricks) else None
+        before = list(network.parameters())
         work = Workbench(network if saved is None else rebuild(network, saved), teacher=teacher)
+        work.parameters_before = before
         attach_workbench(pl_module, work, name)
     check_order(tricks, work.history)
     work.loader = lambda num_images: _network_inputs(trainer, pl_module, work, num_images)

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import pytorch_lightning as pl
 
 from qat_tricks.errors import QatTricksError
+from qat_tricks.optimizers import renew_parameters
 from qat_tricks.random_state import restore_random_state
 from qat_tricks.workbench import Workbench
 
@@ -52,6 +53,12 @@ class Trick(pl.Callback):
         work.applied.append(self.name)
         work.history.append(self.name)
         return True
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        from qat_tricks.lightning import workbench_of
+
+        work = workbench_of(pl_module)
+        renew_parameters(trainer.optimizers, work.network, work.parameters_before)
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         from qat_tricks.lightning import CHECKPOINT_KEY, is_mid_epoch

@@ -47,7 +47,7 @@ def _match_mean(layer: Layer) -> None:
     movable = (exact.abs() < scheme.qmax) & (weight != 0)  # not what clips, sets the scale, or is pruned
     for kernels in (exact.flatten(2) if exact.dim() > 2 else None, exact.flatten(1)):
         if kernels is not None:
-            steps = _balance(kernels, steps.view_as(kernels), movable.view_as(kernels)).view_as(exact)
+            steps = _balance(kernels, steps.reshape(kernels.shape), movable.reshape(kernels.shape)).reshape(exact.shape)
     moved = steps != torch.round(exact).clamp_(scheme.qmin, scheme.qmax)
     layer.weight.copy_(torch.where(moved, steps * scale, layer.weight))
 
