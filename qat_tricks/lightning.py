@@ -4,6 +4,7 @@ says. The only place, beside the callbacks themselves, that knows Lightning."""
 import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from qat_tricks.graph.layers import is_layer
 from qat_tricks.graph.spec import rebuild, spec_of
 from qat_tricks.order import check_order
 from qat_tricks.random_state import random_state
+from qat_tricks.ranks import loaded_once
 from qat_tricks.trick import Trick
 from qat_tricks.workbench import Workbench, images_of
 
@@ -61,7 +63,7 @@ def attach(trick: Trick, trainer: pl.Trainer, pl_module: pl.LightningModule) -> 
         work.parameters_before = before
         attach_workbench(pl_module, work, name)
     check_order(tricks, work.history)
-    work.loader = lambda num_images: _network_inputs(trainer, pl_module, work, num_images)
+    work.loader = partial(loaded_once, lambda num_images: _network_inputs(trainer, pl_module, work, num_images))
     work.trains = trainer.state.fn == "fit"
     return work
 
