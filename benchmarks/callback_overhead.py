@@ -1,9 +1,10 @@
 # python benchmarks/callback_overhead.py --out docs/results/callback_overhead.md
 """What our callbacks cost a training step, their quantizers left out of it.
 
-Two trainers train the same network, its quantizers placed and disabled: one with the callbacks of ``int8_prune50`` (without
-distillation, whose teacher is no overhead but work), one without any. They run in one process and take turns step by step,
-so that a machine that speeds up or slows down does so for both. A step lasts from one batch to the request for the next.
+Three trainers train the same network, its quantizers placed and disabled: one with the callbacks of ``int8_prune50`` (without
+distillation, whose teacher is no overhead but work), two without any, whose difference shows how far the figures can be
+trusted. They run in one process, each in a thread that computes alone, and take turns step by step, so that a machine that
+speeds up or slows down does so for all. A step lasts from one batch to the request for the next, in its thread's CPU time.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import qat_tricks
 from qat_tricks.graph import activation_quantizers, layers
-from qat_tricks.tricks import Prune
+from qat_tricks.tricks import Prune, prune
 
 RECIPE, OVERRIDES = "int8_prune50", ["~stages.prune_qat.tricks.distill"]
 BAR = 0.01
@@ -72,9 +73,9 @@ class Turn:
         turns, own = self.turns, self.contender
         for _ in range(turns.steps):
             turns.turn[own].acquire()
-            started = time.perf_counter()
+            started = time.thread_time()
             yield turns.batch
-            turns.seconds[own].append(time.perf_counter() - started)
+            turns.seconds[own].append(time.thread_time() - started)
             turns.turn[(own + 1) % len(turns.turn)].release()
 
 
@@ -96,66 +97,80 @@ def trainer(callbacks: list[pl.Callback]) -> pl.Trainer:
     return pl.Trainer(accelerator="cpu", max_epochs=1, callbacks=callbacks, **quiet)
 
 
-def measure(name: str, *, batch: int, size: int, steps: int, warmup: int) -> tuple[float, float, float, float]:
-    """Returns a step's median seconds without callbacks, the median of what they add as a share of it, half the width of the
-    middle half of that, and the seconds of one renewal of all masks."""
-    torch.manual_seed(0)
-    data = torch.randn(batch, 3, size, size), torch.randint(0, 1000, (batch,))
-    module = prepare(getattr(torchvision.models, name)(), data)
-    turns = Turns(data, 2, warmup + steps)
+def one_round(module: Module, data: tuple[Tensor, Tensor], last: int, steps: int, warmup: int) -> list[list[float]]:
+    """Seconds of each step: of a trainer without callbacks, of another, and of one with; that one has place ``last``."""
+    turns = Turns(data, 3, warmup + steps)
     callbacks = qat_tricks.recipe(RECIPE, OVERRIDES)
-    (prune,) = (callback for callback in callbacks if isinstance(callback, Prune))
-    prune.start = 0.9  # renewals of the masks, a few in a whole fit, are measured by themselves
-    prune.end = 1.0
-    modules = [module, copy.deepcopy(module)]
+    (schedule,) = (callback for callback in callbacks if isinstance(callback, Prune))
+    schedule.start, schedule.end = 0.9, 1.0  # renewals of the masks, a few in a whole fit, are measured by themselves
+    modules = [copy.deepcopy(module) for _ in turns.seconds]
 
-    def fit(contender: int) -> None:
-        trainer([[], callbacks][contender]).fit(modules[contender], turns.loader(contender))
+    def fit(place: int) -> None:
+        trainer(callbacks if place == last else []).fit(modules[place], turns.loader(place))
 
-    threads = [threading.Thread(target=fit, args=(contender,)) for contender in range(2)]
+    threads = [threading.Thread(target=fit, args=(place,)) for place in range(len(modules))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    plain, ours = (seconds[warmup:] for seconds in turns.seconds)
-    added = sorted(b / a - 1 for a, b in zip(plain, ours, strict=True))
-    quarter = len(added) // 4
-    started = time.perf_counter()
-    qat_tricks.tricks.prune.prune(module.network, 0.25)
-    renewal = time.perf_counter() - started
-    return statistics.median(plain), statistics.median(added), (added[-1 - quarter] - added[quarter]) / 2, renewal
+    places = [place for place in range(3) if place != last] + [last]
+    return [turns.seconds[place][warmup:] for place in places]
+
+
+def measure(network: torch.nn.Module, data: tuple[Tensor, Tensor], steps: int, warmup: int) -> dict[str, float]:
+    """Medians: a step's seconds without callbacks, what a second such trainer and one with callbacks add to it, and the
+    seconds of one renewal of all masks. The places in the turn rotate, for each has its own place in memory."""
+    module = prepare(network, data)
+    rounds = [one_round(module, data, last, steps // 6, warmup) for last in (0, 1, 2) * 2]
+    plain, again, ours = (sum(seconds, []) for seconds in zip(*rounds, strict=True))
+    started = time.thread_time()
+    prune(module.network, 0.25)
+    renewal = time.thread_time() - started
+    control, added = (statistics.median(b - a for a, b in zip(plain, one, strict=True)) for one in (again, ours))
+    return {"plain": statistics.median(plain), "control": control, "added": added, "renewal": renewal}
+
+
+def tiny(classes: int = 1000) -> torch.nn.Module:
+    """A network whose step lasts so short that the callbacks show."""
+    nn = torch.nn
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=["resnet18", "mobilenet_v2"])
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--models", nargs="+", default=["tiny", "resnet18", "mobilenet_v2"])
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--warmup", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    torch.set_num_threads(args.threads)
-    command = " ".join(f"--{key} {getattr(args, key)}" for key in ("batch", "size", "threads", "steps"))
+    torch.set_num_threads(1)
+    command = " ".join(f"--{key} {getattr(args, key)}" for key in ("batch", "size", "steps"))
     lines = [
         "# Cost of the callbacks",
         "",
         f"`python benchmarks/callback_overhead.py {command}`",
         f"on {platform.processor() or platform.machine()}, torch {torch.__version__}, Lightning {pl.__version__}.",
-        "The same step with and without the callbacks of `int8_prune50` (no distillation), quantizers disabled, in turns.",
+        "The same step with and without the callbacks of `int8_prune50` (no distillation), quantizers disabled, in turns; CPU",
+        "time, medians of pairs. A second trainer without callbacks shows what is noise.",
         "",
-        "| network | step ms | callbacks add (median of pairs) | middle half of the pairs | bar | one renewal of all masks ms |",
-        "|---|---|---|---|---|---|",
+        "| network | step ms | no callbacks, again, ms | callbacks ms | callbacks, share of the step | bar | all masks once ms |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in args.models:
-        plain, added, half, renewal = measure(name, batch=args.batch, size=args.size, steps=args.steps, warmup=args.warmup)
-        row = f"| {name} | {plain * 1e3:.0f} | **{added:+.2%}** | ± {half:.2%} | {BAR:.0%} | {renewal * 1e3:.0f} |"
-        lines.append(row)
-        print(row, flush=True)
-    lines += ["", "Masks are renewed `updates` times a fit (50 by default), however long it is."]
+        torch.manual_seed(0)
+        data = torch.randn(args.batch, 3, args.size, args.size), torch.randint(0, 1000, (args.batch,))
+        network = tiny() if name == "tiny" else getattr(torchvision.models, name)()
+        found = measure(network, data, args.steps, args.warmup)
+        ms = {key: 1e3 * seconds for key, seconds in found.items()}
+        share = found["added"] / found["plain"]
+        row = f"| {name} | {ms['plain']:.1f} | {ms['control']:+.2f} | {ms['added']:+.2f} | **{share:+.2%}** | {BAR:.0%} |"
+        lines.append(f"{row} {ms['renewal']:.0f} |")
+        print(lines[-1], flush=True)
+    lines += ["", "Masks are renewed `updates` times a fit (50 by default), however long it is; such a step costs that more."]
     if args.out:
         args.out.write_text("\n".join(lines) + "\n")
 

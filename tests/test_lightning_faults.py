@@ -15,8 +15,13 @@ from nets import images
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 import qat_tricks
+from qat_tricks import cli
+from qat_tricks.classifier import Classifier
 from qat_tricks.errors import QatTricksError
+from qat_tricks.evidence.report import read_report
+from qat_tricks.graph import spec_of
 from qat_tricks.lightning import save_checkpoint
+from qat_tricks.tricks import LearnScales
 
 
 def run(folder, ckpt_path=None, *, extra=(), recipe="int8_qat", overrides=(), lit=None, train=None, **checkpoints):
@@ -182,3 +187,29 @@ def test_calibration_refuses_pixels_that_are_no_numbers():
 
     with pytest.raises(QatTricksError, match="NaN or infinite pixels"):
         trainer(qat_tricks.recipe("int8_ptq")).test(Lit(), Bad(), verbose=False)
+
+
+@pytest.mark.feature("Ctrl-C of train.py: a usable checkpoint and a report remain")
+def test_an_interrupted_run_leaves_a_checkpoint_and_a_report(tmp_path, monkeypatch, capsys):
+    def interrupt(self, trainer, pl_module, loss):
+        if trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(LearnScales, "on_before_backward", interrupt)
+    monkeypatch.chdir(tmp_path)
+    settings = "recipe=int8_qat data=fake model=custom model.factory=nets.SmallNet logger=none hydra.run.dir=run "
+    settings += "baseline.epochs=1 measure.runs=5 measure.threads=1 measure.min_top1_agreement=0 trainer.accelerator=cpu"
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.train([*settings.split(), "trainer.enable_progress_bar=false"])
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert ended.value.code == cli.INTERRUPTED
+    kept = read_report(tmp_path / "run")
+    assert [stage["name"] for stage in kept["stages"]] == ["fp32", "ptq"]
+    assert kept["interrupted"] is True
+    assert "ptq" in (tmp_path / "run" / "report.md").read_text()
+    assert "interrupted.ckpt" in capsys.readouterr().out
+    module = qat_tricks.load_from_checkpoint(Classifier, tmp_path / "run" / "interrupted.ckpt")
+    assert spec_of(module.network)["history"][-1] == "learn_scales"
