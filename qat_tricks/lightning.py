@@ -43,7 +43,7 @@ def attach(trick: Trick, trainer: pl.Trainer, pl_module: pl.LightningModule) -> 
     """
     work: Workbench | None = pl_module.__dict__.get(_ATTRIBUTE)
     tricks = [callback for callback in trainer.callbacks if isinstance(callback, Trick)]  # type: ignore[attr-defined]
-    if trick is tricks[0]:
+    if trick in tricks[:1]:
         check_trainer(trainer)
         if work is not None:
             _check_restore(trainer, pl_module)

@@ -10,11 +10,9 @@ from nets import images
 from pytorch_lightning.callbacks import (
     BatchSizeFinder,
     EarlyStopping,
-    EMAWeightAveraging,
     LearningRateFinder,
     ModelCheckpoint,
     StochasticWeightAveraging,
-    WeightAveraging,
 )
 
 import qat_tricks
@@ -22,6 +20,20 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import activation_quantizers, layers, spec_of
 from qat_tricks.lightning import save_checkpoint
 from qat_tricks.tricks.prune import sparsity_of
+
+needs_averaging = pytest.mark.skipif(not hasattr(pl.callbacks, "EMAWeightAveraging"), reason="came with Lightning 2.6")
+
+
+def mean():
+    return pl.callbacks.WeightAveraging()
+
+
+def ema():
+    return pl.callbacks.EMAWeightAveraging(decay=0.7)
+
+
+def swa():
+    return StochasticWeightAveraging(swa_lrs=0.1)
 
 
 def fit(callbacks=(), recipe="int8_prune50", lit=None, **settings):
@@ -154,7 +166,8 @@ def test_stochastic_weight_averaging_keeps_masks_and_grids():
 
 
 @pytest.mark.feature("WeightAveraging (mean and EMA)")
-@pytest.mark.parametrize("average", [WeightAveraging, lambda: EMAWeightAveraging(decay=0.7)], ids=["mean", "ema"])
+@needs_averaging
+@pytest.mark.parametrize("average", [mean, ema])
 def test_weight_averaging_averages_no_masks_and_no_zero_points(tmp_path, average):
     _, plain = fit()
     seen = []
@@ -175,12 +188,13 @@ def test_weight_averaging_averages_no_masks_and_no_zero_points(tmp_path, average
 
 
 @pytest.mark.feature("WeightAveraging: resume")
+@needs_averaging
 def test_weight_averaging_resumes_exactly(tmp_path):
     def run(seed, path=None):
         pl.seed_everything(1, verbose=False)
         lit = Lit(seed=seed).train()
         keep = ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, every_n_train_steps=1, filename="{step}")
-        callbacks = [*qat_tricks.recipe("int8_prune50"), EMAWeightAveraging(decay=0.7), *([] if path else [keep])]
+        callbacks = [*qat_tricks.recipe("int8_prune50"), ema(), *([] if path else [keep])]
         fit = trainer(callbacks, max_epochs=3, enable_checkpointing=not path)
         fit.fit(lit, ResumableLoader(), loader(32, seed=4), ckpt_path=path)
         return lit.state_dict()
@@ -190,7 +204,7 @@ def test_weight_averaging_resumes_exactly(tmp_path):
 
 
 @pytest.mark.feature("a callback that copies the network too early is refused")
-@pytest.mark.parametrize("early", [WeightAveraging, lambda: StochasticWeightAveraging(swa_lrs=0.1)])
+@pytest.mark.parametrize("early", [pytest.param(mean, marks=needs_averaging), swa])
 def test_averages_come_after_the_recipe(early):
     with pytest.raises(QatTricksError, match="WeightAveraging after the recipe"):
         trainer([early(), *qat_tricks.recipe("int8_qat")]).fit(Lit().train(), datamodule=Data())
