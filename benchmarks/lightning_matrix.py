@@ -65,7 +65,7 @@ def main() -> None:
         "# In a Lightning trainer",
         "",
         "`python benchmarks/lightning_matrix.py`, on CPU, with " + ", ".join(map(installed, PACKAGES)) + ".",
-        "Each row is shown by a test with a real `pl.Trainer`. Refused means one line that says what to do instead.",
+        "Each row is shown by a test, nearly all with a real `pl.Trainer`. Refused means one line that says what to do instead.",
         "",
         "| feature | result | test |",
         "|---|---|---|",

@@ -15,7 +15,7 @@ class Trick(pl.Callback):
     """One trick as a Lightning callback.
 
     A trick is done once, in ``setup`` (or by ``qat_tricks.quantize``, without a trainer), through ``apply``. One that also
-    acts during training uses Lightning's hooks for that.
+    acts during training uses Lightning's hooks for that, and calls ``super()`` in those that are defined here.
 
     Attributes:
         requires: tricks without which this one cannot work; done earlier in this recipe or in a stage before.
