@@ -62,7 +62,9 @@ def _train_job(config: DictConfig) -> None:
     from qat_tricks.isolation import free_memory, isolated
     from qat_tricks.job import run_job
     from qat_tricks.loggers import finish_logger, make_logger
+    from qat_tricks.quiet import quiet
 
+    quiet()  # in a process of its own, where a launcher started one
     if config.preflight:
         _preflight_job(config)
         return

@@ -9,6 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 from torch import nn
 
@@ -28,7 +29,7 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.device import measure_device
 from qat_tricks.evidence.ledger import Ledger, LedgerRow, check_drop
 from qat_tricks.evidence.metrics import Metrics, agreement, evaluate_classifier
-from qat_tricks.evidence.report import write_report
+from qat_tricks.evidence.report import REQUIRED_KEYS, write_report
 from qat_tricks.evidence.runtimes import Predict, check_parity, measure_runtime, parity, predictor
 from qat_tricks.forecast import Forecast, forecast
 from qat_tricks.lightning import save_checkpoint
@@ -49,7 +50,8 @@ def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[st
     All processes of ``config.trainer`` train; the first alone measures, exports, writes, prints and logs.
 
     The folder holds ``report.json``, ``report.md``, ``ledger.json``, ``model.onnx``, ``model_fp32.onnx``, ``model.ckpt``,
-    ``config.yaml`` and, of stages but the last, ``stages/NAME.onnx``.
+    ``config.yaml`` and, of stages but the last, ``stages/NAME.onnx``. Interrupted, it leaves what was measured, and
+    ``interrupted.ckpt``.
 
     Raises:
         QatTricksError: bad input, a stage that loses more than it may, or an export that does not run as simulated.
@@ -74,11 +76,16 @@ def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[st
 
     ranks.on_zero(run.save_config)
     started = time.perf_counter()
-    prepare_baseline(config, module, datamodule, trainer, ranks)
-    module.network.to("cpu").eval()
-    ranks.on_zero(run.measure_stage, "fp32", module.network, started, folder / "model_fp32.onnx")
-    run_stages(module, datamodule, recipe, trainer=trainer, after_stage=after_stage)
-    return ranks.on_zero(run.finish, logger)
+    try:
+        prepare_baseline(config, module, datamodule, trainer, ranks)
+        module.network.to("cpu").eval()
+        ranks.on_zero(run.measure_stage, "fp32", module.network, started, folder / "model_fp32.onnx")
+        run_stages(module, datamodule, recipe, trainer=trainer, after_stage=after_stage)
+        return ranks.on_zero(run.finish, logger)
+    except (KeyboardInterrupt, SystemExit) as error:  # the latter is how Lightning ends an interrupted fit
+        if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
+            run.keep_interrupted()
+        raise
 
 
 def foresee(config: DictConfig) -> Forecast:
@@ -226,6 +233,15 @@ class _Run:
             }.items()
         }
 
+    @rank_zero_only
+    def keep_interrupted(self) -> None:
+        """Writes the network as it is now, and a report of the stages that were measured, if any was."""
+        save_checkpoint(self.module, self.folder / "interrupted.ckpt")
+        if self.ledger.stages:
+            unmeasured = dict.fromkeys(key for key in REQUIRED_KEYS)
+            write_report(self.folder, {**unmeasured, **self._identity(), "parity": self.parity, "interrupted": True})
+        print(f"what was reached is in {self.folder}: interrupted.ckpt, report.md", flush=True)
+
     def finish(self, logger: Logger) -> dict[str, Any]:
         """Writes the checkpoint and the report, prints the ledger, logs both, and returns the report."""
         save_checkpoint(self.module, self.folder / "model.ckpt")
@@ -265,17 +281,22 @@ class _Run:
         )
         self.ledger.write(self.folder / "ledger.json")
         return {
+            **self._identity(),
+            "agreement": agreement(metrics.predictions, fp32.predictions),
+            "parity": self.parity,
+            **device,
+            "runtimes": self._runtimes(),
+        }
+
+    def _identity(self) -> dict[str, Any]:
+        return {
             "recipe": self.recipe.name,
             "model": self.config.model.name,
             "data": self.config.data.name,
             "stages": self.ledger.rows(),
-            "agreement": agreement(metrics.predictions, fp32.predictions),
-            "parity": self.parity,
-            **device,
             "preprocessing": self.data.preprocessing.described(),
             "normalization": BUILT_IN if self.config.export.normalize else "outside",
             "target": self.config.target,
-            "runtimes": self._runtimes(),
         }
 
     @property

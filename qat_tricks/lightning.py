@@ -3,13 +3,17 @@ says. The only place, beside the callbacks themselves, that knows Lightning."""
 
 import copy
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.io import CheckpointIO
+from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -18,11 +22,17 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.layers import is_layer
 from qat_tricks.graph.spec import rebuild, spec_of
 from qat_tricks.order import check_order
+from qat_tricks.random_state import random_state
+from qat_tricks.ranks import loaded_once
 from qat_tricks.trick import Trick
 from qat_tricks.workbench import Workbench, images_of
 
 CHECKPOINT_KEY = "qat_tricks"
 _ATTRIBUTE = "_qat_tricks_workbench"
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
+SHARDED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+# What a checkpoint says of a run, beside the weights; the states of the data module and of the precision have names of their own.
+_RUN_STATE = ("loops", "callbacks", "optimizer_states", "lr_schedulers", "epoch", "global_step")
 
 
 def attach(trick: Trick, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Workbench:
@@ -33,18 +43,49 @@ def attach(trick: Trick, trainer: pl.Trainer, pl_module: pl.LightningModule) -> 
     """
     work: Workbench | None = pl_module.__dict__.get(_ATTRIBUTE)
     tricks = [callback for callback in trainer.callbacks if isinstance(callback, Trick)]  # type: ignore[attr-defined]
+    if trick in tricks[:1]:
+        check_trainer(trainer)
+        if work is not None:
+            _check_restore(trainer, pl_module)
     if work is None:
         name = find_network(pl_module, trick.network_name)
         network = pl_module.get_submodule(name)
+        if hasattr(network, "_orig_mod"):
+            raise QatTricksError(
+                f"{name} is compiled, and surgery needs the network itself: leave it as it is and compile what is trained, "
+                "trainer.fit(torch.compile(module))"
+            )
         pl_module.to(trainer.strategy.root_device)
-        saved = _saved_spec(trainer)
+        saved = _prepare_restore(trainer, pl_module)
         teacher = copy.deepcopy(network) if any(t.needs_teacher for t in tricks) else None
+        before = list(network.parameters())
         work = Workbench(network if saved is None else rebuild(network, saved), teacher=teacher)
+        work.parameters_before = before
         attach_workbench(pl_module, work, name)
     check_order(tricks, work.history)
-    work.loader = lambda num_images: _network_inputs(trainer, pl_module, work, num_images)
+    work.loader = partial(loaded_once, lambda num_images: _network_inputs(trainer, pl_module, work, num_images))
     work.trains = trainer.state.fn == "fit"
     return work
+
+
+def check_trainer(trainer: pl.Trainer) -> None:
+    """Raises QatTricksError for what a trainer may be told and the tricks cannot work with."""
+    strategy, precision = trainer.strategy, str(trainer.precision)
+    if isinstance(strategy, SHARDED):
+        raise QatTricksError(
+            f"{type(strategy).__name__} shards parameters, which masks and scales cannot follow: "
+            'use strategy="ddp", or a single device'
+        )
+    if precision not in PRECISIONS:
+        raise QatTricksError(
+            f"precision={precision} is not allowed: scales and integer grids need float32; give one of {', '.join(PRECISIONS)}"
+        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Trick):
+            break
+        if hasattr(callback, "_average_model"):
+            name = type(callback).__name__
+            raise QatTricksError(f"{name} copies the network before the recipe has changed it: give {name} after the recipe")
 
 
 def attach_workbench(pl_module: pl.LightningModule, work: Workbench, name: str) -> Workbench:
@@ -52,7 +93,25 @@ def attach_workbench(pl_module: pl.LightningModule, work: Workbench, name: str) 
     work.network_name = name
     pl_module.set_submodule(name, work.network)
     setattr(pl_module, _ATTRIBUTE, work)
+    pl_module.on_save_checkpoint = _SaveSpec(pl_module)  # type: ignore[method-assign]
     return work
+
+
+class _SaveSpec:
+    """An ``on_save_checkpoint`` that adds the network's spec to what the module's own does.
+
+    Lightning spares callbacks where only weights are saved; the module is always asked, whatever trainer it is in.
+    """
+
+    def __init__(self, pl_module: pl.LightningModule) -> None:
+        self.pl_module = pl_module
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        type(self.pl_module).on_save_checkpoint(self.pl_module, checkpoint)
+        checkpoint[CHECKPOINT_KEY] = describe(self.pl_module)
+        # Of several processes each has its own state, and the first alone writes.
+        if "optimizer_states" in checkpoint and self.pl_module.trainer.world_size == 1:
+            checkpoint[CHECKPOINT_KEY]["random_state"] = random_state()
 
 
 def workbench_of(pl_module: pl.LightningModule) -> Workbench:
@@ -109,18 +168,76 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _saved_spec(trainer: pl.Trainer) -> dict[str, Any] | None:
-    """The spec in the checkpoint that this run is about to restore; None when it restores none."""
+def _prepare_restore(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any] | None:
+    """The spec in the checkpoint that this run is about to restore; None when it restores none, or a float one.
+
+    The weights of a float checkpoint are loaded now, for the recipe to begin from.
+    """
     path = _checkpoint_to_restore(trainer)
     if path is None:
         return None
-    saved = load_spec(path)
-    if saved is None:
-        raise QatTricksError(
-            f"{path} holds a float network and this run quantizes: load its weights into the module first "
-            "(load_from_checkpoint), then run without ckpt_path"
-        )
-    return saved["spec"]
+    checkpoint, path = _read_or_previous(trainer, path)
+    if CHECKPOINT_KEY in checkpoint:
+        return checkpoint[CHECKPOINT_KEY]["spec"]
+    _load_state(pl_module, checkpoint, path, strict=pl_module.strict_loading)
+    rank_zero_info(f"{path} holds a float network: its weights alone are loaded, and the recipe begins from them")
+    stateful = (trainer.precision_plugin, trainer.datamodule)  # type: ignore[attr-defined]
+    gone = {*_RUN_STATE, *(type(one).__qualname__ for one in stateful)}
+    kept = {key: value for key, value in checkpoint.items() if key not in gone}
+    _HandOver(trainer, lambda: {**kept, "state_dict": pl_module.state_dict(), "optimizer_states": [], "lr_schedulers": []})
+    return None
+
+
+def _check_restore(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Reads what this run is about to restore into a module that is quantized already."""
+    path = _checkpoint_to_restore(trainer)
+    if path is not None and CHECKPOINT_KEY not in _read_or_previous(trainer, path)[0]:
+        raise QatTricksError(f"{path} holds a float network and this module is quantized already: give a fresh one")
+
+
+def _read_or_previous(trainer: pl.Trainer, path: str | Path) -> tuple[dict[str, Any], str | Path]:
+    """Reads a checkpoint; in the place of a damaged ``last`` one, the newest beside it that can be read."""
+    try:
+        return load_checkpoint(path), path
+    except QatTricksError as error:
+        callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, pl.callbacks.ModelCheckpoint)]
+        lasts = {Path(last) for callback in callbacks for last in callback._find_last_checkpoints(trainer)}
+        if Path(path) not in lasts or (found := _newest(Path(path).parent, whole=trainer.state.fn == "fit")) is None:
+            raise
+        checkpoint, previous = found
+        rank_zero_warn(f"{error}: the previous one is used, {previous}, of step {checkpoint['global_step']}")
+        _HandOver(trainer, lambda: checkpoint)
+        return found
+
+
+def _newest(folder: Path, *, whole: bool) -> tuple[dict[str, Any], Path] | None:
+    """The newest checkpoint in ``folder`` that can be read, and its path; ``whole``: one that a fit can go on from."""
+    for path in sorted(folder.glob("*.ckpt"), key=lambda file: file.stat().st_mtime, reverse=True):
+        try:
+            checkpoint = load_checkpoint(path)
+        except QatTricksError:  # damaged too: an older one may not be
+            continue
+        if not whole or "optimizer_states" in checkpoint:
+            return checkpoint, path
+    return None
+
+
+class _HandOver(CheckpointIO):
+    """Gives Lightning, once, what is made of a checkpoint in the place of the file that it is about to read."""
+
+    def __init__(self, trainer: pl.Trainer, checkpoint: Callable[[], dict[str, Any]]) -> None:
+        self.strategy, self.own, self.checkpoint = trainer.strategy, trainer.strategy.checkpoint_io, checkpoint
+        self.strategy.checkpoint_io = self
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        self.strategy.checkpoint_io = self.own
+        return self.checkpoint()
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.own.save_checkpoint(*args, **kwargs)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        self.own.remove_checkpoint(path)
 
 
 def _checkpoint_to_restore(trainer: pl.Trainer) -> str | Path | None:
@@ -141,6 +258,26 @@ def synchronize(trainer: pl.Trainer, work: Workbench) -> None:
     """Gives every rank the network of rank 0, values of parameters and buffers alike."""
     if trainer.world_size > 1:
         work.network.load_state_dict(trainer.strategy.broadcast(work.network.state_dict()))
+
+
+def is_mid_epoch(checkpoint: dict[str, Any]) -> bool:
+    """Whether a checkpoint was written with batches of its epoch left to train on."""
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    return progress["current"]["ready"] > 0 and not progress["is_last_batch"]
+
+
+def keep_grids(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Gives the averaged network of a WeightAveraging or the like the masks and zero points of the trained one.
+
+    They are no quantities to average: half a mask prunes nothing, and half a step belongs to no grid.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        average = getattr(callback, "_average_model", None)
+        if average is not None:
+            averaged = {name.removeprefix("module."): buffer for name, buffer in average.named_buffers()}
+            for name, buffer in pl_module.named_buffers():
+                if name.rpartition(".")[2] in ("weight_mask", "zero_point"):
+                    averaged[name].copy_(buffer)
 
 
 class _SeenError(Exception):
@@ -223,6 +360,7 @@ def save_checkpoint(pl_module: pl.LightningModule, path: str | Path) -> None:
         torch.save(checkpoint, unfinished)
         unfinished.replace(path)
     except (OSError, RuntimeError) as error:
+        unfinished.unlink(missing_ok=True)
         raise QatTricksError(f"{path} cannot be written ({error}): give a folder that can") from error
 
 
@@ -249,9 +387,13 @@ def load_from_checkpoint(
     if saved is not None:
         name = find_network(module, saved["network"])
         attach_workbench(module, Workbench(rebuild(module.get_submodule(name), saved["spec"])), name)
+    _load_state(module, checkpoint, path, strict=strict)
+    return module.eval()
+
+
+def _load_state(module: pl.LightningModule, checkpoint: dict[str, Any], path: str | Path, *, strict: bool) -> None:
     try:
         module.load_state_dict(checkpoint["state_dict"], strict=strict)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise QatTricksError(f"{path} does not fit {module_class.__name__}: {reason}") from error
-    return module.eval()
+        raise QatTricksError(f"{path} does not fit {type(module).__name__}: {reason}") from error

@@ -3,12 +3,14 @@
 import atexit
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from typing import Any, ParamSpec, TypeVar
 
 import pytorch_lightning as pl
-from torch import distributed
+from torch import Tensor, distributed
+
+from qat_tricks.errors import QatTricksError
 
 PATIENCE = timedelta(days=1000)  # with which the others wait while rank zero measures
 
@@ -52,3 +54,38 @@ class Ranks:
         if told[0] is None:
             sys.exit(0)  # after any other status Lightning kills rank zero, which may still be telling why
         return told[0][0]
+
+
+def loaded_once(load: Callable[[int], Iterable[Tensor]], num_images: int) -> Iterable[Tensor]:
+    """The batches of ``load(num_images)``; of several processes the first alone loads, and gives them to the others.
+
+    So all calibrate on the same images, whatever order each of them would have drawn.
+
+    Raises:
+        QatTricksError: on the others, where the first has failed.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return load(num_images)
+    failure: Exception | None = None
+    told: list[Any] = [None, None]
+    if distributed.get_rank() == 0:
+        try:
+            told[0] = _first(load(num_images), num_images)
+        except Exception as error:  # whatever it is: the others are waiting
+            failure, told[1] = error, str(error)
+    distributed.broadcast_object_list(told)
+    batches, reason = told
+    if failure is not None:
+        raise failure
+    if reason is not None:
+        raise QatTricksError(reason)
+    return batches
+
+
+def _first(batches: Iterable[Tensor], num_images: int) -> list[Tensor]:
+    taken: list[Tensor] = []
+    for batch in batches:
+        taken.append(batch.cpu())
+        if sum(map(len, taken)) >= num_images:
+            break
+    return taken

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 
 from qat_tricks.lightning import attach_workbench, find_network
 from qat_tricks.ptq import do_stage
+from qat_tricks.ranks import loaded_once
 from qat_tricks.recipes import Recipe, Stage, load_recipe
-from qat_tricks.workbench import Workbench
+from qat_tricks.workbench import Workbench, images_of
 
 AfterStage = Callable[[Stage, nn.Module], None]
 
@@ -45,7 +47,7 @@ def run_stages(
     work = attach_workbench(module, Workbench(module.get_submodule(name), teacher=teacher), name)
     for stage in recipe.stages:
         if stage.epochs == 0:
-            work.loader = lambda num_images: calibration_images(datamodule, num_images)
+            work.loader = partial(loaded_once, lambda num_images: map(images_of, calibration_images(datamodule, num_images)))
             work.trains = False
             do_stage(stage, work)
         else:

@@ -26,13 +26,10 @@ def total_batches(trainer: pl.Trainer) -> float:
     return min(ends)
 
 
-def progress(trainer: pl.Trainer, *, batches_done: int = 0) -> float:
-    """The share of the fit's batches before the current one, 0 to 1, also right after a resume.
-
-    ``batches_done=1`` counts the current one too, which is what holds when training ends.
-    """
-    before = max(0, trainer.fit_loop.epoch_loop.total_batch_idx)
-    return min(1.0, (before + batches_done) / total_batches(trainer))
+def progress(trainer: pl.Trainer) -> float:
+    """The share of the fit's batches that are done, 0 to 1, also right after a resume, or when training has ended."""
+    # Not ``total_batch_idx``: it counts twice a batch in the midst of which a run broke off and that is repeated.
+    return min(1.0, trainer.fit_loop.epoch_loop.batch_progress.total.completed / total_batches(trainer))
 
 
 def check_fraction(name: str, value: float) -> float:

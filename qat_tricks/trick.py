@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 import pytorch_lightning as pl
 
 from qat_tricks.errors import QatTricksError
+from qat_tricks.optimizers import renew_parameters
+from qat_tricks.random_state import restore_random_state
 from qat_tricks.workbench import Workbench
 
 
@@ -13,7 +15,7 @@ class Trick(pl.Callback):
     """One trick as a Lightning callback.
 
     A trick is done once, in ``setup`` (or by ``qat_tricks.quantize``, without a trainer), through ``apply``. One that also
-    acts during training uses Lightning's hooks for that.
+    acts during training uses Lightning's hooks for that, and calls ``super()`` in those that are defined here.
 
     Attributes:
         requires: tricks without which this one cannot work; done earlier in this recipe or in a stage before.
@@ -26,6 +28,7 @@ class Trick(pl.Callback):
     after: ClassVar[tuple[str, ...]] = ()
     needs_teacher: ClassVar[bool] = False
     network_name: str | None = None
+    _random_state: dict[str, Any] | None = None  # of a run resumed in the middle of an epoch, until it goes on
 
     @property
     def name(self) -> str:
@@ -51,10 +54,39 @@ class Trick(pl.Callback):
         work.history.append(self.name)
         return True
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        from qat_tricks.lightning import CHECKPOINT_KEY, describe
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        from qat_tricks.lightning import workbench_of
 
-        checkpoint.setdefault(CHECKPOINT_KEY, describe(pl_module))
+        work = workbench_of(pl_module)
+        renew_parameters(trainer.optimizers, work.network, work.parameters_before)
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        from qat_tricks.lightning import CHECKPOINT_KEY, is_mid_epoch
+
+        state = checkpoint.get(CHECKPOINT_KEY, {}).get("random_state")
+        if trainer.state.fn == "fit" and state is not None:
+            restore_random_state(state)  # an epoch that begins draws its order from here
+            self._random_state = state if is_mid_epoch(checkpoint) else None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._random_state is not None:  # an epoch that goes on has drawn its order once more
+            restore_random_state(self._random_state)
+            self._random_state = None
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._keep_grids(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._keep_grids(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._keep_grids(trainer, pl_module)
+
+    @staticmethod
+    def _keep_grids(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        from qat_tricks.lightning import keep_grids
+
+        keep_grids(trainer, pl_module)
 
 
 def check_num_images(num_images: int) -> int:

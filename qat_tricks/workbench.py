@@ -22,6 +22,7 @@ class Workbench:
         teacher: the float network as it came, for distillation.
         network_name: the attribute of the LightningModule that holds the network, if there is one.
         trains: whether training follows; without it a trick that acts gradually does all at once.
+        parameters_before: the network's parameters as it came, which an optimizer may still hold.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class Workbench:
         *,
         teacher: nn.Module | None = None,
     ) -> None:
+        self.parameters_before = list(network.parameters())
         self.network = trace(network)
         self.loader = loader
         self.teacher = teacher
@@ -77,7 +79,7 @@ class Workbench:
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles of a LightningModule take along neither its trainer's loaders nor a second network.
-        return {**self.__dict__, "loader": None, "_reference": None}
+        return {**self.__dict__, "loader": None, "parameters_before": [], "_reference": None}
 
     @property
     def applied(self) -> list[str]:

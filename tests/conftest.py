@@ -9,6 +9,10 @@ os.environ["WANDB_MODE"] = "offline"
 sys.path.insert(0, str(Path(__file__).parent))  # for nets.py
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "feature(name): a row of docs/results/lightning.md that the test proves")
+
+
 @pytest.fixture(autouse=True)
 def _fresh(tmp_path, monkeypatch):
     """Each test has its own cache and a fixed seed."""

@@ -61,3 +61,45 @@ def trainer(callbacks=(), **settings):
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}
     settings = {"accelerator": "cpu", "max_epochs": 2, "num_sanity_val_steps": 0, **quiet, **settings}
     return pl.Trainer(callbacks=list(callbacks), **settings)
+
+
+class ResumableLoader(DataLoader):
+    """Batches in an order of its own for each epoch; Lightning saves and restores how far it has come."""
+
+    def __init__(self, count=64, seed=3):
+        super().__init__(dataset(count, seed), batch_size=16)
+        self.epoch, self.given, self.resumed = -1, 0, False
+
+    def __iter__(self):
+        torch.randint(9, ())  # as torch's own loaders draw the seed of their workers
+        return self._batches()
+
+    def _batches(self):
+        if not self.resumed or self.given == len(self):
+            self.epoch, self.given = self.epoch + 1, 0
+        self.resumed = False
+        order = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(self.epoch))
+        for indices in order.split(self.batch_size)[self.given :]:
+            self.given += 1
+            yield [torch.stack(column) for column in zip(*(self.dataset[i] for i in indices), strict=True)]
+
+    def state_dict(self):
+        return {"epoch": self.epoch, "given": self.given}
+
+    def load_state_dict(self, state):
+        self.epoch, self.given, self.resumed = state["epoch"], state["given"], True
+
+
+def differences(a, b, where=""):
+    """Where two nested states differ, in any tensor or number, to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return [] if isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b) else [where]
+    if isinstance(a, dict):
+        if a.keys() != b.keys():
+            return [f"{where}: {sorted(map(str, a.keys() ^ b.keys()))}"]
+        return [found for key in a for found in differences(a[key], b[key], f"{where}.{key}")]
+    if isinstance(a, (list, tuple)):
+        if len(a) != len(b):
+            return [f"{where}: lengths"]
+        return [found for i, (x, y) in enumerate(zip(a, b, strict=True)) for found in differences(x, y, f"{where}[{i}]")]
+    return [] if a == b else [where]

@@ -33,6 +33,7 @@ def train(tmp_path, cache):
     return run
 
 
+@pytest.mark.feature("DDP in train.py: both train, the first alone measures, writes and tells")
 def test_both_train_and_the_first_alone_measures_and_writes(tmp_path, train):
     done = train()
     assert (done.returncode, done.stderr) == (0, "")

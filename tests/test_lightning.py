@@ -11,7 +11,6 @@ import qat_tricks
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import activation_quantizers, layers, spec_of
 from qat_tricks.lightning import find_network, save_checkpoint
-from qat_tricks.tricks import Calibrate
 
 
 def _same_state(a, b):
@@ -93,39 +92,6 @@ def test_scales_learn():
     assert sum(after[name] != before[name] for name in before) >= len(before) - 1
 
 
-class ResumeData(pl.LightningDataModule):
-    """An order of its own for each epoch, so that it can be repeated."""
-
-    def train_dataloader(self):
-        return loader(64, seed=7)
-
-
-def test_resume_is_exact_and_never_calibrates(tmp_path, monkeypatch):
-    def callbacks():
-        return qat_tricks.recipe("int8_prune50", ["stages.prune_qat.tricks.prune.updates=7"])
-
-    def lit(seed=0):
-        module = Lit(seed=seed).train()
-        module.backbone.dropout.p = 0.0  # its draws are the random generator's, which no checkpoint carries
-        return module
-
-    whole = lit()
-    trainer(callbacks(), max_epochs=4).fit(whole, datamodule=ResumeData())
-
-    first = lit()
-    save = pl.callbacks.ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, filename="{epoch}")
-    trainer([*callbacks(), save], max_epochs=4, enable_checkpointing=True).fit(first, datamodule=ResumeData())
-    assert _same_state(whole.state_dict(), first.state_dict()) == []
-
-    def never(*args, **kwargs):
-        raise AssertionError("calibrated again")
-
-    monkeypatch.setattr(Calibrate, "apply", never)
-    resumed = lit(seed=5)  # other weights, which the checkpoint replaces
-    trainer(callbacks(), max_epochs=4).fit(resumed, datamodule=ResumeData(), ckpt_path=tmp_path / "epoch=1.ckpt")
-    assert _same_state(whole.state_dict(), resumed.state_dict()) == []
-
-
 def test_checkpoint_stands_alone(tmp_path):
     lit = Lit().train()
     run = trainer(qat_tricks.recipe("int8_prune30"))
@@ -147,8 +113,6 @@ def test_float_checkpoint_loads_as_it_is(tmp_path):
     save_checkpoint(lit, tmp_path / "float.ckpt")
     loaded = qat_tricks.load_from_checkpoint(Lit, tmp_path / "float.ckpt")
     assert torch.equal(loaded(images(4)), lit(images(4)))
-    with pytest.raises(QatTricksError, match="holds a float network"):
-        trainer(qat_tricks.recipe("int8_ptq")).test(Lit(), Data(), ckpt_path=str(tmp_path / "float.ckpt"), verbose=False)
 
 
 def test_damaged_and_foreign_checkpoints(tmp_path):

@@ -116,6 +116,7 @@ def test_with_a_login_wandb_is_online_and_offline_where_that_fails(tmp_path, mod
     assert modes == ["online", "offline"]
 
 
+@pytest.mark.feature("W&B unreachable: one line, and the run is kept as csv")
 def test_where_wandb_cannot_start_a_line_says_so_and_csv_takes_over(tmp_path, modes, capsys):
     logger = make_logger(config(), tmp_path)
     assert isinstance(logger, CSVLogger)
@@ -127,6 +128,7 @@ def test_where_wandb_cannot_start_a_line_says_so_and_csv_takes_over(tmp_path, mo
     assert "stage/onnx/accuracy" in (tmp_path / "csv" / "metrics.csv").read_text()
 
 
+@pytest.mark.feature("W&B's folder unwritable: one line, and the run is kept as csv")
 def test_an_unwritable_wandb_folder_does_not_stop_the_run(tmp_path, capsys):
     (tmp_path / "wandb").write_text("a file where W&B wants its folder")
     assert isinstance(make_logger(config(), tmp_path), CSVLogger)

@@ -24,14 +24,14 @@ def compare_logits(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, 
     Raises:
         QatTricksError: no images, or logits of different shapes.
     """
-    images = agreeing = 0
-    largest = signal = noise = 0.0
+    images = 0
+    agreeing = largest = signal = noise = 0.0
     for reference, other in pairs:
         if reference.shape != other.shape:
             raise QatTricksError(f"logits of shapes {reference.shape} and {other.shape} cannot be compared: run the same images")
         difference = other.astype(np.float64) - reference
         images += len(reference)
-        agreeing += int((reference.argmax(1) == other.argmax(1)).sum())
+        agreeing += len(reference) * float((reference.argmax(1) == other.argmax(1)).mean())
         largest = max(largest, float(np.nan_to_num(np.abs(difference), nan=np.inf).max()))
         noise += float(np.square(difference).sum())
         signal += float(np.square(reference, dtype=np.float64).sum())

@@ -43,6 +43,9 @@ class Layer(nn.Module):
     def _integer_forward(self, input: Tensor) -> Tensor:
         """Computes on integers held in float32, as the kernel does: sums are exact, so that what lies near the middle
         between two steps is rounded to the same side here and there."""
+        if torch.is_autocast_enabled(input.device.type):  # in 16 bits the sums would not be exact
+            with torch.autocast(input.device.type, enabled=False):
+                return self._integer_forward(input)
         scale = self.weight_scale(self.masked_weight()).detach()
         input_scale = self.input_quantizer[0].current_scale().detach()
         weight = torch.round(self.effective_weight() / scale)

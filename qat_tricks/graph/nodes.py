@@ -30,7 +30,7 @@ _PASS: set[Any] = {
 _DROPOUTS: set[Any] = {nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout}
 _DROPOUT_NAMES = {"StochasticDepth", "DropPath", "DropBlock2d"}
 _SIZES = {"size", "dim", "numel", "shape"}
-BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+BATCHNORMS = (nn.modules.batchnorm._BatchNorm,)  # 1d to 3d, synchronized, and what Lightning makes of a synchronized one
 _ACTIVATIONS: dict[Any, str] = {
     nn.ReLU: "relu", F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu_: "relu", "relu": "relu", "relu_": "relu",
     nn.ReLU6: "relu6", F.relu6: "relu6",

@@ -54,5 +54,4 @@ def multiply(
 
 def _clamp(steps: Tensor, grid: ActivationQuantizer) -> Tensor:
     """Clamps multiples of a scale to those that the grid has."""
-    zero_point = int(grid.zero_point)
-    return steps.clamp_(grid.scheme.qmin - zero_point, grid.scheme.qmax - zero_point)
+    return steps.clamp_(grid.scheme.qmin - grid.offset, grid.scheme.qmax - grid.offset)

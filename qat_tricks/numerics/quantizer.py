@@ -49,6 +49,12 @@ class ActivationQuantizer(nn.Module):
         return self._zero_point is not None
 
     @property
+    def offset(self) -> int:
+        """The zero point as a number: reading the buffer would wait for the device, and break a compiled graph."""
+        assert self._zero_point is not None
+        return self._zero_point
+
+    @property
     def range(self) -> tuple[float, float]:
         """The values ``(low, high)`` that the smallest and the largest integer stand for."""
         scale, zero_point = float(self.current_scale()), int(self.zero_point)

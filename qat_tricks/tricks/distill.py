@@ -56,7 +56,7 @@ class _Step:
         if result is None or not losses:
             raise QatTricksError(
                 f"distill needs {type(self.pl_module).__name__}.training_step to run the network and to return its loss: "
-                "use automatic optimization, or leave distill out"
+                "let it do both, or leave distill out"
             )
         loss: Any = result["loss"] if isinstance(result, dict) else result
         loss = (1 - self.trick.weight) * loss + self.trick.weight * torch.stack(losses).mean()
@@ -77,7 +77,13 @@ class Distill(Trick):
         self._teacher_state: dict[str, Tensor] | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
         work = workbench_of(pl_module)
+        if not pl_module.automatic_optimization:
+            raise QatTricksError(
+                f"distill adds to the loss that training_step returns, and {type(pl_module).__name__} optimizes by hand: use "
+                'automatic optimization, or leave distill out with the override "~stages.STAGE.tricks.distill"'
+            )
         if work.teacher is None:
             raise QatTricksError("distill has no teacher: the network was already quantized when it was first seen")
         if self._teacher_state is not None:  # a resumed run: the teacher is the one of the run before

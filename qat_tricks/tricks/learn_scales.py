@@ -13,12 +13,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.layers import activation_quantizers, layers
 from qat_tricks.graph.spec import QUANTIZERS, spec_of
 from qat_tricks.lightning import workbench_of
+from qat_tricks.optimizers import take_in, take_out
 from qat_tricks.trick import Trick
 from qat_tricks.workbench import Workbench
 
@@ -67,30 +68,46 @@ def give_scales_own_group(
         lr_factor: the scales' learning rate over their old group's; None: 1 for SGD, else 0.01 (an adaptive optimizer steps
             by the learning rate itself, and scales are of the order of 0.01).
     """
+    if isinstance(optimizer, torch.optim.LBFGS):
+        return  # it has one group and no weight decay
     factor = lr_factor if lr_factor is not None else 1.0 if isinstance(optimizer, torch.optim.SGD) else 0.01
     own = {id(scale) for scale in scales}
     for index, group in enumerate(list(optimizer.param_groups)):
-        moved = [p for p in group["params"] if id(p) in own]
-        if not moved:
-            continue
-        group["params"] = [p for p in group["params"] if id(p) not in own]
         settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        for key in ("lr", "initial_lr", "max_lr", "min_lr"):
-            if key in settings:
-                settings[key] = settings[key] * factor
-        optimizer.param_groups.append({**settings, "params": moved, "weight_decay": 0.0, "name": "scales"})
+        moved = take_out(group, own)
+        if not moved["params"]:
+            continue
+        for key in _RATES & settings.keys():
+            settings[key] = settings[key] * factor
+        optimizer.param_groups.append({**settings, **moved, "weight_decay": 0.0, "name": "scales"})
         for scheduler in _flatten(schedulers):
             for key, values in vars(scheduler).items():
                 if isinstance(values, list) and len(values) == len(optimizer.param_groups) - 1 and key in _PER_GROUP:
-                    values.append(values[index] * factor if isinstance(values[index], float) else values[index])
+                    is_rate = isinstance(values[index], float) and "momentum" not in key
+                    values.append(values[index] * factor if is_rate else values[index])
 
 
-_PER_GROUP = {"base_lrs", "lr_lambdas", "min_lrs", "max_lrs", "_last_lr"}
+_RATES = {"lr", "initial_lr", "max_lr", "min_lr", "swa_lr"}  # of a group
+# What a scheduler keeps for each group.
+_PER_GROUP = {"base_lrs", "lr_lambdas", "min_lrs", "max_lrs", "_last_lr", "base_momentums", "max_momentums"}
 
 
 def _flatten(schedulers: list[Any]) -> list[Any]:
     """The schedulers, and those inside a SequentialLR or ChainedScheduler."""
     return [s for outer in schedulers for s in (outer, *_flatten(getattr(outer, "_schedulers", [])))]
+
+
+def first_not_finite(traced: fx.GraphModule) -> str | None:
+    """The first parameter of ``traced``, in the order of its calls and scales before all others, with NaN or infinity."""
+    called = dict.fromkeys(str(node.target) for node in traced.graph.nodes if node.op == "call_module")
+    bad = [
+        (kind, name)
+        for name in called
+        for kind, parameter in traced.get_submodule(name).named_parameters()
+        if not bool(torch.isfinite(parameter).all())
+    ]
+    bad.sort(key=lambda found: not found[0].endswith("scale"))
+    return f"the {bad[0][0].replace('_', ' ').replace('.', ' ')} of {bad[0][1]}" if bad else None
 
 
 class LearnScales(Trick):
@@ -104,19 +121,48 @@ class LearnScales(Trick):
         if lr_factor is not None and lr_factor <= 0:
             raise QatTricksError(f"lr_factor={lr_factor} is not allowed: give a number above 0, or null for the default")
         self.lr_factor = lr_factor
+        self._handles: list[Any] = []
 
     def apply(self, work: Workbench) -> None:
         learn_scales(work.network)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
         network = workbench_of(pl_module).network
-        scales = [q.scale for q in activation_quantizers(network).values() if q.scale.requires_grad]
-        scales += [
-            layer.weight_quantizer.scale
-            for layer in layers(network).values()
-            if layer.weight_quantizer is not None and layer.weight_quantizer.scale is not None
-        ]
+        of_activations = [q.scale for q in activation_quantizers(network).values() if q.scale.requires_grad]
+        of_weights = [layer.weight_quantizer.scale for layer in layers(network).values() if layer.weight_quantizer is not None]
+        scales = of_activations + [scale for scale in of_weights if scale is not None]
+        take_in(trainer.optimizers, network, scales)
         configs = trainer.lr_scheduler_configs
         for optimizer in trainer.optimizers:
             schedulers = [c.scheduler for c in configs if getattr(c.scheduler, "optimizer", None) is optimizer]
             give_scales_own_group(optimizer, scales, schedulers, self.lr_factor)
+
+        def as_of_one_batch(gradient: Tensor) -> Tensor:
+            # LSQ's factor is that of the batch a process sees at a time; the batch of a step is that of all of them.
+            return gradient * (trainer.world_size * trainer.accumulate_grad_batches) ** -0.5
+
+        self._handles = [scale.register_hook(as_of_one_batch) for scale in of_activations]
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.on_fit_end(trainer, pl_module)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        # Before this step has spread what is no number to all parameters. To look at it a GPU must be waited for.
+        every = 1 if loss.device.type == "cpu" else max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        if trainer.fit_loop.epoch_loop.batch_idx % every or bool(torch.isfinite(loss).all()):
+            return
+        first = first_not_finite(workbench_of(pl_module).network)
+        if first is None and trainer.precision == "16-mixed":
+            return  # an overflow, after which the loss scaler tries a smaller factor
+        cause = "all weights and scales are finite" if first is None else f"{first} is no finite number"
+        rates = ", ".join(f"{group['lr']:.3g}" for optimizer in trainer.optimizers for group in optimizer.param_groups)
+        raise QatTricksError(
+            f"the loss is {float(loss.detach())} in step {trainer.global_step}: {cause}; lower the learning rate ({rates}), "
+            "clip gradients (gradient_clip_val), or look for such numbers in the images; then resume from a checkpoint"
+        )

@@ -191,12 +191,13 @@ class Prune(Trick):
             pl_module.log("sparsity", self.reached, batch_size=1)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._update(workbench_of(pl_module), progress(trainer, batches_done=1))
+        self._update(workbench_of(pl_module), progress(trainer))
         if self.done < self.updates:
             rank_zero_warn(
                 f"training ended before the pruning schedule did: sparsity is {self.reached:.3f}, not yet {self.sparsity}; "
                 "train longer or lower end"
             )
+        super().on_train_end(trainer, pl_module)
 
     def _update(self, work: Workbench, progress: float) -> bool:
         """Renews the masks if another update is due; returns whether it was."""

@@ -81,7 +81,7 @@ class _GradientHistogram:
 
     def _see(self, module: object, inputs: object, output: Tensor) -> None:
         images = len(output)
-        bins = ((output.detach() - self.first) / self.width).long().clamp_(0, BINS - 1).view(images, -1)
+        bins = ((output.detach() - self.first) / self.width).long().clamp_(0, BINS - 1).reshape(images, -1)
         bins += BINS * torch.arange(images, device=bins.device).view(-1, 1)
 
         def add(gradient: Tensor) -> None:

@@ -1,0 +1,76 @@
+"""The user's optimizers after surgery: each parameter of the network that trains exactly once, and none that is gone."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import fx, nn
+from torch.optim import Optimizer
+
+Group = dict[str, Any]
+
+
+def take_out(group: Group, wanted: set[int]) -> Group:
+    """Takes the parameters with these ``id``s out of a parameter group, and returns them (and their names, if it has any)."""
+    gone = [id(parameter) in wanted for parameter in group["params"]]
+    taken: Group = {}
+    for key in ("params", "param_names"):
+        if key in group:
+            taken[key] = [value for value, out in zip(group[key], gone, strict=True) if out]
+            group[key] = [value for value, out in zip(group[key], gone, strict=True) if not out]
+    return taken
+
+
+def renew_parameters(optimizers: Sequence[Optimizer], network: fx.GraphModule, before: Iterable[nn.Parameter]) -> None:
+    """Mends optimizers that were given parameters from before the surgery.
+
+    Those that surgery has taken away (of folded BatchNorms) leave; those that it has made (the biases of their layers) join
+    the group of their layer's weight, unless an optimizer has them already.
+
+    Args:
+        optimizers: as the user has made them.
+        network: after the surgery.
+        before: the network's parameters before it.
+    """
+    now = dict(network.named_parameters())
+    gone = {id(parameter) for parameter in before} - {id(parameter) for parameter in now.values()}
+    for group in _groups(optimizers):
+        for parameter in take_out(group, gone)["params"]:
+            for optimizer in optimizers:
+                optimizer.state.pop(parameter, None)
+    known = {id(parameter) for parameter in before} | _held(optimizers)
+    for name, parameter in now.items():
+        owner, _, kind = name.rpartition(".")
+        if kind == "bias" and id(parameter) not in known:
+            for group in _groups(optimizers):
+                if any(held is now[f"{owner}.weight"] for held in group["params"]):
+                    _join(group, name, parameter)
+
+
+def take_in(optimizers: Sequence[Optimizer], network: fx.GraphModule, scales: Sequence[nn.Parameter]) -> None:
+    """Adds the ``scales`` that no optimizer has to the group that has most of the network's parameters, if one has any."""
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+
+    def share(group: Group) -> int:
+        return sum(parameter.numel() for parameter in group["params"] if id(parameter) in names)
+
+    home = max(_groups(optimizers), key=share, default=None)
+    if home is None or share(home) == 0:
+        return  # the network is not trained
+    held = _held(optimizers)
+    for scale in scales:
+        if id(scale) not in held:
+            _join(home, names[id(scale)], scale)
+
+
+def _join(group: Group, name: str, parameter: nn.Parameter) -> None:
+    group["params"].append(parameter)
+    if "param_names" in group:
+        group["param_names"].append(name)
+
+
+def _groups(optimizers: Iterable[Optimizer]) -> list[Group]:
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
+def _held(optimizers: Iterable[Optimizer]) -> set[int]:
+    return {id(parameter) for group in _groups(optimizers) for parameter in group["params"]}

@@ -1,0 +1,30 @@
+"""The random generators' states as plain data, which a checkpoint can carry under ``weights_only=True``."""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def random_state() -> dict[str, Any]:
+    """The states of the generators of Python, NumPy and torch (CPU, and the GPU in use)."""
+    kind, keys, *rest = np.random.get_state()
+    on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, [int(key) for key in keys], *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if on_gpu else None,
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Puts every generator into the state that ``random_state`` has noted."""
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
