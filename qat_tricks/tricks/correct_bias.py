@@ -59,7 +59,7 @@ def _correct(traced: fx.GraphModule, quantized: "_Stream", reference: "_Stream")
         error = _certain(_image_means(expected, layer) - _image_means(outputs, layer))
         layer.bias.add_(error)
         for output in outputs:
-            output.add_(error.view(-1, *[1] * (output.dim() - 2)))
+            output.movedim(layer.output_axis, -1).add_(error)
 
 
 def _image_means(outputs: Sequence[Tensor], layer: Layer) -> Tensor:

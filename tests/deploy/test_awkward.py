@@ -95,8 +95,20 @@ class Functional(nn.Module):
         return F.linear(x.mean([2, 3]), self.matrix)
 
 
+class ChannelsLast(nn.Module):
+    """Linears on ``[N, H, W, C]``, as in ConvNeXt's blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mix, self.last, self.fc = conv(3, 8), nn.Linear(8, 16), nn.Conv2d(16, 8, 1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.mix(self.stem(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        return self.fc(F.relu(self.last(x)).mean([2, 3]))
+
+
 PURE = [
-    AfterActivation, BeforeConv, WithoutAffine, GroupedAndDilated, Dropped, TwoReaders, Shared, Functional,
+    AfterActivation, BeforeConv, WithoutAffine, GroupedAndDilated, Dropped, TwoReaders, Shared, Functional, ChannelsLast,
 ]  # fmt: skip
 
 
