@@ -151,6 +151,12 @@ def measure(name: str, args: argparse.Namespace) -> str:
     )
 
 
+def _rows(path: Path) -> dict[str, str]:
+    """The rows of a table that an earlier run began, by network; its failures are tried again."""
+    rows = [line for line in path.read_text().splitlines() if line.startswith("| ") and "| failed |" not in line]
+    return {row.split("|")[1].strip(): row for row in rows[1:]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for folder in ("calibration", "val"):
@@ -181,7 +187,11 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines[4:]), flush=True)
+    done_before = _rows(args.out) if args.out and args.out.is_file() else {}
     for name in args.networks:
+        if name in done_before:
+            lines.append(done_before[name])
+            continue
         # A process each: what one network leaves in memory does not weigh on the next.
         command = [sys.executable, os.path.abspath(__file__), "--one", "--networks", name]
         for option in ("calibration", "val", "images", "test_images", "seed", "threads"):
