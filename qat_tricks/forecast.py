@@ -3,7 +3,7 @@
 import copy
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.fold import fold_batchnorm
-from qat_tricks.graph.layers import Elementwise, Layer, float_mode
+from qat_tricks.graph.layers import LAYER_OF, Elementwise, Layer, float_mode, is_layer
 from qat_tricks.graph.place import place_quantizers
 from qat_tricks.graph.trace import module_of, trace
 from qat_tricks.numerics import ActivationQuantizer
@@ -67,18 +67,21 @@ class Forecast:
 
 
 @torch.no_grad()
-def forecast(network: nn.Module, images: Tensor, settings: Mapping[str, Any] | None = None) -> Forecast:
+def forecast(
+    network: nn.Module, images: Tensor, settings: Mapping[str, Any] | None = None, whole: Sequence[str] = ()
+) -> Forecast:
     """Foresees which operations of ``network`` ONNX Runtime will run in integers, without calibrating or training.
 
     Args:
         network: a float classifier; it stays as it is.
         images: one image or more, ``[N, C, H, W]``, whose shape the MACs are counted for.
         settings: of the ``quantize`` trick: ``include``, ``exclude``, ``overrides`` and bits.
+        whole: name patterns of submodules that are not traced through.
 
     Raises:
         QatTricksError: the network cannot be traced, or a pattern matches no layer.
     """
-    traced = trace(copy.deepcopy(network).eval())
+    traced = trace(copy.deepcopy(network).eval(), whole)
     fold_batchnorm(traced)
     place_quantizers(traced, **(settings or {}))
     run = _Shapes(traced)
@@ -87,7 +90,7 @@ def forecast(network: nn.Module, images: Tensor, settings: Mapping[str, Any] | N
     integer = total = 0
     in_float = []
     for node in traced.graph.nodes:
-        macs = _macs(node, traced, run.shapes)
+        macs = _macs(node, traced, run.shapes) + run.within.get(node, 0)
         total += macs
         reason = _reason(node, traced)
         if reason is None:
@@ -99,17 +102,33 @@ def forecast(network: nn.Module, images: Tensor, settings: Mapping[str, Any] | N
 
 
 class _Shapes(fx.Interpreter):
-    """Keeps the shape of what each node yields."""
+    """Keeps the shape of what each node yields, and the MACs within modules that were kept whole."""
 
     def __init__(self, traced: fx.GraphModule) -> None:
         super().__init__(traced)
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+        self.within: dict[fx.Node, int] = {}
 
     def run_node(self, n: fx.Node) -> Any:
+        module = module_of(n, self.module)  # type: ignore[arg-type]
+
+        def count(part: Any, inputs: object, output: Tensor) -> None:
+            self.within[n] = self.within.get(n, 0) + output.numel() * math.prod(part.weight.shape[1:])
+
+        hooks = [part.register_forward_hook(count) for part in _layers_within(module)]
         result = super().run_node(n)
+        for hook in hooks:
+            hook.remove()
         if isinstance(result, Tensor):
             self.shapes[n] = tuple(result.shape)
         return result
+
+
+def _layers_within(module: nn.Module | None) -> list[nn.Module]:
+    """The convs and linears inside of a module that is none itself."""
+    if module is None or is_layer(module):
+        return []
+    return [part for part in module.modules() if isinstance(part, tuple(LAYER_OF)) and part is not module]
 
 
 def _macs(node: fx.Node, traced: fx.GraphModule, shapes: Mapping[fx.Node, tuple[int, ...]]) -> int:
@@ -136,6 +155,8 @@ def _reason(node: fx.Node, traced: fx.GraphModule) -> str | None:
         return None
     if isinstance(module, Elementwise) or (n.is_integer_op(node, traced) and n.output_quantizer_of(node, traced)):
         return None
+    if _layers_within(module):
+        return "kept whole"
     if isinstance(module, _TRANSPOSED):
         return "no integer kernel for transposed convs"
     if n.calls_batchnorm(node, traced):

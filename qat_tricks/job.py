@@ -94,14 +94,15 @@ def foresee(config: DictConfig) -> Forecast:
     Raises:
         QatTricksError: bad input, a network that cannot be traced, or a recipe that quantizes nothing.
     """
-    settings = [trick.settings for trick in recipe_of(config).tricks if isinstance(trick, Quantize)]
+    recipe = recipe_of(config)
+    settings = [trick.settings for trick in recipe.tricks if isinstance(trick, Quantize)]
     if not settings:
         raise QatTricksError(f"recipe {config.recipe.name} does not quantize: preflight=true has nothing to foresee")
     data = build_data(**OmegaConf.to_container(config.data, resolve=True))  # type: ignore[arg-type]
     data.prepare_data()
     data.setup()
     network = _classifier(config, data).network
-    return forecast(network, torch.zeros(1, data.in_channels, *data.image_size), settings[-1])
+    return forecast(network, torch.zeros(1, data.in_channels, *data.image_size), settings[-1], recipe.whole)
 
 
 def _classifier(config: DictConfig, data: ImageData) -> Classifier:

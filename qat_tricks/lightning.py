@@ -59,7 +59,7 @@ def attach(trick: Trick, trainer: pl.Trainer, pl_module: pl.LightningModule) -> 
         saved = _prepare_restore(trainer, pl_module)
         teacher = copy.deepcopy(network) if any(t.needs_teacher for t in tricks) else None
         before = list(network.parameters())
-        work = Workbench(network if saved is None else rebuild(network, saved), teacher=teacher)
+        work = Workbench(network if saved is None else rebuild(network, saved), teacher=teacher, whole=trick.whole)
         work.parameters_before = before
         attach_workbench(pl_module, work, name)
     check_order(tricks, work.history)

@@ -33,7 +33,7 @@ def quantize(
             f'recipe "{recipe}" trains ({", ".join(training)}), which needs a trainer: pass qat_tricks.recipe("{recipe}") to '
             "pl.Trainer(callbacks=…), or set its epochs to 0"
         )
-    work = Workbench(copy.deepcopy(net).eval(), lambda num_images: loader)
+    work = Workbench(copy.deepcopy(net).eval(), lambda num_images: loader, whole=loaded.whole)
     for stage in loaded.stages:
         do_stage(stage, work)
     return work.network.eval()

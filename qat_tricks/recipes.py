@@ -16,7 +16,7 @@ from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.order import check_order
 from qat_tricks.trick import Trick
 
-RECIPE_KEYS = {"name", "network", "stages"}
+RECIPE_KEYS = {"name", "network", "whole", "stages"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,7 @@ class Recipe:
     name: str
     stages: list[Stage]
     network: str | None = None
+    whole: tuple[str, ...] = ()  # name patterns of submodules that are not traced through
 
     @property
     def tricks(self) -> list[Trick]:
@@ -135,6 +136,10 @@ def check_recipe(config: DictConfig | Mapping[str, Any]) -> Recipe:
         for key in ("name", "network")
         if not _is_text(plain.get(key))
     ]
+    whole = plain.get("whole") or []
+    if not isinstance(whole, list) or not all(isinstance(pattern, str) for pattern in whole):
+        problems.append(f'recipe.whole={whole!r} is not allowed: give name patterns, such as ["stages.3.*"]')
+        whole = []
     stages: list[Stage] = []
     done: list[str] = []
     for stage_name, settings in _mapping("recipe.stages", plain.get("stages"), problems).items():
@@ -144,7 +149,7 @@ def check_recipe(config: DictConfig | Mapping[str, Any]) -> Recipe:
         tricks: list[Trick] = []
         for trick_name, given in chosen.items():
             try:
-                tricks.append(make_trick(trick_name, _mapping(trick_name, given, problems), network=network))
+                tricks.append(make_trick(trick_name, _mapping(trick_name, given, problems), network=network, whole=whole))
             except QatTricksError as error:
                 problems.append(f"{where}: {error}")
         try:
@@ -161,7 +166,7 @@ def check_recipe(config: DictConfig | Mapping[str, Any]) -> Recipe:
         done += [*chosen, *(trick.name for trick in tricks)]
     if problems:
         raise QatTricksError("; ".join(problems))
-    return Recipe(name=name, stages=stages, network=network)
+    return Recipe(name=name, stages=stages, network=network, whole=tuple(whole))
 
 
 def _is_text(value: Any) -> bool:
@@ -175,7 +180,9 @@ def _mapping(where: str, value: Any, problems: list[str]) -> dict[str, Any]:
     return {}
 
 
-def make_trick(name: str, settings: Mapping[str, Any], *, network: str | None = None) -> Trick:
+def make_trick(
+    name: str, settings: Mapping[str, Any], *, network: str | None = None, whole: Sequence[str] = ()
+) -> Trick:
     """Makes a trick's callback; settings that are not given take their value from the trick's YAML.
 
     Raises:
@@ -185,7 +192,7 @@ def make_trick(name: str, settings: Mapping[str, Any], *, network: str | None = 
     defaults = {} if target is not None and name not in options("trick") else trick_config(name)
     arguments = {**defaults, **settings}
     trick = make(name, trick_class(name, arguments.pop("_target_")), arguments)
-    trick.network_name = network
+    trick.network_name, trick.whole = network, tuple(whole)
     return trick
 
 

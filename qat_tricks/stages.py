@@ -44,7 +44,7 @@ def run_stages(
     extra_callbacks = list(settings.pop("callbacks", None) or [])
     name = find_network(module, recipe.network)
     teacher = copy.deepcopy(module.get_submodule(name)) if any(t.needs_teacher for t in recipe.tricks) else None
-    work = attach_workbench(module, Workbench(module.get_submodule(name), teacher=teacher), name)
+    work = attach_workbench(module, Workbench(module.get_submodule(name), teacher=teacher, whole=recipe.whole), name)
     for stage in recipe.stages:
         if stage.epochs == 0:
             work.loader = partial(loaded_once, lambda num_images: map(images_of, calibration_images(datamodule, num_images)))

@@ -22,12 +22,14 @@ class Trick(pl.Callback):
         after: tricks that, where a recipe has them too, must come earlier.
         needs_teacher: whether the float network has to be kept beside the quantized one.
         network_name: attribute of the LightningModule that holds the network; None finds it.
+        whole: name patterns of its submodules that are not traced through.
     """
 
     requires: ClassVar[tuple[str, ...]] = ()
     after: ClassVar[tuple[str, ...]] = ()
     needs_teacher: ClassVar[bool] = False
     network_name: str | None = None
+    whole: tuple[str, ...] = ()
     _random_state: dict[str, Any] | None = None  # of a run resumed in the middle of an epoch, until it goes on
 
     @property

@@ -1,7 +1,7 @@
 """What tricks work on: a traced network, images to look at, and the float networks to compare with."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,9 +31,10 @@ class Workbench:
         loader: Callable[[int], Iterable[Any]] | None = None,
         *,
         teacher: nn.Module | None = None,
+        whole: Sequence[str] = (),
     ) -> None:
         self.parameters_before = list(network.parameters())
-        self.network = trace(network)
+        self.network = trace(network, whole)
         self.loader = loader
         self.teacher = teacher
         self.network_name = ""

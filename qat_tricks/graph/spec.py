@@ -2,6 +2,7 @@
 
 ::
 
+    whole        [pattern, ...]                submodules that were not traced through
     folded       [[layer, batchnorm], ...]     BatchNorms folded into the layer before them
     uncapped     [node, ...]                   ReLU6 that became ReLU for equalization
     layers       {name: {"weight": scheme, "scale": bool, "mask": bool}}
@@ -42,7 +43,7 @@ def rebuild(network: nn.Module, spec: dict[str, Any]) -> fx.GraphModule:
     Raises:
         QatTricksError: the spec is of another network.
     """
-    traced = trace(network)
+    traced = trace(network, spec.get("whole", ()))
     traced.meta["qat_tricks"] = copy.deepcopy(spec)
     names = {node.name for node in traced.graph.nodes}
     modules = dict(traced.named_modules())

@@ -3,22 +3,34 @@
 import inspect
 import operator
 import traceback
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from qat_tricks.errors import QatTricksError
+from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.graph import attention
 from qat_tricks.graph.functional import functions_to_modules
 
 
 class Tracer(fx.Tracer):
-    """Keeps whole every module that behaves differently in training: traced through, it would be frozen in one mode."""
+    """Keeps whole every module that behaves differently in training: traced through, it would be frozen in one mode.
+
+    Attributes:
+        whole: name patterns of other modules to keep whole.
+        culprit: the innermost module that could not be traced.
+    """
+
+    def __init__(self, whole: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.whole = whole
+        self.culprit: str | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if super().is_leaf_module(m, module_qualified_name):
+        if super().is_leaf_module(m, module_qualified_name) or any(fnmatchcase(module_qualified_name, p) for p in self.whole):
             return True
         has_parts = any(True for _ in m.children()) or any(True for _ in m.parameters(recurse=False))
         return not has_parts and "training" in type(m).forward.__code__.co_names
@@ -27,26 +39,42 @@ class Tracer(fx.Tracer):
         """Traces through self-attention, so that its projections are linears like any other."""
         if isinstance(m, nn.MultiheadAttention) and attention.is_plain(m, args, kwargs):
             return attention.attend(m, args[0]), None
-        return super().call_module(m, forward, args, kwargs)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.culprit = self.culprit or self.path_of_module(m)
+            raise
 
 
-def trace(network: nn.Module) -> fx.GraphModule:
+def trace(network: nn.Module, whole: Sequence[str] = ()) -> fx.GraphModule:
     """Returns ``network`` as a graph module that shares its parameters; a graph module of ours is returned as it is.
 
+    Args:
+        network: takes images and yields logits.
+        whole: name patterns (``fnmatch``) of submodules to keep as they are, in float: what they do is not looked at.
+
     Raises:
-        QatTricksError: the network takes several inputs, or its control flow depends on their values; names the line of its code.
+        QatTricksError: the network takes several inputs, its control flow depends on their values (names the line of its code and
+            the submodule), or a pattern matches no submodule.
     """
     if isinstance(network, fx.GraphModule) and "qat_tricks" in network.meta:
         return network
     _check_inputs(network)
+    names = [name for name, _ in network.named_modules() if name]
+    for pattern in whole:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise QatTricksError(f'whole: pattern "{pattern}" matches no submodule: {did_you_mean(pattern, names)}')
+    tracer = Tracer(whole)
     was_training = network.training
     network.eval()  # auxiliary heads and stochastic branches belong to training only
     try:
-        graph = Tracer().trace(network)
+        graph = tracer.trace(network)
     except Exception as error:  # whatever user code raises when it meets a proxy
+        part = f'keep that part in float with whole=["{tracer.culprit}"]'
+        way_out = part if tracer.culprit else "hand over the part that can be"
         raise QatTricksError(
             f"{type(network).__name__} cannot be traced: {_user_line(error)}: {_first_line(error)}; mend that line so that it "
-            "does not depend on the values or the shape of the input, or hand over the part that can be traced"
+            f"does not depend on the values or the shape of the input, or {way_out}"
         ) from error
     finally:
         network.train(was_training)
@@ -56,7 +84,7 @@ def trace(network: nn.Module) -> fx.GraphModule:
     _erase_identities(traced)
     functions_to_modules(traced, network)
     traced.train(was_training)
-    traced.meta["qat_tricks"] = {}
+    traced.meta["qat_tricks"] = {"whole": list(whole)} if whole else {}
     return traced
 
 

@@ -15,7 +15,7 @@ from qat_tricks.deploy.coverage import integer_coverage
 from qat_tricks.deploy.session import open_session
 from qat_tricks.errors import QatTricksError
 from qat_tricks.forecast import forecast
-from qat_tricks.graph import layers, spec_of
+from qat_tricks.graph import layers, rebuild, spec_of
 
 
 class Head(nn.Module):
@@ -236,3 +236,36 @@ def test_channels_last_changes_nothing(tmp_path):
     torch.testing.assert_close(last(images(4)), plain(images(4)), rtol=0, atol=0.05)
     report = qat_tricks.export_onnx(last, tmp_path / "model.onnx", images(2), images=[images(16)])
     assert report.sqnr_db > 40
+
+
+class Untraceable(nn.Module):
+    """A part whose control flow depends on its values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) if x.mean() > -1000 else x
+
+
+class PartlyUntraceable(Head):
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), Untraceable(), nn.Conv2d(8, 8, 1))
+
+
+def test_a_part_that_cannot_be_traced_is_named_and_can_be_kept_whole(tmp_path):
+    net = seeded(PartlyUntraceable)
+    with pytest.raises(QatTricksError, match=r'test_awkward.py:\d+ .* whole=\["between.2"\]'):
+        qat_tricks.quantize(net, [images(64)])
+    with pytest.raises(QatTricksError, match='"betwixt.2" matches no submodule'):
+        qat_tricks.quantize(net, [images(64)], overrides=["whole=[betwixt.2]"])
+    quantized = qat_tricks.quantize(net, [images(64)], overrides=["whole=[between.2]"])
+    expected = net(images(64)).detach()
+    assert (quantized(images(64)) - expected).square().mean() < 0.01 * expected.square().mean()
+    assert set(layers(quantized)) == {"stem.0", "between.0", "between.3", "last.0", "fc"}
+    seen = forecast(net, images(1), whole=["between.2"])
+    assert [(row.name, row.reason, row.macs) for row in seen.in_float] == [("between.2", "kept whole", 16 * 16 * 8 * 8)]
+    rebuilt = rebuild(seeded(PartlyUntraceable), spec_of(quantized)).eval()
+    rebuilt.load_state_dict(quantized.state_dict())
+    assert torch.equal(rebuilt(images(4)), quantized(images(4)))
