@@ -258,7 +258,7 @@ def test_a_part_that_cannot_be_traced_is_named_and_can_be_kept_whole(tmp_path):
     net = seeded(PartlyUntraceable)
     with pytest.raises(QatTricksError, match=r'test_awkward.py:\d+ .* whole=\["between.2"\]'):
         qat_tricks.quantize(net, [images(64)])
-    with pytest.raises(QatTricksError, match='"betwixt.2" matches no submodule'):
+    with pytest.raises(QatTricksError, match=r'"betwixt\.2" matches no submodule'):
         qat_tricks.quantize(net, [images(64)], overrides=["whole=[betwixt.2]"])
     quantized = qat_tricks.quantize(net, [images(64)], overrides=["whole=[between.2]"])
     expected = net(images(64)).detach()
