@@ -157,6 +157,11 @@ def recipe_of(config: DictConfig) -> "Recipe":
     return replace(recipe, stages=stages)
 
 
+def timing(measure: Any) -> dict[str, Any]:
+    """How long, and under what, each file is timed: the settings of ``measure`` that ``measure_latency`` takes."""
+    return {key: measure[key] for key in ("batch_size", "threads", "runs", "max_seconds")}
+
+
 def evaluation_folder(config: DictConfig) -> Path:
     """Where ``evaluate.py`` writes: ``folder``, or ``evaluation`` beside the artifact."""
     return Path(config.folder) if config.folder else Path(config.artifact).parent / "evaluation"

@@ -15,7 +15,7 @@ from torch import nn
 
 from qat_tricks.baseline import prepare_baseline
 from qat_tricks.classifier import Classifier
-from qat_tricks.config import recipe_of
+from qat_tricks.config import recipe_of, timing
 from qat_tricks.data import ImageData, build_data
 from qat_tricks.data.lightning import ImageDataModule
 from qat_tricks.data.module import Batches
@@ -201,10 +201,7 @@ class _Run:
         latency = measure_latency(
             {"model": path},
             image_shape=self.shape,
-            batch_size=measure.batch_size,
-            threads=measure.threads,
-            runs=measure.runs,
-            max_seconds=measure.max_seconds,
+            **timing(measure),
         )["model"]
         row = self.ledger.stages.pop()
         costs = {"size_bytes": file_bytes(path), "latency_ms": latency, "sparsity": weight_sparsity(path)}
@@ -264,10 +261,7 @@ class _Run:
         device = measure_device(
             self._paths,
             self.shape,
-            batch_size=measure.batch_size,
-            threads=measure.threads,
-            runs=measure.runs,
-            max_seconds=measure.max_seconds,
+            **timing(measure),
         )
         self.ledger.add(
             LedgerRow(

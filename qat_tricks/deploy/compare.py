@@ -45,6 +45,12 @@ def compare_logits(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, 
     }
 
 
+def agrees(top1_agreement: float, images: int, least: float) -> bool:
+    """Whether so many of ``images`` got the same class as ``least``, a share, asks; below 1, one image alone is never held
+    against it."""
+    return round((1 - top1_agreement) * images) <= max((1 - least) * images, float(least < 1))
+
+
 def decibels(signal: float, noise: float) -> float:
     """The ratio of two powers in dB, from -200 to 200."""
     if noise == 0.0:

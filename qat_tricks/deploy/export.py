@@ -18,6 +18,7 @@ from onnx import helper
 from torch import Tensor, fx, nn
 from torch.utils._pytree import MappingKey, tree_flatten_with_path
 
+from qat_tricks.deploy.compare import agrees
 from qat_tricks.deploy.layer_parity import measure_layer_parity
 from qat_tricks.deploy.onnx_passes import COPY, name_quantized, tidy
 from qat_tricks.deploy.parity import ParityReport, measure_parity
@@ -151,9 +152,7 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _check(report: ParityReport, min_top1_agreement: float, min_sqnr_db: float) -> None:
-    wrong = round((1 - report.top1_agreement) * report.images)
-    allowed = max((1 - min_top1_agreement) * report.images, float(min_top1_agreement < 1))
-    if wrong <= allowed and report.sqnr_db >= min_sqnr_db:
+    if agrees(report.top1_agreement, report.images, min_top1_agreement) and report.sqnr_db >= min_sqnr_db:
         return
     raise QatTricksError(
         f"the ONNX file does not run as simulated, so it was not kept: on {report.images} images top-1 "

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import nn
 
-from qat_tricks.config import evaluation_folder
+from qat_tricks.config import evaluation_folder, timing
 from qat_tricks.data import ImageData, Preprocessing, build_data
 from qat_tricks.data.module import Batches
 from qat_tricks.deploy.latency import measure_throughput
@@ -105,10 +105,7 @@ def evaluate_artifact(config: DictConfig) -> dict[str, Any]:
     device = measure_device(
         paths,
         shape,
-        batch_size=measure.batch_size,
-        threads=measure.threads,
-        runs=measure.runs,
-        max_seconds=measure.max_seconds,
+        **timing(measure),
     )
     report = {
         "recipe": artifact.recipe,

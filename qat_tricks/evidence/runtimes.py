@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat_tricks.deploy.compare import compare_logits
+from qat_tricks.config import timing
+from qat_tricks.deploy.compare import agrees, compare_logits
 from qat_tricks.deploy.latency import measure_latency, measure_load
 from qat_tricks.deploy.runtimes import open_network, runtime_version
 from qat_tricks.errors import QatTricksError
@@ -42,11 +43,8 @@ def measure_runtime(
     latency = measure_latency(
         paths,
         image_shape=image_shape,
-        batch_size=measure.batch_size,
-        threads=measure.threads,
         runtime=runtime,
-        runs=measure.runs,
-        max_seconds=measure.max_seconds,
+        **timing(measure),
     )
     load = measure_load(paths, threads=measure.threads, runtime=runtime)
     return {
@@ -73,8 +71,7 @@ def check_parity(runtime: str, found: Mapping[str, Any], min_top1_agreement: flo
     Raises:
         QatTricksError: with the figures.
     """
-    wrong = round((1 - found["top1_agreement"]) * found["images"])
-    if wrong > max((1 - min_top1_agreement) * found["images"], float(min_top1_agreement < 1)):
+    if not agrees(found["top1_agreement"], found["images"], min_top1_agreement):
         raise QatTricksError(
             f"{runtime} does not run the file as ONNX Runtime does: on {found['images']} images top-1 agreement "
             f"{found['top1_agreement']:.4f} (at least {min_top1_agreement}), SQNR {found['sqnr_db']:.1f} dB; "

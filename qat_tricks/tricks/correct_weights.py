@@ -43,13 +43,12 @@ def _match_mean(layer: Layer) -> None:
     assert quantizer is not None
     scheme, scale = quantizer.scheme, quantizer.current_scale(weight)
     exact = weight / scale
-    steps = torch.round(exact).clamp_(scheme.qmin, scheme.qmax)
+    nearest = steps = torch.round(exact).clamp_(scheme.qmin, scheme.qmax)
     movable = (exact.abs() < scheme.qmax) & (weight != 0)  # not what clips, sets the scale, or is pruned
     for kernels in (exact.flatten(2) if exact.dim() > 2 else None, exact.flatten(1)):
         if kernels is not None:
             steps = _balance(kernels, steps.reshape(kernels.shape), movable.reshape(kernels.shape)).reshape(exact.shape)
-    moved = steps != torch.round(exact).clamp_(scheme.qmin, scheme.qmax)
-    layer.weight.copy_(torch.where(moved, steps * scale, layer.weight))
+    layer.weight.copy_(torch.where(steps != nearest, steps * scale, layer.weight))
 
 
 def _match_spread(layer: Layer, target: Tensor) -> None:
