@@ -160,6 +160,14 @@ def test_a_loss_that_is_no_number_without_a_cause_in_the_network(tmp_path):
         run(tmp_path, lit=Broken().train())
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C raises, also where a shell started the tests in the background, with SIGINT ignored; Lightning ignores it after one."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
 class Interrupt(pl.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == 5:
@@ -167,15 +175,11 @@ class Interrupt(pl.Callback):
 
 
 @pytest.mark.feature("Ctrl-C: a checkpoint remains that resumes exactly")
-def test_an_interrupted_fit_resumes_exactly_from_last(tmp_path):
+def test_an_interrupted_fit_resumes_exactly_from_last(tmp_path, ctrl_c):
     expected = run(tmp_path / "whole", recipe="int8_prune50").state_dict()
-    handler = signal.getsignal(signal.SIGINT)
     lit = Lit().train()
-    try:
-        with pytest.raises(SystemExit):
-            run(tmp_path / "stopped", recipe="int8_prune50", extra=[Interrupt()], lit=lit)
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "stopped", recipe="int8_prune50", extra=[Interrupt()], lit=lit)
     assert "training_step" not in lit.__dict__
     found = run(tmp_path / "stopped", "last", recipe="int8_prune50", lit=Lit(seed=5).train()).state_dict()
     assert differences(expected, found) == []
@@ -192,7 +196,7 @@ def test_calibration_refuses_pixels_that_are_no_numbers():
 
 
 @pytest.mark.feature("Ctrl-C of train.py: a usable checkpoint and a report remain")
-def test_an_interrupted_run_leaves_a_checkpoint_and_a_report(tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_leaves_a_checkpoint_and_a_report(tmp_path, monkeypatch, capsys, ctrl_c):
     def interrupt(self, trainer, pl_module, loss):
         if trainer.global_step == 2:
             os.kill(os.getpid(), signal.SIGINT)
@@ -201,12 +205,8 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_a_report(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     settings = "recipe=int8_qat data=fake model=custom model.factory=nets.SmallNet logger=none hydra.run.dir=run "
     settings += "baseline.epochs=1 measure.runs=5 measure.threads=1 measure.min_top1_agreement=0 trainer.accelerator=cpu"
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        with pytest.raises(SystemExit) as ended:
-            cli.train([*settings.split(), "trainer.enable_progress_bar=false"])
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    with pytest.raises(SystemExit) as ended:
+        cli.train([*settings.split(), "trainer.enable_progress_bar=false"])
     assert ended.value.code == cli.INTERRUPTED
     kept = read_report(tmp_path / "run")
     assert [stage["name"] for stage in kept["stages"]] == ["fp32", "ptq"]

@@ -86,7 +86,7 @@ class Layer(nn.Module):
     @property
     def has_input_scale(self) -> bool:
         """Whether the layer's input is on a grid, and which one is known."""
-        return bool(self.input_quantizer) and is_on(self.input_quantizer[0])
+        return len(self.input_quantizer) > 0 and is_on(self.input_quantizer[0])  # bool() of a tuple: torch 2.11 cannot compile
 
     def weight_scale(self, weight: Tensor) -> Tensor:
         """The weight's scale in evaluation and export, shape ``[1, .., C, .., 1]``.
