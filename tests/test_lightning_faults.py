@@ -162,7 +162,7 @@ def test_a_loss_that_is_no_number_without_a_cause_in_the_network(tmp_path):
 
 @pytest.fixture
 def ctrl_c():
-    """Ctrl-C raises, also where a shell started the tests in the background, with SIGINT ignored; Lightning ignores it after one."""
+    """Ctrl-C raises, also where a shell started the tests in the background and ignores it; Lightning ignores a second one."""
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, handler)
