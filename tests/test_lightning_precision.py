@@ -71,6 +71,25 @@ def test_the_quantized_network_compiles_without_a_graph_break(recipe, mode):
         assert torch.allclose(compiled, expected, atol=1e-6)
 
 
+@pytest.mark.feature("torch.compile: the gradients of the eager network")
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_compiled_network_has_the_same_gradients(recipe):
+    _, lit = fit(recipe, max_epochs=1)
+    network = lit.backbone.train()
+    torch._dynamo.reset()
+
+    def gradients(compute):
+        network.zero_grad()
+        compute(images(4)).square().sum().backward()
+        return {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+
+    expected, found = gradients(network), gradients(torch.compile(network, backend="eager"))
+    assert expected.keys() == found.keys()
+    assert any("scale" in name for name in expected)
+    for name, gradient in expected.items():
+        assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-6), name
+
+
 @pytest.mark.feature("torch.compile(module) in a trainer: the same weights")
 def test_a_compiled_module_trains_as_the_eager_one():
     _, eager = fit("int8_prune50", max_epochs=1)

@@ -22,7 +22,7 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
         steps = x / scale
-        out = torch.round(steps).clamp_(low, high).mul_(scale)
+        out = _dequantize(torch.round(steps), scale, low, high)
         if ctx.needs_input_grad[1]:
             ctx.save_for_backward(steps, scale, out)
         elif ctx.needs_input_grad[0]:
@@ -56,12 +56,19 @@ class _RoundToGrid(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
-        return (x / scale).round_().mul_(scale)
+        return _dequantize(torch.round(x / scale), scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
+
+
+def _dequantize(rounded: Tensor, scale: Tensor, low: int | None = None, high: int | None = None) -> Tensor:
+    """``clamp(rounded, low, high) * scale``, in place of ``rounded`` where that is safe."""
+    if torch.compiler.is_compiling():  # torch 2.11 gives a Function whose result was computed in place no gradient
+        return (rounded if low is None else rounded.clamp(low, high)) * scale
+    return (rounded if low is None else rounded.clamp_(low, high)).mul_(scale)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: int | Tensor, scheme: Scheme) -> Tensor:
