@@ -15,6 +15,8 @@ from rich.console import Console
 
 from qat_tricks import __version__
 from qat_tricks.classifier import Classifier
+from qat_tricks.errors import QatTricksError
+from qat_tricks.files import write_tensors
 from qat_tricks.models import build_model
 from qat_tricks.ranks import Ranks
 
@@ -83,10 +85,7 @@ def _restore(module: Classifier, kept: Path) -> bool:
 
 
 def _keep(module: Classifier, kept: Path) -> None:
-    unfinished = kept.with_suffix(f".{os.getpid()}.part")
     try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(module.network.state_dict(), unfinished)
-        unfinished.replace(kept)
-    except (OSError, RuntimeError) as error:
-        Console(stderr=True).print(f"the float baseline could not be kept in {kept.parent} ({error}); the run goes on")
+        write_tensors(module.network.state_dict(), kept)
+    except QatTricksError as error:
+        Console(stderr=True).print(f"the float baseline could not be kept: {error}; the run goes on")

@@ -19,6 +19,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from qat_tricks.errors import QatTricksError
+from qat_tricks.files import write_tensors
 from qat_tricks.graph.layers import is_layer
 from qat_tricks.graph.spec import rebuild, spec_of
 from qat_tricks.order import check_order
@@ -345,7 +346,6 @@ def save_checkpoint(pl_module: pl.LightningModule, path: str | Path) -> None:
     Raises:
         QatTricksError: the path cannot be written.
     """
-    path = Path(path)
     checkpoint = {
         "epoch": 0,
         "global_step": 0,
@@ -355,13 +355,7 @@ def save_checkpoint(pl_module: pl.LightningModule, path: str | Path) -> None:
     }
     if _ATTRIBUTE in pl_module.__dict__:
         checkpoint[CHECKPOINT_KEY] = describe(pl_module)
-    unfinished = path.with_name(path.name + ".part")
-    try:
-        torch.save(checkpoint, unfinished)
-        unfinished.replace(path)
-    except (OSError, RuntimeError) as error:
-        unfinished.unlink(missing_ok=True)
-        raise QatTricksError(f"{path} cannot be written ({error}): give a folder that can") from error
+    write_tensors(checkpoint, path)
 
 
 def load_from_checkpoint(

@@ -53,6 +53,40 @@ def test_a_damaged_checkpoint_that_was_named_is_refused(tmp_path):
         run(tmp_path, tmp_path / "step=8.ckpt")
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system with room for some three checkpoints, and what makes it larger."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a file system takes the rights of root")
+    yield disk, lambda: subprocess.run(["mount", "-o", "remount,size=16m", disk], check=True)
+    subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.feature("disk full while saving: a small tmpfs fills, and the run resumes from what was whole")
+def test_a_full_file_system_leaves_a_checkpoint_that_resumes(tmp_path, small_disk):
+    expected = run(tmp_path / "whole").state_dict()
+    disk, enlarge = small_disk
+    with pytest.raises(OSError, match="No space left"):
+        run(disk)
+    assert len(list(disk.glob("step=*.ckpt"))) < 8
+    enlarge()
+    found = run(disk, "last", lit=Lit(seed=5).train()).state_dict()
+    assert differences(expected, found) == []
+
+
+def test_save_checkpoint_on_a_full_file_system_keeps_the_one_before(small_disk):
+    disk, _ = small_disk
+    save_checkpoint(Lit(), disk / "a.ckpt")
+    before = (disk / "a.ckpt").read_bytes()
+    (disk / "filler").write_bytes(bytes(256 * 1024 - 4096 - len(before) - 4096))
+    with pytest.raises(QatTricksError, match=r"a\.ckpt\" cannot be written .*No space left"):
+        save_checkpoint(Lit(seed=1), disk / "a.ckpt")
+    assert (disk / "a.ckpt").read_bytes() == before
+    assert sorted(path.name for path in disk.iterdir()) == ["a.ckpt", "filler"]
+
+
 @pytest.mark.feature("disk full while saving: the checkpoint before stays, and resumes")
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
     expected = run(tmp_path / "whole").state_dict()
@@ -80,12 +114,13 @@ def test_save_checkpoint_leaves_nothing_half_written(tmp_path, monkeypatch):
     save_checkpoint(Lit(), tmp_path / "a.ckpt")
     before = (tmp_path / "a.ckpt").read_bytes()
 
-    def full(checkpoint, path):
-        path.write_bytes(b"half")
+    def full(path, data):
+        with open(path, "wb") as file:
+            file.write(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(QatTricksError, match=r"a\.ckpt cannot be written .*No space left"):
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(QatTricksError, match=r"a\.ckpt\" cannot be written .*No space left"):
         save_checkpoint(Lit(seed=1), tmp_path / "a.ckpt")
     assert (tmp_path / "a.ckpt").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]

@@ -3,7 +3,6 @@
 import copy
 import json
 import logging
-import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from qat_tricks.deploy.qdq import Emitted, to_qdq
 from qat_tricks.deploy.session import one_line
 from qat_tricks.deploy.weights import WEIGHT_BITS_KEY
 from qat_tricks.errors import QatTricksError
+from qat_tricks.files import replacing
 from qat_tricks.graph.fold import fold_batchnorm
 from qat_tricks.graph.layers import activation_quantizers, layers
 from qat_tricks.workbench import images_of, logits_of
@@ -76,7 +76,7 @@ def export_onnx(
             f"the example's shape is {tuple(example.shape)}: give at least one image, [N, C, H, W]"
         )
     simulated = copy.deepcopy(network).cpu().float().eval()
-    with _draft(path) as draft:
+    with replacing(path) as draft:
         model = _to_onnx(copy.deepcopy(simulated), example.detach().cpu().float(), opset)
         model.producer_name, model.producer_version = "qat_tricks", version("qat_tricks")
         helper.set_model_props(model, {**{p.key: p.value for p in model.metadata_props}, **(metadata or {})})
@@ -159,25 +159,6 @@ def _check(report: ParityReport, min_top1_agreement: float, min_sqnr_db: float) 
         f"agreement {report.top1_agreement:.4f} (at least {min_top1_agreement}), SQNR {report.sqnr_db:.1f} "
         f"dB (at least {min_sqnr_db:g}), largest error of a logit {report.max_abs_error:.3g}"
     )
-
-
-@contextmanager
-def _draft(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` that takes its place if all goes well and is gone otherwise."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.touch()
-        yield draft
-        os.replace(draft, path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise QatTricksError(
-            f'"{path}" cannot be written ({reason}): give a path in a folder of yours'
-        ) from error
-    finally:
-        if path.parent.is_dir():
-            draft.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ In front of what was there come Cast, Mul (1/255), Sub (mean) and Div (std), in 
 torchvision computes them: the network behind sees the same values to the last bit.
 """
 
-import os
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -18,6 +17,7 @@ from qat_tricks.deploy.compare import compare_logits
 from qat_tricks.deploy.onnx_graph import load_model
 from qat_tricks.deploy.runtimes import open_network
 from qat_tricks.errors import QatTricksError
+from qat_tricks.files import replacing
 
 NORMALIZATION_KEY = "qat_tricks.normalization"
 BUILT_IN = "built in"
@@ -58,8 +58,7 @@ def build_in_normalization(
     _prepend(model.graph, mean, std, scale)
     properties = {entry.key: entry.value for entry in model.metadata_props}
     helper.set_model_props(model, {**properties, NORMALIZATION_KEY: f'"{BUILT_IN}"'})
-    draft = path.with_name(f".{path.name}.{os.getpid()}.pixels")
-    try:
+    with replacing(path) as draft:
         onnx.save(model, str(draft))
         onnx.checker.check_model(str(draft))
         after = open_network(draft, threads=1)
@@ -69,12 +68,6 @@ def build_in_normalization(
                 f"with its normalization built in, the ONNX file gives {report['top1_agreement']:.4f} of {report['images']} "
                 f"images the same class as before, at least {min_top1_agreement} must: leave export.normalize=false"
             )
-        draft.replace(path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise QatTricksError(f'"{path}" cannot be written ({reason}): give a path in a folder of yours') from error
-    finally:
-        draft.unlink(missing_ok=True)
     return report
 
 

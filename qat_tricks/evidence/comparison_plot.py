@@ -1,6 +1,5 @@
 """The picture of a sweep: accuracy against size and against latency, every network a labelled point."""
 
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from qat_tricks.errors import QatTricksError
+from qat_tricks.files import replacing
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f7f7f")
 _FLOAT_COLOUR = "#000000"
@@ -40,14 +39,8 @@ def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
     FigureCanvasAgg(figure)
     for axes, (title, points) in zip(figure.subplots(1, 2), panels, strict=True):
         _panel(axes, title, points)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(temporary, format="png", dpi=130)
-        temporary.replace(path)
-    except OSError as error:
-        raise QatTricksError(f'cannot write "{path}" ({error.strerror or error})') from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as draft:
+        figure.savefig(draft, format="png", dpi=130)
 
 
 def _name(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:

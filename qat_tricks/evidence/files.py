@@ -1,12 +1,12 @@
-"""Files that appear whole or not at all."""
+"""Text and JSON files."""
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from qat_tricks.errors import QatTricksError
+from qat_tricks.files import replacing
 
 
 def write_text(path: Path, text: str) -> None:
@@ -15,18 +15,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         QatTricksError: the folder cannot be made or written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise QatTricksError(
-            f'cannot write "{path}" ({error.strerror or error}): choose a folder that can be written'
-        ) from error
+    with replacing(path) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, data: Any) -> None:

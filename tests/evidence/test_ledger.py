@@ -77,7 +77,7 @@ def test_the_widest_row_fits_a_terminal():
 
 def test_a_folder_that_cannot_be_written_is_one_line(ledger, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(QatTricksError, match=r"cannot write .*ledger\.json"):
+    with pytest.raises(QatTricksError, match=r"ledger\.json\" cannot be written"):
         ledger.write(tmp_path / "file" / "ledger.json")
 
 

@@ -110,7 +110,7 @@ def test_a_failed_write_keeps_the_old_report(tmp_path, monkeypatch):
 
 def test_an_unwritable_folder_is_one_line(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(QatTricksError, match="cannot write") as caught:
+    with pytest.raises(QatTricksError, match="cannot be written") as caught:
         write_report(tmp_path / "file" / "run", report())
     assert "\n" not in str(caught.value)
 
