@@ -165,6 +165,14 @@ def test_stochastic_weight_averaging_keeps_masks_and_grids():
     assert grids_are_exact(lit.eval())
 
 
+@pytest.mark.feature("StochasticWeightAveraging: scales keep their share of the learning rate")
+@pytest.mark.parametrize("rates", [0.02, [0.02]])
+def test_stochastic_weight_averaging_steps_scales_in_proportion(rates):
+    run, _ = fit([StochasticWeightAveraging(swa_lrs=rates, swa_epoch_start=1)], lit=Lit(optimizer="adam").train())
+    weights, scales = run.optimizers[0].param_groups
+    assert (weights["swa_lr"], scales["swa_lr"]) == (0.02, pytest.approx(0.0002))
+
+
 @pytest.mark.feature("WeightAveraging (mean and EMA)")
 @needs_averaging
 @pytest.mark.parametrize("average", [mean, ema])

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import StochasticWeightAveraging
 from torch import Tensor, fx, nn
 
 from qat_tricks.errors import QatTricksError
@@ -79,12 +80,23 @@ def give_scales_own_group(
             continue
         for key in _RATES & settings.keys():
             settings[key] = settings[key] * factor
-        optimizer.param_groups.append({**settings, **moved, "weight_decay": 0.0, "name": "scales"})
+        own_settings = {"weight_decay": 0.0, "name": "scales", "of_group": index, "lr_factor": factor}
+        optimizer.param_groups.append({**settings, **moved, **own_settings})
         for scheduler in _flatten(schedulers):
             for key, values in vars(scheduler).items():
                 if isinstance(values, list) and len(values) == len(optimizer.param_groups) - 1 and key in _PER_GROUP:
                     is_rate = isinstance(values[index], float) and "momentum" not in key
                     values.append(values[index] * factor if is_rate else values[index])
+
+
+def rates_with_scales(rates: float | list[float], optimizer: torch.optim.Optimizer) -> list[float]:
+    """Learning rates, one for all groups or for each that the user has made, as one for each group: scales keep their share."""
+    groups = optimizer.param_groups
+    of_scales = [group for group in groups if "lr_factor" in group]
+    given = rates if isinstance(rates, list) else [rates] * (len(groups) - len(of_scales))
+    if len(given) == len(groups):
+        return given
+    return [*given, *(given[group["of_group"]] * group["lr_factor"] for group in of_scales)]
 
 
 _RATES = {"lr", "initial_lr", "max_lr", "min_lr", "swa_lr"}  # of a group
@@ -143,6 +155,11 @@ class LearnScales(Trick):
             return gradient * (trainer.world_size * trainer.accumulate_grad_batches) ** -0.5
 
         self._handles = [scale.register_hook(as_of_one_batch) for scale in of_activations]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, StochasticWeightAveraging):  # it would give all groups one rate when its epoch comes
+                callback._swa_lrs = rates_with_scales(callback._swa_lrs, trainer.optimizers[0])
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for handle in self._handles:
