@@ -133,7 +133,7 @@ def measure(name: str, args: argparse.Namespace) -> str:
     seconds = time.perf_counter()
     quantized = qat_tricks.quantize(net, calibration)
     seconds = time.perf_counter() - seconds
-    folded = len(spec_of(quantized).get("folded", []))
+    folded = len({batchnorm for _, batchnorm in spec_of(quantized).get("folded", [])})
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = Path(folder) / "model.onnx"
         report = qat_tricks.export_onnx(

@@ -9,7 +9,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from qat_tricks.graph.layers import Add, Elementwise, Mul, is_layer
-from qat_tricks.graph.trace import module_of
+from qat_tricks.graph.trace import layer_at, module_of
 from qat_tricks.numerics import ActivationQuantizer
 
 _ADD: set[Any] = {Add, operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -25,7 +25,8 @@ _PASS: set[Any] = {
     nn.PixelShuffle, nn.PixelUnshuffle, nn.ZeroPad2d,
     F.max_pool1d, F.max_pool2d, F.adaptive_max_pool2d, F.channel_shuffle, F.pixel_shuffle, operator.getitem,
     torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.chunk, torch.split,
-    "flatten", "view", "reshape", "permute", "transpose", "contiguous", "squeeze", "unsqueeze", "chunk", "split", "expand",
+    "flatten", "view", "view_as", "reshape", "reshape_as",
+    "permute", "transpose", "contiguous", "squeeze", "unsqueeze", "chunk", "split", "expand",
 }  # fmt: skip
 _DROPOUTS: set[Any] = {nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout}
 _DROPOUT_NAMES = {"StochasticDepth", "DropPath", "DropBlock2d"}
@@ -69,13 +70,42 @@ def calls_batchnorm(node: fx.Node, traced: fx.GraphModule) -> bool:
     return isinstance(module_of(node, traced), BATCHNORMS)
 
 
-def is_foldable_batchnorm(node: fx.Node, traced: fx.GraphModule) -> bool:
-    """Whether ``node`` calls a BatchNorm with running statistics that alone follows a conv or linear, both called once."""
-    if not calls_batchnorm(node, traced) or traced.get_submodule(str(node.target)).running_var is None:
-        return False
+def folds_into(node: fx.Node, traced: fx.GraphModule) -> list[fx.Node]:
+    """The calls of the convs or linears, in the order of their channels, that can take in the BatchNorm that ``node`` calls.
+
+    It has running statistics and alone follows them: directly, behind a concat of channels, or behind a linear's rows made one
+    matrix. All are called once. The list is empty if it cannot be folded.
+    """
+    batchnorm: Any = module_of(node, traced)
+    if not calls_batchnorm(node, traced) or batchnorm.running_var is None or not is_used_once(node, traced):
+        return []
     before = node.all_input_nodes[0]
-    alone = calls_layer(before, traced) and len(before.users) == 1
-    return alone and is_used_once(node, traced) and is_used_once(before, traced)
+    if _flattens_rows(before, traced) and len(before.users) == 1:
+        before = before.all_input_nodes[0]
+        parts = [before] if hasattr(module_of(before, traced), "in_features") else []
+    else:
+        parts = list(before.all_input_nodes) if _concats_channels(before, traced) and len(before.users) == 1 else [before]
+    for part in parts:
+        if not calls_layer(part, traced) or len(_readers(part)) > 1 or not is_used_once(part, traced):
+            return []
+    channels = sum(layer_at(traced, str(part.target)).weight.shape[0] for part in parts)
+    return parts if channels == batchnorm.num_features else []
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """Who uses the values of ``node``, and not its shape alone."""
+    as_shape = {"reshape_as", "view_as"}
+    return [user for user in node.users if is_tensor(user) and not (user.target in as_shape and user.args[0] is not node)]
+
+
+def _concats_channels(node: fx.Node, traced: fx.GraphModule) -> bool:
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
+    return is_cat(node, traced) and bool(dim == 1)
+
+
+def _flattens_rows(node: fx.Node, traced: fx.GraphModule) -> bool:
+    """Whether ``node`` makes one matrix of ``[N, L, C]``."""
+    return calls(node, traced, {torch.flatten, "flatten"}) and node.args[1:] in ((0, 1), (0, -2))
 
 
 def is_used_once(node: fx.Node, traced: fx.GraphModule) -> bool:

@@ -146,7 +146,7 @@ def _is_mixed(cat: fx.Node, traced: fx.GraphModule) -> bool:
 
 def _with_activation(node: fx.Node, traced: fx.GraphModule) -> fx.Node:
     """The node to quantize for the output of ``node``: after the BatchNorm, ReLU or ReLU6 that alone uses it."""
-    after = n.only_user(node, lambda user: n.is_foldable_batchnorm(user, traced)) or node
+    after = n.only_user(node, lambda user: n.folds_into(user, traced) == [node] == user.all_input_nodes) or node
     last = after
     while dropout := n.only_user(last, lambda user: n.is_dropout(user, traced)):  # gone once deployed
         last = dropout

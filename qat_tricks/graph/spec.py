@@ -3,7 +3,7 @@
 ::
 
     whole        [pattern, ...]                submodules that were not traced through
-    folded       [[layer, batchnorm], ...]     BatchNorms folded into the layer before them
+    folded       [[layer, batchnorm], ...]     BatchNorms folded into the layer, or concatenated layers, before them
     uncapped     [node, ...]                   ReLU6 that became ReLU for equalization
     layers       {name: {"weight": scheme, "scale": bool, "mask": bool}}
     activations  {name: {"scheme": scheme, "activation": "relu" | "relu6" | None, "nodes": [node, ...], "learned": bool}}
@@ -56,8 +56,10 @@ def rebuild(network: nn.Module, spec: dict[str, Any]) -> fx.GraphModule:
             f"the checkpoint is of another network than {type(network).__name__}: it has no {', '.join(missing[:3])}; "
             "build the network that was trained"
         )
-    for layer, batchnorm in spec.get("folded", []):
-        erase_batchnorm(traced, layer, batchnorm)
+    for layer, _ in spec.get("folded", []):
+        give_bias(traced.get_submodule(layer))
+    for batchnorm in dict.fromkeys(batchnorm for _, batchnorm in spec.get("folded", [])):
+        erase_batchnorm(traced, batchnorm)
     uncap(traced, spec.get("uncapped", []))
     for name, entry in spec.get("layers", {}).items():
         layer_module = as_layer(traced.get_submodule(name))
@@ -67,14 +69,15 @@ def rebuild(network: nn.Module, spec: dict[str, Any]) -> fx.GraphModule:
     return traced
 
 
-def erase_batchnorm(traced: fx.GraphModule, layer: str, batchnorm: str) -> None:
-    """Takes the BatchNorm after ``layer`` out of the graph, its values aside, and makes sure the layer has a bias; the caller
-    recompiles."""
-    module = traced.get_submodule(layer)
-    assert isinstance(module.weight, torch.Tensor)
-    if module.bias is None:
-        channels = module.weight.shape[0]
-        module.bias = nn.Parameter(torch.zeros(channels, dtype=module.weight.dtype, device=module.weight.device))
+def give_bias(layer: nn.Module) -> None:
+    """Makes sure that a conv or linear has a bias, of zeros if it had none."""
+    assert isinstance(layer.weight, torch.Tensor)
+    if layer.bias is None:
+        layer.bias = nn.Parameter(torch.zeros(layer.weight.shape[0], dtype=layer.weight.dtype, device=layer.weight.device))
+
+
+def erase_batchnorm(traced: fx.GraphModule, batchnorm: str) -> None:
+    """Takes a BatchNorm out of the graph, its values aside; the caller recompiles."""
     for node in list(traced.graph.nodes):
         if node.op == "call_module" and node.target == batchnorm:
             node.replace_all_uses_with(node.all_input_nodes[0])
