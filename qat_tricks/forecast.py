@@ -24,10 +24,6 @@ from qat_tricks.numerics import ActivationQuantizer
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _PRODUCTS: set[Any] = {torch.matmul, torch.bmm, torch.einsum, operator.matmul, F.scaled_dot_product_attention, "matmul", "bmm"}
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.LocalResponseNorm)
-_ARITHMETIC: set[Any] = {
-    operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, torch.add, torch.sub, torch.mul, torch.div,
-    "add", "sub", "mul", "div", "add_", "mul_",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +161,7 @@ def _reason(node: fx.Node, traced: fx.GraphModule) -> str | None:
         return "no integer kernel: statistics of each image"
     if node.target in _PRODUCTS:
         return "product of two activations, as in attention"
-    if node.target in _ARITHMETIC:
+    if n.is_arithmetic(node):
         return "arithmetic with a constant, or broadcast from one"
     if n.activation_of(node, traced) is not None:
         return "its input is needed elsewhere too"

@@ -15,6 +15,10 @@ from qat_tricks.numerics import ActivationQuantizer
 _ADD: set[Any] = {Add, operator.add, operator.iadd, torch.add, "add", "add_"}
 _MUL: set[Any] = {Mul, operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 _CAT: set[Any] = {torch.cat, torch.concat, torch.concatenate}
+_ARITHMETIC: set[Any] = {
+    operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, torch.add, torch.sub, torch.mul, torch.div,
+    "add", "sub", "mul", "div", "add_", "mul_",
+}  # fmt: skip
 _POOL: set[Any] = {
     nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
     F.avg_pool1d, F.avg_pool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, torch.mean, "mean",
@@ -149,6 +153,11 @@ def is_integer_op(node: fx.Node, traced: fx.GraphModule) -> bool:
     if calls(node, traced, _ADD | _MUL):
         return _operands_are_activations(node)
     return calls(node, traced, _POOL) and is_tensor(node)
+
+
+def is_arithmetic(node: fx.Node) -> bool:
+    """Whether ``node`` adds, multiplies or the like: numbers, constants or activations."""
+    return node.target in _ARITHMETIC
 
 
 def is_dropout(node: fx.Node, traced: fx.GraphModule) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.layers import Add, activation_quantizers, float_mode
+from qat_tricks.graph.settle import settle_scales
 from qat_tricks.graph.spec import QUANTIZERS, share_quantizer, spec_of
 from qat_tricks.numerics import ActivationQuantizer, RangeEstimator, make_estimator
 from qat_tricks.progress import track
@@ -57,6 +58,7 @@ def calibrate(
         quantizer.set_range(*observer.range(quantizer.scheme))
     if share_residuals:
         _share_residuals(traced, observers)
+    settle_scales(traced)
     return traced
 
 

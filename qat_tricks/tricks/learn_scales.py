@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.layers import activation_quantizers, layers
+from qat_tricks.graph.settle import settle_scales
 from qat_tricks.graph.spec import QUANTIZERS, spec_of
 from qat_tricks.lightning import workbench_of
 from qat_tricks.optimizers import take_in, take_out
@@ -162,12 +163,16 @@ class LearnScales(Trick):
                 callback._swa_lrs = rates_with_scales(callback._swa_lrs, trainer.optimizers[0])
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._let_go()
+        settle_scales(workbench_of(pl_module).network)  # after callbacks that average have put their scales in
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._let_go()
+
+    def _let_go(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self.on_fit_end(trainer, pl_module)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         # Before this step has spread what is no number to all parameters. To look at it a GPU must be waited for.

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.layers import activation_quantizers, float_mode
+from qat_tricks.graph.settle import settle_scales
 from qat_tricks.numerics import ActivationQuantizer
 from qat_tricks.progress import track
 from qat_tricks.trick import Trick, check_num_images
@@ -65,6 +66,7 @@ def tune_ranges(traced: fx.GraphModule, batches: Sequence[Tensor], *, seed: int 
         traced.train(was_training)
     for histogram in histograms:
         histogram.tune()
+    settle_scales(traced)
     return traced
 
 

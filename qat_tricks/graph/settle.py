@@ -1,0 +1,110 @@
+"""Move scales by a hair, so that no value of an activation function lies in the middle between two steps.
+
+Between two grids a function such as SiLU stays in float, and of the 256 values that it can have there, one that lies nearly in
+the middle between two steps is rounded to one side by one library and to the other by the next, whose ``exp`` ends in another
+last bit. Every activation with that input then differs by a step. A scale that is larger by some 0.00001 has no such value.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from qat_tricks.graph import nodes as n
+from qat_tricks.graph.trace import module_of
+from qat_tricks.numerics import ActivationQuantizer
+
+MARGIN = 2e-6  # of a value in steps, and of a step: some 16 units in the last place
+STEP, TRIES = 1e-5, 50  # relative changes of a scale that are tried, on both sides
+PASSES = 3  # one function's output is another's input
+_FUNCTIONS: set[Any] = {
+    nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.GELU, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.Mish,
+    nn.Softplus, nn.Hardtanh, nn.ReLU, nn.ReLU6,
+    F.silu, F.hardswish, F.hardsigmoid, F.gelu, F.sigmoid, F.tanh, F.leaky_relu, F.elu, F.celu, F.selu, F.mish, F.softplus,
+    F.hardtanh, F.relu, F.relu6, torch.sigmoid, torch.tanh, torch.relu, torch.exp, torch.square,
+    "sigmoid", "tanh", "relu", "exp", "square",
+}  # fmt: skip
+
+
+@torch.no_grad()
+def settle_scales(traced: fx.GraphModule) -> list[str]:
+    """Changes, by at most ``STEP * TRIES``, each scale at which a runtime could round a function's value otherwise.
+
+    Only quantizers behind a function of one tensor that is itself on a grid; nothing where none of the scales tried is free
+    of such values. Returns the names of the quantizers changed.
+    """
+    changed: dict[str, None] = {}
+    for _ in range(PASSES):
+        before = len(changed)
+        for name, tables in _tables(traced).items():
+            quantizer: Any = traced.get_submodule(name)
+            if (scale := _settled(quantizer, tables)) is not None:
+                quantizer.scale.copy_(scale)
+                changed[name] = None
+        if len(changed) == before:
+            break
+    return list(changed)
+
+
+def _tables(traced: fx.GraphModule) -> dict[str, list[Callable[[], Tensor]]]:
+    """Of each quantizer by name, what computes the values that each function before it can have."""
+    tables: dict[str, list[Callable[[], Tensor]]] = {}
+    for node in traced.graph.nodes:
+        quantizer = module_of(node, traced)
+        if not isinstance(quantizer, ActivationQuantizer) or not (quantizer.enabled and quantizer.is_calibrated):
+            continue
+        chain: list[fx.Node] = []
+        source = node.all_input_nodes[0]
+        while len(source.all_input_nodes) == 1 and _is_function(source, traced):
+            chain.insert(0, source)
+            source = source.all_input_nodes[0]
+        grids = _grids(source, traced) if chain else []
+        tables.setdefault(str(node.target), []).extend(_table(traced, chain, source, grid) for grid in grids)
+    return tables
+
+
+def _is_function(node: fx.Node, traced: fx.GraphModule) -> bool:
+    with_number = n.is_arithmetic(node) and not node.kwargs and all(isinstance(arg, fx.Node | int | float) for arg in node.args)
+    return n.calls(node, traced, _FUNCTIONS) or with_number
+
+
+def _grids(source: fx.Node, traced: fx.GraphModule) -> list[ActivationQuantizer]:
+    """The quantizers on whose grids the values of ``source`` are, or none if some are on none."""
+    module = module_of(source, traced)
+    if isinstance(module, ActivationQuantizer):
+        return [module] if module.enabled and module.is_calibrated else []
+    if n.is_cat(source, traced):
+        parts = [_grids(part, traced) for part in source.all_input_nodes]
+        return [grid for part in parts for grid in part] if all(parts) else []
+    return _grids(source.all_input_nodes[0], traced) if n.is_passthrough(source, traced) else []
+
+
+def _table(traced: fx.GraphModule, chain: list[fx.Node], source: fx.Node, grid: ActivationQuantizer) -> Callable[[], Tensor]:
+    def values() -> Tensor:
+        integers = torch.arange(grid.scheme.qmin - grid.offset, grid.scheme.qmax - grid.offset + 1, device=grid.scale.device)
+        interpreter = fx.Interpreter(traced)
+        interpreter.env[source] = (integers * grid.current_scale()).view(1, -1, 1, 1)
+        for node in chain:
+            interpreter.env[node] = interpreter.run_node(node)
+        return interpreter.env[chain[-1]].flatten().double()
+
+    return values
+
+
+def _settled(quantizer: ActivationQuantizer, tables: list[Callable[[], Tensor]]) -> Tensor | None:
+    """The scale closest to that of ``quantizer`` at which no value of ``tables`` is in doubt; None if that one is, or none."""
+    if not tables or quantizer.cap < float("inf"):
+        return None
+    values = torch.cat([table() for table in tables])
+    scale = quantizer.current_scale()
+    low, high = quantizer.scheme.qmin - quantizer.offset, quantizer.scheme.qmax - quantizer.offset
+    for attempt in range(2 * TRIES + 1):
+        tried = scale * (1 + STEP * ((attempt + 1) // 2) * (-1) ** attempt)
+        steps = values / tried.double()
+        steps = steps[(steps > low - 1) & (steps < high + 1)]  # the others are clamped
+        in_doubt = ((steps - steps.floor() - 0.5).abs() < MARGIN * (steps.abs() + 1)).any()
+        if not in_doubt:
+            return tried if attempt else None
+    return None
