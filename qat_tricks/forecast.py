@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from qat_tricks.graph import nodes as n
-from qat_tricks.graph.fold import fold_batchnorm
+from qat_tricks.graph.fold import batchnorms_to_convs, fold_batchnorm
 from qat_tricks.graph.layers import LAYER_OF, Elementwise, Layer, float_mode, is_layer
 from qat_tricks.graph.place import place_quantizers
 from qat_tricks.graph.trace import module_of, trace
@@ -79,6 +79,7 @@ def forecast(
     """
     traced = trace(copy.deepcopy(network).eval(), whole)
     fold_batchnorm(traced)
+    batchnorms_to_convs(traced)
     place_quantizers(traced, **(settings or {}))
     run = _Shapes(traced)
     with float_mode(traced):

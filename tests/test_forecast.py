@@ -28,12 +28,12 @@ class Mixed(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.stem, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(3)
         self.left, self.up = nn.Conv2d(8, 8, 1), nn.ConvTranspose2d(8, 8, 2, stride=2)
         self.norm, self.fc = nn.GroupNorm(2, 8), nn.Linear(8, 5)
 
     def forward(self, x):
-        x = self.bn(torch.relu(self.stem(x)))
+        x = torch.relu(self.stem(self.bn(x)))
         x = self.norm(self.up(nn.functional.gelu(self.left(x))))
         return self.fc((x * 2).mean([2, 3]))
 

@@ -34,7 +34,7 @@ def functions_to_modules(traced: fx.GraphModule, network: nn.Module) -> None:
     for same in calls.values():
         first, given = same[0]
         name = _name({node for node, _ in same}, given["weight"], traced) or f"layers.{first.name}"
-        _install(traced, name, _module(_MODULE_OF[first.target], given, traced))  # type: ignore[index]
+        install(traced, name, _module(_MODULE_OF[first.target], given, traced))  # type: ignore[index]
         for node, given in same:
             node.op, node.target, node.args, node.kwargs = "call_module", name, (given["input"],), {}
     for node in traced.graph.nodes:
@@ -61,11 +61,11 @@ def _batchnorm_to_module(node: fx.Node, traced: fx.GraphModule, network: nn.Modu
             original.num_features, original.eps, original.momentum, original.affine, original.track_running_stats, device="meta"
         )
         module._parameters, module._buffers = original._parameters, original._buffers
-        _install(traced, owner, module.train(original.training))
+        install(traced, owner, module.train(original.training))
     node.op, node.target, node.args, node.kwargs = "call_module", owner, (given["input"],), {}
 
 
-def _install(traced: fx.GraphModule, name: str, module: nn.Module) -> None:
+def install(traced: fx.GraphModule, name: str, module: nn.Module) -> None:
     """Adds ``module`` as ``name``; what was there before leaves it its parts (timm's BatchNorms hold an activation)."""
     owner, _, last = name.rpartition(".")
     try:

@@ -4,6 +4,7 @@
 
     whole        [pattern, ...]                submodules that were not traced through
     folded       [[layer, batchnorm], ...]     BatchNorms folded into the layer, or concatenated layers, before them
+    convs        [batchnorm, ...]              BatchNorms that became depthwise convs
     uncapped     [node, ...]                   ReLU6 that became ReLU for equalization
     layers       {name: {"weight": scheme, "scale": bool, "mask": bool}}
     activations  {name: {"scheme": scheme, "activation": "relu" | "relu6" | None, "nodes": [node, ...], "learned": bool}}
@@ -23,6 +24,7 @@ from torch import fx, nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import nodes as n
+from qat_tricks.graph.functional import install
 from qat_tricks.graph.layers import Layer, as_layer
 from qat_tricks.graph.trace import replace_with_module, trace
 from qat_tricks.numerics import ActivationQuantizer, Scheme, WeightQuantizer
@@ -50,6 +52,7 @@ def rebuild(network: nn.Module, spec: dict[str, Any]) -> fx.GraphModule:
     wanted = [name for entry in spec.get("activations", {}).values() for name in entry["nodes"]]
     missing = [name for name in wanted if name not in names]
     missing += [name for pair in spec.get("folded", []) for name in pair if name not in modules]
+    missing += [name for name in spec.get("convs", []) if name not in modules]
     missing += [name for name in spec.get("layers", {}) if name not in modules]
     if missing:
         raise QatTricksError(
@@ -60,6 +63,8 @@ def rebuild(network: nn.Module, spec: dict[str, Any]) -> fx.GraphModule:
         give_bias(traced.get_submodule(layer))
     for batchnorm in dict.fromkeys(batchnorm for _, batchnorm in spec.get("folded", [])):
         erase_batchnorm(traced, batchnorm)
+    for batchnorm in spec.get("convs", []):
+        batchnorm_to_conv(traced, batchnorm)
     uncap(traced, spec.get("uncapped", []))
     for name, entry in spec.get("layers", {}).items():
         layer_module = as_layer(traced.get_submodule(name))
@@ -86,6 +91,19 @@ def erase_batchnorm(traced: fx.GraphModule, batchnorm: str) -> None:
     traced.delete_submodule(batchnorm)
     for name, part in parts.items():  # an activation that it held
         traced.add_submodule(f"{batchnorm}.{name}", part)
+
+
+def batchnorm_to_conv(traced: fx.GraphModule, name: str) -> nn.Conv2d:
+    """Puts a depthwise conv of one weight a channel in the place of a BatchNorm, with its parameters; values are not set."""
+    batchnorm: Any = traced.get_submodule(name)
+    channels, of_statistics = batchnorm.num_features, batchnorm.running_var
+    conv = nn.Conv2d(channels, channels, 1, groups=channels, device=of_statistics.device, dtype=of_statistics.dtype)
+    if batchnorm.affine:
+        batchnorm.weight.data = batchnorm.weight.data.view(conv.weight.shape)  # an optimizer keeps these very parameters
+        conv.weight, conv.bias = batchnorm.weight, batchnorm.bias
+    conv.requires_grad_(batchnorm.affine and batchnorm.weight.requires_grad).train(batchnorm.training)
+    install(traced, name, conv)
+    return conv
 
 
 def uncap(traced: fx.GraphModule, names: list[str]) -> None:

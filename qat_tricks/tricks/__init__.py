@@ -9,7 +9,7 @@ from qat_tricks.tricks.correct_bias import CorrectBias, correct_bias
 from qat_tricks.tricks.correct_weights import CorrectWeights, correct_weights
 from qat_tricks.tricks.distill import Distill, distill
 from qat_tricks.tricks.equalize import Equalize, equalize
-from qat_tricks.tricks.fold_batchnorm import FoldBatchnorm, fold_batchnorm
+from qat_tricks.tricks.fold_batchnorm import FoldBatchnorm, batchnorms_to_convs, fold_batchnorm
 from qat_tricks.tricks.freeze_batchnorm import FreezeBatchnorm, freeze_batchnorm
 from qat_tricks.tricks.learn_scales import LearnScales, learn_scales
 from qat_tricks.tricks.prune import Prune, prune
@@ -31,6 +31,7 @@ __all__ = [
     "ReestimateBatchnorm",
     "Trick",
     "TuneRanges",
+    "batchnorms_to_convs",
     "calibrate",
     "correct_bias",
     "correct_weights",

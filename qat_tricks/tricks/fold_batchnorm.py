@@ -2,14 +2,15 @@
 
 ``w' = w * gamma / sqrt(var + eps)``, ``b' = (b - mean) * gamma / sqrt(var + eps) + beta``
 (Jacob et al. 2018, arXiv 1712.05877, section 3.2). Where this differs: nothing is folded during training; it is done once, on
-the running statistics, so that a training step is the folded network's (about 0.7 of the unfolded one's on MobileNetV2).
+the running statistics, so that a training step is the folded network's (about 0.7 of the unfolded one's on MobileNetV2). A
+BatchNorm before its conv, or whose conv has another reader, becomes a depthwise conv of one weight a channel.
 """
 
-from qat_tricks.graph.fold import fold_batchnorm
+from qat_tricks.graph.fold import batchnorms_to_convs, fold_batchnorm
 from qat_tricks.trick import Trick
 from qat_tricks.workbench import Workbench
 
-__all__ = ["FoldBatchnorm", "fold_batchnorm"]
+__all__ = ["FoldBatchnorm", "batchnorms_to_convs", "fold_batchnorm"]
 
 
 class FoldBatchnorm(Trick):
@@ -17,3 +18,4 @@ class FoldBatchnorm(Trick):
 
     def apply(self, work: Workbench) -> None:
         fold_batchnorm(work.network)
+        batchnorms_to_convs(work.network)

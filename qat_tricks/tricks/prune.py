@@ -54,7 +54,8 @@ def prunable(traced: fx.GraphModule, granularity: str, include: Sequence[str], e
     Raises:
         QatTricksError: a pattern matches no layer, or no layer is left.
     """
-    modules = {name: module for name, module in traced.named_modules() if is_layer(module)}
+    factors = spec_of(traced).get("convs", [])  # BatchNorms once: a weight less is a channel less
+    modules = {name: module for name, module in traced.named_modules() if is_layer(module) and name not in factors}
     for pattern in [*include, *exclude]:
         if not any(fnmatchcase(name, pattern) for name in modules):
             raise QatTricksError(f'pattern "{pattern}" matches no conv or linear layer: {did_you_mean(pattern, modules)}')

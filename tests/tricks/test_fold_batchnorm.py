@@ -1,11 +1,14 @@
+import copy
+
 import pytest
 import torch
 from nets import images, small_net
 from torch import nn
 
 from qat_tricks.graph import layers, rebuild, spec_of, trace
+from qat_tricks.graph.nodes import BATCHNORMS
 from qat_tricks.ptq import quantize
-from qat_tricks.tricks import fold_batchnorm, prune
+from qat_tricks.tricks import batchnorms_to_convs, fold_batchnorm, prune
 
 
 def test_function_stays_and_no_batchnorm_is_left():
@@ -81,19 +84,24 @@ class Rows(nn.Module):
         return self.head(self.bn(x.flatten(0, 1)).reshape_as(x).mean(1))
 
 
+def with_statistics(net):
+    """The network in evaluation mode, its BatchNorms with statistics and gains that are not trivial."""
+    torch.manual_seed(0)
+    for batch in range(20):
+        net(images(seed=batch))
+    for module in net.modules():
+        if isinstance(module, BATCHNORMS) and module.affine:
+            nn.init.uniform_(module.weight, 0.5, 2)
+            nn.init.uniform_(module.bias, -1, 1)
+    return net.eval()
+
+
 @pytest.mark.parametrize(
     ("network", "pairs"),
     [(Concatenated, [("small", "bn"), ("large", "bn")]), (Rows, [("linear", "bn")])],
 )
 def test_a_batchnorm_behind_what_moves_channels_together_is_folded(network, pairs):
-    torch.manual_seed(0)
-    net = network()
-    for batch in range(20):  # statistics that are not those of no images
-        net(images(seed=batch))
-    net.eval()
-    with torch.no_grad():
-        net.bn.weight.uniform_(0.5, 2)
-        net.bn.bias.uniform_(-1, 1)
+    net = with_statistics(network())
     expected = net(images())
     traced = trace(net)
     assert fold_batchnorm(traced) == pairs
@@ -102,6 +110,53 @@ def test_a_batchnorm_behind_what_moves_channels_together_is_folded(network, pair
     again = rebuild(network(), spec)
     assert not hasattr(again, "bn")
     assert {name for name, _ in again.named_parameters() if name.endswith("bias")} >= {f"{layer}.bias" for layer, _ in pairs}
+
+
+class PreActivation(nn.Module):
+    """BatchNorm, ReLU, conv, beside a branch that is a BatchNorm alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.bn, self.conv = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1)
+        self.alone, self.first = nn.BatchNorm2d(4, affine=False), nn.BatchNorm2d(1)
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.stem(self.first(x))
+        x = self.conv(torch.relu(self.bn(x))) + x
+        return self.head(torch.relu(x + self.alone(x)).mean((2, 3)))
+
+
+def test_a_batchnorm_on_integers_becomes_a_depthwise_conv():
+    net = with_statistics(PreActivation())
+    expected = net(images())
+    traced = trace(copy.deepcopy(net))
+    assert fold_batchnorm(traced) == []
+    assert batchnorms_to_convs(traced) == ["bn", "alone"]  # the image itself is on no grid yet
+    torch.testing.assert_close(traced(images()), expected, rtol=1e-4, atol=1e-5)
+    assert isinstance(traced.first, nn.BatchNorm2d)
+    prune(traced, 0.5)
+    assert layers(traced).keys() == {"stem", "conv", "head"}  # which carry masks; a weight less would be a channel less
+
+    quantized = quantize(net, [images()])
+    for name in ("bn", "alone"):
+        layer = layers(quantized)[name]
+        assert layer.input_quantizer
+        weight = layer.weight.flatten()
+        torch.testing.assert_close(layer.effective_weight().flatten(), weight, rtol=1e-6, atol=0)  # one weight a channel fits
+    again = rebuild(PreActivation(), spec_of(quantized))
+    again.load_state_dict(quantized.state_dict(), strict=True)
+    assert torch.equal(again.eval()(images()), quantized(images()))
+
+
+def test_a_batchnorm_that_became_a_conv_is_trained_with_its_own_parameters():
+    net = with_statistics(PreActivation())
+    trained = dict(net.named_parameters())
+    traced = trace(net)
+    batchnorms_to_convs(traced)
+    assert {name for name, p in traced.named_parameters() if p.requires_grad} == trained.keys()
+    assert traced.bn.weight is trained["bn.weight"]
+    assert traced.bn.bias is trained["bn.bias"]
 
 
 def test_a_batchnorm_of_other_channels_stays():
