@@ -44,6 +44,7 @@ def to_qdq(traced: fx.GraphModule) -> Emitted:
     emitters: dict[ActivationQuantizer | None, EmitActivation] = {
         quantizer: EmitActivation(name, quantizer) for name, quantizer in enabled.items()
     }
+    _keep_what_is_read(traced, {str(node.target) for node in layers})
     names: dict[Any, str] = {}  # a layer called on two grids has two biases, and is two
     bits: dict[str, int] = {}
     for node, (layer, quantizer) in inputs.items():
@@ -158,6 +159,16 @@ def _dequantize(*initializers: Tensor) -> Tensor:
     values, scale = initializers[:2]
     axis = {"axis": 0} if scale.dim() else {}
     return _emit("DequantizeLinear", initializers, values, torch.float32, **axis)
+
+
+def _keep_what_is_read(traced: fx.GraphModule, layers: set[str]) -> None:
+    """Keeps apart the parameters of ``layers`` that the network reads itself, be it for their dtype: theirs become integers."""
+    for node in traced.graph.nodes:
+        owner, _, name = str(node.target).rpartition(".")
+        if node.op == "get_attr" and owner in layers:
+            value = getattr(traced.get_submodule(owner), name)
+            node.target = f"{node.name}_as_read"
+            traced.register_buffer(node.target, value.detach())
 
 
 def _enabled(traced: fx.GraphModule) -> dict[str, ActivationQuantizer]:

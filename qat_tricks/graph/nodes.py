@@ -113,9 +113,10 @@ def _flattens_rows(node: fx.Node, traced: fx.GraphModule) -> bool:
 
 
 def is_used_once(node: fx.Node, traced: fx.GraphModule) -> bool:
-    """Whether no other call uses the weight of the module that ``node`` calls, be it this module's or one's that shares it.
+    """Whether nothing else uses the weight of the module that ``node`` calls: no other call of this module or of one that shares
+    the weight, and no operation that reads its values.
 
-    Otherwise what suits one call is wrong for the other.
+    Otherwise what suits one is wrong for the other.
     """
 
     def weight(node: fx.Node) -> Any:
@@ -123,7 +124,11 @@ def is_used_once(node: fx.Node, traced: fx.GraphModule) -> bool:
         own = getattr(module, "weight", None)
         return module if own is None else own
 
-    return sum(weight(other) is weight(node) for other in traced.graph.nodes if other.op == "call_module") == 1
+    def reads_values(other: fx.Node) -> bool:
+        return other.op == "get_attr" and other.target == f"{node.target}.weight" and any(map(is_tensor, other.users))
+
+    users = sum(weight(other) is weight(node) for other in traced.graph.nodes if other.op == "call_module")
+    return users == 1 and not any(map(reads_values, traced.graph.nodes))
 
 
 def activation_of(node: fx.Node, traced: fx.GraphModule) -> str | None:

@@ -107,8 +107,32 @@ class ChannelsLast(nn.Module):
         return self.fc(F.relu(self.last(x)).mean([2, 3]))
 
 
+class Positions(nn.Module):
+    """Coordinates made of the shape alone, as in EdgeNeXt, in the type of the weight of the conv that takes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.place, self.fc = conv(3, 8, stride=2), nn.Conv2d(2, 8, 1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        counted = ~torch.zeros((x.shape[0], x.shape[2], x.shape[3])).to(device=x.device, dtype=torch.bool)
+        rows, columns = counted.cumsum(1, dtype=torch.float32), counted.cumsum(2, dtype=torch.float32)
+        at = torch.stack([rows / (rows[:, -1:] + 1e-6), columns.sin()], 1).to(self.place.weight.dtype)
+        return self.fc(F.relu(x + self.place(at)).mean([2, 3]))
+
+
+class ReadsAWeight(Head):
+    """The values of a conv's weight used beside the conv."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.fc(self.last(x * self.last[0].weight.abs().mean()).mean([2, 3]))
+
+
 PURE = [
     AfterActivation, BeforeConv, WithoutAffine, GroupedAndDilated, Dropped, TwoReaders, Shared, Functional, ChannelsLast,
+    Positions, ReadsAWeight,
 ]  # fmt: skip
 
 
