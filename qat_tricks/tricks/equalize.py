@@ -73,7 +73,7 @@ def equalize(
         spec_of(traced).setdefault("uncapped", []).extend(names)
     pairs, capped = find_pairs(traced), _capped(traced)
     with torch.no_grad():
-        largest = _channel_maxima(traced, [*(pair.between for pair in pairs), *(pair.between for pair in capped)], batches)
+        largest = _channel_maxima(traced, [*pairs, *capped], batches)
         for _ in range(iterations):
             change = max((_equalize_pair(traced, pair, largest) for pair in pairs), default=0.0)
             if change < 1e-3:
@@ -131,21 +131,22 @@ def _depthwise_after(node: fx.Node, traced: fx.GraphModule) -> str | None:
     return str(user.target) if is_depthwise and n.is_used_once(user, traced) else None
 
 
-def _channel_maxima(traced: fx.GraphModule, wanted: Sequence[str], batches: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The largest absolute value of each image and channel of the nodes called ``wanted``, ``[images, C]``."""
+def _channel_maxima(traced: fx.GraphModule, pairs: Sequence[Pair], batches: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The largest absolute value of each image and channel between the layers of ``pairs``, ``[images, C]``, by node."""
+    last = {pair.between: isinstance(layer_at(traced, pair.first), nn.Linear) for pair in pairs}  # whether channels come last
     largest: dict[str, list[Tensor]] = {}
 
     class Watch(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             output = super().run_node(n)
-            if n.name in wanted:
-                values = output.abs()
+            if n.name in last:
+                values = output.abs().movedim(-1 if last[n.name] else 1, 1)
                 largest.setdefault(n.name, []).append(values.flatten(2).amax(2) if values.dim() > 2 else values)
             return output
 
     was_training = traced.training
     traced.eval()
-    for batch in track(batches if wanted else [], "equalize"):
+    for batch in track(batches if pairs else [], "equalize"):
         Watch(traced).run(batch)
     traced.train(was_training)
     return {name: torch.cat(parts) for name, parts in largest.items()}
@@ -154,8 +155,9 @@ def _channel_maxima(traced: fx.GraphModule, wanted: Sequence[str], batches: Sequ
 def find_pairs(traced: fx.GraphModule) -> list[Pair]:
     """The pairs that can be equalized, in the order of the graph."""
     pairs = []
+    fed = n.fed_by_images(traced)
     for node in traced.graph.nodes:
-        if not n.calls_layer(node, traced) or not n.is_used_once(node, traced):
+        if node not in fed or not n.calls_layer(node, traced) or not n.is_used_once(node, traced):
             continue
         relu, between, after = False, node, node
         while len(after.users) == 1:
@@ -167,7 +169,9 @@ def find_pairs(traced: fx.GraphModule) -> list[Pair]:
         if n.calls_layer(after, traced) and after is not node and n.is_used_once(after, traced):
             first, second = layer_at(traced, str(node.target)), layer_at(traced, str(after.target))
             inputs = second.weight.shape[1] * getattr(second, "groups", 1)
-            if inputs % first.weight.shape[0] == 0 and (inputs == first.weight.shape[0] or isinstance(second, nn.Linear)):
+            # Flattened behind a conv the values of a channel lie side by side, behind a linear they do not.
+            flattened = isinstance(second, nn.Linear) and not isinstance(first, nn.Linear)
+            if inputs % first.weight.shape[0] == 0 and (inputs == first.weight.shape[0] or flattened):
                 pairs.append(Pair(str(node.target), str(after.target), relu, inputs // first.weight.shape[0], between.name))
     return pairs
 

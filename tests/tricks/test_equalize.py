@@ -99,3 +99,19 @@ def test_a_channel_that_few_images_excite_is_given_room():
     expected = net(many)
     equalize(trace(net), [few])
     torch.testing.assert_close(net(many), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("last", [nn.Linear(8, 5), nn.Sequential(nn.Flatten(), nn.Linear(64, 5))], ids=["tokens", "flattened"])
+def test_channels_of_linears_on_tokens_are_the_last_dimension(last):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), last).eval()
+    tokens = torch.randn(16, 8, 6)  # as many tokens as channels: to mistake one for the other would go unseen
+    expected, before = net(tokens).detach(), torch.relu(net[0](tokens)).amax((0, 1)).detach()
+    pairs = equalize(trace(net), [tokens])
+    torch.testing.assert_close(net(tokens), expected, rtol=1e-4, atol=1e-5)
+    assert [(pair.first, pair.second) for pair in pairs] == ([("0", "2")] if isinstance(last, nn.Linear) else [])
+    if pairs:
+        after = torch.relu(net[0](tokens)).amax((0, 1)).detach()
+        by_input = net[2].weight.abs() / net[2].weight.abs().amax(1, keepdim=True)
+        torch.testing.assert_close(after / after.max(), by_input.amax(0), rtol=1e-2, atol=1e-2)
+        assert float(before.max() / before.min()) > float(after.max() / after.min())
