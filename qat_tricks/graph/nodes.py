@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from qat_tricks.graph.attention import from_windows, to_windows
 from qat_tricks.graph.layers import Add, Elementwise, Mul, is_layer
 from qat_tricks.graph.trace import layer_at, module_of
 from qat_tricks.numerics import ActivationQuantizer
@@ -27,9 +28,10 @@ _POOL: set[Any] = {
 _PASS: set[Any] = {
     nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.Flatten, nn.Unflatten, nn.Identity, nn.ChannelShuffle,
     nn.PixelShuffle, nn.PixelUnshuffle, nn.ZeroPad2d,
-    F.max_pool1d, F.max_pool2d, F.adaptive_max_pool2d, F.channel_shuffle, F.pixel_shuffle, operator.getitem,
+    F.max_pool1d, F.max_pool2d, F.adaptive_max_pool2d, F.channel_shuffle, F.pixel_shuffle, to_windows, from_windows,
+    operator.getitem,
     torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.chunk, torch.split,
-    "flatten", "view", "view_as", "reshape", "reshape_as",
+    "flatten", "unflatten", "view", "view_as", "reshape", "reshape_as",
     "permute", "transpose", "contiguous", "squeeze", "unsqueeze", "chunk", "split", "expand",
 }  # fmt: skip
 _DROPOUTS: set[Any] = {nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout}
@@ -57,6 +59,15 @@ def is_tensor(node: fx.Node) -> bool:
     if node.op == "call_function" and (node.target is operator.getitem or getattr(node.target, "__module__", "") == "_operator"):
         return any(is_tensor(n) for n in node.all_input_nodes)
     return True
+
+
+def fed_by_images(traced: fx.GraphModule) -> set[fx.Node]:
+    """The nodes that depend on the network's input, if only on its shape; what others yield is the same for all images."""
+    fed: set[fx.Node] = set()
+    for node in traced.graph.nodes:
+        if node.op == "placeholder" or not fed.isdisjoint(node.all_input_nodes):
+            fed.add(node)
+    return fed
 
 
 def calls(node: fx.Node, traced: fx.GraphModule, kinds: set[Any]) -> bool:

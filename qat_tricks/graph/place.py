@@ -2,8 +2,8 @@
 
 On the network's inputs, on the output of each conv and linear (after its BatchNorm and ReLU), of residual adds, products
 and average pools, and on whatever else feeds a conv or linear. Inputs of a concat share one quantizer, unless only some of them
-come from a ReLU. Operations that only move values need none. The last linear's output stays float: the integer kernel hands out
-float logits.
+come from a ReLU. Operations that only move values need none, and what depends on no image is left alone: a runtime works it
+out once. The last linear's output stays float: the integer kernel hands out float logits.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -54,7 +54,8 @@ def place_quantizers(
     Raises:
         QatTricksError: a pattern matches no layer, bits outside 2..8, an unknown override, or nothing is left to quantize.
     """
-    calls = [node for node in traced.graph.nodes if n.calls_layer(node, traced)]
+    fed = n.fed_by_images(traced)
+    calls = [node for node in traced.graph.nodes if node in fed and n.calls_layer(node, traced)]
     names = list(dict.fromkeys(str(node.target) for node in calls))
     overrides = overrides or {}
     for pattern, given in overrides.items():
@@ -92,7 +93,7 @@ def place_quantizers(
         for source in sources[1:]:
             _merge(groups, sources[0], source)
 
-    for node in traced.graph.nodes:
+    for node in (node for node in traced.graph.nodes if node in fed):
         is_chosen = node.op == "call_module" and node.target in weights and n.calls_layer(node, traced)
         if is_chosen:
             require(node.all_input_nodes[0], inputs[node.target])

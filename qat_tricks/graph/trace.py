@@ -40,6 +40,8 @@ class Tracer(fx.Tracer):
         if isinstance(m, nn.MultiheadAttention) and attention.is_plain(m, args, kwargs):
             return attention.attend(m, args[0]), None
         try:
+            if attention.is_in_windows(m) and not self.is_leaf_module(m, self.path_of_module(m)):
+                return attention.attend_in_windows(m, *args, **kwargs)
             return super().call_module(m, forward, args, kwargs)
         except Exception:
             self.culprit = self.culprit or self.path_of_module(m)

@@ -8,6 +8,7 @@ import torch
 from networks import conv, images, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 from torchvision.ops import StochasticDepth
 
 import qat_tricks
@@ -130,9 +131,26 @@ class ReadsAWeight(Head):
         return self.fc(self.last(x * self.last[0].weight.abs().mean()).mean([2, 3]))
 
 
+class Windowed(nn.Module):
+    """Attention in shifted windows of 3 by 3, of which 8 by 8 tokens make no whole number."""
+
+    def __init__(self, kind: type[nn.Module] = ShiftedWindowAttention) -> None:
+        super().__init__()
+        self.stem, self.attention, self.fc = conv(3, 8, stride=4), kind(8, [3, 3], [1, 1], 2), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).permute(0, 2, 3, 1)
+        return self.fc((x + self.attention(x)).mean([1, 2]))
+
+
+class WindowedV2(Windowed):
+    def __init__(self) -> None:
+        super().__init__(ShiftedWindowAttentionV2)
+
+
 PURE = [
     AfterActivation, BeforeConv, WithoutAffine, GroupedAndDilated, Dropped, TwoReaders, Shared, Functional, ChannelsLast,
-    Positions, ReadsAWeight,
+    Positions, ReadsAWeight, Windowed, WindowedV2,
 ]  # fmt: skip
 
 
