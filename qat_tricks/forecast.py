@@ -86,8 +86,7 @@ def forecast(
         run.run(images[:1])
     integer = total = 0
     in_float = []
-    fed = n.fed_by_images(traced)
-    for node in (node for node in traced.graph.nodes if node in fed):  # others a runtime works out once
+    for node in filter(n.depends_on_images, traced.graph.nodes):  # what the others yield a runtime works out once
         macs = _macs(node, traced, run.shapes) + run.within.get(node, 0)
         total += macs
         reason = _reason(node, traced)

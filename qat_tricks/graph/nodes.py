@@ -61,13 +61,17 @@ def is_tensor(node: fx.Node) -> bool:
     return True
 
 
-def fed_by_images(traced: fx.GraphModule) -> set[fx.Node]:
-    """The nodes that depend on the network's input, if only on its shape; what others yield is the same for all images."""
-    fed: set[fx.Node] = set()
-    for node in traced.graph.nodes:
-        if node.op == "placeholder" or not fed.isdisjoint(node.all_input_nodes):
-            fed.add(node)
-    return fed
+def depends_on_images(node: fx.Node) -> bool:
+    """Whether what ``node`` yields depends on the network's input, if only on its shape; else it is the same for all images."""
+    seen, left = {node}, [node]
+    while left:
+        node = left.pop()
+        if node.op == "placeholder":
+            return True
+        new = [source for source in node.all_input_nodes if source not in seen]
+        seen.update(new)
+        left += new
+    return False
 
 
 def calls(node: fx.Node, traced: fx.GraphModule, kinds: set[Any]) -> bool:
@@ -156,7 +160,7 @@ def activation_of(node: fx.Node, traced: fx.GraphModule) -> str | None:
 
 def _operands_are_activations(node: fx.Node) -> bool:
     operands = node.args[:2]
-    return all(isinstance(a, fx.Node) and a.op != "get_attr" and is_tensor(a) for a in operands)
+    return all(isinstance(a, fx.Node) and is_tensor(a) and depends_on_images(a) for a in operands)
 
 
 def is_cat(node: fx.Node, traced: fx.GraphModule) -> bool:

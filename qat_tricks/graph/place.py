@@ -54,8 +54,8 @@ def place_quantizers(
     Raises:
         QatTricksError: a pattern matches no layer, bits outside 2..8, an unknown override, or nothing is left to quantize.
     """
-    fed = n.fed_by_images(traced)
-    calls = [node for node in traced.graph.nodes if node in fed and n.calls_layer(node, traced)]
+    fed = [node for node in traced.graph.nodes if n.depends_on_images(node)]
+    calls = [node for node in fed if n.calls_layer(node, traced)]
     names = list(dict.fromkeys(str(node.target) for node in calls))
     overrides = overrides or {}
     for pattern, given in overrides.items():
@@ -93,7 +93,7 @@ def place_quantizers(
         for source in sources[1:]:
             _merge(groups, sources[0], source)
 
-    for node in (node for node in traced.graph.nodes if node in fed):
+    for node in fed:
         is_chosen = node.op == "call_module" and node.target in weights and n.calls_layer(node, traced)
         if is_chosen:
             require(node.all_input_nodes[0], inputs[node.target])

@@ -155,9 +155,8 @@ def _channel_maxima(traced: fx.GraphModule, pairs: Sequence[Pair], batches: Sequ
 def find_pairs(traced: fx.GraphModule) -> list[Pair]:
     """The pairs that can be equalized, in the order of the graph."""
     pairs = []
-    fed = n.fed_by_images(traced)
     for node in traced.graph.nodes:
-        if node not in fed or not n.calls_layer(node, traced) or not n.is_used_once(node, traced):
+        if not n.calls_layer(node, traced) or not n.is_used_once(node, traced) or not n.depends_on_images(node):
             continue
         relu, between, after = False, node, node
         while len(after.users) == 1:

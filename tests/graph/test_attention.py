@@ -94,9 +94,11 @@ def test_attention_in_windows_stays_the_function_it_was(kind, shift, size):
 def test_projections_in_windows_are_layers_under_their_own_names(kind, bias):
     net = Windows(kind, [2, 1], qkv_bias=bias, proj_bias=bias).eval()
     keys = net.state_dict().keys() - {"attention.relative_coords_table", "attention.relative_position_index"}
-    traced = calibrate(quantize(trace(net)), [fields(8, 9)]).eval()
-    # Not what makes V2's position bias, which depends on no image.
+    traced = quantize(trace(net))
+    # Not what makes V2's position bias, which depends on no image; nor are the scores that it is added to.
     assert set(spec_of(traced)["layers"]) == {"attention.qkv", "attention.proj", "fc"}
+    assert len(spec_of(traced)["activations"]) == 5  # the input, query with key and value, what is mixed, projected and added
+    calibrate(traced, [fields(8, 9)]).eval()
     assert traced.get_submodule("attention.qkv").weight is net.attention.qkv.weight
     assert keys <= traced.state_dict().keys()
     rebuilt = rebuild(Windows(kind, [2, 1], qkv_bias=bias, proj_bias=bias), spec_of(traced)).eval()

@@ -123,3 +123,23 @@ def test_every_layer_of_common_networks_has_a_quantized_input(name):
         expected = net(x)
         torch.testing.assert_close(traced(x), expected if torch.is_tensor(expected) else expected[0], rtol=1e-4, atol=1e-5)
     assert len(activation_quantizers(traced)) == len(spec_of(traced)["activations"])
+
+
+class Biased(nn.Module):
+    """A bias for all images alike, made of a table by linears, and a shift reshaped."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.randn(8, 2))
+        self.shift = nn.Parameter(torch.randn(8))
+        self.make = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 1))
+        self.fc, self.last = nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.last(self.fc(x) + self.make(self.table).view(1, 8) * self.shift.reshape(1, 8))
+
+
+def test_what_depends_on_no_image_is_left_alone():
+    spec = spec_of(_placed(Biased().eval()))
+    assert set(spec["layers"]) == {"fc", "last"}
+    assert set(spec["activations"]) == {"x", "fc", "add"}
