@@ -13,10 +13,11 @@ from rich.console import Group
 from rich.table import Table
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.fold import batchnorms_to_convs, fold_batchnorm
-from qat_tricks.graph.layers import LAYER_OF, Elementwise, Layer, float_mode, is_layer
+from qat_tricks.graph.layers import Elementwise, Layer, float_mode
 from qat_tricks.graph.place import place_quantizers
 from qat_tricks.graph.trace import module_of, trace
 from qat_tricks.numerics import ActivationQuantizer
@@ -82,14 +83,20 @@ def forecast(
     batchnorms_to_convs(traced)
     place_quantizers(traced, **(settings or {}))
     run = _Shapes(traced)
-    with float_mode(traced):
-        run.run(images[:1])
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one operation that hides its products
+    try:
+        with float_mode(traced):
+            run.run(images[:1])
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     integer = total = 0
     in_float = []
     for node in filter(n.depends_on_images, traced.graph.nodes):  # what the others yield a runtime works out once
-        macs = _macs(node, traced, run.shapes) + run.within.get(node, 0)
+        within = run.within.get(node, 0)
+        macs = _macs(node, traced, run.shapes) + within
         total += macs
-        reason = _reason(node, traced)
+        reason = _reason(node, traced, within)
         if reason is None:
             integer += macs
         else:
@@ -99,7 +106,7 @@ def forecast(
 
 
 class _Shapes(fx.Interpreter):
-    """Keeps the shape of what each node yields, and the MACs within modules that were kept whole."""
+    """Keeps the shape of what each node yields, and the MACs within modules and functions that were kept whole."""
 
     def __init__(self, traced: fx.GraphModule) -> None:
         super().__init__(traced)
@@ -107,25 +114,37 @@ class _Shapes(fx.Interpreter):
         self.within: dict[fx.Node, int] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        module = module_of(n, self.module)  # type: ignore[arg-type]
-
-        def count(part: Any, inputs: object, output: Tensor) -> None:
-            self.within[n] = self.within.get(n, 0) + output.numel() * math.prod(part.weight.shape[1:])
-
-        hooks = [part.register_forward_hook(count) for part in _layers_within(module)]
-        result = super().run_node(n)
-        for hook in hooks:
-            hook.remove()
+        counter = _Products()
+        with counter:
+            result = super().run_node(n)
+        if counter.macs and not _is_counted(n, self.module):  # type: ignore[arg-type]
+            self.within[n] = counter.macs
         if isinstance(result, Tensor):
             self.shapes[n] = tuple(result.shape)
         return result
 
 
-def _layers_within(module: nn.Module | None) -> list[nn.Module]:
-    """The convs and linears inside of a module that is none itself."""
-    if module is None or is_layer(module):
-        return []
-    return [part for part in module.modules() if isinstance(part, tuple(LAYER_OF)) and part is not module]
+class _Products(TorchDispatchMode):
+    """Counts the products of convs and of matrices; those of attention are of batches of matrices, which are not counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.macs = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.macs += result.numel() * args[-1].shape[0]
+        elif func is torch.ops.aten.convolution.default:
+            is_transposed = args[6]
+            self.macs += (args[0] if is_transposed else result).numel() * math.prod(args[1].shape[1:])
+        return result
+
+
+def _is_counted(node: fx.Node, traced: fx.GraphModule) -> bool:
+    """Whether the products of ``node`` are counted elsewhere, or are of two activations."""
+    is_product = node.target in _PRODUCTS and all(map(n.depends_on_images, node.all_input_nodes))
+    return is_product or n.calls_layer(node, traced) or isinstance(module_of(node, traced), _TRANSPOSED)
 
 
 def _macs(node: fx.Node, traced: fx.GraphModule, shapes: Mapping[fx.Node, tuple[int, ...]]) -> int:
@@ -139,8 +158,8 @@ def _macs(node: fx.Node, traced: fx.GraphModule, shapes: Mapping[fx.Node, tuple[
     return 0
 
 
-def _reason(node: fx.Node, traced: fx.GraphModule) -> str | None:
-    """Why ``node`` is computed in float; None if it is not, or computes nothing."""
+def _reason(node: fx.Node, traced: fx.GraphModule, within: int) -> str | None:
+    """Why ``node``, with so many MACs ``within``, is computed in float; None if it is not, or computes nothing."""
     module = module_of(node, traced)
     if not node.op.startswith("call_") or isinstance(module, ActivationQuantizer) or not n.is_tensor(node):
         return None
@@ -152,7 +171,7 @@ def _reason(node: fx.Node, traced: fx.GraphModule) -> str | None:
         return None
     if isinstance(module, Elementwise) or (n.is_integer_op(node, traced) and n.output_quantizer_of(node, traced)):
         return None
-    if _layers_within(module):
+    if within and node.target not in _PRODUCTS:
         return "kept whole"
     if isinstance(module, _TRANSPOSED):
         return "no integer kernel for transposed convs"
@@ -160,6 +179,8 @@ def _reason(node: fx.Node, traced: fx.GraphModule) -> str | None:
         return "does not alone follow a conv or linear, so it is not folded"
     if isinstance(module, _NORMS) or node.target in (F.layer_norm, F.group_norm):
         return "no integer kernel: statistics of each image"
+    if within:
+        return "product with a constant that is no layer's weight"
     if node.target in _PRODUCTS:
         return "product of two activations, as in attention"
     if n.is_arithmetic(node):

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 sys.path.insert(0, str(Path(__file__).parent / "deploy"))
 import networks
@@ -13,6 +14,8 @@ from qat_tricks.deploy.coverage import integer_coverage
 from qat_tricks.deploy.export import export_onnx
 from qat_tricks.errors import QatTricksError
 from qat_tricks.forecast import forecast
+from qat_tricks.graph import trace
+from qat_tricks.tricks import calibrate, quantize
 
 
 @pytest.mark.parametrize("kind", [networks.Residual, networks.Concatenated, networks.SqueezeExcite, networks.Tokens])
@@ -53,6 +56,38 @@ def test_every_operation_in_float_is_named_with_its_reason():
     assert macs["up"] == 32 * 32 * 8 * 8 * 4
     stem, fc = 32 * 32 * 8 * 27, 8 * 5
     assert (seen.integer_macs, seen.total_macs) == (stem + fc, stem + fc + macs["left"] + macs["up"])
+
+
+class Opaque(nn.Module):
+    """Products with weights within modules that are kept whole, outside of any layer, and one of two activations."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.windows = nn.Conv2d(3, 8, 4, stride=4), ShiftedWindowAttention(8, [4, 4], [2, 2], 2)
+        self.attention, self.matrix = nn.MultiheadAttention(8, 2, batch_first=True), nn.Parameter(torch.randn(8, 6))
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = self.windows(self.stem(x).permute(0, 2, 3, 1)).flatten(1, 2)
+        x = self.attention(x, x, x)[0] @ self.matrix
+        return self.fc((x @ (x.transpose(1, 2) @ x)).mean(1))
+
+
+def test_products_within_what_is_not_traced_are_foreseen_too(tmp_path):
+    torch.manual_seed(0)
+    net = Opaque().eval()
+    foreseen = forecast(net, networks.images(1), whole=["windows"])
+    of = {row.operation: (row.reason, row.macs) for row in foreseen.in_float if row.macs}
+    attention = 64 * 8 * (3 * 8 + 8)
+    assert of == {
+        "ShiftedWindowAttention": ("kept whole", attention),
+        "MultiheadAttention": ("kept whole", attention),
+        "matmul": ("product with a constant that is no layer's weight", 64 * 8 * 6),
+    }
+    quantized = calibrate(quantize(trace(net, ["windows"])), [networks.images()])
+    export_onnx(quantized, tmp_path / "model.onnx", networks.images(2))
+    measured = integer_coverage(tmp_path / "model.onnx", (3, 32, 32))
+    assert (foreseen.integer_macs, foreseen.total_macs) == (measured.integer_macs, measured.total_macs)
 
 
 def test_the_network_stays_and_bad_patterns_are_refused():
