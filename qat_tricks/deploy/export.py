@@ -23,6 +23,7 @@ from qat_tricks.deploy.onnx_passes import COPY, name_quantized, tidy
 from qat_tricks.deploy.parity import ParityReport, measure_parity
 from qat_tricks.deploy.qdq import LAYOUTS, Emitted, to_qdq
 from qat_tricks.deploy.session import one_line
+from qat_tricks.deploy.targets import OPSET
 from qat_tricks.deploy.weights import WEIGHT_BITS_KEY
 from qat_tricks.errors import QatTricksError
 from qat_tricks.files import replacing
@@ -30,7 +31,6 @@ from qat_tricks.graph.fold import fold_batchnorm
 from qat_tricks.graph.layers import activation_quantizers, layers
 from qat_tricks.workbench import images_of, logits_of
 
-OPSET = 18  # what PyTorch's exporter writes without converting
 INPUT, OUTPUT = "images", "logits"
 LAYER_IMAGES = 8  # of those that parity is measured on: each layer's values are held
 
@@ -74,6 +74,8 @@ def export_onnx(
             threshold, or ``path`` cannot be written.
     """
     path = Path(path)
+    if opset < OPSET:
+        raise QatTricksError(f"opset={opset} is not supported: give {OPSET} or newer")
     if example.dim() < 2 or len(example) == 0:
         raise QatTricksError(
             f"the example's shape is {tuple(example.shape)}: give at least one image, [N, C, H, W]"

@@ -8,8 +8,8 @@ Layouts differ in what stands around those integers:
 - ``onnxruntime``: the bias is dequantized like the weight, and a ReLU is nothing but the range of integers behind it: those that
   saturating does not give (a grid that reaches below 0.0, or fewer than 8 bits) a ``Clip`` between QuantizeLinear and
   DequantizeLinear does, which leaves the kernel before it an integer one.
-- ``tensorrt``: the bias is float, since TensorRT dequantizes no int32, and a ReLU stands before the QuantizeLinear, where TensorRT
-  fuses it with the conv before. Activations are int8 with zero point 0. The numbers are the same.
+- ``tensorrt``: the bias is float, since TensorRT dequantizes no int32, and a ReLU stands before the QuantizeLinear, where
+  TensorRT fuses it with the conv before. Activations are int8 with zero point 0. The numbers are the same.
 """
 
 from collections.abc import Mapping
@@ -94,9 +94,9 @@ def _put_relus_first(traced: fx.GraphModule, enabled: Mapping[str, ActivationQua
     for name, quantizer in enabled.items():
         scheme = quantizer.scheme
         if (scheme.bits, scheme.signed, scheme.symmetric) != (8, True, True):
+            kind = f"{'signed' if scheme.signed else 'unsigned'} {'symmetric' if scheme.symmetric else 'affine'}"
             raise QatTricksError(
-                f'"{name}" has {scheme.bits} bits on {"a signed" if scheme.signed else "an unsigned"} '
-                f"{'symmetric' if scheme.symmetric else 'affine'} grid, and TensorRT takes int8 activations with zero point 0 alone: "
+                f'"{name}" is {kind} with {scheme.bits} bits, and TensorRT takes int8 activations with zero point 0 alone: '
                 "quantize with activations=signed_symmetric and activation_bits=8"
             )
     for node in traced.graph.nodes:
