@@ -12,6 +12,7 @@ from qat_tricks.binding import Problems, bind, make
 from qat_tricks.check_evaluate import check_data, sections
 from qat_tricks.compose import one_line
 from qat_tricks.config import Baseline, Export, Measure, Optimizer, recipe_of
+from qat_tricks.deploy.targets import check_opset
 from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.isolation import isolated
 from qat_tricks.loggers import LoggerOptions
@@ -39,11 +40,14 @@ def check_train(config: DictConfig) -> None:
         QatTricksError: one line with all that is wrong.
     """
     problems = Problems()
-    parts = {"baseline": Baseline, "optimizer": Optimizer, "measure": Measure, "logger": LoggerOptions, "export": Export}
-    given = sections(config, {*parts, "data", "model", "recipe", "trainer", "stage"}, {"seed", "preflight", "target"}, problems)
+    parts = {"baseline": Baseline, "optimizer": Optimizer, "measure": Measure, "logger": LoggerOptions}
+    groups = {*parts, "export", "data", "model", "recipe", "trainer", "stage"}
+    given = sections(config, groups, {"seed", "preflight", "target"}, problems)
     for name, kind in parts.items():
         problems.of(lambda name=name, kind=kind: make(name, kind, given[name]))  # type: ignore[misc]
-    problems.of(lambda: recipe_of(config))
+    export = problems.of(lambda: make("export", Export, given["export"]))
+    if problems.of(lambda: recipe_of(config)) and export:
+        problems.of(lambda: check_opset(config.target, export.opset))
     problems.of(lambda: _check_model(given["model"]))
     problems.of(lambda: check_data(given["data"]))
     problems.of(lambda: _check_trainer(given["trainer"]))

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qat_tricks.binding import Problems, make
 from qat_tricks.deploy.latency import MIN_RUNS
-from qat_tricks.deploy.targets import check_target, fit_to_target
+from qat_tricks.deploy.targets import OPSET, check_target, fit_to_target
 from qat_tricks.errors import QatTricksError
 
 if TYPE_CHECKING:
@@ -92,9 +92,13 @@ class DeviceMeasure(Measure):
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """What the exported files take."""
+    """What the exported files take and are made of."""
 
     normalize: bool = False  # uint8 pixels, which the network normalizes itself
+    opset: int = OPSET  # ONNX operator set
+
+    def __post_init__(self) -> None:
+        _allow(self, opset=(self.opset >= OPSET, f"{OPSET} or more"))
 
 
 @dataclass(frozen=True, kw_only=True)

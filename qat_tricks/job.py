@@ -176,6 +176,8 @@ class _Run:
             images=images,
             metadata=self._metadata(),
             min_top1_agreement=self.config.measure.min_top1_agreement,
+            opset=self.config.export.opset,
+            layout=check_target(self.config.target).layout,
         ).as_dict()
         if self.config.export.normalize:
             self._build_in_normalization(path)

@@ -85,6 +85,8 @@ def test_a_target_reaches_the_quantizers_of_every_stage():
     settings = [trick.settings for trick in recipe.tricks if isinstance(trick, Quantize)]
     assert settings
     assert all((given["weight_bits"], given["activation_bits"]) == (7, 8) for given in settings)
+    recipe = recipe_of(composed("recipe=int8_prune50_multistage", "target=tensorrt"))
+    assert {trick.settings["activations"] for trick in recipe.tricks if isinstance(trick, Quantize)} == {"signed_symmetric"}
 
 
 def test_stage_settings_reach_the_stages_they_are_for():
@@ -119,6 +121,9 @@ def test_stage_settings_reach_the_stages_they_are_for():
         ("measure.min_top1_agreement=2", "min_top1_agreement=2"),
         ("stage.epochs=-1", "stage: epochs=-1"),
         ("stage.max_drop=x", "stage.max_drop='x'"),
+        ("export.opset=17", "export: opset=17 is not allowed: give 18 or more"),
+        ("target=tensorrt export.opset=25", "export.opset=25 is too new for target=tensorrt"),
+        ("recipe.stages.ptq.tricks.quantize.activations=signed", 'activations="signed" is not supported: did you mean "signed_'),
         ("seed=-1", "seed=-1 is not allowed"),
         ("seed=true", "seed=True is not allowed"),
         ("logger.name=wndb", 'unknown logger "wndb": did you mean "wandb"?'),
@@ -132,7 +137,7 @@ def test_stage_settings_reach_the_stages_they_are_for():
     ],
 )
 def test_a_wrong_setting_is_one_line(override, told):
-    assert told in refusal(override)
+    assert told in refusal(*override.split())
 
 
 def test_a_part_that_is_missing_is_told():

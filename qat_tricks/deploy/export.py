@@ -21,8 +21,9 @@ from qat_tricks.deploy.compare import agrees
 from qat_tricks.deploy.layer_parity import measure_layer_parity
 from qat_tricks.deploy.onnx_passes import COPY, name_quantized, tidy
 from qat_tricks.deploy.parity import ParityReport, measure_parity
-from qat_tricks.deploy.qdq import Emitted, to_qdq
+from qat_tricks.deploy.qdq import LAYOUTS, Emitted, to_qdq
 from qat_tricks.deploy.session import one_line
+from qat_tricks.deploy.targets import OPSET
 from qat_tricks.deploy.weights import WEIGHT_BITS_KEY
 from qat_tricks.errors import QatTricksError
 from qat_tricks.files import replacing
@@ -30,7 +31,6 @@ from qat_tricks.graph.fold import fold_batchnorm
 from qat_tricks.graph.layers import activation_quantizers, layers
 from qat_tricks.workbench import images_of, logits_of
 
-OPSET = 18  # what PyTorch's exporter writes without converting
 INPUT, OUTPUT = "images", "logits"
 LAYER_IMAGES = 8  # of those that parity is measured on: each layer's values are held
 
@@ -45,6 +45,7 @@ def export_onnx(
     min_top1_agreement: float = 0.9,
     min_sqnr_db: float = 10.0,
     opset: int = OPSET,
+    layout: str = LAYOUTS[0],
 ) -> ParityReport:
     """Writes ``network`` to ``path``, runs the file in ONNX Runtime and compares.
 
@@ -65,19 +66,23 @@ def export_onnx(
             a value that float arithmetic puts on the other side of a rounding boundary than integer
             arithmetic does spreads through a deep network, and costs more than quantizing well would.
         opset: ONNX operator set, 18 or newer.
+        layout: ``onnxruntime``, or ``tensorrt``, with ReLUs before their quantizers and float biases (see ``deploy.qdq``); ONNX
+            Runtime runs that too, mostly in float.
 
     Raises:
         QatTricksError: the network cannot be exported, has quantizers without range, parity is below a
             threshold, or ``path`` cannot be written.
     """
     path = Path(path)
+    if opset < OPSET:
+        raise QatTricksError(f"opset={opset} is not supported: give {OPSET} or newer")
     if example.dim() < 2 or len(example) == 0:
         raise QatTricksError(
             f"the example's shape is {tuple(example.shape)}: give at least one image, [N, C, H, W]"
         )
     simulated = copy.deepcopy(network).cpu().float().eval()
     with replacing(path) as draft:
-        model = _to_onnx(copy.deepcopy(simulated), example.detach().cpu().float(), opset)
+        model = _to_onnx(copy.deepcopy(simulated), example.detach().cpu().float(), opset, layout)
         model.producer_name, model.producer_version = "qat_tricks", version("qat_tricks")
         helper.set_model_props(model, {**{p.key: p.value for p in model.metadata_props}, **(metadata or {})})
         onnx.save(model, str(draft))
@@ -92,12 +97,12 @@ def export_onnx(
     return report
 
 
-def _to_onnx(network: nn.Module, example: Tensor, opset: int) -> onnx.ModelProto:
+def _to_onnx(network: nn.Module, example: Tensor, opset: int, layout: str) -> onnx.ModelProto:
     """Exports ``network``, which is ours to change."""
     emitted = Emitted({}, {})
     if isinstance(network, fx.GraphModule) and "qat_tricks" in network.meta:
         fold_batchnorm(network)
-        emitted = to_qdq(network)
+        emitted = to_qdq(network, layout)
     for name, layer in layers(network).items():  # what stays in float
         if layer.is_quantizing:
             raise QatTricksError(

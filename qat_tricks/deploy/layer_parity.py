@@ -93,16 +93,18 @@ def _run(path: str | PathLike[str], images: Tensor) -> tuple[dict[str, tuple[flo
     """Scale and zero point, and the integers, of each quantized tensor that the simulation knows by name."""
     model = load_model(path)
     values = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer if tensor.dims in ([], [1])}
-    grids = {}
+    clipped = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type == "Clip"}
+    grids, tensors = {}, []
     for node in model.graph.node:
         if node.op_type == "QuantizeLinear" and node.output[0].endswith(QUANTIZED):
             scale, zero_point = (values[name] for name in node.input[1:3])
             grids[node.output[0]] = (float(scale), int(zero_point))
+            tensors.append(clipped.get(node.output[0], node.output[0]))  # what is simulated is clamped
             kind = TensorProto.INT8 if zero_point.dtype == np.int8 else TensorProto.UINT8
-            model.graph.output.append(onnx.helper.make_tensor_value_info(node.output[0], kind, None))
+            model.graph.output.append(onnx.helper.make_tensor_value_info(tensors[-1], kind, None))
     with TemporaryDirectory() as folder:
         probe = Path(folder) / "probe.onnx"
         onnx.save(model, str(probe))
         session = open_session(probe, threads=torch.get_num_threads())
-        run = session.run(list(grids), {input_spec(session).name: images.numpy()}) if grids else []
+        run = session.run(tensors, {input_spec(session).name: images.numpy()}) if grids else []
     return grids, dict(zip(grids, run, strict=True))

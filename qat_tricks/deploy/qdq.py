@@ -1,17 +1,25 @@
 """From the simulated network to one that says QuantizeLinear and DequantizeLinear where it rounds.
 
 The integers are those of the simulation: int8 weights with a zero point a channel (ONNX Runtime needs it
-spelled out to keep products exact on x86 without VNNI), unsigned activations, an int32 bias in steps of input
-scale times weight scale.
+spelled out to keep products exact on x86 without VNNI), an int32 bias in steps of input scale times weight scale.
+
+Layouts differ in what stands around those integers:
+
+- ``onnxruntime``: the bias is dequantized like the weight, and a ReLU is nothing but the range of integers behind it: those that
+  saturating does not give (a grid that reaches below 0.0, or fewer than 8 bits) a ``Clip`` between QuantizeLinear and
+  DequantizeLinear does, which leaves the kernel before it an integer one.
+- ``tensorrt``: the bias is float, since TensorRT dequantizes no int32, and a ReLU stands before the QuantizeLinear, where
+  TensorRT fuses it with the conv before. Activations are int8 with zero point 0. The numbers are the same.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from qat_tricks.errors import QatTricksError
+from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.layers import Elementwise, Layer, activation_quantizers
 from qat_tricks.graph.trace import module_of
@@ -27,22 +35,30 @@ class Emitted(NamedTuple):
     calls: dict[str, list[str | None]]  # of each quantizer by name, in order: the node quantized, None for a repetition
 
 
-def to_qdq(traced: fx.GraphModule) -> Emitted:
-    """Turns ``traced``, in place, into a network for ``torch.onnx.export``.
+LAYOUTS = ("onnxruntime", "tensorrt")
+
+
+def to_qdq(traced: fx.GraphModule, layout: str = LAYOUTS[0]) -> Emitted:
+    """Turns ``traced``, in place, into a network for ``torch.onnx.export``, in one of ``LAYOUTS``.
 
     Quantizers and quantized layers become modules that emit ONNX operators. What only moves values gets a
     quantizer of the same grid behind it: it changes no value, and what follows finds its integers.
 
     Raises:
-        QatTricksError: a quantizer in use has no range.
+        QatTricksError: a quantizer in use has no range, or the layout is unknown or cannot have its integers.
     """
+    if layout not in LAYOUTS:
+        raise QatTricksError(f'unknown layout "{layout}": {did_you_mean(layout, LAYOUTS)}')
+    for_tensorrt = layout == "tensorrt"
     layers = [node for node in traced.graph.nodes if _calls_quantized(node, traced)]
     inputs = {node: (module_of(node, traced), n.input_quantizer_of(node, traced)) for node in layers}
     behind = [(node, grid) for node in traced.graph.nodes if (grid := _grid_to_repeat(node, traced))]
     enabled = _enabled(traced)
     placed = {node: node.all_input_nodes[0].name for node in traced.graph.nodes if node.target in enabled}
+    if for_tensorrt:
+        _put_relus_first(traced, enabled)
     emitters: dict[ActivationQuantizer | None, EmitActivation] = {
-        quantizer: EmitActivation(name, quantizer) for name, quantizer in enabled.items()
+        quantizer: EmitActivation(name, quantizer, clips=not for_tensorrt) for name, quantizer in enabled.items()
     }
     _keep_what_is_read(traced, {str(node.target) for node in layers})
     names: dict[Any, str] = {}  # a layer called on two grids has two biases, and is two
@@ -52,7 +68,7 @@ def to_qdq(traced: fx.GraphModule) -> Emitted:
         assert layer.weight_quantizer is not None
         if (layer, quantizer) not in names:
             name = f"{node.target}.on.{node.name}" if f"{node.target}.{WEIGHT}" in bits else str(node.target)
-            traced.add_submodule(name, EmitLayer(layer, emitters.get(quantizer)))
+            traced.add_submodule(name, EmitLayer(layer, emitters.get(quantizer), float_bias=for_tensorrt))
             bits[f"{name}.{WEIGHT}"] = layer.weight_quantizer.scheme.bits
             names[layer, quantizer] = name
         node.target = names[layer, quantizer]
@@ -74,23 +90,39 @@ def to_qdq(traced: fx.GraphModule) -> Emitted:
     return Emitted(bits, calls)
 
 
+def _put_relus_first(traced: fx.GraphModule, enabled: Mapping[str, ActivationQuantizer]) -> None:
+    """Puts the ReLU that a quantizer stands in for before it; the cap of a ReLU6 is where the integers end."""
+    for name, quantizer in enabled.items():
+        scheme = quantizer.scheme
+        if (scheme.bits, scheme.signed, scheme.symmetric) != (8, True, True):
+            kind = f"{'signed' if scheme.signed else 'unsigned'} {'symmetric' if scheme.symmetric else 'affine'}"
+            raise QatTricksError(
+                f'"{name}" is {kind} with {scheme.bits} bits, and TensorRT takes int8 activations with zero point 0 alone: '
+                "quantize with activations=signed_symmetric and activation_bits=8"
+            )
+    for node in traced.graph.nodes:
+        if node.target in enabled and enabled[node.target].activation is not None:
+            with traced.graph.inserting_before(node):
+                node.args = (traced.graph.call_function(F.relu, node.args),)
+
+
 class EmitActivation(nn.Module):
-    """``QuantizeLinear`` and ``DequantizeLinear`` of one activation, below 8 bits with a ``Clip`` between."""
+    """``QuantizeLinear`` and ``DequantizeLinear`` of one activation, and a ``Clip`` between unless saturating does the same."""
 
     scale: Tensor
     zero_point: Tensor
     qmin: Tensor
     qmax: Tensor
 
-    def __init__(self, name: str, quantizer: ActivationQuantizer) -> None:
+    def __init__(self, name: str, quantizer: ActivationQuantizer, clips: bool = True) -> None:
         super().__init__()
         if not quantizer.is_calibrated:
             raise QatTricksError(f'quantizer "{name}" has no range yet: calibrate the network first')
-        scheme = quantizer.scheme
-        self.dtype = torch.int8 if scheme.signed else torch.uint8
-        self.clips = (scheme.qmin, scheme.qmax) != (torch.iinfo(self.dtype).min, torch.iinfo(self.dtype).max)
+        self.dtype = torch.int8 if quantizer.scheme.signed else torch.uint8
+        qmin, qmax = quantizer.integers
+        self.clips = clips and (qmin, qmax) != (torch.iinfo(self.dtype).min, torch.iinfo(self.dtype).max)
         self.register_buffer("scale", quantizer.current_scale().detach().clone())
-        integers = {"zero_point": int(quantizer.zero_point), "qmin": scheme.qmin, "qmax": scheme.qmax}
+        integers = {"zero_point": int(quantizer.zero_point), "qmin": qmin, "qmax": qmax}
         for key, value in integers.items():
             self.register_buffer(key, torch.tensor(value, dtype=self.dtype))
 
@@ -104,7 +136,8 @@ class EmitActivation(nn.Module):
 class EmitLayer(nn.Module):
     """A conv or linear on dequantized integers, which a runtime fuses into an integer kernel.
 
-    Without a quantizer before it (``grid`` is None) only the weight is stored in integers.
+    Without a quantizer before it (``grid`` is None) only the weight is stored in integers. With ``float_bias`` the bias is
+    stored as the values that its integers stand for.
     """
 
     weight: Tensor
@@ -114,7 +147,7 @@ class EmitLayer(nn.Module):
     bias_scale: Tensor
 
     @torch.no_grad()
-    def __init__(self, layer: Layer, grid: EmitActivation | None) -> None:
+    def __init__(self, layer: Layer, grid: EmitActivation | None, float_bias: bool = False) -> None:
         super().__init__()
         assert layer.weight_quantizer is not None
         # In tuples, so that no float weight is registered and exported.
@@ -127,7 +160,7 @@ class EmitLayer(nn.Module):
         self.register_buffer("weight_scale", scale)
         self.register_buffer("weight_zero_point", torch.zeros(scale.shape, dtype=torch.int8))
         self.register_buffer("bias", layer.effective_bias())
-        if self.bias is not None and grid is not None:
+        if self.bias is not None and grid is not None and not float_bias:
             bias_scale = grid.scale.double() * scale.double().expand(len(self.bias))
             assert layer.bias is not None
             self.bias = torch.round(layer.bias / bias_scale).to(torch.int32)

@@ -1,17 +1,19 @@
-"""Where a network is to run, and what that asks of its quantization.
+"""Where a network is to run, and what that asks of its quantization and of its file.
 
 Quantizers are placed for ONNX Runtime's fast kernels on x86: weights int8, symmetric, per channel; activations uint8, affine,
-per tensor. A target narrows that where its kernels would be wrong, and is refused where they need what is not placed.
+per tensor. A target narrows or changes that, and refuses settings with which its kernels are known to be wrong or slow.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qat_tricks.deploy.runtimes import check_runtimes
 from qat_tricks.errors import QatTricksError, did_you_mean
+from qat_tricks.numerics.scheme import ACTIVATIONS
 
 DEFAULT_TARGET = "onnxruntime_cpu"
+OPSET = 18  # what PyTorch's exporter writes without converting, and all targets read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,24 +23,42 @@ class Target:
     about: str
     runtime: str = "onnxruntime"  # who runs the finished file, besides ONNX Runtime, to prove it
     max_weight_bits: int = 8
-    refused: str = ""  # why nothing can be exported for it, and what would do
+    activations: Sequence[str] = ("unsigned_affine",)  # kinds that it takes, of ``scheme.ACTIVATIONS``; its own choice first
+    activation_bits: int = 2  # the fewest that it takes
+    because: str = ""  # why no other activations
+    layout: str = "onnxruntime"  # of the ONNX file, see ``deploy.qdq``: where ReLUs stand, and the type of biases
+    newest_opset: int | None = None  # that it reads; None: whatever ONNX Runtime does
 
+
+_SLOW_ON_X86 = "ONNX Runtime on x86 has no fast kernels for int8 activations: it computes in float, or slower than in float"
 
 TARGETS: Mapping[str, Target] = {
-    "onnxruntime_cpu": Target(about="x86 in sessions that set session.x64quantprecision to 1, or with VNNI: products are exact"),
+    "onnxruntime_cpu": Target(
+        about="x86 in sessions that set session.x64quantprecision to 1, or with VNNI: products are exact", because=_SLOW_ON_X86
+    ),
     "onnxruntime_cpu_no_vnni": Target(
         about="x86 without VNNI, in any session: vpmaddubsw adds two products in 16 bits, and 2 * 255 * 63 fits where "
         "2 * 255 * 127 saturates",
         max_weight_bits=7,
+        because=_SLOW_ON_X86,
     ),
     "onnxruntime_arm": Target(
-        about="64-bit ARM, not measured yet: its kernels take unsigned activations and add in 32 bits, so nothing changes"
+        about="64-bit ARM, not measured yet: its kernels take activations of either sign and add in 32 bits",
+        activations=("unsigned_affine", "signed_affine"),
+        because="behind each ReLU half of a symmetric grid is lost, and a Clip runs, for nothing",
     ),
-    "openvino_cpu": Target(about="OpenVINO on x86 with VNNI; the finished file is run there as well", runtime="openvino"),
+    "openvino_cpu": Target(
+        about="OpenVINO on x86 with VNNI, which takes all activations; the finished file is run there as well",
+        runtime="openvino",
+        activations=tuple(ACTIVATIONS),
+    ),
     "tensorrt": Target(
-        about="NVIDIA's TensorRT",
-        refused="it takes int8 activations with zero point 0 alone, and activations are placed unsigned and affine: "
-        "export for another target",
+        about="NVIDIA's TensorRT 10, not measured: the file is checked and run in ONNX Runtime alone, there mostly in float",
+        activations=("signed_symmetric",),
+        activation_bits=8,
+        because="TensorRT takes int8 activations with zero point 0 alone",
+        layout="tensorrt",
+        newest_opset=24,  # of TensorRT 10.15, says its parser's list of operators
     ),
 }
 
@@ -47,24 +67,33 @@ def check_target(name: Any) -> Target:
     """The target called ``name``.
 
     Raises:
-        QatTricksError: it is unknown or refused, or its runtime is not installed here to prove the file.
+        QatTricksError: it is unknown, or its runtime is not installed here to prove the file.
     """
     if name not in TARGETS:
         raise QatTricksError(f'unknown target "{name}": {did_you_mean(str(name), TARGETS)}')
     target = TARGETS[name]
-    if target.refused:
-        raise QatTricksError(f"target={name} cannot be had: {target.refused}")
     check_runtimes([target.runtime])
     return target
 
 
+def check_opset(name: Any, opset: int) -> None:
+    """Raises QatTricksError if the target called ``name`` cannot read files of ``opset``."""
+    newest = check_target(name).newest_opset
+    if newest is not None and opset > newest:
+        raise QatTricksError(f"export.opset={opset} is too new for target={name}: give {newest} or less")
+
+
 def fit_to_target(quantize: Mapping[str, Any], target: Target) -> dict[str, Any]:
-    """The settings of the ``quantize`` trick with no weight above the target's bits.
+    """The settings of the ``quantize`` trick with the target's activations and no weight above its bits.
 
     ``first_last_bits`` are those of weights and inputs alike. Where all are of 8 bits its limit becomes null, so that the
     inputs keep theirs; below, it is lowered.
+
+    Raises:
+        QatTricksError: activations were asked for that the target does not take.
     """
     limit, fitted = target.max_weight_bits, dict(quantize)
+    fitted["activations"] = _activations(quantize, target)
     if limit >= 8:
         return fitted
     fitted["weight_bits"] = min(quantize["weight_bits"], limit)
@@ -76,3 +105,22 @@ def fit_to_target(quantize: Mapping[str, Any], target: Target) -> dict[str, Any]
         for pattern, given in quantize["overrides"].items()
     }
     return fitted
+
+
+def _activations(quantize: Mapping[str, Any], target: Target) -> str:
+    """The kind of activations that the target and the settings agree on."""
+    kind = quantize["activations"] or target.activations[0]
+    if kind not in target.activations:
+        allowed = " or ".join(target.activations)
+        raise QatTricksError(f"quantize.activations={kind} is not for this target: {target.because}; give {allowed}, or null")
+    bits = {
+        "activation_bits": quantize["activation_bits"],
+        "first_last_bits": quantize["first_last_bits"] or quantize["activation_bits"],
+        **{f'overrides."{pattern}"': given.get("activation_bits", 8) for pattern, given in quantize["overrides"].items()},
+    }
+    for setting, given in bits.items():
+        if given < target.activation_bits:
+            raise QatTricksError(
+                f"quantize.{setting} gives activations {given} bits, and {target.because}: give {target.activation_bits}"
+            )
+    return str(kind)

@@ -7,7 +7,7 @@ out once. The last linear's output stays float: the integer kernel hands out flo
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -17,7 +17,7 @@ from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.layers import as_layer
 from qat_tricks.graph.spec import insert_quantizers, spec_of
-from qat_tricks.numerics.scheme import activation_scheme, weight_scheme
+from qat_tricks.numerics.scheme import Scheme, activation_scheme, weight_scheme
 
 _OVERRIDES = ("weight_bits", "activation_bits")
 
@@ -39,6 +39,7 @@ def place_quantizers(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     overrides: Mapping[str, Mapping[str, int]] | None = None,
+    activations: str | None = None,
 ) -> fx.GraphModule:
     """Inserts quantizers into ``traced`` and records them in its spec.
 
@@ -50,9 +51,11 @@ def place_quantizers(
         include: name patterns (``fnmatch``) of the convs and linears to quantize.
         exclude: name patterns of those to leave in float.
         overrides: ``{pattern: {"weight_bits": …, "activation_bits": …}}``; ``activation_bits`` is that of the layer's input.
+        activations: ``unsigned_affine`` (by default), ``signed_affine`` or ``signed_symmetric``.
 
     Raises:
-        QatTricksError: a pattern matches no layer, bits outside 2..8, an unknown override, or nothing is left to quantize.
+        QatTricksError: a pattern matches no layer, bits outside 2..8, an unknown override or kind of activations, or nothing is
+            left to quantize.
     """
     fed = [node for node in traced.graph.nodes if n.depends_on_images(node)]
     calls = [node for node in fed if n.calls_layer(node, traced)]
@@ -110,7 +113,7 @@ def place_quantizers(
     spec["layers"] = {**spec.get("layers", {})}
     for name, bits in weights.items():
         spec["layers"].setdefault(name, {})["weight"] = weight_scheme(bits).as_dict()
-    spec["activations"] = _describe(traced, points, groups, activation_bits)
+    spec["activations"] = _describe(traced, points, groups, activation_scheme(activation_bits, activations))
     for name in weights:
         as_layer(traced.get_submodule(name))
     insert_quantizers(traced)
@@ -175,7 +178,7 @@ def _merge(groups: dict[fx.Node, fx.Node], a: fx.Node, b: fx.Node) -> None:
 
 
 def _describe(
-    traced: fx.GraphModule, points: Mapping[fx.Node, _Point], groups: Mapping[fx.Node, fx.Node], default_bits: int
+    traced: fx.GraphModule, points: Mapping[fx.Node, _Point], groups: Mapping[fx.Node, fx.Node], default: Scheme
 ) -> dict[str, Any]:
     """The quantizers as plain data: ``{name: {"scheme", "activation", "nodes"}}``."""
     described: dict[str, Any] = {}
@@ -185,7 +188,7 @@ def _describe(
         activations = {_absorbable(node, traced) for node in members}
         bits = [bits for node in members for bits in points[node].bits]
         described[members[0].name] = {
-            "scheme": activation_scheme(max(bits, default=default_bits)).as_dict(),
+            "scheme": replace(default, bits=max(bits, default=default.bits)).as_dict(),
             # One grid for several tensors stands in for their ReLU only if each of them has it.
             "activation": activations.pop() if len(activations) == 1 else None,
             "nodes": [node.name for node in members],

@@ -83,7 +83,8 @@ def _grids(source: fx.Node, traced: fx.GraphModule) -> list[ActivationQuantizer]
 
 def _table(traced: fx.GraphModule, chain: list[fx.Node], source: fx.Node, grid: ActivationQuantizer) -> Callable[[], Tensor]:
     def values() -> Tensor:
-        integers = torch.arange(grid.scheme.qmin - grid.offset, grid.scheme.qmax - grid.offset + 1, device=grid.scale.device)
+        first, last = grid.steps
+        integers = torch.arange(first, last + 1, device=grid.scale.device)
         interpreter = fx.Interpreter(traced)
         interpreter.env[source] = (integers * grid.current_scale()).view(1, -1, 1, 1)
         for node in chain:
@@ -99,7 +100,7 @@ def _settled(quantizer: ActivationQuantizer, tables: list[Callable[[], Tensor]])
         return None
     values = torch.cat([table() for table in tables])
     scale = quantizer.current_scale()
-    low, high = quantizer.scheme.qmin - quantizer.offset, quantizer.scheme.qmax - quantizer.offset
+    low, high = quantizer.steps
     for attempt in range(2 * TRIES + 1):
         tried = scale * (1 + STEP * ((attempt + 1) // 2) * (-1) ** attempt)
         steps = values / tried.double()

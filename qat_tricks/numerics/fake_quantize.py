@@ -87,7 +87,12 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: int | Tensor, scheme: Sc
         # Shifted by zero_point steps and back; autograd through the shift gives the affine scale its whole gradient.
         shift = zero_point * scale
         return _FakeQuantize.apply(x.float() + shift, scale, scheme.qmin, scheme.qmax) - shift
-    return _FakeQuantize.apply(x.float(), scale, scheme.qmin - zero_point, scheme.qmax - zero_point)
+    return fake_quantize_between(x, scale, scheme.qmin - zero_point, scheme.qmax - zero_point)
+
+
+def fake_quantize_between(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    """``clamp(round(x / scale), low, high) * scale``, differentiable as ``fake_quantize`` is."""
+    return _FakeQuantize.apply(x.float(), scale, low, high)
 
 
 def max_abs_scale(weight: Tensor, scheme: Scheme, channel_axis: int) -> Tensor:

@@ -53,5 +53,5 @@ def multiply(
 
 
 def _clamp(steps: Tensor, grid: ActivationQuantizer) -> Tensor:
-    """Clamps multiples of a scale to those that the grid has."""
-    return steps.clamp_(grid.scheme.qmin - grid.offset, grid.scheme.qmax - grid.offset)
+    """Clamps multiples of a scale to those that the grid uses."""
+    return steps.clamp_(*grid.steps)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.numerics.fake_quantize import fake_quantize, max_abs_scale, quantize_weight
+from qat_tricks.numerics.fake_quantize import fake_quantize, fake_quantize_between, max_abs_scale, quantize_weight
 from qat_tricks.numerics.range_estimators import RangeEstimator
 from qat_tricks.numerics.scheme import Scheme
 
@@ -14,8 +14,9 @@ from qat_tricks.numerics.scheme import Scheme
 class ActivationQuantizer(nn.Module):
     """Fake-quantizes one tensor of the network, and stands in for the ReLU or ReLU6 before it.
 
-    With ``zero_point == qmin`` the grid begins at 0.0, so clamping to it *is* the ReLU, as in an integer kernel; a cap
-    (ReLU6) is kept by never letting the range exceed it.
+    Clamping to ``steps`` *is* the ReLU. With ``zero_point == qmin``, as an affine grid has it, the grid itself begins at 0.0 and
+    an integer kernel clamps so by itself; a symmetric grid reaches below, and only its upper half is used. A cap (ReLU6) is
+    kept by never letting the range exceed it.
 
     Attributes:
         scale: parameter of shape ``[]``, float32; trained only after ``learn_scales``.
@@ -55,10 +56,21 @@ class ActivationQuantizer(nn.Module):
         return self._zero_point
 
     @property
+    def integers(self) -> tuple[int, int]:
+        """The smallest and the largest integer in use: behind a ReLU, none below the zero point."""
+        return self.scheme.qmin if self.activation is None else self.offset, self.scheme.qmax
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """How many scales below and above 0.0 the smallest and the largest value are."""
+        low, high = self.integers
+        return low - self.offset, high - self.offset
+
+    @property
     def range(self) -> tuple[float, float]:
-        """The values ``(low, high)`` that the smallest and the largest integer stand for."""
-        scale, zero_point = float(self.current_scale()), int(self.zero_point)
-        return scale * (self.scheme.qmin - zero_point), scale * (self.scheme.qmax - zero_point)
+        """The smallest and the largest value."""
+        scale, (low, high) = float(self.current_scale()), self.steps
+        return scale * low, scale * high
 
     def set_range(self, low: float, high: float) -> None:
         """Sets scale and zero point so that the integers cover ``[low, high]``."""
@@ -72,8 +84,10 @@ class ActivationQuantizer(nn.Module):
 
     def current_scale(self) -> Tensor:
         """The scale in use: positive, and within the cap. Shape ``[]``."""
-        largest = self.cap / (self.scheme.qmax - self.scheme.qmin)
-        return self.scale.clamp(1e-8, largest) if largest < float("inf") else self.scale.clamp_min(1e-8)
+        if self.cap == float("inf"):
+            return self.scale.clamp_min(1e-8)
+        largest, _ = self.scheme.qparams(0.0, self.cap)
+        return self.scale.clamp(1e-8, largest)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
@@ -83,7 +97,7 @@ class ActivationQuantizer(nn.Module):
             return x
         if self._zero_point is None:
             raise QatTricksError("a quantizer has no range yet: calibrate the network before it is run quantized")
-        return fake_quantize(x, self.current_scale(), self._zero_point, self.scheme)
+        return fake_quantize_between(x, self.current_scale(), *self.steps)
 
     def _activate(self, x: Tensor) -> Tensor:
         if self.activation is None:

@@ -1,8 +1,9 @@
 """A quantization scheme: how many bits, which integers, one scale or one a channel."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from qat_tricks.errors import QatTricksError
+from qat_tricks.errors import QatTricksError, did_you_mean
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -62,6 +63,22 @@ def weight_scheme(bits: int) -> Scheme:
     return Scheme(bits=bits, symmetric=True, signed=True, per_channel=True, narrow_range=True)
 
 
-def activation_scheme(bits: int) -> Scheme:
-    """The scheme of activations: affine and unsigned, one scale a tensor (the layout of ONNX Runtime's fast kernels)."""
-    return Scheme(bits=bits)
+# What integers activations take: ONNX Runtime's kernels on x86 are fast on the first, TensorRT takes the last alone.
+ACTIVATIONS: Mapping[str, Mapping[str, bool]] = {
+    "unsigned_affine": {},
+    "signed_affine": {"signed": True},
+    "signed_symmetric": {"signed": True, "symmetric": True},
+}
+DEFAULT_ACTIVATIONS = "unsigned_affine"
+
+
+def activation_scheme(bits: int, activations: str | None = None) -> Scheme:
+    """The scheme of activations: one scale a tensor; ``activations`` is one of ``ACTIVATIONS``, by default unsigned and affine.
+
+    Raises:
+        QatTricksError: bits outside 2..8, or unknown ``activations``.
+    """
+    kind = activations or DEFAULT_ACTIVATIONS
+    if kind not in ACTIVATIONS:
+        raise QatTricksError(f'activations="{kind}" is not supported: {did_you_mean(str(kind), ACTIVATIONS)}')
+    return Scheme(bits=bits, **ACTIVATIONS[kind])

@@ -28,6 +28,7 @@ def quantize(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     overrides: Mapping[str, Mapping[str, int]] | None = None,
+    activations: str | None = None,
 ) -> fx.GraphModule:
     """Places quantizers (see ``place_quantizers`` for the arguments and errors); activations then await ``calibrate``."""
     place_quantizers(
@@ -38,6 +39,7 @@ def quantize(
         include=include,
         exclude=exclude,
         overrides=overrides,
+        activations=activations,
     )
     for name, layer in layers(traced).items():
         if layer.weight_quantizer is not None and layer.weight_quantizer.scheme.bits <= OWN_SCALE_BITS:
@@ -59,10 +61,11 @@ class Quantize(Trick):
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
         overrides: Mapping[str, Mapping[str, int]] | None = None,
+        activations: str | None = None,
     ) -> None:
         super().__init__()
-        # Bits are checked now: before anything has been trained.
-        weight_scheme(weight_bits), activation_scheme(activation_bits)
+        # Bits and kind are checked now: before anything has been trained.
+        weight_scheme(weight_bits), activation_scheme(activation_bits, activations)
         self.settings: dict[str, Any] = {
             "weight_bits": weight_bits,
             "activation_bits": activation_bits,
@@ -70,6 +73,7 @@ class Quantize(Trick):
             "include": tuple(include),
             "exclude": tuple(exclude),
             "overrides": {pattern: dict(bits) for pattern, bits in (overrides or {}).items()},
+            "activations": activations,
         }
 
     def apply(self, work: Workbench) -> None:

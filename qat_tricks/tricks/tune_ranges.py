@@ -96,6 +96,10 @@ class _GradientHistogram:
         """Tries one end of the range after the other, twice: they interact only through the step between them."""
         sums = torch.cat(self.sums).double().cpu()
         centers = self.first + self.width * (torch.arange(BINS, dtype=torch.float64) + 0.5)
+        if self.quantizer.scheme.symmetric:  # one end follows from the other
+            low, high = self._best(sums, centers, [(factor, factor) for factor in FACTORS])
+            self.quantizer.set_range(self.low * low, self.high * high)
+            return
         low = high = 1.0
         for _ in range(2):
             high = self._best(sums, centers, [(low, factor) for factor in FACTORS])[1]

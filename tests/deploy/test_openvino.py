@@ -9,6 +9,7 @@ from qat_tricks.deploy.compare import compare_logits
 from qat_tricks.deploy.export import export_onnx
 from qat_tricks.deploy.runtimes import open_network
 from qat_tricks.errors import QatTricksError
+from qat_tricks.numerics.scheme import ACTIVATIONS
 
 pytest.importorskip("openvino")
 
@@ -17,8 +18,9 @@ def opened(path, runtime="openvino"):
     return open_network(path, threads=1, runtime=runtime)
 
 
-def test_a_residual_network_runs_in_integers_and_agrees_with_onnx_runtime(tmp_path):
-    export_onnx(quantized(Residual), tmp_path / "m.onnx", images()[:2])
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_a_residual_network_runs_in_integers_and_agrees_with_onnx_runtime(activations, tmp_path):
+    export_onnx(quantized(Residual, activations=activations), tmp_path / "m.onnx", images()[:2])
     network, x = opened(tmp_path / "m.onnx"), images().numpy()
     assert network.integer_layers == 1
     assert (network.spec.name, network.spec.shape, network.spec.dtype) == ("images", (None, 3, 32, 32), np.float32)

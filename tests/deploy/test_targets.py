@@ -7,8 +7,10 @@ import pytest
 from handmade import qdq_layer
 
 from qat_tricks.deploy import runtimes
-from qat_tricks.deploy.targets import DEFAULT_TARGET, TARGETS, check_target, fit_to_target
+from qat_tricks.deploy.qdq import LAYOUTS
+from qat_tricks.deploy.targets import DEFAULT_TARGET, TARGETS, check_opset, check_target, fit_to_target
 from qat_tricks.errors import QatTricksError
+from qat_tricks.numerics.scheme import ACTIVATIONS
 from qat_tricks.tricks.quantize import Quantize
 
 NO_VNNI = TARGETS["onnxruntime_cpu_no_vnni"]
@@ -30,8 +32,45 @@ def test_weights_of_seven_bits_leave_activations_alone_where_they_can():
     assert after["overrides"] == {"a": {"weight_bits": 7, "activation_bits": 8}}
 
 
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_target_sets_the_activations_unless_they_are_given(name):
+    target = TARGETS[name]
+    assert fit_to_target(Quantize().settings, target)["activations"] == target.activations[0]
+    for kind in ACTIVATIONS:
+        settings = Quantize(activations=kind).settings
+        if kind in target.activations:
+            assert fit_to_target(settings, target)["activations"] == kind
+        else:
+            with pytest.raises(QatTricksError, match=f"activations={kind} is not for this target: {target.because}"):
+                fit_to_target(settings, target)
+    assert target.because or set(target.activations) == set(ACTIVATIONS)
+    assert target.layout in LAYOUTS
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"activation_bits": 4}, "quantize.activation_bits gives activations 4 bits"),
+        ({"first_last_bits": 6}, "quantize.first_last_bits gives activations 6 bits"),
+        ({"overrides": {"a": {"activation_bits": 5}}}, 'quantize.overrides."a" gives activations 5 bits'),
+    ],
+)
+def test_tensorrt_has_no_activations_below_eight_bits(settings, told):
+    with pytest.raises(QatTricksError, match=f"{told}, and TensorRT takes int8 activations"):
+        fit_to_target(Quantize(**settings).settings, TARGETS["tensorrt"])
+    low_weights = Quantize(weight_bits=4, overrides={"a": {"weight_bits": 3}}).settings
+    assert fit_to_target(low_weights, TARGETS["tensorrt"]) == {**low_weights, "activations": "signed_symmetric"}
+
+
+def test_a_target_that_cannot_read_an_opset_says_so():
+    check_opset("tensorrt", 24)
+    check_opset(DEFAULT_TARGET, 25)
+    with pytest.raises(QatTricksError, match=r"export\.opset=25 is too new for target=tensorrt: give 24 or less"):
+        check_opset("tensorrt", 25)
+
+
 @pytest.mark.parametrize("name", [name for name, target in TARGETS.items() if target.max_weight_bits == 8])
-def test_other_targets_change_nothing(name):
+def test_other_targets_change_no_bits(name):
     assert fitted(TARGETS[name]) == (8, 8, 8)
 
 
@@ -42,8 +81,6 @@ def test_seven_bits_are_what_sixteen_bit_sums_of_two_products_hold():
 
 def test_what_cannot_be_had_is_refused_with_the_reason(monkeypatch):
     assert check_target(DEFAULT_TARGET).runtime == "onnxruntime"
-    with pytest.raises(QatTricksError, match="zero point 0 alone"):
-        check_target("tensorrt")
     with pytest.raises(QatTricksError, match='did you mean "openvino_cpu"'):
         check_target("openvino")
     monkeypatch.setattr(runtimes, "find_spec", lambda name: None)

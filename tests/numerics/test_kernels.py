@@ -7,23 +7,25 @@ import torch
 from onnx import TensorProto, helper
 
 from qat_tricks.numerics import ActivationQuantizer, Scheme, kernels
+from qat_tricks.numerics.scheme import ACTIVATIONS
 
 
-def _grid(low, high):
-    quantizer = ActivationQuantizer(Scheme())
+def _grid(low, high, scheme=None):
+    quantizer = ActivationQuantizer(scheme or Scheme())
     quantizer.set_range(low, high)
     return quantizer
 
 
 def _integers(values, grid):
-    return (torch.round(values / grid.scale) + grid.zero_point).to(torch.uint8)
+    return (torch.round(values / grid.scale) + grid.zero_point).to(torch.int8 if grid.scheme.signed else torch.uint8)
 
 
 def _run(op, domain, inputs, feed):
     initializers = [helper.make_tensor(name, *value) for name, value in inputs.items() if isinstance(value, tuple)]
-    values = [helper.make_tensor_value_info(name, TensorProto.UINT8, feed[name].shape) for name in feed]
+    kind = helper.np_dtype_to_tensor_dtype(next(iter(feed.values())).dtype)
+    values = [helper.make_tensor_value_info(name, kind, feed[name].shape) for name in feed]
     node = helper.make_node(op, list(inputs), ["out"], domain=domain)
-    out = helper.make_tensor_value_info("out", TensorProto.UINT8, None)
+    out = helper.make_tensor_value_info("out", kind, None)
     graph = helper.make_graph([node], "kernel", values, [out], initializers)
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
@@ -33,17 +35,19 @@ def _run(op, domain, inputs, feed):
 
 def _scalar(quantizer):
     scale = (TensorProto.FLOAT, [], [float(quantizer.scale)])
-    return scale, (TensorProto.UINT8, [], [int(quantizer.zero_point)])
+    kind = TensorProto.INT8 if quantizer.scheme.signed else TensorProto.UINT8
+    return scale, (kind, [], [int(quantizer.zero_point)])
 
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize(
     ("op", "kernel", "function"), [("QLinearAdd", kernels.add, torch.add), ("QLinearMul", kernels.multiply, torch.mul)]
 )
-def test_adds_and_products_differ_nowhere(op, kernel, function, seed):
+@pytest.mark.parametrize("scheme", [Scheme(**signs) for signs in ACTIVATIONS.values()], ids=ACTIVATIONS)
+def test_adds_and_products_differ_nowhere(op, kernel, function, seed, scheme):
     ends = np.random.default_rng(seed).uniform(1, 60, (3, 2))
-    x_grid, y_grid, out_grid = (_grid(-low, high) for low, high in ends.tolist())
-    every = torch.arange(256, dtype=torch.uint8)
+    x_grid, y_grid, out_grid = (_grid(-low, high, scheme) for low, high in ends.tolist())
+    every = torch.arange(scheme.qmin, scheme.qmax + 1).to(torch.int8 if scheme.signed else torch.uint8)
     qx, qy = (q.flatten().contiguous() for q in torch.meshgrid(every, every, indexing="ij"))
     x, y = ((q.float() - grid.zero_point) * grid.scale for q, grid in ((qx, x_grid), (qy, y_grid)))
     with torch.no_grad():

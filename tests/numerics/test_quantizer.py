@@ -23,6 +23,44 @@ def test_relu6_is_kept_when_the_scale_grows():
     assert quantizer(torch.tensor([100.0])) == pytest.approx(6.0)
 
 
+SYMMETRIC = Scheme(signed=True, symmetric=True)
+
+
+def _symmetric(activation, low, high):
+    quantizer = ActivationQuantizer(SYMMETRIC, activation=activation)
+    quantizer.set_range(low, high)
+    return quantizer
+
+
+def test_a_symmetric_grid_uses_its_upper_half_behind_a_relu():
+    x = torch.linspace(-5, 5, 2001)
+    quantizer, plain = _symmetric("relu", -9.0, 3.0), _symmetric(None, 0.0, 3.0)
+    assert quantizer.integers == (0, 127)
+    assert quantizer.range == (0.0, pytest.approx(3.0))
+    assert torch.equal(quantizer(x), plain(torch.relu(x)))
+    assert plain(x).min() < -3.0
+
+
+def test_gradients_behind_a_relu_are_those_of_relu_then_fake_quant():
+    gradients = []
+    for activation in ("relu", None):
+        x = torch.linspace(-5, 5, 1999).requires_grad_()
+        quantizer = _symmetric(activation, 0.0, 3.0)
+        quantizer.scale.requires_grad_()
+        (quantizer(x if activation else torch.relu(x)) * torch.linspace(1, 2, 1999)).sum().backward()
+        gradients.append((x.grad, quantizer.scale.grad))
+    assert torch.equal(gradients[0][0], gradients[1][0])
+    # LSQ's factor knows how far a grid reaches: 128 steps below, 127 above.
+    assert float(gradients[0][1]) == pytest.approx(float(gradients[1][1]) * (128 / 127) ** 0.5, rel=1e-4)
+
+
+def test_the_cap_of_relu6_is_the_end_of_a_symmetric_grid():
+    quantizer = _symmetric("relu6", 0.0, 40.0)
+    with torch.no_grad():
+        quantizer.scale.mul_(3)
+    assert quantizer(torch.tensor([-1.0, 5.99, 100.0])).tolist() == pytest.approx([0.0, 6.0, 6.0])
+
+
 def test_running_without_a_range_is_refused():
     with pytest.raises(QatTricksError, match="calibrate"):
         ActivationQuantizer(Scheme())(torch.ones(1))

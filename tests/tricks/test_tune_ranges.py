@@ -5,6 +5,7 @@ from torch import nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import activation_quantizers, trace
+from qat_tricks.numerics.scheme import ACTIVATIONS
 from qat_tricks.tricks import calibrate, quantize, tune_ranges
 
 
@@ -23,16 +24,17 @@ class Outlier(nn.Module):
         return self.last(self.first(x))
 
 
-def _tuned_range(use: float) -> float:
+def _tuned_range(use: float, activations: str | None = None) -> float:
     x = torch.randn(256, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.5, 20.0])
-    traced = quantize(trace(Outlier(use).eval()))
+    traced = quantize(trace(Outlier(use).eval()), activations=activations)
     calibrate(traced, [x], estimator="minmax")
     tune_ranges(traced, [x])
     return activation_quantizers(traced)["activation_quantizers.first"].range[1]
 
 
-def test_large_values_are_clipped_where_the_logits_do_not_need_them():
-    assert _tuned_range(use=0.0) < 0.6 * _tuned_range(use=0.05)
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_large_values_are_clipped_where_the_logits_do_not_need_them(activations):
+    assert _tuned_range(0.0, activations) < 0.6 * _tuned_range(0.05, activations)
 
 
 def test_low_bits_follow_the_float_network_more_closely():
