@@ -87,6 +87,7 @@ class EmitActivation(nn.Module):
         if not quantizer.is_calibrated:
             raise QatTricksError(f'quantizer "{name}" has no range yet: calibrate the network first')
         scheme = quantizer.scheme
+        self.name = name
         self.dtype = torch.int8 if scheme.signed else torch.uint8
         self.clips = (scheme.qmin, scheme.qmax) != (torch.iinfo(self.dtype).min, torch.iinfo(self.dtype).max)
         self.register_buffer("scale", quantizer.current_scale().detach().clone())
@@ -95,6 +96,8 @@ class EmitActivation(nn.Module):
             self.register_buffer(key, torch.tensor(value, dtype=self.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            raise QatTricksError(f'quantizer "{self.name}" is given {x.dtype}: turn the values into floats before, with .float()')
         integers = _emit("QuantizeLinear", (x, self.scale, self.zero_point), x, self.dtype)
         if self.clips:
             integers = _emit("Clip", (integers, self.qmin, self.qmax), x, self.dtype)

@@ -36,6 +36,7 @@ _PASS: set[Any] = {
 }  # fmt: skip
 _DROPOUTS: set[Any] = {nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout}
 _DROPOUT_NAMES = {"StochasticDepth", "DropPath", "DropBlock2d"}
+INTEGERS = "qat_tricks.integers"  # in a node's meta, where ``note_integers`` has seen what it yields
 _SIZES = {"size", "dim", "numel", "shape"}
 BATCHNORMS = (nn.modules.batchnorm._BatchNorm,)  # 1d to 3d, synchronized, and what Lightning makes of a synchronized one
 _ACTIVATIONS: dict[Any, str] = {
@@ -51,7 +52,9 @@ def _kind_of(node: fx.Node, traced: fx.GraphModule) -> Any:
 
 
 def is_tensor(node: fx.Node) -> bool:
-    """Whether the node yields a tensor rather than sizes or numbers worked out from them."""
+    """Whether the node yields a tensor rather than sizes or numbers worked out from them, or an argument's default."""
+    if node.op == "placeholder" and node.args:
+        return False
     if node.op == "call_method" and node.target in _SIZES:
         return False
     if node.op == "call_function" and node.target is getattr:
@@ -160,7 +163,7 @@ def activation_of(node: fx.Node, traced: fx.GraphModule) -> str | None:
 
 def _operands_are_activations(node: fx.Node) -> bool:
     operands = node.args[:2]
-    return all(isinstance(a, fx.Node) and is_tensor(a) and depends_on_images(a) for a in operands)
+    return all(isinstance(a, fx.Node) and is_tensor(a) and depends_on_images(a) and not a.meta.get(INTEGERS) for a in operands)
 
 
 def is_cat(node: fx.Node, traced: fx.GraphModule) -> bool:
