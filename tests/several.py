@@ -49,7 +49,19 @@ class Tokens(nn.Module):
         return self.fc(torch.cat([words, self.stem(image).mean([2, 3])], 1))
 
 
-KINDS = [TwoImages, Gated, Tokens]
+class Siamese(nn.Module):
+    """Two images through one stem, compared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.fc = nn.Sequential(conv(3, 8, stride=2), conv(8, 16)), nn.Linear(32, 4)
+
+    def forward(self, input: Tensor, other: Tensor) -> Tensor:
+        a, b = self.stem(input).mean([2, 3]), self.stem(other).mean([2, 3])
+        return self.fc(torch.cat([(a - b).abs(), a * b], 1))
+
+
+KINDS = [TwoImages, Gated, Tokens, Siamese]
 
 
 def inputs(kind: type[nn.Module], count: int, seed: int = 0) -> tuple[Tensor, ...]:
@@ -60,6 +72,8 @@ def inputs(kind: type[nn.Module], count: int, seed: int = 0) -> tuple[Tensor, ..
         return image, torch.randn(count, 1, 8, 8, generator=generator)
     if kind is Gated:
         return image, torch.randn(count, 6, generator=generator)
+    if kind is Siamese:
+        return image, torch.randn(count, 3, 16, 16, generator=generator)
     ids, mask = (torch.randint(most, (count, 5), generator=generator) for most in (11, 2))
     return ids, mask, image
 
@@ -118,7 +132,7 @@ class Lit(pl.LightningModule):
     test_step = validation_step
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.02, momentum=0.9)
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
 class FlatLit(Lit):

@@ -96,22 +96,31 @@ def folds_into(node: fx.Node, traced: fx.GraphModule) -> list[fx.Node]:
     """The calls of the convs or linears, in the order of their channels, that can take in the BatchNorm that ``node`` calls.
 
     It has running statistics and alone follows them: directly, behind a concat of channels, or behind a linear's rows made one
-    matrix. All are called once. The list is empty if it cannot be folded.
+    matrix; so at each call of either, as where two inputs pass one stem. The list is empty if it cannot be folded.
     """
     batchnorm: Any = module_of(node, traced)
-    if not calls_batchnorm(node, traced) or batchnorm.running_var is None or not is_used_once(node, traced):
+    if not calls_batchnorm(node, traced) or batchnorm.running_var is None:
         return []
+    uses = _uses_of(node, traced)
+    found = [_layers_before(use, traced) for use in uses if use.target == node.target]
+    if len(found) < len(uses) or any([part.target for part in parts] != [part.target for part in found[0]] for parts in found):
+        return []
+    if any(set(_uses_of(calls[0], traced)) != set(calls) for calls in zip(*found, strict=True)):
+        return []
+    parts = found[uses.index(node)]
+    channels = sum(layer_at(traced, str(part.target)).weight.shape[0] for part in parts)
+    return parts if channels == batchnorm.num_features else []
+
+
+def _layers_before(node: fx.Node, traced: fx.GraphModule) -> list[fx.Node]:
+    """The calls of convs or linears whose outputs the BatchNorm ``node`` alone reads; none if it reads anything else."""
     before = node.all_input_nodes[0]
     if _flattens_rows(before, traced) and len(before.users) == 1:
         before = before.all_input_nodes[0]
         parts = [before] if hasattr(module_of(before, traced), "in_features") else []
     else:
         parts = list(before.all_input_nodes) if _concats_channels(before, traced) and len(before.users) == 1 else [before]
-    for part in parts:
-        if not calls_layer(part, traced) or len(_readers(part)) > 1 or not is_used_once(part, traced):
-            return []
-    channels = sum(layer_at(traced, str(part.target)).weight.shape[0] for part in parts)
-    return parts if channels == batchnorm.num_features else []
+    return parts if all(calls_layer(part, traced) and len(_readers(part)) == 1 for part in parts) else []
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
@@ -136,6 +145,11 @@ def is_used_once(node: fx.Node, traced: fx.GraphModule) -> bool:
 
     Otherwise what suits one is wrong for the other.
     """
+    return len(_uses_of(node, traced)) == 1
+
+
+def _uses_of(node: fx.Node, traced: fx.GraphModule) -> list[fx.Node]:
+    """What uses the weight of the module that ``node`` calls, in order: calls, also of others that share it, and reads of its values."""
 
     def weight(node: fx.Node) -> Any:
         module = module_of(node, traced)
@@ -145,8 +159,10 @@ def is_used_once(node: fx.Node, traced: fx.GraphModule) -> bool:
     def reads_values(other: fx.Node) -> bool:
         return other.op == "get_attr" and other.target == f"{node.target}.weight" and any(map(is_tensor, other.users))
 
-    users = sum(weight(other) is weight(node) for other in traced.graph.nodes if other.op == "call_module")
-    return users == 1 and not any(map(reads_values, traced.graph.nodes))
+    def calls_it(other: fx.Node) -> bool:
+        return other.op == "call_module" and weight(other) is weight(node)
+
+    return [other for other in traced.graph.nodes if calls_it(other) or reads_values(other)]
 
 
 def activation_of(node: fx.Node, traced: fx.GraphModule) -> str | None:
