@@ -27,6 +27,7 @@ from qat_tricks.evidence.runtimes import parity, predictor
 from qat_tricks.forecast import forecast
 from qat_tricks.graph import activation_quantizers, float_mode, layers, note_integers, rebuild, spec_of, trace
 from qat_tricks.inputs import inputs_of
+from qat_tricks.ranks import _first
 from qat_tricks.tricks import Calibrate, calibrate, fold_batchnorm, quantize, reestimate_batchnorm, tune_ranges
 
 NAMES = {
@@ -327,6 +328,11 @@ def test_a_batch_that_forward_does_not_take_is_one_line():
     ):
         with pytest.raises(QatTricksError, match=message):
             trainer(qat_tricks.recipe("int8_qat"), max_epochs=1).fit(module().train(), batches)
+
+
+def test_of_several_processes_the_first_takes_whole_batches_until_it_has_enough():
+    taken = _first([inputs(TwoImages, 4, seed) for seed in range(3)], 7)
+    assert [[len(values) for values in batch] for batch in taken] == [[4, 4], [4, 4]]
 
 
 def test_a_network_is_left_as_it_was():
