@@ -81,6 +81,23 @@ def test_the_file_has_an_input_for_each_argument_with_any_number_of_images(kind,
         run_batch(session, inputs(kind, 1)[0].numpy())
 
 
+class ByKeyword(Siamese):
+    """Calls its layers with their input as a keyword."""
+
+    def forward(self, first, *, second):
+        a, b = ((self.stem(input=image)).mean([2, 3]) for image in (first, second))
+        return self.fc(input=torch.cat([a, b], 1))
+
+
+def test_inputs_and_layers_inputs_by_keyword(tmp_path):
+    torch.manual_seed(0)
+    net, batch = ByKeyword().eval(), inputs(Siamese, 64)
+    quantized = qat_tricks.quantize(net, [{"second": batch[1], "first": batch[0]}])
+    expected = net(batch[0], second=batch[1]).detach()
+    assert (quantized(batch[0], second=batch[1]) - expected).square().mean() < 0.001 * expected.square().mean()
+    assert qat_tricks.export_onnx(quantized, tmp_path / "m.onnx", batch).sqnr_db > 80
+
+
 def test_what_is_no_float_has_no_quantizer_and_keeps_its_type(deployed):
     _, quantized, path, _ = deployed[Tokens]
     assert "image" in spec_of(quantized)["activations"]

@@ -55,7 +55,7 @@ def to_qdq(traced: fx.GraphModule) -> Emitted:
             traced.add_submodule(name, EmitLayer(layer, emitters.get(quantizer)))
             bits[f"{name}.{WEIGHT}"] = layer.weight_quantizer.scheme.bits
             names[layer, quantizer] = name
-        node.target, node.kwargs = names[layer, quantizer], {}
+        node.target, node.args, node.kwargs = names[layer, quantizer], (node.all_input_nodes[0],), {}
     for name, quantizer in enabled.items():
         traced.add_submodule(name, emitters[quantizer])
     for node, grid in behind:

@@ -164,7 +164,8 @@ def _connect(traced: fx.GraphModule) -> None:
         layer = n.module_of(node, traced)
         if isinstance(layer, Layer) and layer.weight_quantizer is not None:
             found = calls.setdefault(layer, [])
-            node.kwargs = {"call": len(found)} if found else {}
+            if found:
+                node.kwargs = {**node.kwargs, "call": len(found)}
             found.append((n.input_quantizer_of(node, traced), n.output_quantizer_of(node, traced)))
         elif kind := n.elementwise_of(node, traced):
             tensors = [n.quantizer_of(arg, traced) for arg in node.args]
