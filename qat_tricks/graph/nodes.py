@@ -149,7 +149,7 @@ def is_used_once(node: fx.Node, traced: fx.GraphModule) -> bool:
 
 
 def _uses_of(node: fx.Node, traced: fx.GraphModule) -> list[fx.Node]:
-    """What uses the weight of the module that ``node`` calls, in order: calls, also of others that share it, and reads of its values."""
+    """What uses the weight of the module that ``node`` calls, in order: calls, its own or of what shares it, and reads."""
 
     def weight(node: fx.Node) -> Any:
         module = module_of(node, traced)
