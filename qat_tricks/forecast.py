@@ -17,9 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.fold import batchnorms_to_convs, fold_batchnorm
+from qat_tricks.graph.integers import note_integers
 from qat_tricks.graph.layers import Elementwise, Layer, float_mode
 from qat_tricks.graph.place import place_quantizers
 from qat_tricks.graph.trace import module_of, trace
+from qat_tricks.inputs import Inputs, first, input_names, tensors
 from qat_tricks.numerics import ActivationQuantizer
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -65,13 +67,13 @@ class Forecast:
 
 @torch.no_grad()
 def forecast(
-    network: nn.Module, images: Tensor, settings: Mapping[str, Any] | None = None, whole: Sequence[str] = ()
+    network: nn.Module, images: Inputs, settings: Mapping[str, Any] | None = None, whole: Sequence[str] = ()
 ) -> Forecast:
     """Foresees which operations of ``network`` ONNX Runtime will run in integers, without calibrating or training.
 
     Args:
         network: a float classifier; it stays as it is.
-        images: one image or more, ``[N, C, H, W]``, whose shape the MACs are counted for.
+        images: one image or more, ``[N, C, H, W]``, whose shape the MACs are counted for; a tuple for several inputs.
         settings: of the ``quantize`` trick: ``include``, ``exclude``, ``overrides`` and bits.
         whole: name patterns of submodules that are not traced through.
 
@@ -81,13 +83,15 @@ def forecast(
     traced = trace(copy.deepcopy(network).eval(), whole)
     fold_batchnorm(traced)
     batchnorms_to_convs(traced)
+    if len(input_names(traced)) > 1:
+        note_integers(traced, images)
     place_quantizers(traced, **(settings or {}))
     run = _Shapes(traced)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operation that hides its products
     try:
         with float_mode(traced):
-            run.run(images[:1])
+            run.run(*tensors(first(images, 1)))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     integer = total = 0

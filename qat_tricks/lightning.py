@@ -3,7 +3,7 @@ says. The only place, beside the callbacks themselves, that knows Lightning."""
 
 import copy
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from inspect import Parameter, signature
 from pathlib import Path
@@ -16,17 +16,18 @@ from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from pytorch_lightning.utilities.seed import isolate_rng
-from torch import Tensor, nn
+from torch import nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.files import write_tensors
 from qat_tricks.graph.layers import is_layer
 from qat_tricks.graph.spec import rebuild, spec_of
+from qat_tricks.inputs import Inputs, input_names, inputs_of, is_nested, tensors
 from qat_tricks.order import check_order
 from qat_tricks.random_state import random_state
 from qat_tricks.ranks import loaded_once
 from qat_tricks.trick import Trick
-from qat_tricks.workbench import Workbench, images_of
+from qat_tricks.workbench import Workbench
 
 CHECKPOINT_KEY = "qat_tricks"
 _ATTRIBUTE = "_qat_tricks_workbench"
@@ -285,31 +286,45 @@ class _SeenError(Exception):
     """Ends a forward pass once the network's input is known."""
 
 
-def _network_inputs(trainer: pl.Trainer, pl_module: pl.LightningModule, work: Workbench, num_images: int) -> Iterator[Tensor]:
+def _network_inputs(trainer: pl.Trainer, pl_module: pl.LightningModule, work: Workbench, num_images: int) -> Iterator[Inputs]:
     """What the network gets to see of the training images, the module's own preprocessing included."""
-    required = [p for p in signature(pl_module.forward).parameters.values() if p.default is Parameter.empty]
-    through_module = is_overridden("forward", pl_module) and len(required) == 1
-    seen: list[Tensor] = []
+    names, required = input_names(work.network), input_names(pl_module.forward)
+    through_module = is_overridden("forward", pl_module) and len(required) in (0, 1, len(names))
+    seen: list[Inputs] = []
 
-    def see(_: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.append(args[0])
+    def see(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = signature(network.forward).bind(*args, **kwargs).arguments
+        seen.append(inputs_of([given[name] for name in names], names) if names else args[0])
         raise _SeenError
 
     with isolate_rng():
         for batch in _training_loader(trainer, pl_module, num_images):
-            images = images_of(trainer.strategy.batch_to_device(batch))
+            batch = trainer.strategy.batch_to_device(batch)
             if not through_module:
-                yield images
+                yield inputs_of(batch, names)
                 continue
-            handle = work.network.register_forward_pre_hook(see)
+            handle = work.network.register_forward_pre_hook(see, with_kwargs=True)
             try:
                 with torch.no_grad():
-                    pl_module(images)
+                    pl_module(*_module_inputs(batch, required, names))
                 raise QatTricksError(f"{type(pl_module).__name__}.forward does not call its network {work.network_name}")
             except _SeenError:
                 yield seen.pop()
+            except (TypeError, ValueError) as error:
+                raise QatTricksError(
+                    f"{type(pl_module).__name__}.forward does not take what a batch begins with ({error}): let a batch be "
+                    "(inputs, labels), inputs being a tensor, or the tuple of tensors that forward takes"
+                ) from error
             finally:
                 handle.remove()
+
+
+def _module_inputs(batch: Any, required: Sequence[str], names: Sequence[str]) -> tuple[Any, ...]:
+    """What a module's ``forward``, whose arguments are ``required``, takes of a batch: the network's inputs, called ``names``, or
+    one thing that it makes them of."""
+    if len(required) == 1 and (len(names) > 1 or is_nested(batch)):
+        return (batch[0] if isinstance(batch, (list, tuple)) else batch,)
+    return tensors(inputs_of(batch, required or names))
 
 
 def _training_loader(trainer: pl.Trainer, pl_module: pl.LightningModule, num_images: int) -> Iterable[Any]:

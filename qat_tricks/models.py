@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat_tricks.errors import QatTricksError, did_you_mean
+from qat_tricks.inputs import input_names
 
 CIFAR_RESNETS = {"resnet20": 3, "resnet56": 9}  # blocks a layer
 TIMM = "timm/"
@@ -259,6 +260,12 @@ def _from_factory(factory: str, num_classes: int, in_channels: int) -> nn.Module
     net = create(**given)
     if not isinstance(net, nn.Module):
         raise QatTricksError(f'model.factory="{factory}" returned a {type(net).__name__}, not an nn.Module')
+    names = input_names(net)
+    if len(names) > 1:
+        raise QatTricksError(
+            f'model.factory="{factory}" returned a network of {len(names)} inputs ({", ".join(names)}), and the data sets here '
+            "are images alone: train it in your own trainer, with callbacks=qat_tricks.recipe(NAME)"
+        )
     return net
 
 

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 from torch import Tensor, distributed
 
 from qat_tricks.errors import QatTricksError
+from qat_tricks.inputs import Inputs, batch_size, each
 
 PATIENCE = timedelta(days=1000)  # with which the others wait while rank zero measures
 
@@ -56,7 +57,7 @@ class Ranks:
         return told[0][0]
 
 
-def loaded_once(load: Callable[[int], Iterable[Tensor]], num_images: int) -> Iterable[Tensor]:
+def loaded_once(load: Callable[[int], Iterable[Inputs]], num_images: int) -> Iterable[Inputs]:
     """The batches of ``load(num_images)``; of several processes the first alone loads, and gives them to the others.
 
     So all calibrate on the same images, whatever order each of them would have drawn.
@@ -82,10 +83,10 @@ def loaded_once(load: Callable[[int], Iterable[Tensor]], num_images: int) -> Ite
     return batches
 
 
-def _first(batches: Iterable[Tensor], num_images: int) -> list[Tensor]:
-    taken: list[Tensor] = []
-    for batch in batches:
-        taken.append(batch.cpu())
-        if sum(map(len, taken)) >= num_images:
+def _first(batches: Iterable[Inputs], num_images: int) -> list[Inputs]:
+    taken: list[Inputs] = []
+    for inputs in batches:
+        taken.append(each(inputs, Tensor.cpu))
+        if sum(map(batch_size, taken)) >= num_images:
             break
     return taken

@@ -1,18 +1,19 @@
 """Runs the stages of a recipe on a LightningModule: its own tricks and its own fit for each stage."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
-from torch import Tensor, nn
+from torch import nn
 
+from qat_tricks.inputs import Inputs, input_names, inputs_of
 from qat_tricks.lightning import attach_workbench, find_network
 from qat_tricks.ptq import do_stage
 from qat_tricks.ranks import loaded_once
 from qat_tricks.recipes import Recipe, Stage, load_recipe
-from qat_tricks.workbench import Workbench, images_of
+from qat_tricks.workbench import Workbench
 
 AfterStage = Callable[[Stage, nn.Module], None]
 
@@ -47,7 +48,7 @@ def run_stages(
     work = attach_workbench(module, Workbench(module.get_submodule(name), teacher=teacher, whole=recipe.whole), name)
     for stage in recipe.stages:
         if stage.epochs == 0:
-            work.loader = partial(loaded_once, lambda num_images: map(images_of, calibration_images(datamodule, num_images)))
+            work.loader = partial(loaded_once, partial(_calibration_inputs, datamodule, input_names(work.network)))
             work.trains = False
             do_stage(stage, work)
         else:
@@ -62,8 +63,12 @@ def run_stages(
     return module
 
 
-def calibration_images(datamodule: pl.LightningDataModule, num_images: int) -> Iterable[Tensor]:
-    """Training images of a data module: from its ``calibration_loader`` (without augmentation) if it has one."""
+def _calibration_inputs(datamodule: pl.LightningDataModule, names: Sequence[str], num_images: int) -> Iterator[Inputs]:
+    return (inputs_of(batch, names) for batch in calibration_images(datamodule, num_images))
+
+
+def calibration_images(datamodule: pl.LightningDataModule, num_images: int) -> Iterable[Any]:
+    """Batches of training images of a data module: from its ``calibration_loader`` (without augmentation) if it has one."""
     datamodule.setup("fit")
     if hasattr(datamodule, "calibration_loader"):
         return datamodule.calibration_loader(num_images)

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.trace import trace
+from qat_tricks.inputs import Inputs, are_finite, batch_size, each, first, input_names, inputs_of
 
 
 class Workbench:
@@ -41,23 +42,24 @@ class Workbench:
         self.trains = False
         self._reference: fx.GraphModule | None = None
 
-    def batches(self, num_images: int) -> list[Tensor]:
-        """The first ``num_images`` images of the loader, on the network's device, in batches ``[N, C, H, W]``.
+    def batches(self, num_images: int) -> list[Inputs]:
+        """The network's inputs for the first ``num_images`` images of the loader, on its device, in batches.
 
         Raises:
-            QatTricksError: there is no loader, it is empty, or its images are not finite numbers.
+            QatTricksError: there is no loader, it is empty, its batches do not hold the inputs, or hold no finite numbers.
         """
         if self.loader is None:
             raise QatTricksError("this recipe needs images to calibrate on: give a loader of training images")
         device = next((p.device for p in self.network.parameters()), torch.device("cpu"))
-        batches: list[Tensor] = []
+        names = input_names(self.network)
+        batches: list[Inputs] = []
         missing = num_images
         for batch in self.loader(num_images):
-            images = images_of(batch)[:missing].to(device)
-            if not torch.isfinite(images).all():
+            inputs = first(inputs_of(batch, names), missing)
+            if not are_finite(inputs):
                 raise QatTricksError("the calibration loader yields NaN or infinite pixels: check its transforms")
-            batches.append(images)
-            missing -= len(images)
+            batches.append(each(inputs, lambda values: values.to(device)))
+            missing -= batch_size(inputs)
             if missing <= 0:
                 break
         if not batches:
@@ -91,27 +93,6 @@ class Workbench:
     def history(self) -> list[str]:
         """Names of the tricks done in all stages, in order."""
         return spec_of(self.network).setdefault("history", [])
-
-
-def images_of(batch: Any) -> Tensor:
-    """The images of a batch: the batch itself, its first element, or the first tensor of a mapping.
-
-    Raises:
-        QatTricksError: there is no floating-point tensor where images are looked for.
-    """
-    if isinstance(batch, Mapping):
-        candidates = list(batch.values())
-    elif isinstance(batch, (list, tuple)):
-        candidates = list(batch[:1])
-    else:
-        candidates = [batch]
-    for candidate in candidates:
-        if isinstance(candidate, Tensor) and candidate.is_floating_point():
-            return candidate
-    raise QatTricksError(
-        f"a batch of type {type(batch).__name__} holds no images: yield a float tensor, a tuple that begins with one, "
-        "or a mapping that holds one"
-    )
 
 
 def logits_of(output: Any) -> Tensor:

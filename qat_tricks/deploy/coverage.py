@@ -7,7 +7,6 @@ never an undercount.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 import onnx
 
 from qat_tricks.deploy.onnx_graph import constant_tensors, int_attribute, load_model, node_label
-from qat_tricks.deploy.session import input_spec, open_session, random_images
+from qat_tricks.deploy.session import Shapes, feed, input_specs, open_session, random_batch
 from qat_tricks.errors import QatTricksError
 
 
@@ -67,14 +66,14 @@ class CoverageReport:
     kernels: list[Kernel]
 
 
-def integer_coverage(path: str | PathLike[str], image_shape: Sequence[int]) -> CoverageReport:
+def integer_coverage(path: str | PathLike[str], image_shape: Shapes) -> CoverageReport:
     """Reports which conv and linear operators of an ONNX file ONNX Runtime runs in integer kernels.
 
     Products of two activations, as in attention, are not linear layers and not counted.
 
     Args:
         path: the ONNX file.
-        image_shape: (channels, height, width).
+        image_shape: (channels, height, width); of a network with several inputs one shape for each.
 
     Raises:
         QatTricksError: the file does not open, the images do not fit, the network has no conv or linear
@@ -85,10 +84,11 @@ def integer_coverage(path: str | PathLike[str], image_shape: Sequence[int]) -> C
         optimized_path = Path(folder) / "optimized.onnx"
         # The blocked float layout (NCHWc) pads channels, which would count products nobody asked for.
         session = open_session(path, optimized_path=optimized_path, disabled_optimizers=["NchwcTransformer"])
-        images = random_images(session, image_shape, input_spec(session).shape[0] or 1)
+        specs = input_specs(session)
+        given = feed(specs, random_batch(specs, image_shape, specs[0].shape[0] or 1))
         optimized = load_model(optimized_path)
-        expected = sum(kernel.macs for kernel in _kernels(written, images, Path(folder) / "shapes.onnx"))
-        kernels = _kernels(optimized, images, Path(folder) / "shapes.onnx")
+        expected = sum(kernel.macs for kernel in _kernels(written, given, Path(folder) / "shapes.onnx"))
+        kernels = _kernels(optimized, given, Path(folder) / "shapes.onnx")
     total = sum(kernel.macs for kernel in kernels)
     if total != expected:
         types = ", ".join(sorted({node.op_type for node in optimized.graph.node}))
@@ -105,11 +105,11 @@ def integer_coverage(path: str | PathLike[str], image_shape: Sequence[int]) -> C
     return CoverageReport(coverage=integer / total, integer_macs=integer, total_macs=total, kernels=kernels)
 
 
-def _kernels(model: onnx.ModelProto, images: np.ndarray, scratch: Path) -> list[Kernel]:
+def _kernels(model: onnx.ModelProto, given: dict[str, np.ndarray], scratch: Path) -> list[Kernel]:
     constants = constant_tensors(model.graph)
     nodes = [node for node in model.graph.node if _multiplies_weights(node, constants)]
     names = {name for node in nodes for name in (*_operand_names(node), node.output[0])}
-    shapes = _shapes(model, names, images, scratch)
+    shapes = _shapes(model, names, given, scratch)
     return [
         Kernel(
             node_label(node), node.op_type, _macs(node, shapes, constants), _OPERATORS[node.op_type].integer
@@ -153,22 +153,20 @@ def _macs(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]], constants: s
 
 
 def _shapes(
-    model: onnx.ModelProto, names: set[str], images: np.ndarray, scratch: Path
+    model: onnx.ModelProto, names: set[str], given: dict[str, np.ndarray], scratch: Path
 ) -> dict[str, tuple[int, ...]]:
     """Runs the graph as it stands, once, with the named tensors as outputs, and returns their shapes."""
     shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
-    inputs = {value.name for value in model.graph.input} - set(shapes)
-    wanted = sorted(names - set(shapes) - inputs)
+    wanted = sorted(names - set(shapes) - set(given))
     present = {value.name for value in model.graph.output}
     probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in present)
     onnx.save(probe, str(scratch))
     session = open_session(scratch, optimize=False)
-    feed = {input_spec(session).name: images}
-    measured = session.run(wanted, feed) if wanted else []
+    measured = session.run(wanted, given) if wanted else []
     return (
         shapes
-        | dict.fromkeys(inputs, images.shape)
+        | {name: values.shape for name, values in given.items()}
         | {name: value.shape for name, value in zip(wanted, measured, strict=True)}
     )

@@ -29,7 +29,8 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.files import replacing
 from qat_tricks.graph.fold import fold_batchnorm
 from qat_tricks.graph.layers import activation_quantizers, layers
-from qat_tricks.workbench import images_of, logits_of
+from qat_tricks.inputs import Inputs, each, first, input_names, inputs_of, on_cpu, tensors
+from qat_tricks.workbench import logits_of
 
 INPUT, OUTPUT = "images", "logits"
 LAYER_IMAGES = 8  # of those that parity is measured on: each layer's values are held
@@ -38,7 +39,7 @@ LAYER_IMAGES = 8  # of those that parity is measured on: each layer's values are
 def export_onnx(
     network: nn.Module,
     path: str | PathLike[str],
-    example: Tensor,
+    example: Inputs,
     *,
     images: Iterable[object] | None = None,
     metadata: Mapping[str, str] | None = None,
@@ -50,14 +51,15 @@ def export_onnx(
     """Writes ``network`` to ``path``, runs the file in ONNX Runtime and compares.
 
     A network with our quantizers becomes a QDQ network with int8 weights; any other is written as it is, in
-    float. It is neither changed nor left in another mode. The file takes ``images`` of any batch size and
-    yields ``logits``, and whatever else the network does. Unless parity holds no file is written, and one that was there stays.
+    float. It is neither changed nor left in another mode. The file takes ``images`` of any batch size, or several inputs by the
+    names of the arguments of the network's ``forward``, and yields ``logits``, and whatever else the network does. Unless parity
+    holds no file is written, and one that was there stays.
 
     Args:
         network: a network of ours, calibrated, or any float network; yields logits ``[N, classes]``, alone or first in a tuple or
             as ``logits`` of a mapping.
         path: of the file to write; its folder is made.
-        example: images ``[N, C, H, W]``, ``N`` at least 1, as the network takes them.
+        example: images ``[N, C, H, W]``, ``N`` at least 1, as the network takes them; a tuple where it takes several inputs.
         images: batches to measure parity on, real images at best; ``example`` by default.
         metadata: the file's properties, such as class names and preprocessing.
         min_top1_agreement: share of the images, 0..1, that must get the same class as in the simulation;
@@ -70,19 +72,22 @@ def export_onnx(
             Runtime runs that too, mostly in float.
 
     Raises:
-        QatTricksError: the network cannot be exported, has quantizers without range, parity is below a
-            threshold, or ``path`` cannot be written.
+        QatTricksError: ``example`` is not what the network takes, the network cannot be exported, has quantizers
+            without range, parity is below a threshold, or ``path`` cannot be written.
     """
     path = Path(path)
     if opset < OPSET:
         raise QatTricksError(f"opset={opset} is not supported: give {OPSET} or newer")
-    if example.dim() < 2 or len(example) == 0:
-        raise QatTricksError(
-            f"the example's shape is {tuple(example.shape)}: give at least one image, [N, C, H, W]"
-        )
+    names = input_names(network)
+    example = inputs_of(example, names)
+    for values in tensors(example):
+        if values.numel() == 0 or (len(names) < 2 and values.dim() < 2):
+            raise QatTricksError(f"the example's shape is {tuple(values.shape)}: give at least one image, [N, C, H, W]")
+    if len(names) > 1 and OUTPUT in names:
+        raise QatTricksError(f'an input called "{OUTPUT}" cannot be told from the output of that name: rename the argument')
     simulated = copy.deepcopy(network).cpu().float().eval()
     with replacing(path) as draft:
-        model = _to_onnx(copy.deepcopy(simulated), example.detach().cpu().float(), opset, layout)
+        model = _to_onnx(copy.deepcopy(simulated), on_cpu(example), names if len(names) > 1 else [INPUT], opset, layout)
         model.producer_name, model.producer_version = "qat_tricks", version("qat_tricks")
         helper.set_model_props(model, {**{p.key: p.value for p in model.metadata_props}, **(metadata or {})})
         onnx.save(model, str(draft))
@@ -92,12 +97,12 @@ def export_onnx(
         _check(report, min_top1_agreement, min_sqnr_db)
         if any(quantizer.enabled for quantizer in activation_quantizers(simulated).values()):
             assert isinstance(simulated, fx.GraphModule)
-            few = images_of(next(iter(batches)))[:LAYER_IMAGES].detach().float().cpu()
+            few = on_cpu(first(inputs_of(batches[0], names), LAYER_IMAGES))
             report = replace(report, layers=tuple(measure_layer_parity(draft, simulated, few)))
     return report
 
 
-def _to_onnx(network: nn.Module, example: Tensor, opset: int, layout: str) -> onnx.ModelProto:
+def _to_onnx(network: nn.Module, example: Inputs, names: list[str], opset: int, layout: str) -> onnx.ModelProto:
     """Exports ``network``, which is ours to change."""
     emitted = Emitted({}, {})
     if isinstance(network, fx.GraphModule) and "qat_tricks" in network.meta:
@@ -109,18 +114,18 @@ def _to_onnx(network: nn.Module, example: Tensor, opset: int, layout: str) -> on
                 f'layer "{name}" is quantized, the network around it not traced: hand over the traced network'
             )
         layer.weight.data, layer.weight_mask = layer.masked_weight().data, None
-    pair = torch.cat([example[:1]] * 2)  # of a batch of one, its size would be frozen
+    pair = tensors(each(example, lambda values: torch.cat([values[:1]] * 2)))  # of a batch of one, its size would be frozen
     try:
         with _quiet():
-            outputs = _output_names(network(pair))
+            outputs = _output_names(network(*pair))
             program = torch.onnx.export(
                 network,
-                (pair,),
+                pair,
                 dynamo=True,
                 verbose=False,
-                input_names=[INPUT],
+                input_names=names,
                 output_names=outputs,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamic_shapes=tuple({0: torch.export.Dim("batch")} for _ in pair),
                 opset_version=opset,
             )
     except Exception as error:  # PyTorch's exporter lets through whatever went wrong on its way
@@ -134,8 +139,8 @@ def _to_onnx(network: nn.Module, example: Tensor, opset: int, layout: str) -> on
     name_quantized(model.graph, emitted.calls)
     tidy(model)
     if emitted.bits:
-        names = {tensor.name: tensor.name.partition(COPY)[0] for tensor in model.graph.initializer}
-        stored = {name: emitted.bits[weight] for name, weight in names.items() if weight in emitted.bits}
+        weights = {tensor.name: tensor.name.partition(COPY)[0] for tensor in model.graph.initializer}
+        stored = {name: emitted.bits[weight] for name, weight in weights.items() if weight in emitted.bits}
         helper.set_model_props(model, {WEIGHT_BITS_KEY: json.dumps(stored)})
     return model
 

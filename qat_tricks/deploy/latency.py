@@ -7,7 +7,7 @@ from os import PathLike
 import numpy as np
 
 from qat_tricks.deploy.runtimes import REFERENCE, Network, open_network
-from qat_tricks.deploy.session import random_inputs
+from qat_tricks.deploy.session import Shapes, random_batch
 from qat_tricks.errors import QatTricksError
 
 MIN_RUNS = 5
@@ -19,7 +19,7 @@ Paths = Mapping[str, str | PathLike[str]]
 def measure_latency(
     paths: Paths,
     *,
-    image_shape: Sequence[int],
+    image_shape: Shapes,
     batch_size: int = 1,
     threads: int,
     runtime: str = REFERENCE,
@@ -32,14 +32,14 @@ def measure_latency(
 
     Args:
         paths: the ONNX files, by the name to report.
-        image_shape: (channels, height, width).
+        image_shape: (channels, height, width); of networks with several inputs one shape for each.
         batch_size: images in a run.
         threads: threads within an operator.
         runtime: who runs them.
         warmup: runs of each network that are not timed.
         runs: timed runs of each network.
         max_seconds: stops sooner after this time, spent on all networks together, warm-up included.
-        seed: of the random images.
+        seed: of the random inputs.
 
     Returns:
         For each name its ``p50``, ``p95`` and ``p99`` in milliseconds a batch.
@@ -61,7 +61,7 @@ def measure_latency(
 def measure_throughput(
     paths: Paths,
     *,
-    image_shape: Sequence[int],
+    image_shape: Shapes,
     batch_sizes: Sequence[int],
     thread_counts: Sequence[int],
     runtime: str = REFERENCE,
@@ -119,7 +119,7 @@ def _open(paths: Paths, threads: int, runtime: str) -> dict[str, Network]:
 
 def _time_in_turn(
     networks: Mapping[str, Network],
-    image_shape: Sequence[int],
+    image_shape: Shapes,
     batch_size: int,
     warmup: int,
     runs: int,
@@ -128,7 +128,7 @@ def _time_in_turn(
 ) -> dict[str, list[float]]:
     """Milliseconds of each timed run, by the networks' names."""
     calls = {
-        name: network.prepare(random_inputs(network.spec, image_shape, batch_size, seed)) for name, network in networks.items()
+        name: network.prepare(*random_batch(network.specs, image_shape, batch_size, seed)) for name, network in networks.items()
     }
     milliseconds: dict[str, list[float]] = {name: [] for name in networks}
     start = time.perf_counter()

@@ -15,9 +15,10 @@ from torch import Tensor, fx
 from qat_tricks.deploy.compare import decibels
 from qat_tricks.deploy.onnx_graph import load_model
 from qat_tricks.deploy.onnx_passes import QUANTIZED
-from qat_tricks.deploy.session import input_spec, open_session
+from qat_tricks.deploy.session import feed, input_specs, open_session
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.trace import module_of
+from qat_tricks.inputs import Inputs, tensors
 from qat_tricks.numerics import ActivationQuantizer
 
 
@@ -36,7 +37,7 @@ class LayerParity:
 
 
 @torch.no_grad()
-def measure_layer_parity(path: str | PathLike[str], network: fx.GraphModule, images: Tensor) -> list[LayerParity]:
+def measure_layer_parity(path: str | PathLike[str], network: fx.GraphModule, inputs: Inputs) -> list[LayerParity]:
     """Compares every quantized tensor of the ONNX file with the simulation, the worst first, then in order.
 
     ONNX Runtime runs the graph that it optimizes, its integer kernels included. A gap begins at the tensor with the smallest
@@ -45,14 +46,14 @@ def measure_layer_parity(path: str | PathLike[str], network: fx.GraphModule, ima
     Args:
         path: the file that ``export_onnx`` wrote of ``network``.
         network: the quantized network, on the CPU and in evaluation mode.
-        images: ``[N, C, H, W]``.
+        inputs: of the network: images ``[N, C, H, W]``, or a tuple with a tensor for each input.
 
     Raises:
         QatTricksError: the file has none of the network's quantized tensors.
     """
     simulated = _Recorder(network)
-    simulated.run(images)
-    grids, run = _run(path, images)
+    simulated.run(*tensors(inputs))
+    grids, run = _run(path, inputs)
     rows = []
     for place, (name, (values, quantizer)) in enumerate(simulated.quantized.items()):
         if name + QUANTIZED not in run:
@@ -89,22 +90,23 @@ class _Recorder(fx.Interpreter):
         return result
 
 
-def _run(path: str | PathLike[str], images: Tensor) -> tuple[dict[str, tuple[float, int]], dict[str, np.ndarray]]:
+def _run(path: str | PathLike[str], inputs: Inputs) -> tuple[dict[str, tuple[float, int]], dict[str, np.ndarray]]:
     """Scale and zero point, and the integers, of each quantized tensor that the simulation knows by name."""
     model = load_model(path)
     values = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer if tensor.dims in ([], [1])}
     clipped = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type == "Clip"}
-    grids, tensors = {}, []
+    grids, shown = {}, []
     for node in model.graph.node:
         if node.op_type == "QuantizeLinear" and node.output[0].endswith(QUANTIZED):
             scale, zero_point = (values[name] for name in node.input[1:3])
             grids[node.output[0]] = (float(scale), int(zero_point))
-            tensors.append(clipped.get(node.output[0], node.output[0]))  # what is simulated is clamped
+            shown.append(clipped.get(node.output[0], node.output[0]))  # what is simulated is clamped
             kind = TensorProto.INT8 if zero_point.dtype == np.int8 else TensorProto.UINT8
-            model.graph.output.append(onnx.helper.make_tensor_value_info(tensors[-1], kind, None))
+            model.graph.output.append(onnx.helper.make_tensor_value_info(shown[-1], kind, None))
     with TemporaryDirectory() as folder:
         probe = Path(folder) / "probe.onnx"
         onnx.save(model, str(probe))
         session = open_session(probe, threads=torch.get_num_threads())
-        run = session.run(tensors, {input_spec(session).name: images.numpy()}) if grids else []
+        given = feed(input_specs(session), [values.numpy() for values in tensors(inputs)])
+        run = session.run(shown, given) if grids else []
     return grids, dict(zip(grids, run, strict=True))

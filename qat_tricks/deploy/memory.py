@@ -3,11 +3,10 @@
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
-from qat_tricks.deploy.session import SESSION_CONFIG, check_shape, input_spec, open_session
+from qat_tricks.deploy.session import SESSION_CONFIG, Shapes, batch_shapes, input_specs, open_session
 from qat_tricks.errors import QatTricksError
 
 _PROBE = Path(__file__).with_name("memory_probe.py")
@@ -15,7 +14,7 @@ _TIMEOUT_SECONDS = 300
 
 
 def peak_memory_mib(
-    path: str | PathLike[str], *, image_shape: Sequence[int], batch_size: int = 1, threads: int, runs: int = 3
+    path: str | PathLike[str], *, image_shape: Shapes, batch_size: int = 1, threads: int, runs: int = 3
 ) -> float:
     """Returns the peak resident memory, in MiB, of a fresh interpreter that opens and runs the network.
 
@@ -23,7 +22,7 @@ def peak_memory_mib(
 
     Args:
         path: the ONNX file.
-        image_shape: (channels, height, width).
+        image_shape: (channels, height, width); of a network with several inputs one shape for each.
         batch_size: images in a run.
         threads: threads within an operator.
         runs: how many times the network runs.
@@ -31,13 +30,11 @@ def peak_memory_mib(
     Raises:
         QatTricksError: the file does not open, the images do not fit, or the process fails.
     """
-    spec = input_spec(open_session(path, threads=threads))
-    shape = [batch_size, *image_shape]
-    check_shape(spec, shape)
+    specs = input_specs(open_session(path, threads=threads))
+    shapes = batch_shapes(specs, image_shape, batch_size)
     job = {
         "path": str(path),
-        "shape": shape,
-        "dtype": spec.dtype.name,
+        "inputs": {spec.name: [shape, spec.dtype.name] for spec, shape in zip(specs, shapes, strict=True)},
         "threads": threads,
         "config": dict(SESSION_CONFIG),
         "runs": runs,

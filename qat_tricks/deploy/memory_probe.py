@@ -1,7 +1,8 @@
 """Run by file path in a process of its own: runs one network, prints the peak resident memory in bytes.
 
 Imports nothing but numpy and ONNX Runtime, so that the figure is the network's and not this package's.
-Usage: ``python -P memory_probe.py JOB``, JOB being JSON with path, shape, dtype, threads, config and runs.
+Usage: ``python -P memory_probe.py JOB``, JOB being JSON with path, inputs ({name: [shape, dtype]}), threads,
+config and runs.
 """
 
 import json
@@ -39,7 +40,7 @@ def main(job: dict) -> None:
     for key, value in job["config"].items():
         options.add_session_config_entry(key, value)
     session = ort.InferenceSession(job["path"], options, providers=["CPUExecutionProvider"])
-    feed = {session.get_inputs()[0].name: np.zeros(job["shape"], dtype=job["dtype"])}
+    feed = {name: np.zeros(shape, dtype=dtype) for name, (shape, dtype) in job["inputs"].items()}
     for _ in range(job["runs"]):
         session.run(None, feed)
     print(peak_bytes())

@@ -169,7 +169,7 @@ def _give_layers_their_own_weights(graph: onnx.GraphProto) -> None:
             own.CopyFrom(dequantize)
             own.name = own.output[0] = node.input[i] = f"{name}{COPY}{count}"
             own.input[0] = copy(weight, f"{weight}{COPY}{count}")
-            own.input[2] = copy(own.input[2], f"{own.input[0]}_zero_point")
+            own.input[2] = copy(own.input[2], f"{weight}_zero_point{COPY}{count}")
             graph.node.insert(at, own)
 
 

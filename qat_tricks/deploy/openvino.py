@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from qat_tricks.deploy.session import InputSpec, check_shape, one_line
+from qat_tricks.deploy.runtimes import Network
+from qat_tricks.deploy.session import InputSpec, feed, one_line
 from qat_tricks.errors import QatTricksError
 
 _LAYERS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
 _INTEGERS = ("u8", "i8")
 
 
-class OpenvinoNetwork:
+class OpenvinoNetwork(Network):
     """An ONNX file compiled for the CPU; ``integer_layers`` comes from the graph that really runs."""
 
     def __init__(self, path: str | PathLike[str], *, threads: int) -> None:
@@ -37,28 +38,23 @@ class OpenvinoNetwork:
         except Exception as error:  # OpenVINO's exceptions share no narrower base class
             reason = one_line(error)
             raise QatTricksError(f'OpenVINO cannot open "{path}" ({reason}): give a file that an export wrote') from error
-        self.spec = _input_spec(compiled)
+        self.specs = tuple(map(_input_spec, compiled.inputs))
         self.integer_layers = _integer_layers(compiled)
         self._request = compiled.create_infer_request()
-        self._lent: np.ndarray | None = None
+        self._lent: list[np.ndarray] = []
 
-    def prepare(self, images: np.ndarray) -> Callable[[], np.ndarray]:
-        check_shape(self.spec, images.shape)
-        given = np.ascontiguousarray(images, dtype=self.spec.dtype)
+    def prepare(self, *inputs: np.ndarray) -> Callable[[], np.ndarray]:
+        given = list(feed(self.specs, inputs).values())
 
         def run() -> np.ndarray:
-            logits = self._request.infer([given], share_inputs=True)[0]
-            self._lent = given  # the request goes on pointing at it, and does not own it
+            logits = self._request.infer(given, share_inputs=True)[0]
+            self._lent = given  # the request goes on pointing at them, and does not own them
             return logits
 
         return run
 
 
-def _input_spec(compiled: Any) -> InputSpec:
-    if len(compiled.inputs) != 1:
-        names = ", ".join(port.any_name for port in compiled.inputs) or "none"
-        raise QatTricksError(f"the ONNX network's inputs are ({names}), allowed: one tensor of images")
-    (port,) = compiled.inputs
+def _input_spec(port: Any) -> InputSpec:
     shape = tuple(None if size.is_dynamic else size.get_length() for size in port.partial_shape)
     return InputSpec(name=port.any_name, shape=shape, dtype=np.dtype(port.element_type.to_dtype()))
 

@@ -12,7 +12,8 @@ from torch import nn
 from qat_tricks.deploy.compare import compare_logits
 from qat_tricks.deploy.session import open_session, run_batch
 from qat_tricks.errors import QatTricksError
-from qat_tricks.workbench import images_of, logits_of
+from qat_tricks.inputs import input_names, inputs_of, on_cpu, run, tensors
+from qat_tricks.workbench import logits_of
 
 if TYPE_CHECKING:
     from qat_tricks.deploy.layer_parity import LayerParity
@@ -38,21 +39,22 @@ def measure_parity(path: str | PathLike[str], network: nn.Module, batches: Itera
     """Runs ``batches`` through the ONNX file and through ``network``, on the CPU and in evaluation mode.
 
     Args:
-        batches: images ``[N, C, H, W]`` each, or what a loader of images and labels yields.
+        batches: the network's inputs each, images ``[N, C, H, W]`` if it takes one, or what a loader of them and labels yields.
 
     Raises:
-        QatTricksError: no images, or logits of another shape than the network's.
+        QatTricksError: no images, inputs that the network does not take, or logits of another shape than the network's.
     """
-    session = open_session(path, threads=torch.get_num_threads())
+    session, names = open_session(path, threads=torch.get_num_threads()), input_names(network)
 
     def pairs() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for batch in batches:
-            images = images_of(batch).detach().float().cpu()
-            simulated, run = logits_of(network(images)).numpy(), run_batch(session, images.numpy())
-            if simulated.shape != run.shape:
+            inputs = on_cpu(inputs_of(batch, names))
+            simulated = logits_of(run(network, inputs)).numpy()
+            real = run_batch(session, *(values.numpy() for values in tensors(inputs)))
+            if simulated.shape != real.shape:
                 raise QatTricksError(
-                    f"the network yields {simulated.shape}, its ONNX file {run.shape}: it is another network's"
+                    f"the network yields {simulated.shape}, its ONNX file {real.shape}: it is another network's"
                 )
-            yield simulated, run
+            yield simulated, real
 
     return ParityReport(**compare_logits(pairs()))

@@ -71,7 +71,7 @@ def to_qdq(traced: fx.GraphModule, layout: str = LAYOUTS[0]) -> Emitted:
             traced.add_submodule(name, EmitLayer(layer, emitters.get(quantizer), float_bias=for_tensorrt))
             bits[f"{name}.{WEIGHT}"] = layer.weight_quantizer.scheme.bits
             names[layer, quantizer] = name
-        node.target = names[layer, quantizer]
+        node.target, node.args, node.kwargs = names[layer, quantizer], (node.all_input_nodes[0],), {}
     for name, quantizer in enabled.items():
         traced.add_submodule(name, emitters[quantizer])
     for node, grid in behind:
@@ -118,6 +118,7 @@ class EmitActivation(nn.Module):
         super().__init__()
         if not quantizer.is_calibrated:
             raise QatTricksError(f'quantizer "{name}" has no range yet: calibrate the network first')
+        self.name = name
         self.dtype = torch.int8 if quantizer.scheme.signed else torch.uint8
         qmin, qmax = quantizer.integers
         self.clips = clips and (qmin, qmax) != (torch.iinfo(self.dtype).min, torch.iinfo(self.dtype).max)
@@ -127,6 +128,8 @@ class EmitActivation(nn.Module):
             self.register_buffer(key, torch.tensor(value, dtype=self.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            raise QatTricksError(f'quantizer "{self.name}" is given {x.dtype}: turn the values into floats before, with .float()')
         integers = _emit("QuantizeLinear", (x, self.scale, self.zero_point), x, self.dtype)
         if self.clips:
             integers = _emit("Clip", (integers, self.qmin, self.qmax), x, self.dtype)

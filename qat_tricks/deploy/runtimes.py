@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from qat_tricks.deploy.session import InputSpec, check_shape, input_spec, open_session
+from qat_tricks.deploy.session import InputSpec, feed, input_specs, open_session
 from qat_tricks.errors import QatTricksError, did_you_mean
 
 REFERENCE = "onnxruntime"
@@ -22,30 +22,38 @@ RUNTIMES = (REFERENCE, "openvino")
 class Network(Protocol):
     """An ONNX file opened in a runtime."""
 
-    spec: InputSpec
+    specs: tuple[InputSpec, ...]  # of its inputs
     integer_layers: float | None  # share, 0..1, of convs and linears that run in integers; None: the runtime does not say
 
-    def prepare(self, images: np.ndarray) -> Callable[[], np.ndarray]:
-        """Takes images ``[batch, channels, height, width]`` and returns what runs them to logits ``[batch, classes]``.
+    @property
+    def spec(self) -> InputSpec:
+        """The only input; raises QatTricksError if there are several."""
+        if len(self.specs) > 1:
+            names = ", ".join(spec.name for spec in self.specs)
+            raise QatTricksError(f"the ONNX network's inputs are ({names}), allowed: one tensor of images")
+        return self.specs[0]
+
+    def prepare(self, *inputs: np.ndarray) -> Callable[[], np.ndarray]:
+        """Takes images ``[batch, channels, height, width]``, or whatever the network's inputs are, and returns what runs them to
+        logits ``[batch, classes]``.
 
         Raises:
-            QatTricksError: the images do not have the shape that the network takes.
+            QatTricksError: there are not so many inputs as the network takes, or of other shapes.
         """
 
 
-class OnnxRuntimeNetwork:
+class OnnxRuntimeNetwork(Network):
     """A session of ONNX Runtime."""
 
     integer_layers: float | None = None
 
     def __init__(self, path: str | PathLike[str], *, threads: int) -> None:
         self._session = open_session(path, threads=threads)
-        self.spec = input_spec(self._session)
+        self.specs = input_specs(self._session)
 
-    def prepare(self, images: np.ndarray) -> Callable[[], np.ndarray]:
-        check_shape(self.spec, images.shape)
-        feed = {self.spec.name: np.ascontiguousarray(images, dtype=self.spec.dtype)}
-        return lambda: self._session.run(None, feed)[0]
+    def prepare(self, *inputs: np.ndarray) -> Callable[[], np.ndarray]:
+        given = feed(self.specs, inputs)
+        return lambda: self._session.run(None, given)[0]
 
 
 def open_network(path: str | PathLike[str], *, threads: int, runtime: str = REFERENCE) -> Network:

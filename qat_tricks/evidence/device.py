@@ -6,12 +6,13 @@ from typing import Any
 from qat_tricks.deploy.coverage import integer_coverage
 from qat_tricks.deploy.latency import measure_latency, measure_load
 from qat_tricks.deploy.memory import peak_memory_mib
+from qat_tricks.deploy.session import Shapes
 from qat_tricks.deploy.weights import file_bytes, weight_size, weight_sparsity
 
 
 def measure_device(
     paths: dict[str, Path],
-    image_shape: tuple[int, int, int],
+    image_shape: Shapes,
     *,
     batch_size: int,
     threads: int,
@@ -22,7 +23,7 @@ def measure_device(
 
     Args:
         paths: ONNX files; ``fp32`` may be missing, its figures are then None.
-        image_shape: channels, height, width.
+        image_shape: channels, height, width; of networks with several inputs one shape for each.
         batch_size, threads: of latency and memory.
         runs, max_seconds: at most so many timed runs, or so many seconds, a file.
     """

@@ -157,13 +157,24 @@ def load_artifact(path: Path) -> Artifact:
         return _artifact(path, describe(module), module=module)
     if path.suffix != ".onnx":
         raise QatTricksError(f"{path} is neither a .onnx nor a .ckpt file: give one that a run wrote")
-    properties = open_session(path).get_modelmeta().custom_metadata_map
+    session = open_session(path)
+    _check_one_input(path, session)
+    properties = session.get_modelmeta().custom_metadata_map
     said = {key: properties[_PREFIX + key] for key in (*_SAID, "normalization") if _PREFIX + key in properties}
     missing = [key for key in _SAID if key not in said]
     if missing:
         raise QatTricksError(f"{path} was not written by train.py: it does not say its {', '.join(missing)}")
     described = {key: json.loads(value) for key, value in said.items()}
     return _artifact(path, described, normalizes=described.pop("normalization", None) == BUILT_IN)
+
+
+def _check_one_input(path: Path, session: Any) -> None:
+    names = [given.name for given in session.get_inputs()]
+    if len(names) > 1:
+        raise QatTricksError(
+            f"{path} takes {len(names)} inputs ({', '.join(names)}), and the data sets that evaluate.py reads are images alone: "
+            "measure it in Python, with qat_tricks.evidence.metrics.evaluate_classifier"
+        )
 
 
 def _artifact(path: Path, described: dict[str, Any], **more: Any) -> Artifact:

@@ -15,6 +15,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassF1Score
 
 from qat_tricks.errors import QatTricksError
+from qat_tricks.inputs import Inputs, run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class Metrics:
 
 
 def evaluate_classifier(
-    predict: Callable[[Tensor], Tensor],
+    predict: Callable[..., Tensor],
     loader: Iterable[Any],
     num_classes: int,
     *,
@@ -46,8 +47,8 @@ def evaluate_classifier(
     """Measures a classifier, showing a progress bar on terminals.
 
     Args:
-        predict: images [batch, channels, height, width] to logits [batch, num_classes].
-        loader: yields (images, labels) with int64 labels [batch].
+        predict: images [batch, channels, height, width], or several inputs, to logits [batch, num_classes].
+        loader: yields (images, labels), or a tuple of inputs and labels, with int64 labels [batch].
         num_classes: of the network; the data may hold fewer.
         description: what the progress bar calls this.
 
@@ -69,10 +70,10 @@ def evaluate_classifier(
     nll = torch.zeros((), dtype=torch.float64)
     support = torch.zeros(num_classes, dtype=torch.int64)
     predictions = []
-    for index, (images, labels) in enumerate(_batches(loader, description)):
+    for index, (inputs, labels) in enumerate(_batches(loader, description)):
         _check_labels(labels, num_classes, index)
         with torch.no_grad():
-            logits = predict(images).detach().float().cpu()
+            logits = run(predict, inputs).detach().float().cpu()
         labels = labels.cpu()
         _check_logits(logits, len(labels), num_classes, index)
         metrics.update(logits.softmax(dim=1), labels)
@@ -108,7 +109,7 @@ def agreement(first: Tensor, second: Tensor) -> float:
     return (first.cpu() == second.cpu()).double().mean().item()
 
 
-def _batches(loader: Iterable[Any], description: str) -> Iterable[tuple[Tensor, Tensor]]:
+def _batches(loader: Iterable[Any], description: str) -> Iterable[tuple[Inputs, Tensor]]:
     total = len(loader) if isinstance(loader, Sized) else None
     console = Console(file=sys.stderr)
     shown = track(
@@ -120,14 +121,16 @@ def _batches(loader: Iterable[Any], description: str) -> Iterable[tuple[Tensor, 
         disable=not console.is_terminal,
     )
     for index, batch in enumerate(shown):
-        if not (
-            isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(b, Tensor) for b in batch)
-        ):
+        if not (isinstance(batch, list | tuple) and len(batch) == 2 and _are_inputs(batch[0]) and isinstance(batch[1], Tensor)):
             raise QatTricksError(
                 f"batch {index} of the loader is a {type(batch).__name__}, allowed: a pair of tensors "
-                "(images, labels)"
+                "(images, labels), or of a tuple of inputs and labels"
             )
         yield batch[0], batch[1]
+
+
+def _are_inputs(given: Any) -> bool:
+    return isinstance(given, Tensor) or (isinstance(given, list | tuple) and all(isinstance(part, Tensor) for part in given))
 
 
 def _check_labels(labels: Tensor, num_classes: int, index: int) -> None:

@@ -12,28 +12,30 @@ from qat_tricks.config import timing
 from qat_tricks.deploy.compare import agrees, compare_logits
 from qat_tricks.deploy.latency import measure_latency, measure_load
 from qat_tricks.deploy.runtimes import open_network, runtime_version
+from qat_tricks.deploy.session import Shapes
 from qat_tricks.errors import QatTricksError
+from qat_tricks.inputs import Inputs, run
 
 PARITY_BATCHES = 8  # on which a runtime is compared with the reference
 
-Predict = Callable[[Tensor], Tensor]
+Predict = Callable[..., Tensor]
 
 
 def predictor(path: Path, threads: int, runtime: str) -> Predict:
-    """Images ``[N, C, H, W]``, as the file takes them, to its logits in ``runtime``."""
+    """Images ``[N, C, H, W]``, or several inputs, as the file takes them, to its logits in ``runtime``."""
     network = open_network(path, threads=threads, runtime=runtime)
-    return lambda images: torch.from_numpy(network.prepare(images.numpy())())
+    return lambda *inputs: torch.from_numpy(network.prepare(*(values.numpy() for values in inputs))())
 
 
 def measure_runtime(
-    runtime: str, paths: Mapping[str, Path], *, image_shape: tuple[int, int, int], measure: Any
+    runtime: str, paths: Mapping[str, Path], *, image_shape: Shapes, measure: Any
 ) -> dict[str, Any]:
     """Measures ``{"fp32": path, "int8": path}`` in ``runtime``; ``fp32`` may be missing, its figures are then None.
 
     Args:
         runtime: its name.
         paths: ONNX files.
-        image_shape: channels, height, width.
+        image_shape: channels, height, width; of networks with several inputs one shape for each.
         measure: the settings of ``qat_tricks.config.Measure``.
 
     Returns:
@@ -56,12 +58,12 @@ def measure_runtime(
 
 
 def parity(
-    predict: Predict, reference: Predict, loader: Iterable[tuple[Tensor, Tensor]], *, against: str
+    predict: Predict, reference: Predict, loader: Iterable[tuple[Inputs, Tensor]], *, against: str
 ) -> dict[str, Any]:
     """Compares the logits of ``predict`` with those of ``reference``, called ``against``, on the first images of a loader."""
     batches = islice(loader, PARITY_BATCHES)
     with torch.no_grad():
-        found = compare_logits((reference(images).numpy(), predict(images).numpy()) for images, _ in batches)
+        found = compare_logits((run(reference, inputs).numpy(), run(predict, inputs).numpy()) for inputs, _ in batches)
     return {**found, "against": against}
 
 

@@ -1,5 +1,6 @@
 """``torch.fx`` tracing and surgery: what the tricks stand on. Plain PyTorch; nothing here knows of Lightning."""
 
+from qat_tricks.graph.integers import note_integers
 from qat_tricks.graph.layers import Layer, activation_quantizers, as_layer, float_mode, is_layer, layers
 from qat_tricks.graph.place import place_quantizers
 from qat_tricks.graph.spec import rebuild, spec_of
@@ -12,6 +13,7 @@ __all__ = [
     "float_mode",
     "is_layer",
     "layers",
+    "note_integers",
     "place_quantizers",
     "rebuild",
     "spec_of",

@@ -19,7 +19,7 @@ def fold_batchnorm(traced: fx.GraphModule) -> list[tuple[str, str]]:
     """Folds every BatchNorm that alone follows a conv or linear, or a concat of some; its function in evaluation stays the same.
 
     Returns the pairs ``(layer, batchnorm)`` folded. Others stay: a BatchNorm before a conv or after an activation, one
-    without running statistics, and pairs of which either is called more than once.
+    without running statistics, and those that do not follow the same layers at each call of either.
     """
     found = {str(node.target): n.folds_into(node, traced) for node in traced.graph.nodes}
     pairs = [(str(part.target), batchnorm) for batchnorm, parts in found.items() for part in parts]

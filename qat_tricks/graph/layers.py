@@ -23,8 +23,9 @@ class Layer(nn.Module):
     bias: nn.Parameter | None
     weight_mask: Tensor | None
     weight_quantizer: WeightQuantizer | None
-    input_quantizer: tuple[ActivationQuantizer, ...]  # of each call; a tuple, so that they are not registered as children
-    output_quantizer: tuple[ActivationQuantizer, ...]  # of each call whose output nothing else reads
+    # Of each call the quantizer before it, and the one that alone reads it; tuples, so that they are not registered as children.
+    calls: tuple[tuple[ActivationQuantizer | None, ActivationQuantizer | None], ...]
+    input_quantizer: tuple[ActivationQuantizer, ...]  # those before any call
     rounds: bool = True  # whether, in evaluation, the output is rounded to its grid as the kernel rounds its integer sums
     channel_axis = 0  # the weight's dimension of output channels
     output_axis = 1  # and the output's
@@ -33,28 +34,29 @@ class Layer(nn.Module):
         """The conv or linear itself."""
         raise AssertionError(f"{type(self).__name__} does not compute")
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, call: int = 0) -> Tensor:
+        """The layer's output at the ``call``-th place where the network calls it, each of which has grids of its own."""
+        before, after = self.calls[call] if len(self.calls) > 0 else (None, None)
         differentiable = self.training or torch.is_grad_enabled()
-        one_grid = len(self.input_quantizer) == 1 and self.has_input_scale
-        if self.is_quantizing and one_grid and not differentiable:
-            return self._integer_forward(input)
-        return self._compute(input, self.effective_weight(), self.effective_bias())
+        if self.is_quantizing and before is not None and is_on(before) and not differentiable:
+            return self._integer_forward(input, before, after)
+        return self._compute(input, self.effective_weight(), self.effective_bias(before))
 
-    def _integer_forward(self, input: Tensor) -> Tensor:
+    def _integer_forward(self, input: Tensor, before: ActivationQuantizer, after: ActivationQuantizer | None) -> Tensor:
         """Computes on integers held in float32, as the kernel does: sums are exact, so that what lies near the middle
         between two steps is rounded to the same side here and there."""
         if torch.is_autocast_enabled(input.device.type):  # in 16 bits the sums would not be exact
             with torch.autocast(input.device.type, enabled=False):
-                return self._integer_forward(input)
+                return self._integer_forward(input, before, after)
         scale = self.weight_scale(self.masked_weight()).detach()
-        input_scale = self.input_quantizer[0].current_scale().detach()
+        input_scale = before.current_scale().detach()
         weight = torch.round(self.effective_weight() / scale)
-        bias = None if self.bias is None else torch.round(self.bias.double() / self.bias_scale()).float()
+        bias = None if self.bias is None else torch.round(self.bias.double() / self.bias_scale(before)).float()
         out = self._compute(torch.round(input / input_scale), weight, bias)
         step = (scale * input_scale).flatten()
         step = step if self.output_axis == -1 else step.view(-1, *[1] * (out.dim() - 2))
-        if self.rounds and len(self.output_quantizer) == 1 and is_on(self.output_quantizer[0]):
-            return kernels.requantize(out, step, self.output_quantizer[0])
+        if self.rounds and after is not None and is_on(after):
+            return kernels.requantize(out, step, after)
         return out * step
 
     def masked_weight(self) -> Tensor:
@@ -70,11 +72,12 @@ class Layer(nn.Module):
         # In evaluation the scale is the deployed one; a training step is spared its few extra operations.
         return self.weight_quantizer(weight, None if self.training else self.weight_scale(weight))
 
-    def effective_bias(self) -> Tensor | None:
-        """The bias the layer computes with: in evaluation on the grid of an integer kernel's int32 bias."""
+    def effective_bias(self, before: ActivationQuantizer | None = None) -> Tensor | None:
+        """The bias the layer computes with behind a quantizer, the first by default: in evaluation on the grid of an integer
+        kernel's int32 bias."""
         if self.bias is None or self.training or not self.is_quantizing or not self.has_input_scale:
             return self.bias
-        scale = self.bias_scale()
+        scale = self.bias_scale(before)
         on_grid = (torch.round(self.bias.detach() / scale) * scale).to(self.bias.dtype)
         return self.bias + (on_grid - self.bias).detach()
 
@@ -98,15 +101,17 @@ class Layer(nn.Module):
         scale = self.weight_quantizer.current_scale(weight)
         if self.bias is None or not self.has_input_scale:
             return scale
-        smallest = self.bias.detach().float().abs() / (self.input_quantizer[0].current_scale().detach() * 2.0**30)
+        input_scale = torch.stack([quantizer.current_scale().detach() for quantizer in self.input_quantizer]).amin()
+        smallest = self.bias.detach().float().abs() / (input_scale * 2.0**30)
         if scale.numel() == 1:
             return scale.clamp_min(float(smallest.max()))
         return torch.maximum(scale, smallest.view_as(scale))
 
-    def bias_scale(self) -> Tensor:
-        """The step of the int32 bias, input scale times weight scale, shape ``[C]``, float64."""
+    def bias_scale(self, before: ActivationQuantizer | None = None) -> Tensor:
+        """The step of the int32 bias behind a quantizer, the first by default: input scale times weight scale, shape ``[C]``,
+        float64."""
         scale = self.weight_scale(self.masked_weight()).detach().flatten().double()
-        return self.input_quantizer[0].current_scale().detach().double() * scale
+        return (self.input_quantizer[0] if before is None else before).current_scale().detach().double() * scale
 
 
 class Conv1d(Layer, nn.Conv1d):  # type: ignore[misc]
@@ -190,7 +195,7 @@ def as_layer(module: nn.Module) -> Layer:
         layer = cast(Layer, module)
         layer.register_buffer("weight_mask", None)
         layer.register_module("weight_quantizer", None)
-        layer.input_quantizer = layer.output_quantizer = ()
+        layer.calls = layer.input_quantizer = ()
     return cast(Layer, module)
 
 

@@ -36,6 +36,7 @@ _PASS: set[Any] = {
 }  # fmt: skip
 _DROPOUTS: set[Any] = {nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout}
 _DROPOUT_NAMES = {"StochasticDepth", "DropPath", "DropBlock2d"}
+INTEGERS = "qat_tricks.integers"  # in a node's meta, where ``note_integers`` has seen what it yields
 _SIZES = {"size", "dim", "numel", "shape"}
 BATCHNORMS = (nn.modules.batchnorm._BatchNorm,)  # 1d to 3d, synchronized, and what Lightning makes of a synchronized one
 _ACTIVATIONS: dict[Any, str] = {
@@ -51,7 +52,9 @@ def _kind_of(node: fx.Node, traced: fx.GraphModule) -> Any:
 
 
 def is_tensor(node: fx.Node) -> bool:
-    """Whether the node yields a tensor rather than sizes or numbers worked out from them."""
+    """Whether the node yields a tensor rather than sizes or numbers worked out from them, or an argument's default."""
+    if node.op == "placeholder" and node.args:
+        return False
     if node.op == "call_method" and node.target in _SIZES:
         return False
     if node.op == "call_function" and node.target is getattr:
@@ -93,22 +96,31 @@ def folds_into(node: fx.Node, traced: fx.GraphModule) -> list[fx.Node]:
     """The calls of the convs or linears, in the order of their channels, that can take in the BatchNorm that ``node`` calls.
 
     It has running statistics and alone follows them: directly, behind a concat of channels, or behind a linear's rows made one
-    matrix. All are called once. The list is empty if it cannot be folded.
+    matrix; so at each call of either, as where two inputs pass one stem. The list is empty if it cannot be folded.
     """
     batchnorm: Any = module_of(node, traced)
-    if not calls_batchnorm(node, traced) or batchnorm.running_var is None or not is_used_once(node, traced):
+    if not calls_batchnorm(node, traced) or batchnorm.running_var is None:
         return []
+    uses = _uses_of(node, traced)
+    found = [_layers_before(use, traced) for use in uses if use.target == node.target]
+    if len(found) < len(uses) or any([part.target for part in parts] != [part.target for part in found[0]] for parts in found):
+        return []
+    if any(set(_uses_of(calls[0], traced)) != set(calls) for calls in zip(*found, strict=True)):
+        return []
+    parts = found[uses.index(node)]
+    channels = sum(layer_at(traced, str(part.target)).weight.shape[0] for part in parts)
+    return parts if channels == batchnorm.num_features else []
+
+
+def _layers_before(node: fx.Node, traced: fx.GraphModule) -> list[fx.Node]:
+    """The calls of convs or linears whose outputs the BatchNorm ``node`` alone reads; none if it reads anything else."""
     before = node.all_input_nodes[0]
     if _flattens_rows(before, traced) and len(before.users) == 1:
         before = before.all_input_nodes[0]
         parts = [before] if hasattr(module_of(before, traced), "in_features") else []
     else:
         parts = list(before.all_input_nodes) if _concats_channels(before, traced) and len(before.users) == 1 else [before]
-    for part in parts:
-        if not calls_layer(part, traced) or len(_readers(part)) > 1 or not is_used_once(part, traced):
-            return []
-    channels = sum(layer_at(traced, str(part.target)).weight.shape[0] for part in parts)
-    return parts if channels == batchnorm.num_features else []
+    return parts if all(calls_layer(part, traced) and len(_readers(part)) == 1 for part in parts) else []
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
@@ -133,6 +145,11 @@ def is_used_once(node: fx.Node, traced: fx.GraphModule) -> bool:
 
     Otherwise what suits one is wrong for the other.
     """
+    return len(_uses_of(node, traced)) == 1
+
+
+def _uses_of(node: fx.Node, traced: fx.GraphModule) -> list[fx.Node]:
+    """What uses the weight of the module that ``node`` calls, in order: calls, its own or of what shares it, and reads."""
 
     def weight(node: fx.Node) -> Any:
         module = module_of(node, traced)
@@ -142,8 +159,10 @@ def is_used_once(node: fx.Node, traced: fx.GraphModule) -> bool:
     def reads_values(other: fx.Node) -> bool:
         return other.op == "get_attr" and other.target == f"{node.target}.weight" and any(map(is_tensor, other.users))
 
-    users = sum(weight(other) is weight(node) for other in traced.graph.nodes if other.op == "call_module")
-    return users == 1 and not any(map(reads_values, traced.graph.nodes))
+    def calls_it(other: fx.Node) -> bool:
+        return other.op == "call_module" and weight(other) is weight(node)
+
+    return [other for other in traced.graph.nodes if calls_it(other) or reads_values(other)]
 
 
 def activation_of(node: fx.Node, traced: fx.GraphModule) -> str | None:
@@ -160,7 +179,7 @@ def activation_of(node: fx.Node, traced: fx.GraphModule) -> str | None:
 
 def _operands_are_activations(node: fx.Node) -> bool:
     operands = node.args[:2]
-    return all(isinstance(a, fx.Node) and is_tensor(a) and depends_on_images(a) for a in operands)
+    return all(isinstance(a, fx.Node) and is_tensor(a) and depends_on_images(a) and not a.meta.get(INTEGERS) for a in operands)
 
 
 def is_cat(node: fx.Node, traced: fx.GraphModule) -> bool:

@@ -6,7 +6,7 @@ come from a ReLU. Operations that only move values need none, and what depends o
 out once. The last linear's output stays float: the integer kernel hands out float logits.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -47,7 +47,8 @@ def place_quantizers(
         traced: a traced network without quantizers.
         weight_bits: bits of the weights, 2 to 8.
         activation_bits: bits of the activations, 2 to 8.
-        first_last_bits: bits of the first and last layer's weights and inputs; None leaves them as the others.
+        first_last_bits: bits of the weights and inputs of the last layer and of the first that each input of the network reaches;
+            None leaves them as the others.
         include: name patterns (``fnmatch``) of the convs and linears to quantize.
         exclude: name patterns of those to leave in float.
         overrides: ``{pattern: {"weight_bits": …, "activation_bits": …}}``; ``activation_bits`` is that of the layer's input.
@@ -73,7 +74,7 @@ def place_quantizers(
     weights = dict.fromkeys(chosen, weight_bits)
     inputs = dict.fromkeys(chosen, activation_bits)
     if first_last_bits is not None:
-        for end in {names[0], names[-1]} & set(chosen):
+        for end in {*_first_layers(traced), names[-1]} & set(chosen):
             weights[end] = inputs[end] = first_last_bits
     for pattern, given in overrides.items():
         for name in chosen:
@@ -118,6 +119,19 @@ def place_quantizers(
         as_layer(traced.get_submodule(name))
     insert_quantizers(traced)
     return traced
+
+
+def _first_layers(traced: fx.GraphModule) -> Iterator[str]:
+    """The first layer that each input reaches."""
+    for placeholder in traced.graph.find_nodes(op="placeholder"):
+        reached = {placeholder}
+        for node in traced.graph.nodes:
+            if reached.isdisjoint(node.all_input_nodes):
+                continue
+            if n.calls_layer(node, traced):
+                yield str(node.target)
+                break
+            reached.add(node)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -159,14 +159,14 @@ def share_quantizer(traced: fx.GraphModule, names: Sequence[str]) -> None:
 
 def _connect(traced: fx.GraphModule) -> None:
     """Tells each layer, add and product which quantizers its inputs and its output are on."""
-    seen: dict[str, tuple[list[ActivationQuantizer], list[ActivationQuantizer | None]]] = {}
+    calls: dict[Layer, list[tuple[ActivationQuantizer | None, ActivationQuantizer | None]]] = {}
     for node in traced.graph.nodes:
-        if n.calls_layer(node, traced):
-            quantizer = n.input_quantizer_of(node, traced)
-            inputs, outputs = seen.setdefault(str(node.target), ([], []))
-            if quantizer is not None and quantizer not in inputs:
-                inputs.append(quantizer)
-            outputs.append(n.output_quantizer_of(node, traced))
+        layer = n.module_of(node, traced)
+        if isinstance(layer, Layer) and layer.weight_quantizer is not None:
+            found = calls.setdefault(layer, [])
+            if found:
+                node.kwargs = {**node.kwargs, "call": len(found)}
+            found.append((n.input_quantizer_of(node, traced), n.output_quantizer_of(node, traced)))
         elif kind := n.elementwise_of(node, traced):
             tensors = [n.quantizer_of(arg, traced) for arg in node.args]
             grids = [grid for grid in (*tensors, n.output_quantizer_of(node, traced)) if grid is not None]
@@ -174,10 +174,7 @@ def _connect(traced: fx.GraphModule) -> None:
                 name = f"{ELEMENTWISE}.{node.name}"
                 traced.add_submodule(name, kind(*grids))
                 node.op, node.target = "call_module", name
-    for name, (inputs, outputs) in seen.items():
-        layer = traced.get_submodule(name)
-        if isinstance(layer, Layer) and layer.weight_quantizer is not None:
-            layer.input_quantizer = tuple(inputs)
-            found = tuple(dict.fromkeys(quantizer for quantizer in outputs if quantizer is not None))
-            layer.output_quantizer = () if None in outputs else found
+    for layer, found in calls.items():
+        layer.calls = tuple(found)
+        layer.input_quantizer = tuple(dict.fromkeys(before for before, _ in found if before is not None))
     traced.recompile()

@@ -1,6 +1,5 @@
 """From the user's network to a ``torch.fx.GraphModule`` whose submodule names, and so checkpoint keys, stay the user's."""
 
-import inspect
 import operator
 import traceback
 from collections.abc import Sequence
@@ -52,16 +51,15 @@ def trace(network: nn.Module, whole: Sequence[str] = ()) -> fx.GraphModule:
     """Returns ``network`` as a graph module that shares its parameters; a graph module of ours is returned as it is.
 
     Args:
-        network: takes images and yields logits.
+        network: takes images, or several inputs, and yields logits.
         whole: name patterns (``fnmatch``) of submodules to keep as they are, in float: what they do is not looked at.
 
     Raises:
-        QatTricksError: the network takes several inputs, its control flow depends on their values (names the line of its code and
-            the submodule), or a pattern matches no submodule.
+        QatTricksError: the network's control flow depends on the values of its inputs (names the line of its code and the
+            submodule), or a pattern matches no submodule.
     """
     if isinstance(network, fx.GraphModule) and "qat_tricks" in network.meta:
         return network
-    _check_inputs(network)
     names = [name for name, _ in network.named_modules() if name]
     for pattern in whole:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -88,17 +86,6 @@ def trace(network: nn.Module, whole: Sequence[str] = ()) -> fx.GraphModule:
     traced.train(was_training)
     traced.meta["qat_tricks"] = {"whole": list(whole)} if whole else {}
     return traced
-
-
-def _check_inputs(network: nn.Module) -> None:
-    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    parameters = inspect.signature(network.forward).parameters.values()
-    inputs = [p.name for p in parameters if p.default is p.empty and p.kind not in variable]
-    if len(inputs) > 1:
-        raise QatTricksError(
-            f"{type(network).__name__} takes {len(inputs)} inputs ({', '.join(inputs)}): hand over a network that takes images "
-            "alone, such as a module that holds the others fixed"
-        )
 
 
 def _user_line(error: BaseException) -> str:

@@ -9,12 +9,13 @@ sum is chosen. Long residual streams without an activation function, those of Mo
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.layers import Add, activation_quantizers, float_mode
 from qat_tricks.graph.settle import settle_scales
 from qat_tricks.graph.spec import QUANTIZERS, share_quantizer, spec_of
+from qat_tricks.inputs import Inputs, run
 from qat_tricks.numerics import ActivationQuantizer, RangeEstimator, make_estimator
 from qat_tricks.progress import track
 from qat_tricks.trick import Trick, check_num_images
@@ -23,13 +24,13 @@ from qat_tricks.workbench import Workbench
 
 @torch.no_grad()
 def calibrate(
-    traced: fx.GraphModule, batches: Sequence[Tensor], *, estimator: str = "mse", share_residuals: bool = True
+    traced: fx.GraphModule, batches: Sequence[Inputs], *, estimator: str = "mse", share_residuals: bool = True
 ) -> fx.GraphModule:
     """Runs ``batches`` through the float function of ``traced`` and sets every activation quantizer's range.
 
     Args:
         traced: a network with quantizers.
-        batches: images as the network takes them, ``[N, C, H, W]`` each.
+        batches: what the network takes, each: images ``[N, C, H, W]``, or a tuple with a tensor for each input.
         estimator: ``minmax``, ``moving_average``, ``percentile``, ``mse`` or ``kl``.
         share_residuals: whether tensors that are added share a range where that rounds less.
 
@@ -49,7 +50,7 @@ def calibrate(
             quantizer.observer = observer
         with float_mode(traced):
             for batch in track(batches, "calibrate"):
-                traced(batch)
+                run(traced, batch)
     finally:
         for quantizer in quantizers.values():
             quantizer.observer = None

@@ -17,19 +17,20 @@ from torch import Tensor, fx
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.layers import Layer, unrounded_sums
 from qat_tricks.graph.trace import module_of
+from qat_tricks.inputs import Inputs, tensors
 from qat_tricks.progress import track
 from qat_tricks.trick import Trick, check_num_images
 from qat_tricks.workbench import Workbench
 
 
 @torch.no_grad()
-def correct_bias(traced: fx.GraphModule, reference: fx.GraphModule, batches: Sequence[Tensor]) -> fx.GraphModule:
+def correct_bias(traced: fx.GraphModule, reference: fx.GraphModule, batches: Sequence[Inputs]) -> fx.GraphModule:
     """Corrects the biases of ``traced`` in place; a layer without a bias is left as it is.
 
     Args:
         traced: the quantized, calibrated network.
         reference: the float network it was made from, with the same layers.
-        batches: images as the network takes them, ``[N, C, H, W]`` each.
+        batches: what the network takes, each: images ``[N, C, H, W]``, or a tuple with a tensor for each input.
 
     Raises:
         QatTricksError: no batches, or ``reference`` is another network.
@@ -84,10 +85,10 @@ def _certain(errors: Tensor) -> Tensor:
 class _Stream:
     """Runs a graph node by node on all batches at once, keeping only what is still needed."""
 
-    def __init__(self, traced: fx.GraphModule, batches: Sequence[Tensor]) -> None:
+    def __init__(self, traced: fx.GraphModule, batches: Sequence[Inputs]) -> None:
         self.interpreter = [fx.Interpreter(traced) for _ in batches]
         for interpreter, batch in zip(self.interpreter, batches, strict=True):
-            interpreter.args_iter = iter([batch])
+            interpreter.args_iter = iter(tensors(batch))
         self.nodes = iter(traced.graph.nodes)
 
     def advance(self) -> list[Tensor]:

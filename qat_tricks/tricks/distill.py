@@ -43,12 +43,12 @@ class _Step:
         assert work.teacher is not None
         losses: list[Tensor] = []
 
-        def listen(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        def listen(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             with torch.no_grad():
-                expected = work.teacher(*inputs)  # type: ignore[misc]
+                expected = work.teacher(*args, **kwargs)  # type: ignore[misc]
             losses.append(distill(logits_of(output), logits_of(expected), temperature=self.trick.temperature))
 
-        handle = work.network.register_forward_hook(listen)
+        handle = work.network.register_forward_hook(listen, with_kwargs=True)
         try:
             result = self.__wrapped__(*args, **kwargs)
         finally:

@@ -28,6 +28,7 @@ from qat_tricks.graph import nodes as n
 from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.spec import uncap as uncap_nodes
 from qat_tricks.graph.trace import layer_at
+from qat_tricks.inputs import Inputs, tensors
 from qat_tricks.progress import track
 from qat_tricks.trick import Trick
 from qat_tricks.workbench import Workbench
@@ -46,7 +47,7 @@ class Pair:
 
 def equalize(
     traced: fx.GraphModule,
-    batches: Sequence[Tensor] = (),
+    batches: Sequence[Inputs] = (),
     *,
     iterations: int = 20,
     absorb_bias: bool = True,
@@ -56,7 +57,7 @@ def equalize(
 
     Args:
         traced: a traced network without quantizers, BatchNorm folded.
-        batches: images ``[N, C, H, W]`` each, that show the ranges of channels; without any, weights alone decide, and channels
+        batches: the network's inputs, that show the ranges of channels; without any, weights alone decide, and channels
             before a ReLU6 stay as they are.
         iterations: how often to sweep over the pairs; chains converge geometrically.
         absorb_bias: also move large biases before a ReLU into the next layer.
@@ -131,7 +132,7 @@ def _depthwise_after(node: fx.Node, traced: fx.GraphModule) -> str | None:
     return str(user.target) if is_depthwise and n.is_used_once(user, traced) else None
 
 
-def _channel_maxima(traced: fx.GraphModule, pairs: Sequence[Pair], batches: Sequence[Tensor]) -> dict[str, Tensor]:
+def _channel_maxima(traced: fx.GraphModule, pairs: Sequence[Pair], batches: Sequence[Inputs]) -> dict[str, Tensor]:
     """The largest absolute value of each image and channel between the layers of ``pairs``, ``[images, C]``, by node."""
     last = {pair.between: isinstance(layer_at(traced, pair.first), nn.Linear) for pair in pairs}  # whether channels come last
     largest: dict[str, list[Tensor]] = {}
@@ -147,7 +148,7 @@ def _channel_maxima(traced: fx.GraphModule, pairs: Sequence[Pair], batches: Sequ
     was_training = traced.training
     traced.eval()
     for batch in track(batches if pairs else [], "equalize"):
-        Watch(traced).run(batch)
+        Watch(traced).run(*tensors(batch))
     traced.train(was_training)
     return {name: torch.cat(parts) for name, parts in largest.items()}
 

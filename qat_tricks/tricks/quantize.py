@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import fx
 
+from qat_tricks.graph.integers import note_integers
 from qat_tricks.graph.layers import layers
 from qat_tricks.graph.place import place_quantizers
 from qat_tricks.graph.spec import spec_of
+from qat_tricks.inputs import input_names
 from qat_tricks.numerics.scheme import activation_scheme, weight_scheme
 from qat_tricks.trick import Trick
 from qat_tricks.workbench import Workbench
@@ -30,7 +32,10 @@ def quantize(
     overrides: Mapping[str, Mapping[str, int]] | None = None,
     activations: str | None = None,
 ) -> fx.GraphModule:
-    """Places quantizers (see ``place_quantizers`` for the arguments and errors); activations then await ``calibrate``."""
+    """Places quantizers (see ``place_quantizers`` for the arguments and errors); activations then await ``calibrate``.
+
+    Where some inputs of ``traced`` are integers that meet others in a sum or product, ``note_integers`` comes first.
+    """
     place_quantizers(
         traced,
         weight_bits=weight_bits,
@@ -77,5 +82,7 @@ class Quantize(Trick):
         }
 
     def apply(self, work: Workbench) -> None:
+        if len(input_names(work.network)) > 1:
+            note_integers(work.network, work.batches(2)[0])
         work.keep_reference()
         quantize(work.network, **self.settings)

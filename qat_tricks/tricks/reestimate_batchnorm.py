@@ -9,10 +9,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.nodes import BATCHNORMS
+from qat_tricks.inputs import Inputs, run
 from qat_tricks.lightning import workbench_of
 from qat_tricks.progress import track
 from qat_tricks.trick import Trick, check_num_images
@@ -20,8 +21,8 @@ from qat_tricks.workbench import Workbench
 
 
 @torch.no_grad()
-def reestimate_batchnorm(traced: fx.GraphModule, batches: Sequence[Tensor]) -> fx.GraphModule:
-    """Replaces running means and variances by their plain average over ``batches`` (``[N, C, H, W]`` each), in place.
+def reestimate_batchnorm(traced: fx.GraphModule, batches: Sequence[Inputs]) -> fx.GraphModule:
+    """Replaces running means and variances by their plain average over ``batches`` (the network's inputs), in place.
 
     Raises:
         QatTricksError: no batches, or no BatchNorm is left unfolded.
@@ -38,7 +39,7 @@ def reestimate_batchnorm(traced: fx.GraphModule, batches: Sequence[Tensor]) -> f
         norm.momentum = None  # a cumulative average
         norm.train()
     for batch in track(batches, "re-estimate BatchNorm"):
-        traced(batch)
+        run(traced, batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return traced.train(was_training)

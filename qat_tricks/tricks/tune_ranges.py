@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.layers import activation_quantizers, float_mode
 from qat_tricks.graph.settle import settle_scales
+from qat_tricks.inputs import Inputs, each, run, tensors
 from qat_tricks.numerics import ActivationQuantizer
 from qat_tricks.progress import track
 from qat_tricks.trick import Trick, check_num_images
@@ -30,12 +31,12 @@ CHUNK = 8  # images whose gradients are held at a time
 FACTORS = (1.0, *(step / 100 for step in range(20, 109, 2) if step != 100))
 
 
-def tune_ranges(traced: fx.GraphModule, batches: Sequence[Tensor], *, seed: int = 0) -> fx.GraphModule:
+def tune_ranges(traced: fx.GraphModule, batches: Sequence[Inputs], *, seed: int = 0) -> fx.GraphModule:
     """Sets every activation quantizer of ``traced`` to the range, within the calibrated one, that changes the logits least.
 
     Args:
         traced: a quantized network, calibrated (with ``minmax``: what calibration clipped stays clipped).
-        batches: images as the network takes them, ``[N, C, H, W]`` each.
+        batches: what the network takes, each: images ``[N, C, H, W]``, or a tuple with a tensor for each input.
         seed: of the labels drawn.
 
     Raises:
@@ -53,8 +54,9 @@ def tune_ranges(traced: fx.GraphModule, batches: Sequence[Tensor], *, seed: int 
     traced.eval().requires_grad_(False)  # the gradients of activations alone
     try:
         with float_mode(traced), torch.inference_mode(False), torch.enable_grad():
-            for images in track([chunk for batch in batches for chunk in batch.split(CHUNK)], "tune ranges"):
-                logits = logits_of(traced(images.clone().requires_grad_())).flatten(1)
+            chunks = [chunk for batch in batches for chunk in zip(*(part.split(CHUNK) for part in tensors(batch)), strict=True)]
+            for chunk in track(chunks, "tune ranges"):
+                logits = logits_of(run(traced, each(chunk, Tensor.clone))).flatten(1)
                 likelihoods = logits.log_softmax(1)
                 labels = torch.multinomial(likelihoods.detach().exp().cpu(), 1, generator=generator)
                 likelihoods.gather(1, labels.to(logits.device)).sum().backward()
@@ -81,7 +83,9 @@ class _GradientHistogram:
         self.sums: list[Tensor] = []
         self.handle = quantizer.register_forward_hook(self._see)
 
-    def _see(self, module: object, inputs: object, output: Tensor) -> None:
+    def _see(self, module: object, inputs: object, output: Tensor) -> Tensor:
+        if not output.requires_grad:  # nothing before it does
+            output = output.requires_grad_().clone()
         images = len(output)
         bins = ((output.detach() - self.first) / self.width).long().clamp_(0, BINS - 1).reshape(images, -1)
         bins += BINS * torch.arange(images, device=bins.device).view(-1, 1)
@@ -91,6 +95,7 @@ class _GradientHistogram:
             self.sums.append(sums.index_add_(0, bins.flatten(), gradient.flatten()).view(images, BINS))
 
         output.register_hook(add)
+        return output
 
     def tune(self) -> None:
         """Tries one end of the range after the other, twice: they interact only through the step between them."""

@@ -253,20 +253,6 @@ def test_of_several_outputs_the_logits_come_first(container, second, tmp_path):
     torch.testing.assert_close(torch.from_numpy(found[1]), aux.detach(), atol=1e-3, rtol=0)
 
 
-class TwoInputs(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(4, 2)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return self.fc(x * mask)
-
-
-def test_several_inputs_are_refused_by_name():
-    with pytest.raises(QatTricksError, match=r"TwoInputs takes 2 inputs \(x, mask\)"):
-        qat_tricks.quantize(TwoInputs(), [torch.ones(2, 4)])
-
-
 def test_channels_last_changes_nothing(tmp_path):
     net = seeded(AfterActivation)
     plain = qat_tricks.quantize(net, [images(64)])
