@@ -75,7 +75,11 @@ def status(run, *arguments):
         ("--config-dir none", "--config-dir none is not a folder"),
         ("--config-path x", "--config-dir"),
         ("-m --cfg job", "exclude each other"),
-        ("target=tensorrt", "target=tensorrt cannot be had: it takes int8 activations with zero point 0 alone"),
+        (
+            "target=tensorrt recipe.stages.ptq.tricks.quantize.activations=unsigned_affine",
+            "quantize.activations=unsigned_affine is not for this target",
+        ),
+        ("target=tensorrt export.opset=99", "export.opset=99 is too new for target=tensorrt"),
         ("target=onnxruntime", 'unknown target "onnxruntime": did you mean "onnxruntime_cpu"'),
         ("export.normalize=3", "export.normalize=3 is not allowed: give true or false"),
         ("--resolve", "--resolve belongs to --cfg"),
