@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.graph import nodes as n
-from qat_tricks.graph.layers import Elementwise, Layer, activation_quantizers
+from qat_tricks.graph.layers import Elementwise, Layer, Mean, activation_quantizers
 from qat_tricks.graph.trace import module_of
 from qat_tricks.numerics import ActivationQuantizer
 
@@ -82,6 +82,9 @@ def to_qdq(traced: fx.GraphModule, layout: str = LAYOUTS[0]) -> Emitted:
         module = module_of(node, traced)
         if isinstance(module, Elementwise):
             node.op, node.target = "call_function", module.function
+        elif isinstance(module, Mean):
+            node.op, node.target = "call_function", torch.mean
+            node.args, node.kwargs = (*node.args, module.dims), {"keepdim": module.keepdim}
     traced.recompile()
     calls: dict[str, list[str | None]] = {name: [] for name in enabled}
     for node in traced.graph.nodes:

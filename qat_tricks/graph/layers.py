@@ -170,6 +170,25 @@ class Mul(Elementwise):
     function, kernel, broadcasts = staticmethod(operator.mul), staticmethod(kernels.multiply), True
 
 
+class Mean(nn.Module):
+    """An average over positions; in evaluation, between calibrated grids, computed as the integer kernel does.
+
+    Attributes:
+        quantizers: of the input and of the output; a tuple, so that they are not registered as children.
+    """
+
+    def __init__(self, dims: tuple[int, ...], keepdim: bool, *quantizers: ActivationQuantizer) -> None:
+        super().__init__()
+        self.dims, self.keepdim = dims, keepdim
+        self.quantizers = quantizers
+
+    def forward(self, x: Tensor) -> Tensor:
+        is_exact = not (self.training or torch.is_grad_enabled()) and x.dim() == 4
+        if not is_exact or not all(map(is_on, self.quantizers)):
+            return x.mean(self.dims, keepdim=self.keepdim)
+        return kernels.mean(x, *self.quantizers, keepdim=self.keepdim)
+
+
 def is_on(quantizer: ActivationQuantizer) -> bool:
     """Whether what passes ``quantizer`` is on its grid."""
     return quantizer.enabled and quantizer.is_calibrated

@@ -9,7 +9,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from qat_tricks.graph.attention import from_windows, to_windows
-from qat_tricks.graph.layers import Add, Elementwise, Mul, is_layer
+from qat_tricks.graph.layers import Add, Elementwise, Mean, Mul, is_layer
 from qat_tricks.graph.trace import layer_at, module_of
 from qat_tricks.numerics import ActivationQuantizer
 
@@ -22,7 +22,7 @@ _ARITHMETIC: set[Any] = {
 }  # fmt: skip
 _POOL: set[Any] = {
     nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
-    F.avg_pool1d, F.avg_pool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, torch.mean, "mean",
+    F.avg_pool1d, F.avg_pool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, torch.mean, "mean", Mean,
 }  # fmt: skip
 # These move values about and make no new ones: what was on a grid stays on it.
 _PASS: set[Any] = {
@@ -231,6 +231,20 @@ def elementwise_of(node: fx.Node, traced: fx.GraphModule) -> type[Elementwise] |
     if len(node.args) != 2 or node.kwargs or not _operands_are_activations(node):
         return None
     return Add if calls(node, traced, _ADD) else Mul if calls(node, traced, _MUL) else None
+
+
+def mean_of(node: fx.Node, traced: fx.GraphModule) -> tuple[tuple[int, ...], bool] | None:
+    """Over which dimensions ``node`` averages all positions, and whether it keeps them; None if it does something else."""
+    module = module_of(node, traced)
+    if isinstance(module, Mean):
+        return module.dims, module.keepdim
+    if isinstance(module, nn.AdaptiveAvgPool2d) or node.target is F.adaptive_avg_pool2d:
+        size = module.output_size if isinstance(module, nn.AdaptiveAvgPool2d) else (*node.args, *node.kwargs.values())[1]
+        return ((-2, -1), True) if size in (1, (1, 1), [1, 1]) else None
+    if not is_spatial_mean(node, traced) or not node.kwargs.keys() <= {"dim", "keepdim"}:
+        return None
+    given: dict[str, Any] = {**dict(zip(("input", "dim", "keepdim"), node.args, strict=False)), **node.kwargs}
+    return tuple(given["dim"]), bool(given.get("keepdim", False))
 
 
 def output_quantizer_of(node: fx.Node, traced: fx.GraphModule) -> ActivationQuantizer | None:

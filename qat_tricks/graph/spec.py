@@ -25,11 +25,11 @@ from torch import fx, nn
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.functional import install
-from qat_tricks.graph.layers import Layer, as_layer
+from qat_tricks.graph.layers import Layer, Mean, as_layer
 from qat_tricks.graph.trace import replace_with_module, trace
 from qat_tricks.numerics import ActivationQuantizer, Scheme, WeightQuantizer
 
-QUANTIZERS, ELEMENTWISE = "activation_quantizers", "elementwise"
+QUANTIZERS, KERNELS = "activation_quantizers", "kernels"
 
 
 def spec_of(traced: fx.GraphModule) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def share_quantizer(traced: fx.GraphModule, names: Sequence[str]) -> None:
 
 
 def _connect(traced: fx.GraphModule) -> None:
-    """Tells each layer, add and product which quantizers its inputs and its output are on."""
+    """Tells each layer, add, product and mean which quantizers its inputs and its output are on."""
     calls: dict[Layer, list[tuple[ActivationQuantizer | None, ActivationQuantizer | None]]] = {}
     for node in traced.graph.nodes:
         layer = n.module_of(node, traced)
@@ -171,9 +171,15 @@ def _connect(traced: fx.GraphModule) -> None:
             tensors = [n.quantizer_of(arg, traced) for arg in node.args]
             grids = [grid for grid in (*tensors, n.output_quantizer_of(node, traced)) if grid is not None]
             if len(grids) == 3:
-                name = f"{ELEMENTWISE}.{node.name}"
+                name = f"{KERNELS}.{node.name}"
                 traced.add_submodule(name, kind(*grids))
                 node.op, node.target = "call_module", name
+        elif mean := n.mean_of(node, traced):
+            before, after = n.input_quantizer_of(node, traced), n.output_quantizer_of(node, traced)
+            if before is not None and after is not None:
+                name = f"{KERNELS}.{node.name}"
+                traced.add_submodule(name, Mean(*mean, before, after))
+                node.op, node.target, node.args, node.kwargs = "call_module", name, (node.all_input_nodes[0],), {}
     for layer, found in calls.items():
         layer.calls = tuple(found)
         layer.input_quantizer = tuple(dict.fromkeys(before for before, _ in found if before is not None))

@@ -52,6 +52,17 @@ def multiply(
     return _clamp(torch.round(total) - output.zero_point, output) * scale
 
 
+def mean(x: Tensor, x_grid: ActivationQuantizer, output: ActivationQuantizer, *, keepdim: bool) -> Tensor:
+    """The average of ``x``, ``[N, C, H, W]`` on its grid, over height and width, on the grid of ``output``.
+
+    As ``QLinearGlobalAveragePool`` does it: the integers' sum, which is exact, times a ratio in float32. Averages of integers
+    often lie in the middle between two steps.
+    """
+    scale, x_scale = output.current_scale(), x_grid.current_scale()
+    total = torch.round(x / x_scale).sum((2, 3), keepdim=keepdim, dtype=torch.float64).float()
+    return _clamp(torch.round(total * (x_scale / (scale * (x.shape[2] * x.shape[3])))), output) * scale
+
+
 def _clamp(steps: Tensor, grid: ActivationQuantizer) -> Tensor:
     """Clamps multiples of a scale to those that the grid uses."""
     return steps.clamp_(*grid.steps)

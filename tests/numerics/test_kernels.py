@@ -59,3 +59,22 @@ def test_adds_and_products_differ_nowhere(op, kernel, function, seed, scheme):
     # Kernels of other processors fuse other products: there, at most as many differ as without all this.
     differing = int((torch.from_numpy(run) != simulated).sum())
     assert differing == 0 or differing <= int((torch.from_numpy(run) != naive).sum())
+
+
+@pytest.mark.parametrize("side", [1, 2, 7, 14])
+@pytest.mark.parametrize("keepdim", [False, True])
+@pytest.mark.parametrize("scheme", [Scheme(**signs) for signs in ACTIVATIONS.values()], ids=ACTIVATIONS)
+def test_means_differ_nowhere(side, keepdim, scheme):
+    random = np.random.default_rng(side)
+    for same in (False, True):  # on one grid, averages lie in the middle between two steps most often
+        x_grid, out_grid = (_grid(*ends, scheme) for ends in random.uniform((-60, 1), (-1, 60), (2, 2)).tolist())
+        out_grid = x_grid if same else out_grid
+        integers = random.integers(scheme.qmin, scheme.qmax + 1, (8, 128, side, side), np.int8 if scheme.signed else np.uint8)
+        x = (torch.from_numpy(integers).float() - x_grid.zero_point) * x_grid.scale.detach()
+        with torch.no_grad():
+            simulated = _integers(kernels.mean(x, x_grid, out_grid, keepdim=keepdim), out_grid)
+        assert simulated.shape == (8, 128, *((1, 1) if keepdim else ()))
+        (sx, zx), (so, zo) = map(_scalar, (x_grid, out_grid))
+        inputs = {"x": None, "sx": sx, "zx": zx, "so": so, "zo": zo}
+        run = _run("QLinearGlobalAveragePool", "com.microsoft", inputs, {"x": integers})
+        assert (torch.from_numpy(run).view(simulated.shape) == simulated).all()

@@ -76,7 +76,7 @@ def test_an_add_on_one_grid_rounds_nothing_and_the_spec_rebuilds_it():
     net = Stream()
     traced = calibrate(quantize(trace(copy.deepcopy(net))), [images()]).eval()
     stream = activation_quantizers(traced)["activation_quantizers.stem"]
-    add = traced.get_submodule("elementwise.add")
+    add = traced.get_submodule("kernels.add")
     low, high = stream.range
     x, y = (stream(torch.rand(100) * (high - low) / 2 + low / 2) for _ in range(2))
     with torch.no_grad():
