@@ -65,6 +65,7 @@ def files(name: str, batches: list[Tensor], folder: Path) -> dict[str, Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=60.0, help="for each network and batch size")
     parser.add_argument("--out", type=Path)
@@ -85,7 +86,7 @@ def main() -> None:
         "|---|--:|--:|--:|--:|--:|---|",
     ]
     with tempfile.TemporaryDirectory() as folder:
-        for name in NETWORKS:
+        for name in args.networks:
             paths = files(name, batches, Path(folder))
             for batch in BATCHES:
                 found = measure_latency(
