@@ -136,26 +136,34 @@ class Linear(Layer, nn.Linear):  # type: ignore[misc]
         return nn.functional.linear(input, weight, bias)
 
 
-class Elementwise(nn.Module):
-    """Two tensors into one; in evaluation, between calibrated grids, computed as the integer kernel does.
+class Kernel(nn.Module):
+    """What in evaluation, between calibrated grids, is computed as the integer kernel does it.
 
     Attributes:
-        quantizers: of both inputs and of the output; a tuple, so that they are not registered as children.
+        quantizers: of the inputs and of the output; a tuple, so that they are not registered as children.
     """
-
-    function: Callable[[Any, Any], Any]
-    kernel: Callable[..., Tensor]
-    broadcasts: bool  # whether the kernel computes the same where the shapes differ
 
     def __init__(self, *quantizers: ActivationQuantizer) -> None:
         super().__init__()
         self.quantizers = quantizers
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether the kernel's own arithmetic is wanted now, and all grids are there."""
+        return not (self.training or torch.is_grad_enabled()) and all(map(is_on, self.quantizers))
+
+
+class Elementwise(Kernel):
+    """Two tensors into one."""
+
+    function: Callable[[Any, Any], Any]
+    kernel: Callable[..., Tensor]
+    broadcasts: bool  # whether the kernel computes the same where the shapes differ
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        is_exact = not (self.training or torch.is_grad_enabled()) and (self.broadcasts or x.shape == y.shape)
-        if not is_exact or not all(map(is_on, self.quantizers)):
-            return self.function(x, y)
-        return self.kernel(x, y, *self.quantizers)
+        if self.is_exact and (self.broadcasts or x.shape == y.shape):
+            return self.kernel(x, y, *self.quantizers)
+        return self.function(x, y)
 
 
 class Add(Elementwise):
@@ -170,23 +178,17 @@ class Mul(Elementwise):
     function, kernel, broadcasts = staticmethod(operator.mul), staticmethod(kernels.multiply), True
 
 
-class Mean(nn.Module):
-    """An average over positions; in evaluation, between calibrated grids, computed as the integer kernel does.
-
-    Attributes:
-        quantizers: of the input and of the output; a tuple, so that they are not registered as children.
-    """
+class Mean(Kernel):
+    """An average over positions."""
 
     def __init__(self, dims: tuple[int, ...], keepdim: bool, *quantizers: ActivationQuantizer) -> None:
-        super().__init__()
+        super().__init__(*quantizers)
         self.dims, self.keepdim = dims, keepdim
-        self.quantizers = quantizers
 
     def forward(self, x: Tensor) -> Tensor:
-        is_exact = not (self.training or torch.is_grad_enabled()) and x.dim() == 4
-        if not is_exact or not all(map(is_on, self.quantizers)):
-            return x.mean(self.dims, keepdim=self.keepdim)
-        return kernels.mean(x, *self.quantizers, keepdim=self.keepdim)
+        if self.is_exact and x.dim() == 4:
+            return kernels.mean(x, *self.quantizers, keepdim=self.keepdim)
+        return x.mean(self.dims, keepdim=self.keepdim)
 
 
 def is_on(quantizer: ActivationQuantizer) -> bool:

@@ -238,12 +238,14 @@ def mean_of(node: fx.Node, traced: fx.GraphModule) -> tuple[tuple[int, ...], boo
     module = module_of(node, traced)
     if isinstance(module, Mean):
         return module.dims, module.keepdim
-    if isinstance(module, nn.AdaptiveAvgPool2d) or node.target is F.adaptive_avg_pool2d:
-        size = module.output_size if isinstance(module, nn.AdaptiveAvgPool2d) else (*node.args, *node.kwargs.values())[1]
+    pools = isinstance(module, nn.AdaptiveAvgPool2d) or node.target is F.adaptive_avg_pool2d
+    names = ("input", "output_size") if pools else ("input", "dim", "keepdim")
+    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    if pools:
+        size = module.output_size if isinstance(module, nn.AdaptiveAvgPool2d) else given["output_size"]
         return ((-2, -1), True) if size in (1, (1, 1), [1, 1]) else None
     if not is_spatial_mean(node, traced) or not node.kwargs.keys() <= {"dim", "keepdim"}:
         return None
-    given: dict[str, Any] = {**dict(zip(("input", "dim", "keepdim"), node.args, strict=False)), **node.kwargs}
     return tuple(given["dim"]), bool(given.get("keepdim", False))
 
 

@@ -37,13 +37,9 @@ def settle_scales(traced: fx.GraphModule) -> list[str]:
     """
     changed: dict[str, None] = {}
     for _ in range(PASSES):
-        before = len(changed)
-        for name, tables in _tables(traced).items():
-            quantizer: Any = traced.get_submodule(name)
-            if (scale := _settled(quantizer, tables)) is not None:
-                quantizer.scale.copy_(scale)
-                changed[name] = None
-        if len(changed) == before:
+        moved = [name for name, tables in _tables(traced).items() if _settle(traced.get_submodule(name), tables)]
+        changed.update(dict.fromkeys(moved))
+        if not moved:
             break
     return list(changed)
 
@@ -94,10 +90,10 @@ def _table(traced: fx.GraphModule, chain: list[fx.Node], source: fx.Node, grid: 
     return values
 
 
-def _settled(quantizer: ActivationQuantizer, tables: list[Callable[[], Tensor]]) -> Tensor | None:
-    """The scale closest to that of ``quantizer`` at which no value of ``tables`` is in doubt; None if that one is, or none."""
+def _settle(quantizer: Any, tables: list[Callable[[], Tensor]]) -> bool:
+    """Moves ``quantizer`` to the closest scale at which no value of ``tables`` is in doubt, and returns whether it moved."""
     if not tables or quantizer.cap < float("inf"):
-        return None
+        return False
     values = torch.cat([table() for table in tables])
     scale = quantizer.current_scale()
     low, high = quantizer.steps
@@ -107,5 +103,7 @@ def _settled(quantizer: ActivationQuantizer, tables: list[Callable[[], Tensor]])
         steps = steps[(steps > low - 1) & (steps < high + 1)]  # the others are clamped
         in_doubt = ((steps - steps.floor() - 0.5).abs() < MARGIN * (steps.abs() + 1)).any()
         if not in_doubt:
-            return tried if attempt else None
-    return None
+            if attempt:
+                quantizer.scale.copy_(tried)
+            return attempt > 0
+    return False
