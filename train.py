@@ -1,4 +1,6 @@
-"""Runs a recipe: ``python train.py recipe=int8_prune50``; ``python train.py --help`` shows the settings."""
+"""Runs a recipe: ``python train.py recipe=int8_prune50``; ``python train.py --help`` shows the
+settings.
+"""
 
 from qat_tricks.cli import train
 

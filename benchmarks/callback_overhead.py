@@ -1,11 +1,13 @@
 # python benchmarks/callback_overhead.py --out docs/results/callback_overhead.md
 """What our callbacks cost a training step, their quantizers left out of it.
 
-Three trainers train the same network, its quantizers placed and disabled: one with the callbacks of ``int8_prune50`` (without
-distillation, whose teacher is no overhead but work), two without any, whose difference shows how far the figures can be
-trusted. They run in one process, each in a thread that computes alone, and take turns step by step, so that a machine that
-speeds up or slows down does so for all. A step lasts from one batch to the request for the next, in its thread's CPU time.
-What noise hides in whole steps shows in the part of them that Lightning spends calling callbacks, which is measured too.
+Three trainers train the same network, its quantizers placed and disabled: one with the callbacks of
+``int8_prune50`` (without distillation, whose teacher is no overhead but work), two without any,
+whose difference shows how far the figures can be trusted. They run in one process, each in a thread
+that computes alone, and take turns step by step, so that a machine that speeds up or slows down
+does so for all. A step lasts from one batch to the request for the next, in its thread's CPU time.
+What noise hides in whole steps shows in the part of them that Lightning spends calling callbacks,
+which is measured too.
 """
 
 import argparse
@@ -53,7 +55,9 @@ class Module(pl.LightningModule):
 
 
 class Hooks:
-    """Measures, while it is entered, the seconds that a thread spends in Lightning's calls of callbacks."""
+    """Measures, while it is entered, the seconds that a thread spends in Lightning's calls of
+    callbacks.
+    """
 
     def __init__(self) -> None:
         self.of = threading.local()
@@ -77,11 +81,16 @@ class Hooks:
 
 
 class Turns:
-    """Gives the same batch again and again to several fits, a step to each in turn, and keeps their seconds."""
+    """Gives the same batch again and again to several fits, a step to each in turn, and keeps their
+    seconds.
+    """
 
-    def __init__(self, batch: tuple[Tensor, Tensor], contenders: int, steps: int, hooks: Hooks) -> None:
+    def __init__(
+        self, batch: tuple[Tensor, Tensor], contenders: int, steps: int, hooks: Hooks
+    ) -> None:
         self.batch, self.steps, self.hooks = batch, steps, hooks
-        self.seconds: list[list[tuple[float, float]]] = [[] for _ in range(contenders)]  # of a step, and in hooks
+        # of a step, and in hooks
+        self.seconds: list[list[tuple[float, float]]] = [[] for _ in range(contenders)]
         self.turn = [threading.Semaphore(int(i == 0)) for i in range(contenders)]
 
     def loader(self, contender: int) -> "Turn":
@@ -103,7 +112,9 @@ class Turn:
             turns.turn[own].acquire()
             started, in_hooks = time.thread_time(), turns.hooks.seconds
             yield turns.batch
-            turns.seconds[own].append((time.thread_time() - started, turns.hooks.seconds - in_hooks))
+            turns.seconds[own].append(
+                (time.thread_time() - started, turns.hooks.seconds - in_hooks)
+            )
             turns.turn[(own + 1) % len(turns.turn)].release()
 
 
@@ -121,17 +132,27 @@ def prepare(network: torch.nn.Module, batch: tuple[Tensor, Tensor]) -> Module:
 
 
 def trainer(callbacks: list[pl.Callback]) -> pl.Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     return pl.Trainer(accelerator="cpu", max_epochs=1, callbacks=callbacks, **quiet)
 
 
-def one_round(module: Module, data: tuple[Tensor, Tensor], last: int, steps: int, warmup: int) -> list[Any]:
-    """Seconds of each step, and of them in hooks: of two trainers without callbacks, and of one with, in place ``last``."""
+def one_round(
+    module: Module, data: tuple[Tensor, Tensor], last: int, steps: int, warmup: int
+) -> list[Any]:
+    """Seconds of each step, and of them in hooks: of two trainers without callbacks, and of one
+    with, in place ``last``.
+    """
     hooks = Hooks()
     turns = Turns(data, 3, warmup + steps, hooks)
     callbacks = qat_tricks.recipe(RECIPE, OVERRIDES)
     (schedule,) = (callback for callback in callbacks if isinstance(callback, Prune))
-    schedule.start, schedule.end = 0.9, 1.0  # renewals of the masks, a few in a whole fit, are measured by themselves
+    # renewals of the masks, a few in a whole fit, are measured by themselves
+    schedule.start, schedule.end = 0.9, 1.0
     modules = [copy.deepcopy(module) for _ in turns.seconds]
 
     def fit(place: int) -> None:
@@ -147,9 +168,13 @@ def one_round(module: Module, data: tuple[Tensor, Tensor], last: int, steps: int
     return [turns.seconds[place][warmup:] for place in places]
 
 
-def measure(network: torch.nn.Module, data: tuple[Tensor, Tensor], steps: int, warmup: int) -> dict[str, float]:
-    """Medians: a step's seconds without callbacks, by how much two such trainers differ, what callbacks add to their mean,
-    and the seconds of one renewal of all masks. The places in the turn rotate, for each has its own place in memory."""
+def measure(
+    network: torch.nn.Module, data: tuple[Tensor, Tensor], steps: int, warmup: int
+) -> dict[str, float]:
+    """Medians: a step's seconds without callbacks, by how much two such trainers differ, what
+    callbacks add to their mean, and the seconds of one renewal of all masks. The places in the turn
+    rotate, for each has its own place in memory.
+    """
     module = prepare(network, data)
     rounds = [one_round(module, data, last, steps // 6, warmup) for last in (0, 1, 2) * 2]
     plain, again, ours = (list(chain(*seconds)) for seconds in zip(*rounds, strict=True))
@@ -158,15 +183,29 @@ def measure(network: torch.nn.Module, data: tuple[Tensor, Tensor], steps: int, w
     renewal = time.thread_time() - started
     control = statistics.median(b - a for (a, _), (b, _) in zip(plain, again, strict=True))
     triples = list(zip(plain, again, ours, strict=True))
-    added, in_hooks = (statistics.median(c[i] - (a[i] + b[i]) / 2 for a, b, c in triples) for i in (0, 1))
+    added, in_hooks = (
+        statistics.median(c[i] - (a[i] + b[i]) / 2 for a, b, c in triples) for i in (0, 1)
+    )
     step = statistics.median(seconds for seconds, _ in plain + again)
-    return {"plain": step, "control": control, "added": added, "hooks": in_hooks, "renewal": renewal}
+    return {
+        "plain": step,
+        "control": control,
+        "added": added,
+        "hooks": in_hooks,
+        "renewal": renewal,
+    }
 
 
 def tiny(classes: int = 1000) -> torch.nn.Module:
     """A network whose step lasts so short that the callbacks show."""
     nn = torch.nn
-    return nn.Sequential(nn.Conv2d(3, 8, 3, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, classes),
+    )
 
 
 def main() -> None:
@@ -186,26 +225,37 @@ def main() -> None:
         "# Cost of the callbacks",
         "",
         f"`python benchmarks/callback_overhead.py {command}`",
-        f"on {platform.processor() or platform.machine()}, torch {torch.__version__}, Lightning {pl.__version__}.",
-        "The same step with and without the callbacks of `int8_prune50` (no distillation), quantizers disabled, in turns; CPU",
+        f"on {platform.processor() or platform.machine()}, torch {torch.__version__}, Lightning "
+        f"{pl.__version__}.",
+        "The same step with and without the callbacks of `int8_prune50` (no distillation), "
+        "quantizers disabled, in turns; CPU",
         "time, medians. Noise: what two trainers without callbacks differ by;",
         "in hooks: by how much longer Lightning is busy calling callbacks.",
         "",
-        "| network | step ms | noise ms | callbacks add ms | in hooks ms | their share | bar | all masks once ms |",
+        "| network | step ms | noise ms | callbacks add ms | in hooks ms | their share | bar | "
+        "all masks once ms |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name in args.models:
         torch.manual_seed(0)
-        data = torch.randn(args.batch, 3, args.size, args.size), torch.randint(0, 1000, (args.batch,))
+        data = (
+            torch.randn(args.batch, 3, args.size, args.size),
+            torch.randint(0, 1000, (args.batch,)),
+        )
         network = tiny() if name == "tiny" else getattr(torchvision.models, name)()
         found = measure(network, data, args.steps, args.warmup)
         ms = {key: 1e3 * seconds for key, seconds in found.items()}
         share = found["hooks"] / found["plain"]
-        bar = "" if name == "tiny" else f"{BAR:.0%}"  # it shows the milliseconds, which are the same for all
+        # it shows the milliseconds, which are the same for all
+        bar = "" if name == "tiny" else f"{BAR:.0%}"
         row = f"| {name} | {ms['plain']:.1f} | {ms['control']:+.2f} | {ms['added']:+.2f} | {ms['hooks']:+.2f} |"
         lines.append(f"{row} **{share:.2%}** | {bar} | {ms['renewal']:.0f} |")
         print(lines[-1], flush=True)
-    lines += ["", "Masks are renewed `updates` times a fit (50 by default), however long it is; such a step costs that more."]
+    lines += [
+        "",
+        "Masks are renewed `updates` times a fit (50 by default), however long it is; such a step "
+        "costs that more.",
+    ]
     if args.out:
         args.out.write_text("\n".join(lines) + "\n")
 

@@ -1,8 +1,11 @@
-# python benchmarks/cifar10.py --root PATH/cifar10_jpeg --weights PATH/cifar10_resnet20.pt --runs outputs/cifar10 \
+# python benchmarks/cifar10.py --root PATH/cifar10_jpeg --weights PATH/cifar10_resnet20.pt --runs
+# outputs/cifar10 \
 #     --out docs/results/cifar10.md
-"""ResNet-20 on CIFAR-10 through ``train.py``: fine-tuned in float first, then by recipe, judged on ONNX Runtime's output.
+"""ResNet-20 on CIFAR-10 through ``train.py``: fine-tuned in float first, then by recipe, judged on
+ONNX Runtime's output.
 
-Each job is one run of ``train.py`` into a folder under ``--runs``; one that has its report already is not run again.
+Each job is one run of ``train.py`` into a folder under ``--runs``; one that has its report already
+is not run again.
 """
 
 import argparse
@@ -32,29 +35,45 @@ def main() -> None:
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    shared = ["baseline.finetune=true", "baseline.epochs=3", "baseline.lr=0.02", "logger=csv", f"measure.threads={args.threads}"]
+    shared = [
+        "baseline.finetune=true",
+        "baseline.epochs=3",
+        "baseline.lr=0.02",
+        "logger=csv",
+        f"measure.threads={args.threads}",
+    ]
     lines = [
         "# ResNet-20 on CIFAR-10 (stored as JPEG), judged on ONNX Runtime",
         "",
-        f"`python benchmarks/cifar10.py --threads {args.threads}`: each row is `train.py data=cifar10 {' '.join(shared)}` and",
+        f"`python benchmarks/cifar10.py --threads {args.threads}`: each row is `train.py "
+        f"data=cifar10 {' '.join(shared)}` and",
         "what its line names; 10,000 test images.",
         "",
-        "| job | float | int8 | points lost | bar | agreement with float | zeros | parity | minutes |",
+        "| job | float | int8 | points lost | bar | agreement with float | zeros | parity | "
+        "minutes |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for job in args.jobs:
         folder = args.runs / job
         if not (folder / "report.json").is_file():
             data = ["data=cifar10", f"data.root={args.root}", f"model.weights={args.weights}"]
-            command = [sys.executable, str(TRAIN), *JOBS[job], *data, *shared, f"hydra.run.dir={folder}"]
+            command = [
+                sys.executable,
+                str(TRAIN),
+                *JOBS[job],
+                *data,
+                *shared,
+                f"hydra.run.dir={folder}",
+            ]
             print(shlex.join(command), flush=True)
             subprocess.run(command, check=True)
         report = read_report(folder)
         plain, onnx = (100 * report["stages"][i]["accuracy"] for i in (0, -1))
         minutes = sum(stage["seconds"] for stage in report["stages"][1:]) / 60
         lines.append(
-            f"| `{' '.join(JOBS[job])}` | {plain:.2f} | {onnx:.2f} | {plain - onnx:.2f} | {BARS.get(job, '')} "
-            f"| {report['agreement']:.4f} | {report['sparsity']:.2f} | {report['parity']['sqnr_db']:.0f} dB | {minutes:.0f} |"
+            f"| `{' '.join(JOBS[job])}` | {plain:.2f} | {onnx:.2f} | {plain - onnx:.2f} | "
+            f"{BARS.get(job, '')} | {report['agreement']:.4f} | {report['sparsity']:.2f} | "
+            f"{report['parity']['sqnr_db']:.0f} dB | {minutes:.0f} |"
         )
         print(lines[-1], flush=True)
     if args.out:

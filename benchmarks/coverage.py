@@ -1,9 +1,12 @@
-# python benchmarks/coverage.py --calibration PATH/imagenet_calib1000 --val PATH/imagenette160/val --out docs/results/coverage.md
-"""``int8_ptq`` on the classifiers people bring: what is folded and equalized, and whether ONNX Runtime runs what was simulated.
+# python benchmarks/coverage.py --calibration PATH/imagenet_calib1000 --val PATH/imagenette160/val
+# --out docs/results/coverage.md
+"""``int8_ptq`` on the classifiers people bring: what is folded and equalized, and whether ONNX
+Runtime runs what was simulated.
 
-Pretrained weights need a download, so each network is given weights under which a comparison means something: layers scaled one
-after the other until their outputs have unit variance (Mishkin and Matas 2016, "All you need is a good init", LSUV), BatchNorms
-with statistics of real images and random affine parameters, and a last layer fitted to labels by ridge regression on 320 images.
+Pretrained weights need a download, so each network is given weights under which a comparison means
+something: layers scaled one after the other until their outputs have unit variance (Mishkin and
+Matas 2016, "All you need is a good init", LSUV), BatchNorms with statistics of real images and
+random affine parameters, and a last layer fitted to labels by ridge regression on 320 images.
 """
 
 import argparse
@@ -32,27 +35,41 @@ from qat_tricks.models import build_model
 from qat_tricks.tricks import fold_batchnorm
 from qat_tricks.tricks.equalize import find_pairs
 
-TORCHVISION = " ".join((
-    "alexnet vgg11_bn googlenet inception_v3 resnet18 resnet50 resnext50_32x4d wide_resnet50_2 squeezenet1_1 densenet121",
-    "mnasnet1_0 mobilenet_v2 mobilenet_v3_small mobilenet_v3_large efficientnet_b0 efficientnet_v2_s regnet_x_400mf",
-    "regnet_y_400mf shufflenet_v2_x1_0 convnext_tiny swin_t vit_b_16 maxvit_t",
-)).split()
-TIMM = " ".join((
-    "resnet18 efficientnet_lite0 mobilenetv3_small_100 mobilenetv4_conv_small convnext_atto ghostnet_100 repvgg_a0 fbnetc_100",
-    "hardcorenas_a tinynet_e mobileone_s0 fastvit_t8 edgenext_xx_small hrnet_w18_small dla34 nfnet_l0 regnetz_c16 resnetv2_50",
-    "skresnet18 selecsls42b res2net50_26w_4s starnet_s1 rexnet_100 mixnet_s cspresnet50 darknet53 vovnet39a ese_vovnet19b_dw",
-    "levit_128s efficientvit_b0",
-)).split()
+TORCHVISION = " ".join(
+    (
+        "alexnet vgg11_bn googlenet inception_v3 resnet18 resnet50 resnext50_32x4d "
+        "wide_resnet50_2 squeezenet1_1 densenet121",
+        "mnasnet1_0 mobilenet_v2 mobilenet_v3_small mobilenet_v3_large efficientnet_b0 "
+        "efficientnet_v2_s regnet_x_400mf",
+        "regnet_y_400mf shufflenet_v2_x1_0 convnext_tiny swin_t vit_b_16 maxvit_t",
+    )
+).split()
+TIMM = " ".join(
+    (
+        "resnet18 efficientnet_lite0 mobilenetv3_small_100 mobilenetv4_conv_small convnext_atto "
+        "ghostnet_100 repvgg_a0 fbnetc_100",
+        "hardcorenas_a tinynet_e mobileone_s0 fastvit_t8 edgenext_xx_small hrnet_w18_small dla34 "
+        "nfnet_l0 regnetz_c16 resnetv2_50",
+        "skresnet18 selecsls42b res2net50_26w_4s starnet_s1 rexnet_100 mixnet_s cspresnet50 "
+        "darknet53 vovnet39a ese_vovnet19b_dw",
+        "levit_128s efficientvit_b0",
+    )
+).split()
 NAMES = [*TORCHVISION, *(f"timm/{name}" for name in TIMM)]
 LAYERS = (nn.Conv2d, nn.Linear)
 SIZES = {"inception_v3": 299}  # else 224
 
 
 @torch.no_grad()
-def give_weights(net: nn.Module, batches: list[Tensor], labelled: list[tuple[Tensor, Tensor]]) -> nn.Module:
+def give_weights(
+    net: nn.Module, batches: list[Tensor], labelled: list[tuple[Tensor, Tensor]]
+) -> nn.Module:
     """Gives ``net``, in place, weights made of real images ``batches`` and of ``labelled`` ones."""
     for name, parameter in net.named_parameters():
-        if name.rpartition(".")[2] in ("gamma", "layer_scale", "skipinit_gain") and float(parameter.abs().max()) < 0.1:
+        if (
+            name.rpartition(".")[2] in ("gamma", "layer_scale", "skipinit_gain")
+            and float(parameter.abs().max()) < 0.1
+        ):
             parameter.fill_(0.5)  # residual branches that begin switched off
     net.eval()
     for norm in (module for module in net.modules() if isinstance(module, BATCHNORMS)):
@@ -74,7 +91,11 @@ def give_weights(net: nn.Module, batches: list[Tensor], labelled: list[tuple[Ten
             layer.bias.mul_(factor)  # type: ignore[operator]
         return output * factor
 
-    hooks = [module.register_forward_hook(scale) for module in net.modules() if isinstance(module, LAYERS)]
+    hooks = [
+        module.register_forward_hook(scale)
+        for module in net.modules()
+        if isinstance(module, LAYERS)
+    ]
     for batch in batches:
         net(batch)
     for hook in hooks:
@@ -92,7 +113,10 @@ def _fit_last_layer(net: nn.Module, labelled: list[tuple[Tensor, Tensor]]) -> No
         net(batch)
     hook.remove()
     inputs = torch.cat([x.reshape(*x.shape[:2], -1).mean(2) for x in seen]).double()
-    targets = torch.nn.functional.one_hot(torch.cat([labels for _, labels in labelled]), 10).double() - 0.1
+    targets = (
+        torch.nn.functional.one_hot(torch.cat([labels for _, labels in labelled]), 10).double()
+        - 0.1
+    )
     mean = inputs.mean(0)
     gram = (inputs - mean).T @ (inputs - mean)
     ridge = 0.1 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
@@ -103,7 +127,9 @@ def _fit_last_layer(net: nn.Module, labelled: list[tuple[Tensor, Tensor]]) -> No
 
 
 def images(folder: Path, count: int, size: int, skip: int = 0) -> list[tuple[Tensor, Tensor]]:
-    """``count`` images of ``folder`` in a random order in batches ``[16, 3, size, size]``, with labels, after ``skip`` others."""
+    """``count`` images of ``folder`` in a random order in batches ``[16, 3, size, size]``, with
+    labels, after ``skip`` others.
+    """
     transform = transforms.Compose(
         [
             transforms.Resize((size, size)),
@@ -113,7 +139,10 @@ def images(folder: Path, count: int, size: int, skip: int = 0) -> list[tuple[Ten
     )
     data = ImageFolder(str(folder), transform)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
-    return [(batch, labels) for batch, labels in DataLoader(Subset(data, order[skip : skip + count]), batch_size=16)]
+    return [
+        (batch, labels)
+        for batch, labels in DataLoader(Subset(data, order[skip : skip + count]), batch_size=16)
+    ]
 
 
 def measure(name: str, args: argparse.Namespace) -> str:
@@ -142,19 +171,27 @@ def measure(name: str, args: argparse.Namespace) -> str:
         coverage = integer_coverage(path, tuple(test[0].shape[1:]))
     for kernel in coverage.kernels:
         if not kernel.integer:
-            print(f"{name}: in float: {kernel.op_type} {kernel.name}, {kernel.macs} MACs", file=sys.stderr)
+            print(
+                f"{name}: in float: {kernel.op_type} {kernel.name}, {kernel.macs} MACs",
+                file=sys.stderr,
+            )
     differing = [layer for layer in report.layers if layer.differing]
     begins = min(differing, key=lambda layer: layer.place, default=None)
     gap = "" if begins is None else f"{begins.name}, {begins.differing:.0e}"
     return (
-        f"| {name} | {size} | {folded} of {batchnorms} | {pairs} | {coverage.coverage:.4f} | {foreseen:.4f} "
-        f"| {report.sqnr_db:.0f} | {gap} | {report.top1_agreement:.4f} | {seconds:.0f} | {time.perf_counter() - started:.0f} |"
+        f"| {name} | {size} | {folded} of {batchnorms} | {pairs} | {coverage.coverage:.4f} | "
+        f"{foreseen:.4f} | {report.sqnr_db:.0f} | {gap} | {report.top1_agreement:.4f} | "
+        f"{seconds:.0f} | {time.perf_counter() - started:.0f} |"
     )
 
 
 def _rows(path: Path) -> dict[str, str]:
     """The rows of a table that an earlier run began, by network; its failures are tried again."""
-    rows = [line for line in path.read_text().splitlines() if line.startswith("| ") and "| failed |" not in line]
+    rows = [
+        line
+        for line in path.read_text().splitlines()
+        if line.startswith("| ") and "| failed |" not in line
+    ]
     return {row.split("|")[1].strip(): row for row in rows[1:]}
 
 
@@ -167,7 +204,11 @@ def main() -> None:
     parser.add_argument("--test-images", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--one", action="store_true", help="print the row of the one network named, and nothing else")
+    parser.add_argument(
+        "--one",
+        action="store_true",
+        help="print the row of the one network named, and nothing else",
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -181,10 +222,12 @@ def main() -> None:
     lines = [
         "# Networks that int8_ptq takes",
         "",
-        f"`python benchmarks/coverage.py {settings}`, torch {torch.__version__}, ONNX Runtime {onnxruntime.__version__}.",
+        f"`python benchmarks/coverage.py {settings}`, torch {torch.__version__}, ONNX Runtime "
+        f"{onnxruntime.__version__}.",
         "",
-        "| network | px | BatchNorms folded | pairs equalized | int8 coverage (MACs) | foreseen | parity SQNR, dB "
-        "| gap begins at, share of its integers | top-1 agreement with the simulation | PTQ, s | all, s |",
+        "| network | px | BatchNorms folded | pairs equalized | int8 coverage (MACs) | foreseen | "
+        "parity SQNR, dB | gap begins at, share of its integers | top-1 agreement with the "
+        "simulation | PTQ, s | all, s |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines[4:]), flush=True)

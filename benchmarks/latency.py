@@ -1,8 +1,10 @@
 # python benchmarks/latency.py --calibration PATH/imagenet_calib1000 --out docs/results/latency.md
-"""ONNX Runtime's latency of our int8 files against that of ``quantize_static``, ONNX Runtime's own quantizer, interleaved.
+"""ONNX Runtime's latency of our int8 files against that of ``quantize_static``, ONNX Runtime's own
+quantizer, interleaved.
 
-Both quantize the same float network (random weights: no value changes how long an integer kernel takes), unsigned 8-bit
-activations and signed 8-bit weights per channel, and run in the same session options.
+Both quantize the same float network (random weights: no value changes how long an integer kernel
+takes), unsigned 8-bit activations and signed 8-bit weights per channel, and run in the same session
+options.
 """
 
 import argparse
@@ -34,7 +36,9 @@ class Reader(CalibrationDataReader):
     """Hands ``batches`` to ONNX Runtime's calibration."""
 
     def __init__(self, batches: list[Tensor]) -> None:
-        self.left: Iterator[dict[str, np.ndarray]] = iter([{"images": batch.numpy()} for batch in batches])
+        self.left: Iterator[dict[str, np.ndarray]] = iter(
+            [{"images": batch.numpy()} for batch in batches]
+        )
 
     def get_next(self) -> Any:
         return next(self.left, None)
@@ -67,20 +71,29 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=60.0, help="for each network and batch size")
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="for each network and batch size"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     transform = transforms.Compose(
-        [transforms.Resize((224, 224)), transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
+        [
+            transforms.Resize((224, 224)),
+            transforms.ToTensor(),
+            transforms.Normalize([0.5] * 3, [0.5] * 3),
+        ]
     )
-    data = DataLoader(Subset(ImageFolder(str(args.calibration), transform), range(0, 1000, 32)), batch_size=16)
+    data = DataLoader(
+        Subset(ImageFolder(str(args.calibration), transform), range(0, 1000, 32)), batch_size=16
+    )
     batches = [images for images, _ in data]
     lines = [
         "# Latency against ONNX Runtime's own quantizer",
         "",
-        f"`python benchmarks/latency.py --threads {args.threads} --seconds {args.seconds:g}`, ONNX Runtime "
-        f"{onnxruntime.__version__}, 224 px; median milliseconds a batch, the files run in turn.",
+        f"`python benchmarks/latency.py --threads {args.threads} --seconds {args.seconds:g}`, ONNX "
+        f"Runtime {onnxruntime.__version__}, 224 px; median milliseconds a batch, the files run in "
+        "turn.",
         "",
         "| network | batch | float | quantize_static | ours | ours / quantize_static | bar |",
         "|---|--:|--:|--:|--:|--:|---|",
@@ -90,12 +103,22 @@ def main() -> None:
             paths = files(name, batches, Path(folder))
             for batch in BATCHES:
                 found = measure_latency(
-                    paths, image_shape=(3, 224, 224), batch_size=batch, threads=args.threads, runs=1000, max_seconds=args.seconds
+                    paths,
+                    image_shape=(3, 224, 224),
+                    batch_size=batch,
+                    threads=args.threads,
+                    runs=1000,
+                    max_seconds=args.seconds,
                 )
-                plain, peer, ours = (found[kind]["p50"] for kind in ("float", "quantize_static", "ours"))
+                plain, peer, ours = (
+                    found[kind]["p50"] for kind in ("float", "quantize_static", "ours")
+                )
                 ratio = ours / peer
                 met = "met" if ratio <= BAR else "**not met**"
-                lines.append(f"| {name} | {batch} | {plain:.2f} | {peer:.2f} | {ours:.2f} | {ratio:.3f} | {BAR}: {met} |")
+                lines.append(
+                    f"| {name} | {batch} | {plain:.2f} | {peer:.2f} | {ours:.2f} | {ratio:.3f} | "
+                    f"{BAR}: {met} |"
+                )
                 print(lines[-1], flush=True)
     if args.out:
         args.out.write_text("\n".join(lines) + "\n")

@@ -1,5 +1,7 @@
 # python benchmarks/lightning_matrix.py --out docs/results/lightning.md
-"""What works in a Lightning trainer: runs the tests that are marked with a feature, and writes a row for each feature."""
+"""What works in a Lightning trainer: runs the tests that are marked with a feature, and writes a
+row for each feature.
+"""
 
 import argparse
 import os
@@ -20,7 +22,9 @@ class Matrix:
         self.features: dict[str, list[str]] = {}  # of each test
         self.outcomes: dict[str, str] = {}
 
-    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+    def pytest_collection_modifyitems(
+        self, config: pytest.Config, items: list[pytest.Item]
+    ) -> None:
         marked = {item: [mark.args[0] for mark in item.iter_markers("feature")] for item in items}
         config.hook.pytest_deselected(items=[item for item in items if not marked[item]])
         items[:] = [item for item in items if marked[item]]
@@ -39,10 +43,22 @@ class Matrix:
         rows = []
         for feature, names in tests.items():
             outcomes = [self.outcomes.get(name, "not run") for name in names]
-            result = "pass" if set(outcomes) == {"passed"} else "FAIL" if "failed" in outcomes else outcomes[0]
+            result = (
+                "pass"
+                if set(outcomes) == {"passed"}
+                else "FAIL"
+                if "failed" in outcomes
+                else outcomes[0]
+            )
             cases = f"{len(names)} cases" if len(names) > 1 else ""
             shown = dict.fromkeys(name.partition("[")[0].replace("::", " ") for name in names)
-            rows.append((feature, f"{result} {cases}".strip(), ", ".join(f"`{Path(name).name}`" for name in shown)))
+            rows.append(
+                (
+                    feature,
+                    f"{result} {cases}".strip(),
+                    ", ".join(f"`{Path(name).name}`" for name in shown),
+                )
+            )
         return rows
 
 
@@ -59,13 +75,18 @@ def main() -> None:
     args = parser.parse_args()
     os.chdir(TESTS.parent)
     matrix = Matrix()
-    status = pytest.main(["-q", "-W", "ignore", "--durations=0", "--no-header", str(TESTS)], plugins=[matrix])
+    status = pytest.main(
+        ["-q", "-W", "ignore", "--durations=0", "--no-header", str(TESTS)], plugins=[matrix]
+    )
     rows = matrix.rows()
     lines = [
         "# In a Lightning trainer",
         "",
-        "`python benchmarks/lightning_matrix.py`, on CPU, with " + ", ".join(map(installed, PACKAGES)) + ".",
-        "Each row is shown by a test, nearly all with a real `pl.Trainer`. Refused means one line that says what to do instead.",
+        "`python benchmarks/lightning_matrix.py`, on CPU, with "
+        + ", ".join(map(installed, PACKAGES))
+        + ".",
+        "Each row is shown by a test, nearly all with a real `pl.Trainer`. Refused means one line "
+        "that says what to do instead.",
         "",
         "| feature | result | test |",
         "|---|---|---|",

@@ -1,8 +1,10 @@
-# python benchmarks/mobilenets.py --calibration PATH/imagenet_calib1000 --val PATH/imagenette160/val --weights PATH/weights \
+# python benchmarks/mobilenets.py --calibration PATH/imagenet_calib1000 --val PATH/imagenette160/val
+# --weights PATH/weights \
 #     --out docs/results/ptq_mobilenet.md
 """What ``int8_ptq`` without training reaches on two MobileNets, judged on ONNX Runtime's output.
 
-The folders hold one folder of images a class, named by its WordNet id; the sorted names in ``--calibration`` are the classes.
+The folders hold one folder of images a class, named by its WordNet id; the sorted names in
+``--calibration`` are the classes.
 """
 
 import argparse
@@ -23,12 +25,18 @@ import qat_tricks
 from qat_tricks.deploy.session import open_session, run_batch
 
 TRANSFORM = transforms.Compose(
-    [transforms.Resize((224, 224)), transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
+    [
+        transforms.Resize((224, 224)),
+        transforms.ToTensor(),
+        transforms.Normalize([0.5] * 3, [0.5] * 3),
+    ]
 )
 
 
 class MobileNetV1(nn.Module):
-    """MobileNetV1 at width 0.25 as trained in TensorFlow: convs of stride 2 pad right and bottom only."""
+    """MobileNetV1 at width 0.25 as trained in TensorFlow: convs of stride 2 pad right and bottom
+    only.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +62,8 @@ def _conv(before: int, after: int, size: int, stride: int, groups: int) -> list[
     return [conv, nn.BatchNorm2d(after, eps=1e-3), nn.ReLU6()]
 
 
-# Weights' file, network, and what it is to reach: agreement with the float network, points lost at most.
+# Weights' file, network, and what it is to reach: agreement with the float network, points lost at
+# most.
 NETWORKS = {
     "MobileNetV2": ("imagenet_mobilenet_v2.pt", torchvision.models.mobilenet_v2, 0.975, None),
     "MobileNetV1-0.25": ("imagenet_mobilenet_v1_025.pt", MobileNetV1, 0.93, 0.7),
@@ -64,7 +73,9 @@ NETWORKS = {
 def batches(folder: Path, indices: list[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """Images ``[50, 3, 224, 224]`` and the numbers of their classes in ``folder``."""
     images = ImageFolder(str(folder), TRANSFORM)
-    chosen = torch.utils.data.Subset(images, indices if indices is not None else list(range(len(images))))
+    chosen = torch.utils.data.Subset(
+        images, indices if indices is not None else list(range(len(images)))
+    )
     return iter(torch.utils.data.DataLoader(chosen, batch_size=50))
 
 
@@ -74,7 +85,9 @@ def measure(name: str, args: argparse.Namespace) -> str:
     net = build()
     net.load_state_dict(torch.load(args.weights / file, weights_only=True))
     net.eval()
-    order = torch.randperm(len(ImageFolder(str(args.calibration))), generator=torch.Generator().manual_seed(args.seed))
+    order = torch.randperm(
+        len(ImageFolder(str(args.calibration))), generator=torch.Generator().manual_seed(args.seed)
+    )
     calibration = [images for images, _ in batches(args.calibration, order[: args.images].tolist())]
     started = time.perf_counter()
     quantized = qat_tricks.quantize(net, calibration, "int8_ptq", args.override)
@@ -85,7 +98,9 @@ def measure(name: str, args: argparse.Namespace) -> str:
             net(images)
     passes = seconds / (time.perf_counter() - started)
 
-    classes = {wordnet_id: i for i, wordnet_id in enumerate(ImageFolder(str(args.calibration)).classes)}
+    classes = {
+        wordnet_id: i for i, wordnet_id in enumerate(ImageFolder(str(args.calibration)).classes)
+    }
     label = torch.tensor([classes[wordnet_id] for wordnet_id in ImageFolder(str(args.val)).classes])
     counts = torch.zeros(4, dtype=torch.long)  # float right, int8 right, agreeing, all
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
@@ -93,7 +108,10 @@ def measure(name: str, args: argparse.Namespace) -> str:
         parity = qat_tricks.export_onnx(quantized, path, calibration[0], images=calibration[:1])
         session = open_session(path, threads=args.threads)
         for images, numbers in batches(args.val):
-            expected, got = net(images).argmax(1), torch.from_numpy(run_batch(session, images.numpy())).argmax(1)
+            expected, got = (
+                net(images).argmax(1),
+                torch.from_numpy(run_batch(session, images.numpy())).argmax(1),
+            )
             right = [(answer == label[numbers]).sum() for answer in (expected, got)]
             counts += torch.stack([*right, (expected == got).sum(), torch.tensor(len(images))])
     plain, int8, agreement, _ = (counts / counts[3]).tolist()
@@ -114,19 +132,22 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=512, help="of the calibration set")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of these images")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--override", nargs="*", default=[], help="of the recipe, as on Hydra's command line")
+    parser.add_argument(
+        "--override", nargs="*", default=[], help="of the recipe, as on Hydra's command line"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     lines = [
         "# int8_ptq without training, judged on ONNX Runtime",
         "",
-        f"`python benchmarks/mobilenets.py --images {args.images} --seed {args.seed} --threads {args.threads}`, "
-        f"torch {torch.__version__}, ONNX Runtime {onnxruntime.__version__}.",
-        f"{args.images} calibration images of 1,000 ImageNet classes, 224 px, the default `int8_ptq`; imagenette val, top-1 over "
-        "1,000 outputs.",
+        f"`python benchmarks/mobilenets.py --images {args.images} --seed {args.seed} --threads "
+        f"{args.threads}`, torch {torch.__version__}, ONNX Runtime {onnxruntime.__version__}.",
+        f"{args.images} calibration images of 1,000 ImageNet classes, 224 px, the default "
+        "`int8_ptq`; imagenette val, top-1 over 1,000 outputs.",
         "",
-        "| network | images | float | int8 | agreement with float | bar | parity with the simulation | time; in float passes |",
+        "| network | images | float | int8 | agreement with float | bar | parity with the "
+        "simulation | time; in float passes |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name in args.networks:

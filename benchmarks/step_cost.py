@@ -1,7 +1,9 @@
 # python benchmarks/step_cost.py --out docs/results/step_cost.md
-"""What a QAT step costs: one training step of ``int8_qat``'s network against one of the untouched float network.
+"""What a QAT step costs: one training step of ``int8_qat``'s network against one of the untouched
+float network.
 
-Both run in one process, interleaved step by step, eager, so that a machine that speeds up or slows down does so for both.
+Both run in one process, interleaved step by step, eager, so that a machine that speeds up or slows
+down does so for both.
 """
 
 import argparse
@@ -28,12 +30,16 @@ def quantized(net: nn.Module, images: torch.Tensor) -> nn.Module:
     recipe = load_recipe("int8_qat")
     work = Workbench(copy.deepcopy(net).eval(), lambda count: [images])
     for stage in recipe.stages:
-        assert not any(trick.needs_teacher for trick in stage.tricks), "a teacher's forward pass would belong to the step"
+        assert not any(trick.needs_teacher for trick in stage.tricks), (
+            "a teacher's forward pass would belong to the step"
+        )
         do_stage(stage, work)
     return work.network.train()
 
 
-def step(net: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor) -> float:
+def step(
+    net: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor
+) -> float:
     """Runs one training step and returns its seconds."""
     started = time.perf_counter()
     optimizer.zero_grad(set_to_none=True)
@@ -42,8 +48,12 @@ def step(net: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor,
     return time.perf_counter() - started
 
 
-def measure(name: str, *, batch: int, size: int, steps: int, warmup: int) -> tuple[float, float, float, float]:
-    """Returns median seconds of a float and of a QAT step, their ratio's median and its middle half's width."""
+def measure(
+    name: str, *, batch: int, size: int, steps: int, warmup: int
+) -> tuple[float, float, float, float]:
+    """Returns median seconds of a float and of a QAT step, their ratio's median and its middle
+    half's width.
+    """
     torch.manual_seed(0)
     images, labels = torch.randn(batch, 3, size, size), torch.randint(0, 1000, (batch,))
     plain = getattr(torchvision.models, name)().train()
@@ -58,7 +68,12 @@ def measure(name: str, *, batch: int, size: int, steps: int, warmup: int) -> tup
     ratios = sorted(b / a for a, b in zip(*seconds, strict=True))
     quarter = len(ratios) // 4
     spread = ratios[-1 - quarter] - ratios[quarter]
-    return statistics.median(seconds[0]), statistics.median(seconds[1]), statistics.median(ratios), spread
+    return (
+        statistics.median(seconds[0]),
+        statistics.median(seconds[1]),
+        statistics.median(ratios),
+        spread,
+    )
 
 
 def main() -> None:
@@ -75,16 +90,24 @@ def main() -> None:
     lines = [
         "# Cost of a QAT step",
         "",
-        f"`python benchmarks/step_cost.py --batch {args.batch} --size {args.size} --threads {args.threads} --steps {args.steps}`",
-        f"on {platform.processor() or platform.machine()}, torch {torch.__version__}, eager, float32.",
+        f"`python benchmarks/step_cost.py --batch {args.batch} --size {args.size} --threads "
+        f"{args.threads} --steps {args.steps}`",
+        f"on {platform.processor() or platform.machine()}, torch {torch.__version__}, eager, "
+        "float32.",
         "",
-        "| network | float step ms | QAT step ms | ratio (median of pairs) | middle half of the ratios | bar |",
+        "| network | float step ms | QAT step ms | ratio (median of pairs) | middle half of the "
+        "ratios | bar |",
         "|---|---|---|---|---|---|",
     ]
     for name in args.models:
-        plain, qat, ratio, spread = measure(name, batch=args.batch, size=args.size, steps=args.steps, warmup=args.warmup)
+        plain, qat, ratio, spread = measure(
+            name, batch=args.batch, size=args.size, steps=args.steps, warmup=args.warmup
+        )
         bar = f"{BARS[name]}" if name in BARS else ""
-        lines.append(f"| {name} | {plain * 1e3:.0f} | {qat * 1e3:.0f} | **{ratio:.2f}** | {spread:.2f} wide | {bar} |")
+        lines.append(
+            f"| {name} | {plain * 1e3:.0f} | {qat * 1e3:.0f} | **{ratio:.2f}** | {spread:.2f} wide "
+            f"| {bar} |"
+        )
         print(lines[-1], flush=True)
     if args.out:
         args.out.write_text("\n".join(lines) + "\n")

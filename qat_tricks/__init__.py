@@ -1,4 +1,6 @@
-"""Quantization-aware training and pruning for PyTorch Lightning: int8, sparse classifiers that run, with the evidence."""
+"""Quantization-aware training and pruning for PyTorch Lightning: int8, sparse classifiers that run,
+with the evidence.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,14 @@ if TYPE_CHECKING:
     from qat_tricks.stages import run_stages
 
 __version__ = "0.1.0"
-__all__ = ["QatTricksError", "export_onnx", "load_from_checkpoint", "quantize", "recipe", "run_stages"]
+__all__ = [
+    "QatTricksError",
+    "export_onnx",
+    "load_from_checkpoint",
+    "quantize",
+    "recipe",
+    "run_stages",
+]
 
 _HOME = {
     "QatTricksError": "errors",

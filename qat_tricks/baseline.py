@@ -33,17 +33,19 @@ def prepare_baseline(
     trainer: Mapping[str, Any],
     ranks: Ranks,
 ) -> None:
-    """Gives ``module`` its float weights: those of ``model.weights``, or trained here, or trained here before.
+    """Gives ``module`` its float weights: those of ``model.weights``, or trained here, or trained
+    here before.
 
-    A network trained here is kept under a key of all that made it (model, data, training, seed, versions), so that a sweep
-    trains it once.
+    A network trained here is kept under a key of all that made it (model, data, training, seed,
+    versions), so that a sweep trains it once.
 
     Args:
         config: the composed config of a run.
         module: the classifier, with fresh weights.
         datamodule: set up.
         trainer: arguments of ``pl.Trainer``.
-        ranks: its processes; all of them get the weights of rank zero, which alone looks into the cache.
+        ranks: its processes; all of them get the weights of rank zero, which alone looks into the
+            cache.
 
     Raises:
         QatTricksError: weights that are missing, damaged or of another network.
@@ -65,11 +67,17 @@ def prepare_baseline(
 
 def _key(config: DictConfig) -> str:
     made_by: dict[str, Any] = {
-        name: OmegaConf.to_container(config[name], resolve=True) for name in ("model", "data", "baseline", "optimizer", "trainer")
+        name: OmegaConf.to_container(config[name], resolve=True)
+        for name in ("model", "data", "baseline", "optimizer", "trainer")
     }
     weights = Path(str(config.model.weights))
     digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
-    made_by |= {"seed": config.seed, "weights": digest, "torch": torch.__version__, "qat_tricks": __version__}
+    made_by |= {
+        "seed": config.seed,
+        "weights": digest,
+        "torch": torch.__version__,
+        "qat_tricks": __version__,
+    }
     return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -78,8 +86,12 @@ def _restore(module: Classifier, kept: Path) -> bool:
         return False
     try:
         module.network.load_state_dict(torch.load(kept, map_location="cpu", weights_only=True))
-    except Exception as error:  # torch raises many kinds for a damaged file; training again mends any of them
-        Console(stderr=True).print(f"the kept float baseline {kept.name} is damaged ({type(error).__name__}): training it again")
+    # torch raises many kinds for a damaged file; training again mends any of them
+    except Exception as error:
+        Console(stderr=True).print(
+            f"the kept float baseline {kept.name} is damaged ({type(error).__name__}): training it "
+            "again"
+        )
         return False
     return True
 
@@ -88,4 +100,6 @@ def _keep(module: Classifier, kept: Path) -> None:
     try:
         write_tensors(module.network.state_dict(), kept)
     except QatTricksError as error:
-        Console(stderr=True).print(f"the float baseline could not be kept: {error}; the run goes on")
+        Console(stderr=True).print(
+            f"the float baseline could not be kept: {error}; the run goes on"
+        )

@@ -1,4 +1,6 @@
-"""Binds settings to what takes them: unknown keys, missing ones and wrong types, before anything runs."""
+"""Binds settings to what takes them: unknown keys, missing ones and wrong types, before anything
+runs.
+"""
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -9,7 +11,13 @@ from qat_tricks.errors import QatTricksError, did_you_mean
 
 T = TypeVar("T")
 
-_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    NoneType: "null",
+}
 _SEQUENCES = (list, tuple, Sequence)
 _MAPPINGS = (dict, Mapping)
 
@@ -35,7 +43,11 @@ class Problems:
 
 
 def bind(
-    where: str, target: Callable[..., Any], settings: Mapping[str, Any], *, without: Collection[str] = ()
+    where: str,
+    target: Callable[..., Any],
+    settings: Mapping[str, Any],
+    *,
+    without: Collection[str] = (),
 ) -> list[str]:
     """Returns what is wrong with ``settings`` as the arguments of ``target``, a message each.
 
@@ -51,12 +63,16 @@ def bind(
         if name not in without and p.kind is not p.VAR_KEYWORD
     }
     problems = unknown_keys(where, settings, parameters)
-    missing = [name for name, p in parameters.items() if p.default is p.empty and name not in settings]
+    missing = [
+        name for name, p in parameters.items() if p.default is p.empty and name not in settings
+    ]
     problems += [f'{where} lacks "{name}"' for name in missing]
     hints = _hints(target)
     for name, value in settings.items():
         if name in parameters and not _fits(value, hints.get(name, Any)):
-            problems.append(f"{where}.{name}={value!r} is not allowed: give {_describe(hints[name])}")
+            problems.append(
+                f"{where}.{name}={value!r} is not allowed: give {_describe(hints[name])}"
+            )
     return problems
 
 
@@ -100,7 +116,9 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return any(value == argument and type(value) is type(argument) for argument in arguments)
     if (origin or hint) in _SEQUENCES:
-        return isinstance(value, list | tuple) and all(_fits(item, (*arguments, Any)[0]) for item in value)
+        return isinstance(value, list | tuple) and all(
+            _fits(item, (*arguments, Any)[0]) for item in value
+        )
     if (origin or hint) in _MAPPINGS:
         return isinstance(value, Mapping) and all(
             _fits(item, (*arguments, Any, Any)[1]) for item in value.values()

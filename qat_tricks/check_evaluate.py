@@ -1,4 +1,6 @@
-"""Checks the config of an evaluation, and what it shares with a run's; loads neither Lightning nor a logger."""
+"""Checks the config of an evaluation, and what it shares with a run's; loads neither Lightning nor
+a logger.
+"""
 
 import tempfile
 from collections.abc import Mapping
@@ -24,14 +26,18 @@ def check_evaluate(config: DictConfig) -> None:
     """
     problems = Problems()
     if OmegaConf.is_missing(config, "artifact"):
-        raise QatTricksError("artifact is missing: give artifact=PATH, a .onnx or .ckpt that a run wrote")
+        raise QatTricksError(
+            "artifact is missing: give artifact=PATH, a .onnx or .ckpt that a run wrote"
+        )
     values = {"artifact", "float", "folder", "data", "runtimes", "allow_preprocessing_change"}
     given = sections(config, {"measure"}, values, problems)
     problems.of(lambda: make("measure", DeviceMeasure, given["measure"]))
     problems.of(lambda: _check_runtimes(given["runtimes"]))
     if not isinstance(given["allow_preprocessing_change"], bool):
         value = given["allow_preprocessing_change"]
-        problems.found.append(f"allow_preprocessing_change={value!r} is not allowed: give true or false")
+        problems.found.append(
+            f"allow_preprocessing_change={value!r} is not allowed: give true or false"
+        )
     for name in ("artifact", "float", "folder"):
         value = given[name]
         if not (isinstance(value, str) and value) and not (value is None and name != "artifact"):
@@ -44,8 +50,13 @@ def check_evaluate(config: DictConfig) -> None:
 
 
 def _check_runtimes(runtimes: Any) -> None:
-    if runtimes is not None and not (isinstance(runtimes, list) and runtimes and all(isinstance(r, str) for r in runtimes)):
-        raise QatTricksError(f"runtimes={runtimes!r} is not allowed: give a list such as [onnxruntime,openvino], or null")
+    if runtimes is not None and not (
+        isinstance(runtimes, list) and runtimes and all(isinstance(r, str) for r in runtimes)
+    ):
+        raise QatTricksError(
+            f"runtimes={runtimes!r} is not allowed: give a list such as [onnxruntime,openvino], or "
+            "null"
+        )
     check_runtimes(runtimes or [])
 
 
@@ -55,7 +66,9 @@ def check_folder(folder: Path) -> None:
     Raises:
         QatTricksError: it cannot.
     """
-    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    nearest = next(
+        path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()
+    )
     try:
         with tempfile.TemporaryDirectory(dir=nearest, prefix=".qat_tricks"):
             pass
@@ -66,8 +79,12 @@ def check_folder(folder: Path) -> None:
         ) from error
 
 
-def sections(config: DictConfig, groups: set[str], values: set[str], problems: Problems) -> dict[str, Any]:
-    """The top-level parts of a composed config as plain data. Raises QatTricksError at once where one cannot be had."""
+def sections(
+    config: DictConfig, groups: set[str], values: set[str], problems: Problems
+) -> dict[str, Any]:
+    """The top-level parts of a composed config as plain data. Raises QatTricksError at once where
+    one cannot be had.
+    """
     given = {str(key) for key in config if key != "hydra"}
     for problem in unknown_keys("the config", sorted(given), groups | values):
         problems.found.append(problem)
@@ -81,7 +98,9 @@ def sections(config: DictConfig, groups: set[str], values: set[str], problems: P
                 OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
             )
             if name in groups and not isinstance(found[name], Mapping):
-                raise QatTricksError(f"{name}={found.pop(name)!r} is not allowed: give {name}.KEY=VALUE")
+                raise QatTricksError(
+                    f"{name}={found.pop(name)!r} is not allowed: give {name}.KEY=VALUE"
+                )
         except OmegaConfBaseException as error:
             problems.found.append(f"{name}: {one_line(error)}")
         except QatTricksError as error:

@@ -1,4 +1,6 @@
-"""Checks that a run's composed config can work, everything at once, before anything is read, written or trained."""
+"""Checks that a run's composed config can work, everything at once, before anything is read,
+written or trained.
+"""
 
 from typing import Any
 
@@ -32,7 +34,8 @@ OF_THE_JOB = (
 
 
 def check_train(config: DictConfig) -> None:
-    """Checks a config composed from ``conf/train.yaml``: every key bound to what takes it, every value.
+    """Checks a config composed from ``conf/train.yaml``: every key bound to what takes it, every
+    value.
 
     Nothing is read, written or trained.
 
@@ -40,7 +43,12 @@ def check_train(config: DictConfig) -> None:
         QatTricksError: one line with all that is wrong.
     """
     problems = Problems()
-    parts = {"baseline": Baseline, "optimizer": Optimizer, "measure": Measure, "logger": LoggerOptions}
+    parts = {
+        "baseline": Baseline,
+        "optimizer": Optimizer,
+        "measure": Measure,
+        "logger": LoggerOptions,
+    }
     groups = {*parts, "export", "data", "model", "recipe", "trainer", "stage"}
     given = sections(config, groups, {"seed", "preflight", "target"}, problems)
     for name, kind in parts.items():
@@ -52,10 +60,14 @@ def check_train(config: DictConfig) -> None:
     problems.of(lambda: check_data(given["data"]))
     problems.of(lambda: _check_trainer(given["trainer"]))
     if not isinstance(given["preflight"], bool):
-        problems.found.append(f"preflight={given['preflight']!r} is not allowed: give true or false")
+        problems.found.append(
+            f"preflight={given['preflight']!r} is not allowed: give true or false"
+        )
     seed = given["seed"]
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        problems.found.append(f"seed={seed!r} is not allowed: give a whole number from 0 to {2**32 - 1}")
+        problems.found.append(
+            f"seed={seed!r} is not allowed: give a whole number from 0 to {2**32 - 1}"
+        )
     problems.report()
 
 
@@ -70,9 +82,9 @@ def check_one_process(config: DictConfig) -> None:
     strategy = str(trainer.get("strategy", "auto"))
     if strategy.startswith(("ddp", "fsdp", "deepspeed")) or _count(devices) != 1 or nodes != 1:
         raise QatTricksError(
-            f"--multirun with trainer.strategy={strategy}, devices={devices}, num_nodes={nodes}: each other "
-            "process would start the whole sweep again; sweep with trainer.devices=1 trainer.strategy=auto, "
-            "or start the runs one by one without --multirun"
+            f"--multirun with trainer.strategy={strategy}, devices={devices}, num_nodes={nodes}: "
+            "each other process would start the whole sweep again; sweep with trainer.devices=1 "
+            "trainer.strategy=auto, or start the runs one by one without --multirun"
         )
 
 
@@ -84,11 +96,15 @@ def _check_model(model: dict[str, Any]) -> None:
         *options("model"),
         *(file.removesuffix(".yaml") for file in ConfigStore.instance().list("model")),
     ]
-    if not problems and name not in composed and name not in model_names():  # the latter loads timm: slow
-        problems.append(f'unknown model "{name}": {did_you_mean(str(name), [*model_names(), "custom"])}')
+    # the latter loads timm: slow
+    if not problems and name not in composed and name not in model_names():
+        problems.append(
+            f'unknown model "{name}": {did_you_mean(str(name), [*model_names(), "custom"])}'
+        )
     if not problems and (model.get("factory") is None) == (name == "custom"):
         problems.append(
-            f"model.factory={model.get('factory')} with model={name}: model=custom, and it alone, takes one"
+            f"model.factory={model.get('factory')} with model={name}: model=custom, and it alone, "
+            "takes one"
         )
     if problems:
         raise QatTricksError("; ".join(problems))
@@ -96,7 +112,8 @@ def _check_model(model: dict[str, Any]) -> None:
 
 def _check_trainer(trainer: dict[str, Any]) -> None:
     problems = [
-        f"trainer.{key} is decided by the recipe and the job: see baseline.epochs, stage.epochs and logger"
+        f"trainer.{key} is decided by the recipe and the job: see baseline.epochs, stage.epochs "
+        "and logger"
         for key in trainer
         if key in OF_THE_JOB
     ]
@@ -106,13 +123,15 @@ def _check_trainer(trainer: dict[str, Any]) -> None:
         raise QatTricksError("; ".join(problems))
     try:
         with isolated():
-            launcher = pl.Trainer(**trainer, logger=False, enable_checkpointing=False, max_epochs=1).strategy.launcher
+            launcher = pl.Trainer(
+                **trainer, logger=False, enable_checkpointing=False, max_epochs=1
+            ).strategy.launcher
     except Exception as error:  # Lightning raises many kinds for what it cannot have
         raise QatTricksError(f"trainer: {one_line(error)}") from error
     if not isinstance(launcher, _SubprocessScriptLauncher | None):
         raise QatTricksError(
-            f"trainer.strategy={trainer['strategy']} trains in processes that hand back weights alone, and tricks change the "
-            "network's structure: give ddp"
+            f"trainer.strategy={trainer['strategy']} trains in processes that hand back weights "
+            "alone, and tricks change the network's structure: give ddp"
         )
 
 

@@ -15,7 +15,8 @@ class Classifier(pl.LightningModule):
     """An image classifier trained by SGD with Nesterov momentum under a one-cycle schedule.
 
     Args:
-        model: arguments of ``build_model``, as plain data, so that a checkpoint rebuilds its own network.
+        model: arguments of ``build_model``, as plain data, so that a checkpoint rebuilds its own
+            network.
         data: the data's settings, kept for whoever evaluates the checkpoint.
         preprocessing: what ``Preprocessing.described`` says, kept as well.
         lr: peak learning rate.
@@ -44,7 +45,9 @@ class Classifier(pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        loss = F.cross_entropy(self(images), labels, label_smoothing=self.hparams["label_smoothing"])
+        loss = F.cross_entropy(
+            self(images), labels, label_smoothing=self.hparams["label_smoothing"]
+        )
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -52,7 +55,12 @@ class Classifier(pl.LightningModule):
         images, labels = batch
         logits = self(images)
         self.log("val/loss", F.cross_entropy(logits, labels), sync_dist=True)
-        self.log("val/accuracy", (logits.argmax(1) == labels).float().mean(), prog_bar=True, sync_dist=True)
+        self.log(
+            "val/accuracy",
+            (logits.argmax(1) == labels).float().mean(),
+            prog_bar=True,
+            sync_dist=True,
+        )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.SGD(

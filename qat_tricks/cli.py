@@ -1,4 +1,6 @@
-"""The command line: all is checked first; whatever the user did wrong is one line and exit status 2."""
+"""The command line: all is checked first; whatever the user did wrong is one line and exit status
+2.
+"""
 
 import os
 import sys
@@ -17,12 +19,16 @@ BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses
 
 
 def train(arguments: Sequence[str] | None = None) -> None:
-    """Runs ``train.py`` with ``arguments``, by default the command line's; exits with 2 for bad input."""
+    """Runs ``train.py`` with ``arguments``, by default the command line's; exits with 2 for bad
+    input.
+    """
     _run("train", _train_job, arguments)
 
 
 def evaluate(arguments: Sequence[str] | None = None) -> None:
-    """Runs ``evaluate.py`` with ``arguments``, by default the command line's; exits with 2 for bad input."""
+    """Runs ``evaluate.py`` with ``arguments``, by default the command line's; exits with 2 for bad
+    input.
+    """
     _run("evaluate", _evaluate_job, arguments)
 
 
@@ -49,7 +55,8 @@ def _run(name: str, job: Callable[[DictConfig], None], arguments: Sequence[str] 
     except KeyboardInterrupt:
         _end_interrupted()
     except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning's way to end an interrupted fit
+        # Lightning's way to end an interrupted fit
+        if isinstance(error.__context__, KeyboardInterrupt):
             _end_interrupted()
         raise
     finally:
@@ -75,7 +82,10 @@ def _train_job(config: DictConfig) -> None:
     failure.unlink(missing_ok=True)
     _say(f"{config.recipe.name}: {config.model.name} on {config.data.name}, into {_short(folder)}")
     logger = make_logger(
-        config, folder, group=group, job_name=folder.name if sweep else f"{config.recipe.name}-{folder.name}"
+        config,
+        folder,
+        group=group,
+        job_name=folder.name if sweep else f"{config.recipe.name}-{folder.name}",
     )
     done = False
     try:
@@ -141,7 +151,9 @@ def _say(message: str) -> None:
 
 
 def _rank() -> int:
-    """Of this process among those of one machine; 0 unless Lightning started it for distributed training."""
+    """Of this process among those of one machine; 0 unless Lightning started it for distributed
+    training.
+    """
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 

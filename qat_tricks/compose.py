@@ -1,7 +1,7 @@
 """Composes the Hydra configs in ``conf`` and tells what is wrong in one line, everything at once.
 
-Hydra's public ``compose`` needs global state, which a running Hydra application has taken already; its config
-loader, used here, needs none.
+Hydra's public ``compose`` needs global state, which a running Hydra application has taken already;
+its config loader, used here, needs none.
 """
 
 import re
@@ -31,13 +31,17 @@ COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueE
 
 
 def config_dir() -> Path:
-    """The folder of the YAML files: beside the package in a checkout, inside it in an installed wheel."""
+    """The folder of the YAML files: beside the package in a checkout, inside it in an installed
+    wheel.
+    """
     inside = Path(__file__).parent / "conf"
     return (inside if inside.is_dir() else Path(__file__).parents[1] / "conf").absolute()
 
 
 class Composition(NamedTuple):
-    """A composed config, the ``hydra`` node included, without the overrides that could not be applied."""
+    """A composed config, the ``hydra`` node included, without the overrides that could not be
+    applied.
+    """
 
     config: DictConfig
     problems: list[str]  # why they could not, a message each
@@ -61,10 +65,13 @@ class Composer:
         if extra is not None:
             if not extra.is_dir():
                 raise QatTricksError(
-                    f"--config-dir {extra} is not a folder: give one that holds recipe/, trick/ and so on"
+                    f"--config-dir {extra} is not a folder: give one that holds recipe/, trick/ "
+                    "and so on"
                 )
             path.prepend(
-                "command-line", f"file://{extra.absolute()}", anchor=SearchPathQuery(provider="schema")
+                "command-line",
+                f"file://{extra.absolute()}",
+                anchor=SearchPathQuery(provider="schema"),
             )
         self.config_name = config_name
         self.loader = ConfigLoaderImpl(path)
@@ -86,7 +93,8 @@ class Composer:
             except COMPOSE_ERRORS:
                 pass  # found and explained one by one below
         kept: list[str] = []
-        lost: set[str] = set()  # groups whose choice failed: what is set inside them is not to blame
+        # groups whose choice failed: what is set inside them is not to blame
+        lost: set[str] = set()
         try:
             config = self._load([], sweep)
         except COMPOSE_ERRORS as error:
@@ -106,14 +114,19 @@ class Composer:
         return Composition(config, problems)
 
     def jobs(self, overrides: Sequence[str]) -> list[list[str]]:
-        """Expands a sweep, ranges and globs included, to the overrides of each job, as Hydra's sweeper does.
+        """Expands a sweep, ranges and globs included, to the overrides of each job, as Hydra's
+        sweeper does.
 
         Raises:
             QatTricksError: a sweep that only other sweepers know.
         """
         try:
-            parsed = OverridesParser.create(config_loader=self.loader).parse_overrides(list(overrides))
-            return [list(job) for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
+            parsed = OverridesParser.create(config_loader=self.loader).parse_overrides(
+                list(overrides)
+            )
+            return [
+                list(job) for batch in BasicSweeper.split_arguments(parsed, None) for job in batch
+            ]
         except HydraException as error:
             raise QatTricksError(one_line(error)) from error
 
@@ -131,14 +144,19 @@ class Composer:
                 parsed += parser.parse_overrides([override])
             except HydraException as error:
                 reason = re.sub(
-                    r"^Error parsing override '.*?' (?=\w)| expecting .*| See https.*", "", one_line(error)
+                    r"^Error parsing override '.*?' (?=\w)| expecting .*| See https.*",
+                    "",
+                    one_line(error),
                 )
                 problems.append(
-                    f'"{override}" cannot be read ({reason}): write key=value, quote spaces and commas'
+                    f'"{override}" cannot be read ({reason}): write key=value, quote spaces and '
+                    "commas"
                 )
         return parsed, problems
 
-    def _explain(self, override: Override, config: DictConfig, error: Exception, sweep: bool) -> str:
+    def _explain(
+        self, override: Override, config: DictConfig, error: Exception, sweep: bool
+    ) -> str:
         if isinstance(error, MissingConfigException):
             return self._missing_option(error)
         if override.is_sweep_override():
@@ -170,7 +188,9 @@ class Composer:
 
 
 def unknown_path(config: DictConfig, key: str) -> str | None:
-    """Says which part of a dotted key is not in ``config``, with the nearest keys; None if all of it is."""
+    """Says which part of a dotted key is not in ``config``, with the nearest keys; None if all of
+    it is.
+    """
     node: Any = config
     done: list[str] = []
     for part in re.findall(r"[^.\[\]]+", key):
@@ -180,8 +200,14 @@ def unknown_path(config: DictConfig, key: str) -> str | None:
         if part not in node:
             keys = [str(known) for known in node if known != "hydra"]
             elsewhere = [path for path in _paths(config) if path.endswith(f".{key}")]
-            hint = f"did you mean {' or '.join(elsewhere)}?" if elsewhere else did_you_mean(part, keys)
-            hint += f"; other arguments of pl.Trainer with a plus: +{key}=" if done == ["trainer"] else ""
+            hint = (
+                f"did you mean {' or '.join(elsewhere)}?" if elsewhere else did_you_mean(part, keys)
+            )
+            hint += (
+                f"; other arguments of pl.Trainer with a plus: +{key}="
+                if done == ["trainer"]
+                else ""
+            )
             return f'{where} has no setting "{part}": {hint}'
         node = OmegaConf.select(node, part, throw_on_resolution_failure=False)
         done.append(part)
@@ -197,9 +223,12 @@ def _paths(node: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of ``error``, and of what caused it, on one line, without what only programmers need."""
+    """The message of ``error``, and of what caused it, on one line, without what only programmers
+    need.
+    """
     causes = [str(error), *([str(error.__cause__)] if error.__cause__ else [])]
     parts = (
-        re.split(r"\s+(?:full_key: |Config search path:|Available options in)", cause)[0] for cause in causes
+        re.split(r"\s+(?:full_key: |Config search path:|Available options in)", cause)[0]
+        for cause in causes
     )
     return " ".join(" ".join(parts).split())

@@ -53,7 +53,9 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """How latency and memory are measured, and how closely ONNX Runtime must follow the simulated network."""
+    """How latency and memory are measured, and how closely ONNX Runtime must follow the simulated
+    network.
+    """
 
     batch_size: int = 1
     threads: int = 2
@@ -74,7 +76,9 @@ class Measure:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceMeasure(Measure):
-    """What an evaluation measures besides: throughput at each number of threads with each size of batch."""
+    """What an evaluation measures besides: throughput at each number of threads with each size of
+    batch.
+    """
 
     batch_sizes: Sequence[int] = (1, 8, 32)
     thread_counts: Sequence[int] = (1, 2)
@@ -84,8 +88,14 @@ class DeviceMeasure(Measure):
         super().__post_init__()
         _allow(
             self,
-            batch_sizes=(_counts(self.batch_sizes), "a list of whole numbers, 1 or more, as in [1,8,32]"),
-            thread_counts=(_counts(self.thread_counts), "a list of whole numbers, 1 or more, as in [1,2]"),
+            batch_sizes=(
+                _counts(self.batch_sizes),
+                "a list of whole numbers, 1 or more, as in [1,8,32]",
+            ),
+            thread_counts=(
+                _counts(self.thread_counts),
+                "a list of whole numbers, 1 or more, as in [1,2]",
+            ),
             point_seconds=(0 < self.point_seconds < math.inf, "a number above 0"),
         )
 
@@ -114,7 +124,10 @@ class StageOverride:
             self,
             epochs=(self.epochs is None or self.epochs >= 0, "0 or more, or null"),
             lr=(self.lr is None or 0 < self.lr < math.inf, "a number above 0, or null"),
-            max_drop=(self.max_drop is None or self.max_drop >= 0, "0 or more points of accuracy, or null"),
+            max_drop=(
+                self.max_drop is None or self.max_drop >= 0,
+                "0 or more points of accuracy, or null",
+            ),
         )
 
 
@@ -133,16 +146,20 @@ def _allow(settings: Any, **rules: tuple[bool, str]) -> None:
 
 
 def recipe_of(config: DictConfig) -> "Recipe":
-    """The recipe of a composed config, fitted to its target, with ``stage.epochs``, ``.lr`` and ``.max_drop`` in its stages.
+    """The recipe of a composed config, fitted to its target, with ``stage.epochs``, ``.lr`` and
+    ``.max_drop`` in its stages.
 
     Raises:
         QatTricksError: all that is wrong with the three.
     """
-    from qat_tricks.recipes import check_recipe  # these load Lightning, which an evaluation does without
+    # these load Lightning, which an evaluation does without
+    from qat_tricks.recipes import check_recipe
     from qat_tricks.tricks.quantize import Quantize
 
     problems = Problems()
-    override = problems.of(lambda: make("stage", StageOverride, OmegaConf.to_container(config.stage)))  # type: ignore[arg-type]
+    override = problems.of(
+        lambda: make("stage", StageOverride, OmegaConf.to_container(config.stage))
+    )  # type: ignore[arg-type]
     recipe = problems.of(lambda: check_recipe(config.recipe))
     target = problems.of(lambda: check_target(config.target))
     problems.report()
@@ -157,12 +174,16 @@ def recipe_of(config: DictConfig) -> "Recipe":
     stages = []
     for stage in recipe.stages:
         wanted = in_training if stage.epochs > 0 else everywhere
-        stages.append(replace(stage, **{key: value for key, value in wanted.items() if value is not None}))
+        stages.append(
+            replace(stage, **{key: value for key, value in wanted.items() if value is not None})
+        )
     return replace(recipe, stages=stages)
 
 
 def timing(measure: Any) -> dict[str, Any]:
-    """How long, and under what, each file is timed: the settings of ``measure`` that ``measure_latency`` takes."""
+    """How long, and under what, each file is timed: the settings of ``measure`` that
+    ``measure_latency`` takes.
+    """
     return {key: measure[key] for key in ("batch_size", "threads", "runs", "max_seconds")}
 
 

@@ -1,4 +1,6 @@
-"""Errors written for the person who reads them: one line that says what was given, what is allowed and how to mend it."""
+"""Errors written for the person who reads them: one line that says what was given, what is allowed
+and how to mend it.
+"""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -7,11 +9,15 @@ SHOWN = 40  # names listed in an error
 
 
 class QatTricksError(Exception):
-    """Bad input. Its text is one line for the user; the command line prints it without a traceback and exits with 2."""
+    """Bad input. Its text is one line for the user; the command line prints it without a traceback
+    and exits with 2.
+    """
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
-    """Returns ``did you mean "…"?`` for the nearest names, or the list of all that are allowed when none is near."""
+    """Returns ``did you mean "…"?`` for the nearest names, or the list of all that are allowed when
+    none is near.
+    """
     names = sorted(set(allowed))
     near = get_close_matches(given, names, n=3, cutoff=0.6)
     if near:

@@ -15,10 +15,12 @@ from qat_tricks.errors import QatTricksError
 
 @contextmanager
 def replacing(path: str | PathLike[str]) -> Iterator[Path]:
-    """A path beside ``path``, whose folder is made, to write to: it takes its place if all goes well and is gone otherwise.
+    """A path beside ``path``, whose folder is made, to write to: it takes its place if all goes
+    well and is gone otherwise.
 
     Raises:
-        QatTricksError: the folder cannot be made or written; what was there before is left as it was.
+        QatTricksError: the folder cannot be made or written; what was there before is left as it
+            was.
     """
     path = Path(path)
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -32,7 +34,9 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
             draft.unlink(missing_ok=True)
     except OSError as error:
         reason = error.strerror or error
-        raise QatTricksError(f'"{path}" cannot be written ({reason}): give a path in a folder of yours') from error
+        raise QatTricksError(
+            f'"{path}" cannot be written ({reason}): give a path in a folder of yours'
+        ) from error
 
 
 def write_tensors(data: Any, path: str | PathLike[str]) -> None:

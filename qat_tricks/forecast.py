@@ -25,7 +25,15 @@ from qat_tricks.inputs import Inputs, first, input_names, tensors
 from qat_tricks.numerics import ActivationQuantizer
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_PRODUCTS: set[Any] = {torch.matmul, torch.bmm, torch.einsum, operator.matmul, F.scaled_dot_product_attention, "matmul", "bmm"}
+_PRODUCTS: set[Any] = {
+    torch.matmul,
+    torch.bmm,
+    torch.einsum,
+    operator.matmul,
+    F.scaled_dot_product_attention,
+    "matmul",
+    "bmm",
+}
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.LocalResponseNorm)
 
 
@@ -59,7 +67,9 @@ class Forecast:
             return Group(f"{summary}; nothing stays in float")
         table = Table(box=box.SIMPLE_HEAD)
         for header in ("in float", "operation", "MACs", "why"):
-            table.add_column(header, justify="right" if header == "MACs" else "left", overflow="fold")
+            table.add_column(
+                header, justify="right" if header == "MACs" else "left", overflow="fold"
+            )
         for row in self.in_float:
             table.add_row(row.name, row.operation, f"{row.macs:,}" if row.macs else "", row.reason)
         return Group(summary, table)
@@ -67,13 +77,18 @@ class Forecast:
 
 @torch.no_grad()
 def forecast(
-    network: nn.Module, images: Inputs, settings: Mapping[str, Any] | None = None, whole: Sequence[str] = ()
+    network: nn.Module,
+    images: Inputs,
+    settings: Mapping[str, Any] | None = None,
+    whole: Sequence[str] = (),
 ) -> Forecast:
-    """Foresees which operations of ``network`` ONNX Runtime will run in integers, without calibrating or training.
+    """Foresees which operations of ``network`` ONNX Runtime will run in integers, without
+    calibrating or training.
 
     Args:
         network: a float classifier; it stays as it is.
-        images: one image or more, ``[N, C, H, W]``, whose shape the MACs are counted for; a tuple for several inputs.
+        images: one image or more, ``[N, C, H, W]``, whose shape the MACs are counted for; a tuple
+            for several inputs.
         settings: of the ``quantize`` trick: ``include``, ``exclude``, ``overrides`` and bits.
         whole: name patterns of submodules that are not traced through.
 
@@ -96,7 +111,8 @@ def forecast(
         torch.backends.mha.set_fastpath_enabled(fast)
     integer = total = 0
     in_float = []
-    for node in filter(n.depends_on_images, traced.graph.nodes):  # what the others yield a runtime works out once
+    # what the others yield a runtime works out once
+    for node in filter(n.depends_on_images, traced.graph.nodes):
         within = run.within.get(node, 0)
         macs = _macs(node, traced, run.shapes) + within
         total += macs
@@ -105,12 +121,18 @@ def forecast(
             integer += macs
         else:
             name = str(node.target) if node.op == "call_module" else node.name
-            in_float.append(FloatOperation(name=name, operation=_operation(node, traced), reason=reason, macs=macs))
+            in_float.append(
+                FloatOperation(
+                    name=name, operation=_operation(node, traced), reason=reason, macs=macs
+                )
+            )
     return Forecast(integer_macs=integer, total_macs=total, in_float=in_float)
 
 
 class _Shapes(fx.Interpreter):
-    """Keeps the shape of what each node yields, and the MACs within modules and functions that were kept whole."""
+    """Keeps the shape of what each node yields, and the MACs within modules and functions that were
+    kept whole.
+    """
 
     def __init__(self, traced: fx.GraphModule) -> None:
         super().__init__(traced)
@@ -129,26 +151,36 @@ class _Shapes(fx.Interpreter):
 
 
 class _Products(TorchDispatchMode):
-    """Counts the products of convs and of matrices; those of attention are of batches of matrices, which are not counted."""
+    """Counts the products of convs and of matrices; those of attention are of batches of matrices,
+    which are not counted.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.macs = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
             self.macs += result.numel() * args[-1].shape[0]
         elif func is torch.ops.aten.convolution.default:
             is_transposed = args[6]
-            self.macs += (args[0] if is_transposed else result).numel() * math.prod(args[1].shape[1:])
+            self.macs += (args[0] if is_transposed else result).numel() * math.prod(
+                args[1].shape[1:]
+            )
         return result
 
 
 def _is_counted(node: fx.Node, traced: fx.GraphModule) -> bool:
     """Whether the products of ``node`` are counted elsewhere, or are of two activations."""
     is_product = node.target in _PRODUCTS and all(map(n.depends_on_images, node.all_input_nodes))
-    return is_product or n.calls_layer(node, traced) or isinstance(module_of(node, traced), _TRANSPOSED)
+    return (
+        is_product
+        or n.calls_layer(node, traced)
+        or isinstance(module_of(node, traced), _TRANSPOSED)
+    )
 
 
 def _macs(node: fx.Node, traced: fx.GraphModule, shapes: Mapping[fx.Node, tuple[int, ...]]) -> int:
@@ -163,9 +195,15 @@ def _macs(node: fx.Node, traced: fx.GraphModule, shapes: Mapping[fx.Node, tuple[
 
 
 def _reason(node: fx.Node, traced: fx.GraphModule, within: int) -> str | None:
-    """Why ``node``, with so many MACs ``within``, is computed in float; None if it is not, or computes nothing."""
+    """Why ``node``, with so many MACs ``within``, is computed in float; None if it is not, or
+    computes nothing.
+    """
     module = module_of(node, traced)
-    if not node.op.startswith("call_") or isinstance(module, ActivationQuantizer) or not n.is_tensor(node):
+    if (
+        not node.op.startswith("call_")
+        or isinstance(module, ActivationQuantizer)
+        or not n.is_tensor(node)
+    ):
         return None
     if n.calls_layer(node, traced):
         if not isinstance(module, Layer) or module.weight_quantizer is None:
@@ -173,7 +211,9 @@ def _reason(node: fx.Node, traced: fx.GraphModule, within: int) -> str | None:
         return None if module.input_quantizer else "what it takes is on no grid"
     if n.is_passthrough(node, traced) or n.is_cat(node, traced):
         return None
-    if isinstance(module, Elementwise) or (n.is_integer_op(node, traced) and n.output_quantizer_of(node, traced)):
+    if isinstance(module, Elementwise) or (
+        n.is_integer_op(node, traced) and n.output_quantizer_of(node, traced)
+    ):
         return None
     if within and node.target not in _PRODUCTS:
         return "kept whole"
@@ -196,4 +236,8 @@ def _reason(node: fx.Node, traced: fx.GraphModule, within: int) -> str | None:
 
 def _operation(node: fx.Node, traced: fx.GraphModule) -> str:
     module = module_of(node, traced)
-    return type(module).__name__ if module is not None else getattr(node.target, "__name__", str(node.target))
+    return (
+        type(module).__name__
+        if module is not None
+        else getattr(node.target, "__name__", str(node.target))
+    )

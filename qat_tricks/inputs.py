@@ -1,8 +1,10 @@
-"""What a network takes: one tensor, or several, one for each argument of its ``forward`` that has no default.
+"""What a network takes: one tensor, or several, one for each argument of its ``forward`` that has
+no default.
 
-A batch is these inputs, or begins with them, as ``(inputs, labels)`` does. Several inputs are a tuple of tensors in the order of
-the arguments, each with one entry an image. That tuple may also lie flat in the batch, ``(first, second, labels)``, or be a
-mapping with the arguments' names. All else that a network takes keeps its default.
+A batch is these inputs, or begins with them, as ``(inputs, labels)`` does. Several inputs are a
+tuple of tensors in the order of the arguments, each with one entry an image. That tuple may also
+lie flat in the batch, ``(first, second, labels)``, or be a mapping with the arguments' names. All
+else that a network takes keeps its default.
 """
 
 import inspect
@@ -47,17 +49,25 @@ def inputs_of(batch: Any, names: Sequence[str]) -> Inputs:
     given = [value for value in found if isinstance(value, Tensor)]
     if len(given) != len(names):
         raise QatTricksError(
-            f"{told}, and a batch holds {len(given)}: yield (inputs, labels), inputs being a tuple of {len(names)} tensors"
+            f"{told}, and a batch holds {len(given)}: yield (inputs, labels), inputs being a tuple "
+            f"of {len(names)} tensors"
         )
     if any(value.dim() == 0 for value in given) or len({len(value) for value in given}) > 1:
         shapes = ", ".join(str(tuple(value.shape)) for value in given)
-        raise QatTricksError(f"{told}, and a batch holds tensors of shapes {shapes}: give each of them one entry an image")
+        raise QatTricksError(
+            f"{told}, and a batch holds tensors of shapes {shapes}: give each of them one entry an "
+            "image"
+        )
     return tuple(given)
 
 
 def is_nested(batch: Any) -> bool:
     """Whether the first element of a batch holds several inputs."""
-    return isinstance(batch, (list, tuple)) and len(batch) > 0 and isinstance(batch[0], (list, tuple, Mapping))
+    return (
+        isinstance(batch, (list, tuple))
+        and len(batch) > 0
+        and isinstance(batch[0], (list, tuple, Mapping))
+    )
 
 
 def _images_of(batch: Any) -> Tensor:
@@ -71,8 +81,8 @@ def _images_of(batch: Any) -> Tensor:
         if isinstance(candidate, Tensor) and candidate.is_floating_point():
             return candidate
     raise QatTricksError(
-        f"a batch of type {type(batch).__name__} holds no images: yield a float tensor, a tuple that begins with one, "
-        "or a mapping that holds one"
+        f"a batch of type {type(batch).__name__} holds no images: yield a float tensor, a tuple "
+        "that begins with one, or a mapping that holds one"
     )
 
 
@@ -93,12 +103,19 @@ def batch_size(inputs: Inputs) -> int:
 
 def each(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
     """The inputs, each of them changed."""
-    return change(inputs) if isinstance(inputs, Tensor) else tuple(change(values) for values in inputs)
+    return (
+        change(inputs) if isinstance(inputs, Tensor) else tuple(change(values) for values in inputs)
+    )
 
 
 def on_cpu(inputs: Inputs) -> Inputs:
-    """The inputs as an exported file takes them: on the CPU, in float32 unless they are integers or truth values."""
-    return each(inputs, lambda values: (values.float() if values.is_floating_point() else values).detach().cpu())
+    """The inputs as an exported file takes them: on the CPU, in float32 unless they are integers or
+    truth values.
+    """
+    return each(
+        inputs,
+        lambda values: (values.float() if values.is_floating_point() else values).detach().cpu(),
+    )
 
 
 def first(inputs: Inputs, count: int) -> Inputs:

@@ -15,11 +15,15 @@ import torch
 def isolated() -> Iterator[None]:
     """Restores, after the block, what a job may set for the whole process.
 
-    That is torch's threads, default type, determinism, matmul precision and gradient mode, the random states,
-    the environment variables, and open matplotlib figures.
+    That is torch's threads, default type, determinism, matmul precision and gradient mode, the
+    random states, the environment variables, and open matplotlib figures.
     """
     environment = dict(os.environ)
-    threads, dtype, grad = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
+    threads, dtype, grad = (
+        torch.get_num_threads(),
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+    )
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     precision = torch.get_float32_matmul_precision()

@@ -1,4 +1,6 @@
-"""One run: data, float baseline, the stages of a recipe, export, and the evidence in the run's folder."""
+"""One run: data, float baseline, the stages of a recipe, export, and the evidence in the run's
+folder.
+"""
 
 import json
 import time
@@ -45,16 +47,19 @@ Logger = Any  # one of Lightning's loggers, several, or False
 
 
 def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[str, Any]:
-    """Runs one composed and checked config and returns the report that it has written to ``folder``.
+    """Runs one composed and checked config and returns the report that it has written to
+    ``folder``.
 
-    All processes of ``config.trainer`` train; the first alone measures, exports, writes, prints and logs.
+    All processes of ``config.trainer`` train; the first alone measures, exports, writes, prints and
+    logs.
 
-    The folder holds ``report.json``, ``report.md``, ``ledger.json``, ``model.onnx``, ``model_fp32.onnx``, ``model.ckpt``,
-    ``config.yaml`` and, of stages but the last, ``stages/NAME.onnx``. Interrupted, it leaves what was measured, and
-    ``interrupted.ckpt``.
+    The folder holds ``report.json``, ``report.md``, ``ledger.json``, ``model.onnx``,
+    ``model_fp32.onnx``, ``model.ckpt``, ``config.yaml`` and, of stages but the last,
+    ``stages/NAME.onnx``. Interrupted, it leaves what was measured, and ``interrupted.ckpt``.
 
     Raises:
-        QatTricksError: bad input, a stage that loses more than it may, or an export that does not run as simulated.
+        QatTricksError: bad input, a stage that loses more than it may, or an export that does not
+            run as simulated.
     """
     torch.set_num_threads(config.measure.threads)
     pl.seed_everything(config.seed, workers=True, verbose=False)
@@ -79,30 +84,39 @@ def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[st
     try:
         prepare_baseline(config, module, datamodule, trainer, ranks)
         module.network.to("cpu").eval()
-        ranks.on_zero(run.measure_stage, "fp32", module.network, started, folder / "model_fp32.onnx")
+        ranks.on_zero(
+            run.measure_stage, "fp32", module.network, started, folder / "model_fp32.onnx"
+        )
         run_stages(module, datamodule, recipe, trainer=trainer, after_stage=after_stage)
         return ranks.on_zero(run.finish, logger)
-    except (KeyboardInterrupt, SystemExit) as error:  # the latter is how Lightning ends an interrupted fit
+    # the latter is how Lightning ends an interrupted fit
+    except (KeyboardInterrupt, SystemExit) as error:
         if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
             run.keep_interrupted()
         raise
 
 
 def foresee(config: DictConfig) -> Forecast:
-    """What of the network of a composed config will run in integers; nothing is trained, and no image looked at.
+    """What of the network of a composed config will run in integers; nothing is trained, and no
+    image looked at.
 
     Raises:
-        QatTricksError: bad input, a network that cannot be traced, or a recipe that quantizes nothing.
+        QatTricksError: bad input, a network that cannot be traced, or a recipe that quantizes
+            nothing.
     """
     recipe = recipe_of(config)
     settings = [trick.settings for trick in recipe.tricks if isinstance(trick, Quantize)]
     if not settings:
-        raise QatTricksError(f"recipe {config.recipe.name} does not quantize: preflight=true has nothing to foresee")
+        raise QatTricksError(
+            f"recipe {config.recipe.name} does not quantize: preflight=true has nothing to foresee"
+        )
     data = build_data(**OmegaConf.to_container(config.data, resolve=True))  # type: ignore[arg-type]
     data.prepare_data()
     data.setup()
     network = _classifier(config, data).network
-    return forecast(network, torch.zeros(1, data.in_channels, *data.image_size), settings[-1], recipe.whole)
+    return forecast(
+        network, torch.zeros(1, data.in_channels, *data.image_size), settings[-1], recipe.whole
+    )
 
 
 def _classifier(config: DictConfig, data: ImageData) -> Classifier:
@@ -129,16 +143,24 @@ def _check_classes(network: nn.Module, data: ImageData) -> None:
     network.train(training)
     if logits.shape[-1] != data.num_classes:
         raise QatTricksError(
-            f"the network has {logits.shape[-1]} classes and the data {data.num_classes}: choose a network or weights with "
-            f"{data.num_classes}, or data with {logits.shape[-1]}"
+            f"the network has {logits.shape[-1]} classes and the data {data.num_classes}: choose a "
+            f"network or weights with {data.num_classes}, or data with {logits.shape[-1]}"
         )
 
 
 class _Run:
     """What a run has measured so far."""
 
-    def __init__(self, config: DictConfig, folder: Path, recipe: Recipe, data: ImageData, module: Classifier) -> None:
-        self.config, self.folder, self.recipe, self.data, self.module = config, folder, recipe, data, module
+    def __init__(
+        self, config: DictConfig, folder: Path, recipe: Recipe, data: ImageData, module: Classifier
+    ) -> None:
+        self.config, self.folder, self.recipe, self.data, self.module = (
+            config,
+            folder,
+            recipe,
+            data,
+            module,
+        )
         self.ledger = Ledger()
         self.stage_started = time.perf_counter()
         self.parity: dict[str, Any] = {}
@@ -160,15 +182,32 @@ class _Run:
         path = self.model_path if is_last else self.folder / "stages" / f"{stage.name}.onnx"
         before = self.ledger.stages[-1].after.accuracy
         metrics = self.measure_stage(stage.name, network, self.stage_started, path)
-        check_drop(stage.name, before, metrics.accuracy, stage.max_drop, ledger_path=self.folder / "ledger.json")
+        check_drop(
+            stage.name,
+            before,
+            metrics.accuracy,
+            stage.max_drop,
+            ledger_path=self.folder / "ledger.json",
+        )
 
     def measure_stage(self, name: str, network: nn.Module, started: float, path: Path) -> Metrics:
-        """Measures ``network`` as it is simulated, exports it to ``path``, and enters both in the ledger."""
+        """Measures ``network`` as it is simulated, exports it to ``path``, and enters both in the
+        ledger.
+        """
         metrics = self._evaluate(network, name)
         before = self.ledger.stages[-1].after if self.ledger.stages else None
-        self.ledger.add(LedgerRow(name=name, before=before, after=metrics, seconds=time.perf_counter() - started))
+        self.ledger.add(
+            LedgerRow(
+                name=name, before=before, after=metrics, seconds=time.perf_counter() - started
+            )
+        )
         self.ledger.write(self.folder / "ledger.json")  # before the export, which may refuse
-        images = (batch for batch, _ in islice(self.data.test_dataloader(), _batches(PARITY_IMAGES, self.data.batch_size)))
+        images = (
+            batch
+            for batch, _ in islice(
+                self.data.test_dataloader(), _batches(PARITY_IMAGES, self.data.batch_size)
+            )
+        )
         self.parity = export_onnx(
             network,
             path,
@@ -206,7 +245,11 @@ class _Run:
             **timing(measure),
         )["model"]
         row = self.ledger.stages.pop()
-        costs = {"size_bytes": file_bytes(path), "latency_ms": latency, "sparsity": weight_sparsity(path)}
+        costs = {
+            "size_bytes": file_bytes(path),
+            "latency_ms": latency,
+            "sparsity": weight_sparsity(path),
+        }
         self.ledger.add(LedgerRow(**{**vars(row), **costs}))
         self.ledger.write(self.folder / "ledger.json")
 
@@ -214,11 +257,15 @@ class _Run:
         return self._measure(predict, self.data.test_dataloader(), description)
 
     def _measure(self, predict: Any, batches: Batches, description: str) -> Metrics:
-        return evaluate_classifier(predict, batches, self.data.num_classes, description=f"measure {description}")
+        return evaluate_classifier(
+            predict, batches, self.data.num_classes, description=f"measure {description}"
+        )
 
     def _deployed_batches(self) -> Batches:
         """The test images as the exported file takes them."""
-        return self.data.test_pixels() if self.config.export.normalize else self.data.test_dataloader()
+        return (
+            self.data.test_pixels() if self.config.export.normalize else self.data.test_dataloader()
+        )
 
     def _metadata(self) -> dict[str, str]:
         return {
@@ -235,15 +282,22 @@ class _Run:
 
     @rank_zero_only
     def keep_interrupted(self) -> None:
-        """Writes the network as it is now, and a report of the stages that were measured, if any was."""
+        """Writes the network as it is now, and a report of the stages that were measured, if any
+        was.
+        """
         save_checkpoint(self.module, self.folder / "interrupted.ckpt")
         if self.ledger.stages:
             unmeasured = dict.fromkeys(key for key in REQUIRED_KEYS)
-            write_report(self.folder, {**unmeasured, **self._identity(), "parity": self.parity, "interrupted": True})
+            write_report(
+                self.folder,
+                {**unmeasured, **self._identity(), "parity": self.parity, "interrupted": True},
+            )
         print(f"what was reached is in {self.folder}: interrupted.ckpt, report.md", flush=True)
 
     def finish(self, logger: Logger) -> dict[str, Any]:
-        """Writes the checkpoint and the report, prints the ledger, logs both, and returns the report."""
+        """Writes the checkpoint and the report, prints the ledger, logs both, and returns the
+        report.
+        """
         save_checkpoint(self.module, self.folder / "model.ckpt")
         report = self.report()
         write_report(self.folder, report)
@@ -304,11 +358,18 @@ class _Run:
         return predictor(self.model_path, self.config.measure.threads, runtime)
 
     def _runtimes(self) -> dict[str, Any]:
-        """What the target's runtime makes of the file, where it is another than ONNX Runtime; it has to make the same."""
+        """What the target's runtime makes of the file, where it is another than ONNX Runtime; it
+        has to make the same.
+        """
         name, measure = check_target(self.config.target).runtime, self.config.measure
         if name == REFERENCE:
             return {}
-        found = parity(self._predictor(name), self._predictor(REFERENCE), self._deployed_batches(), against=REFERENCE)
+        found = parity(
+            self._predictor(name),
+            self._predictor(REFERENCE),
+            self._deployed_batches(),
+            against=REFERENCE,
+        )
         check_parity(name, found, measure.min_top1_agreement)
         accuracy = self._measure(self._predictor(name), self._deployed_batches(), name).accuracy
         costs = measure_runtime(name, self._paths, image_shape=self.shape, measure=measure)

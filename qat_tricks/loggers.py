@@ -1,4 +1,6 @@
-"""Where a run's metrics go: Weights & Biases, offline unless you are logged in; a CSV file; or nowhere."""
+"""Where a run's metrics go: Weights & Biases, offline unless you are logged in; a CSV file; or
+nowhere.
+"""
 
 import os
 import re
@@ -41,8 +43,8 @@ def make_logger(
 ) -> Logger | bool:
     """Makes the logger of one run; end it with ``finish_logger``.
 
-    With W&B it never asks for a login and never fails: where W&B cannot start, one line on stderr says why,
-    and the metrics go to a CSV file. WANDB_MODE is respected.
+    With W&B it never asks for a login and never fails: where W&B cannot start, one line on stderr
+    says why, and the metrics go to a CSV file. WANDB_MODE is respected.
 
     Args:
         config: the composed config, ``config.logger`` a ``LoggerOptions``.
@@ -80,9 +82,9 @@ def finish_logger(logger: Logger | bool, *, failed: bool = False) -> None:
 def log_report(logger: Any, report: Mapping[str, Any], folder: Path) -> None:
     """Logs a finished run's report.
 
-    The metrics are ``stage/NAME/accuracy`` and so on, one a stage and figure, and ``report/…`` for everything
-    else, such as ``report/size_bytes/int8``. W&B also gets them as the run's summary, the stages as the table
-    ``ledger``, and the report and ``model.onnx`` as an artifact.
+    The metrics are ``stage/NAME/accuracy`` and so on, one a stage and figure, and ``report/…`` for
+    everything else, such as ``report/size_bytes/int8``. W&B also gets them as the run's summary,
+    the stages as the table ``ledger``, and the report and ``model.onnx`` as an artifact.
 
     Args:
         logger: from ``make_logger``, a list of loggers, or False.
@@ -118,10 +120,16 @@ def report_metrics(report: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _log_to_wandb(run: Any, metrics: dict[str, float], report: Mapping[str, Any], folder: Path) -> None:
-    rows = [_flatten({k: v for k, v in stage.items() if k != "before"}) for stage in report["stages"]]
+def _log_to_wandb(
+    run: Any, metrics: dict[str, float], report: Mapping[str, Any], folder: Path
+) -> None:
+    rows = [
+        _flatten({k: v for k, v in stage.items() if k != "before"}) for stage in report["stages"]
+    ]
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = wandb.Table(columns=[*columns], data=[[row.get(column) for column in columns] for row in rows])
+    table = wandb.Table(
+        columns=[*columns], data=[[row.get(column) for column in columns] for row in rows]
+    )
     run.log({**metrics, "ledger": table})
     run.summary.update({**metrics, **{key: report[key] for key in ("recipe", "model", "data")}})
     name = "-".join(str(report[key]) for key in ("recipe", "model", "data"))
@@ -136,7 +144,9 @@ def _flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in data.items():
         flat |= (
-            _flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+            _flatten(value, f"{prefix}{key}/")
+            if isinstance(value, Mapping)
+            else {f"{prefix}{key}": value}
         )
     return flat
 
@@ -146,7 +156,9 @@ def _rank() -> int:
 
 
 def _mode() -> str:
-    """online, offline or disabled: as WANDB_MODE or W&B's settings say, but never online without a login."""
+    """online, offline or disabled: as WANDB_MODE or W&B's settings say, but never online without a
+    login.
+    """
     try:
         settings = wandb.setup().settings
         wish = os.environ.get("WANDB_MODE") or settings.mode
@@ -158,17 +170,28 @@ def _mode() -> str:
 
 
 def _logged_in(settings: Any) -> bool:
-    if os.environ.get("WANDB_API_KEY") or settings.api_key or getattr(settings, "identity_token_file", None):
+    if (
+        os.environ.get("WANDB_API_KEY")
+        or settings.api_key
+        or getattr(settings, "identity_token_file", None)
+    ):
         return True
     candidates = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
     file = next(
-        (path for path in (Path(name).expanduser() for name in candidates if name) if path.is_file()), None
+        (
+            path
+            for path in (Path(name).expanduser() for name in candidates if name)
+            if path.is_file()
+        ),
+        None,
     )
     try:
         known = netrc(file) if file else None
     except (NetrcParseError, OSError):
         return False
-    return known is not None and known.authenticators(urlsplit(settings.base_url).netloc) is not None
+    return (
+        known is not None and known.authenticators(urlsplit(settings.base_url).netloc) is not None
+    )
 
 
 def _start(
@@ -179,7 +202,9 @@ def _start(
     group: str | None,
     job_name: str | None,
 ) -> Any:
-    """A W&B run of its own, whatever others this process has; None, and a line on stderr, if it cannot be."""
+    """A W&B run of its own, whatever others this process has; None, and a line on stderr, if it
+    cannot be.
+    """
     for attempt in dict.fromkeys([mode, "offline"]):
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
-"""Classifiers by name: CIFAR ResNets, every torchvision classifier, timm's as ``timm/NAME``, and the user's
-own.
+"""Classifiers by name: CIFAR ResNets, every torchvision classifier, timm's as ``timm/NAME``, and
+the user's own.
 
-The CIFAR ResNets are those of "Deep Residual Learning for Image Recognition" (He et al., CVPR 2016), section
-4.2, with its shortcut A: where the shape changes, every second row and column, and zeros for the new
-channels. Here half of the zeros stand before the old channels and half after, as in the weights in
-circulation.
+The CIFAR ResNets are those of "Deep Residual Learning for Image Recognition" (He et al., CVPR
+2016), section 4.2, with its shortcut A: where the shape changes, every second row and column, and
+zeros for the new channels. Here half of the zeros stand before the old channels and half after, as
+in the weights in circulation.
 """
 
 import importlib
@@ -35,18 +35,19 @@ def build_model(
     weights: str | None = None,
     factory: str | None = None,
 ) -> nn.Module:
-    """Builds the classifier ``name``: images ``[B, in_channels, H, W]`` to logits ``[B, num_classes]``.
+    """Builds the classifier ``name``: images ``[B, in_channels, H, W]`` to logits ``[B,
+    num_classes]``.
 
-    torchvision's networks take 3 channels; for another number their first ``Conv2d`` is replaced by a new,
-    untrained one. googlenet and inception_v3 come without their auxiliary heads.
+    torchvision's networks take 3 channels; for another number their first ``Conv2d`` is replaced by
+    a new, untrained one. googlenet and inception_v3 come without their auxiliary heads.
 
     ``weights`` is the path of a ``state_dict`` file, loaded strictly; or a name of torchvision's
-    (``IMAGENET1K_V1``, ``DEFAULT``), or ``pretrained`` for timm's, which are downloaded. ``factory`` belongs
-    to the name ``custom``: the dotted path of a callable that returns the network, called with
-    ``num_classes`` and ``in_channels`` if it takes them.
+    (``IMAGENET1K_V1``, ``DEFAULT``), or ``pretrained`` for timm's, which are downloaded.
+    ``factory`` belongs to the name ``custom``: the dotted path of a callable that returns the
+    network, called with ``num_classes`` and ``in_channels`` if it takes them.
 
-    Raises ``QatTricksError`` for an unknown name, weights that cannot be had or do not fit, and a factory
-    that is none.
+    Raises ``QatTricksError`` for an unknown name, weights that cannot be had or do not fit, and a
+    factory that is none.
     """
     if (factory is not None) != (name == "custom"):
         raise QatTricksError(
@@ -62,7 +63,9 @@ def build_model(
     elif name in _torchvision_names():
         return _torchvision_model(name, num_classes, in_channels, weights)
     else:
-        raise QatTricksError(f'unknown model "{name}": {did_you_mean(name, [*model_names(), "custom"])}')
+        raise QatTricksError(
+            f'unknown model "{name}": {did_you_mean(name, [*model_names(), "custom"])}'
+        )
     return net if weights is None else _load_weights(net, weights, num_classes)
 
 
@@ -89,11 +92,15 @@ def register_timm_models() -> None:
 
 def _register(group: str, option: str, name: str) -> None:
     node = {"name": name, "weights": None, "factory": None}
-    ConfigStore.instance().store(group=group, name=option, node=node, package="model", provider="qat_tricks")
+    ConfigStore.instance().store(
+        group=group, name=option, node=node, package="model", provider="qat_tricks"
+    )
 
 
 class CifarResNet(nn.Module):
-    """ResNet for images of about 32x32 pixels: ``[B, in_channels, H, W]`` to logits ``[B, num_classes]``."""
+    """ResNet for images of about 32x32 pixels: ``[B, in_channels, H, W]`` to logits ``[B,
+    num_classes]``.
+    """
 
     def __init__(self, blocks: int, num_classes: int, in_channels: int = 3) -> None:
         super().__init__()
@@ -116,8 +123,8 @@ class CifarResNet(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut without weights: ``[B, C, H, W]`` to ``[B, channels, H/stride,
-    W/stride]``.
+    """Two 3x3 convolutions and a shortcut without weights: ``[B, C, H, W]`` to ``[B, channels,
+    H/stride, W/stride]``.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
@@ -130,7 +137,8 @@ class BasicBlock(nn.Module):
         self.relu2 = nn.ReLU()
         self.stride = stride
         before = (channels - in_channels) // 2
-        self.new_channels = (before, channels - in_channels - before)  # zeros before and after the old ones
+        # zeros before and after the old ones
+        self.new_channels = (before, channels - in_channels - before)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
@@ -148,7 +156,9 @@ def _torchvision_names() -> list[str]:
     return torchvision.models.list_models(module=torchvision.models)
 
 
-def _torchvision_model(name: str, num_classes: int, in_channels: int, weights: str | None) -> nn.Module:
+def _torchvision_model(
+    name: str, num_classes: int, in_channels: int, weights: str | None
+) -> nn.Module:
     offered = {entry.name: entry for entry in torchvision.models.get_model_weights(name)}
     options: dict[str, Any] = {"num_classes": num_classes}
     if name in ("googlenet", "inception_v3"):
@@ -163,8 +173,8 @@ def _torchvision_model(name: str, num_classes: int, in_channels: int, weights: s
     _check_pretrained(name, weights, num_classes, 1000)
     if in_channels != 3:
         raise QatTricksError(
-            f"{name} with weights {weights} takes images of 3 channels, the data has {in_channels}: "
-            "use RGB images, or leave model.weights=null and train"
+            f"{name} with weights {weights} takes images of 3 channels, the data has "
+            f"{in_channels}: use RGB images, or leave model.weights=null and train"
         )
     if "init_weights" in options:
         options["init_weights"] = False
@@ -172,10 +182,12 @@ def _torchvision_model(name: str, num_classes: int, in_channels: int, weights: s
 
 
 def _replace_first_conv(net: nn.Module, in_channels: int) -> None:
-    """Puts an untrained convolution of ``in_channels``, otherwise the same, in the place of the first
-    ``Conv2d``.
+    """Puts an untrained convolution of ``in_channels``, otherwise the same, in the place of the
+    first ``Conv2d``.
     """
-    path, old = next((item for item in net.named_modules() if isinstance(item[1], nn.Conv2d)), ("", None))
+    path, old = next(
+        (item for item in net.named_modules() if isinstance(item[1], nn.Conv2d)), ("", None)
+    )
     assert isinstance(old, nn.Conv2d), "torchvision's classifiers begin with a Conv2d"
     new = nn.Conv2d(
         in_channels,
@@ -200,7 +212,9 @@ def _timm_model(name: str, num_classes: int, in_channels: int, weights: str | No
     try:
         import timm
     except ImportError as error:
-        raise QatTricksError(f'model "{name}" needs timm: pip install "qat_tricks[timm]"') from error
+        raise QatTricksError(
+            f'model "{name}" needs timm: pip install "qat_tricks[timm]"'
+        ) from error
     short = name.removeprefix(TIMM)
     if not timm.is_model(short):
         raise QatTricksError(f'unknown model "{name}": {did_you_mean(name, _timm_names())}')
@@ -209,7 +223,9 @@ def _timm_model(name: str, num_classes: int, in_channels: int, weights: str | No
         net = timm.create_model(short, **options)
         return net if weights is None else _load_weights(net, weights, num_classes, ["pretrained"])
     known = timm.get_pretrained_cfg(short)
-    _check_pretrained(name, weights, num_classes, num_classes if known is None else known.num_classes)
+    _check_pretrained(
+        name, weights, num_classes, num_classes if known is None else known.num_classes
+    )
     return _download(name, timm.create_model, short, pretrained=True, **options)
 
 
@@ -227,8 +243,8 @@ def _download(name: str, create: Any, *args: Any, **options: Any) -> nn.Module:
     except (OSError, RuntimeError) as error:  # no network, no space, a damaged file
         reason = " ".join(str(error).split())[:200]
         raise QatTricksError(
-            f"cannot download the weights of {name} ({reason}): "
-            "check the network, or set model.weights to the path of a file"
+            f"cannot download the weights of {name} ({reason}): check the network, or set "
+            "model.weights to the path of a file"
         ) from error
     return net
 
@@ -239,8 +255,8 @@ def _from_factory(factory: str, num_classes: int, in_channels: int) -> nn.Module
         create = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise QatTricksError(
-            f'cannot import model.factory="{factory}" ({error}): '
-            'give "package.module.callable", and put its folder on the PYTHONPATH'
+            f'cannot import model.factory="{factory}" ({error}): give "package.module.callable", '
+            "and put its folder on the PYTHONPATH"
         ) from error
     if not callable(create):
         raise QatTricksError(
@@ -249,33 +265,40 @@ def _from_factory(factory: str, num_classes: int, in_channels: int) -> nn.Module
     signature = inspect.signature(create)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     offered: Mapping[str, int] = {"num_classes": num_classes, "in_channels": in_channels}
-    given = {key: value for key, value in offered.items() if takes_any or key in signature.parameters}
+    given = {
+        key: value for key, value in offered.items() if takes_any or key in signature.parameters
+    }
     try:
         signature.bind(**given)
     except TypeError as error:
         raise QatTricksError(
-            f'model.factory="{factory}" needs more than {", ".join(given) or "no arguments"} ({error}): '
-            "give its other arguments defaults"
+            f'model.factory="{factory}" needs more than {", ".join(given) or "no arguments"} '
+            f"({error}): give its other arguments defaults"
         ) from error
     net = create(**given)
     if not isinstance(net, nn.Module):
-        raise QatTricksError(f'model.factory="{factory}" returned a {type(net).__name__}, not an nn.Module')
+        raise QatTricksError(
+            f'model.factory="{factory}" returned a {type(net).__name__}, not an nn.Module'
+        )
     names = input_names(net)
     if len(names) > 1:
         raise QatTricksError(
-            f'model.factory="{factory}" returned a network of {len(names)} inputs ({", ".join(names)}), and the data sets here '
-            "are images alone: train it in your own trainer, with callbacks=qat_tricks.recipe(NAME)"
+            f'model.factory="{factory}" returned a network of {len(names)} inputs '
+            f"({', '.join(names)}), and the data sets here are images alone: train it in your own "
+            "trainer, with callbacks=qat_tricks.recipe(NAME)"
         )
     return net
 
 
-def _load_weights(net: nn.Module, path: str, num_classes: int, named: Sequence[str] = ()) -> nn.Module:
+def _load_weights(
+    net: nn.Module, path: str, num_classes: int, named: Sequence[str] = ()
+) -> nn.Module:
     """Loads the ``state_dict`` in the file ``path`` into ``net``, strictly, and returns ``net``.
 
-    The file holds the ``state_dict`` itself, or a Lightning checkpoint whose keys may share a prefix
-    (``net.``, ``model.``). ``num_classes`` is that of ``net``; ``named`` are weights that could have been
-    asked for by name instead. Raises ``QatTricksError`` for a file that is missing, damaged or foreign, holds
-    two such networks, or does not fit.
+    The file holds the ``state_dict`` itself, or a Lightning checkpoint whose keys may share a
+    prefix (``net.``, ``model.``). ``num_classes`` is that of ``net``; ``named`` are weights that
+    could have been asked for by name instead. Raises ``QatTricksError`` for a file that is missing,
+    damaged or foreign, holds two such networks, or does not fit.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -302,18 +325,24 @@ def _read(file: Path) -> dict[str, Tensor]:
         ) from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
-    if isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values()):
+    if (
+        isinstance(content, Mapping)
+        and content
+        and all(isinstance(v, Tensor) for v in content.values())
+    ):
         return dict(content)
     raise QatTricksError(
-        f"{file} holds a {type(content).__name__} that is no state_dict: "
-        "write it with torch.save(net.state_dict(), path)"
+        f"{file} holds a {type(content).__name__} that is no state_dict: write it with "
+        "torch.save(net.state_dict(), path)"
     )
 
 
 def _without_prefix(
     state: dict[str, Tensor], expected: Mapping[str, Tensor], file: Path
 ) -> dict[str, Tensor]:
-    """The part of ``state`` under the prefix that finds the most ``expected`` keys, without that prefix."""
+    """The part of ``state`` under the prefix that finds the most ``expected`` keys, without that
+    prefix.
+    """
     wanted = {key for key in expected if not _is_counter(key)}
     anchors = (key.removesuffix(want) for key in state for want in wanted if key.endswith(want))
     prefixes = {prefix for prefix in anchors if prefix == "" or prefix.endswith(".")}
@@ -323,14 +352,16 @@ def _without_prefix(
     complete = [prefix for prefix, count in found.items() if count == len(wanted)]
     if len(complete) > 1:
         raise QatTricksError(
-            f"{file} holds several such networks ({', '.join(complete)}): "
-            "save the state_dict of the one you mean"
+            f"{file} holds several such networks ({', '.join(complete)}): save the state_dict of "
+            "the one you mean"
         )
     best = max(found, key=lambda prefix: found[prefix])
     return {key.removeprefix(best): value for key, value in state.items() if key.startswith(best)}
 
 
-def _check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], file: Path, num_classes: int) -> None:
+def _check(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], file: Path, num_classes: int
+) -> None:
     missing = [key for key in expected if key not in state and not _is_counter(key)]
     unexpected = [key for key in state if key not in expected]
     shapes = {
@@ -338,18 +369,26 @@ def _check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], file: Pa
         for key in expected
         if key in state and state[key].shape != expected[key].shape
     }
-    only_heads = all(ours[:1] == (num_classes,) and given[1:] == ours[1:] for given, ours in shapes.values())
+    only_heads = all(
+        ours[:1] == (num_classes,) and given[1:] == ours[1:] for given, ours in shapes.values()
+    )
     if shapes and only_heads and not missing and not unexpected:
         given, _ = next(iter(shapes.values()))
         raise QatTricksError(
             f"{file} is a network for {given[0]} classes, the data has {num_classes}: "
             "use data with the same classes, or weights trained on these"
         )
-    mismatched = [f"{key} {list(given)} instead of {list(ours)}" for key, (given, ours) in shapes.items()]
+    mismatched = [
+        f"{key} {list(given)} instead of {list(ours)}" for key, (given, ours) in shapes.items()
+    ]
     faults = {"missing": missing, "unexpected": unexpected, "of another shape": mismatched}
     if any(faults.values()):
-        told = "; ".join(f"{len(keys)} {kind} ({_first(keys)})" for kind, keys in faults.items() if keys)
-        raise QatTricksError(f"{file} does not fit the network: {told}; choose the model it was trained as")
+        told = "; ".join(
+            f"{len(keys)} {kind} ({_first(keys)})" for kind, keys in faults.items() if keys
+        )
+        raise QatTricksError(
+            f"{file} does not fit the network: {told}; choose the model it was trained as"
+        )
 
 
 def _is_counter(key: str) -> bool:

@@ -1,4 +1,6 @@
-"""The user's optimizers after surgery: each parameter of the network that trains exactly once, and none that is gone."""
+"""The user's optimizers after surgery: each parameter of the network that trains exactly once, and
+none that is gone.
+"""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,7 +12,9 @@ Group = dict[str, Any]
 
 
 def take_out(group: Group, wanted: set[int]) -> Group:
-    """Takes the parameters with these ``id``s out of a parameter group, and returns them (and their names, if it has any)."""
+    """Takes the parameters with these ``id``s out of a parameter group, and returns them (and their
+    names, if it has any).
+    """
     gone = [id(parameter) in wanted for parameter in group["params"]]
     taken: Group = {}
     for key in ("params", "param_names"):
@@ -20,11 +24,14 @@ def take_out(group: Group, wanted: set[int]) -> Group:
     return taken
 
 
-def renew_parameters(optimizers: Sequence[Optimizer], network: fx.GraphModule, before: Iterable[nn.Parameter]) -> None:
+def renew_parameters(
+    optimizers: Sequence[Optimizer], network: fx.GraphModule, before: Iterable[nn.Parameter]
+) -> None:
     """Mends optimizers that were given parameters from before the surgery.
 
-    Those that surgery has taken away (of folded BatchNorms) leave; those that it has made (the biases of their layers) join
-    the group of their layer's weight, unless an optimizer has them already.
+    Those that surgery has taken away (of folded BatchNorms) leave; those that it has made (the
+    biases of their layers) join the group of their layer's weight, unless an optimizer has them
+    already.
 
     Args:
         optimizers: as the user has made them.
@@ -46,8 +53,12 @@ def renew_parameters(optimizers: Sequence[Optimizer], network: fx.GraphModule, b
                     _join(group, name, parameter)
 
 
-def take_in(optimizers: Sequence[Optimizer], network: fx.GraphModule, scales: Sequence[nn.Parameter]) -> None:
-    """Adds the ``scales`` that no optimizer has to the group that has most of the network's parameters, if one has any."""
+def take_in(
+    optimizers: Sequence[Optimizer], network: fx.GraphModule, scales: Sequence[nn.Parameter]
+) -> None:
+    """Adds the ``scales`` that no optimizer has to the group that has most of the network's
+    parameters, if one has any.
+    """
     names = {id(parameter): name for name, parameter in network.named_parameters()}
 
     def share(group: Group) -> int:

@@ -17,7 +17,8 @@ def check_order(tricks: Sequence["Trick"], done: Sequence[str] = ()) -> None:
         done: names of tricks done before, in this stage or an earlier one.
 
     Raises:
-        QatTricksError: a trick comes twice, before one that it must follow, or without one that it requires.
+        QatTricksError: a trick comes twice, before one that it must follow, or without one that it
+            requires.
     """
     names = [trick.name for trick in tricks]
     problems = []
@@ -27,7 +28,11 @@ def check_order(tricks: Sequence["Trick"], done: Sequence[str] = ()) -> None:
         missing = [name for name in trick.requires if name not in (*names, *done)]
         if missing:
             problems.append(f"{trick.name} needs {' and '.join(missing)} before it")
-        late = [name for name in (*trick.requires, *trick.after) if name in names[i:] and name not in done]
+        late = [
+            name
+            for name in (*trick.requires, *trick.after)
+            if name in names[i:] and name not in done
+        ]
         if late:
             problems.append(f"{trick.name} must come after {' and '.join(dict.fromkeys(late))}")
     if problems:
@@ -38,7 +43,9 @@ def check_order(tricks: Sequence["Trick"], done: Sequence[str] = ()) -> None:
 
 
 def working_order(tricks: Sequence["Trick"], done: Sequence[str] = ()) -> list[str]:
-    """The names of ``tricks``, and of those they require, with the least change of order such that all can work."""
+    """The names of ``tricks``, and of those they require, with the least change of order such that
+    all can work.
+    """
     from qat_tricks.recipes import trick_class
 
     known = {trick.name: type(trick) for trick in tricks}

@@ -52,7 +52,9 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     except SystemExit as error:
         if error.code:
             reason = printed.getvalue().strip().rpartition("error: ")[2]
-            raise QatTricksError(f"{' '.join(reason.split())}: --help shows what can be given") from error
+            raise QatTricksError(
+                f"{' '.join(reason.split())}: --help shows what can be given"
+            ) from error
         raise
     commands = {
         "--run": parsed.run,
@@ -66,7 +68,9 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     if parsed.resolve and not (parsed.cfg or parsed.help):
         raise QatTricksError("--resolve belongs to --cfg or --help: add one of them")
     if parsed.config_path:
-        raise QatTricksError("--config-path would replace the configs of qat_tricks: add your own with --config-dir")
+        raise QatTricksError(
+            "--config-path would replace the configs of qat_tricks: add your own with --config-dir"
+        )
     return parsed
 
 
@@ -79,8 +83,12 @@ def _register_models(overrides: Sequence[str]) -> None:
 
 
 def _problems(name: str, parsed: Namespace) -> list[str]:
-    composer = Composer(parsed.config_name or name, Path(parsed.config_dir) if parsed.config_dir else None)
-    sweep = parsed.multirun or any(line.lower() == "hydra.mode=multirun" for line in parsed.overrides)
+    composer = Composer(
+        parsed.config_name or name, Path(parsed.config_dir) if parsed.config_dir else None
+    )
+    sweep = parsed.multirun or any(
+        line.lower() == "hydra.mode=multirun" for line in parsed.overrides
+    )
     config, found = composer.compose(parsed.overrides, sweep=sweep)
     problems = Problems()
     problems.found += found
@@ -93,7 +101,8 @@ def _problems(name: str, parsed: Namespace) -> list[str]:
         if not problems.found:
             problems.of(lambda: _check_paths(config, "hydra.run.dir"))
         return problems.found
-    from qat_tricks.checks import check_one_process, check_train  # loads Lightning, which an evaluation does without
+    # loads Lightning, which an evaluation does without
+    from qat_tricks.checks import check_one_process, check_train
 
     if not sweep:
         problems.of(lambda: check_train(config))
@@ -102,7 +111,8 @@ def _problems(name: str, parsed: Namespace) -> list[str]:
         return problems.found
     if found:
         return found
-    if str(config.hydra.sweeper.get("_target_")).endswith("BasicSweeper"):  # others decide their jobs as they go
+    # others decide their jobs as they go
+    if str(config.hydra.sweeper.get("_target_")).endswith("BasicSweeper"):
         of_hydra = [line for line in parsed.overrides if line.lstrip("+~").startswith("hydra")]
         swept = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
         swept += [line for line in parsed.overrides if line not in of_hydra]
@@ -121,7 +131,9 @@ def _problems(name: str, parsed: Namespace) -> list[str]:
 def _check_paths(config: DictConfig, key: str) -> None:
     if "artifact" in config:
         if not Path(config.artifact).is_file():
-            raise QatTricksError(f"artifact={config.artifact} is not a file: give a .onnx or .ckpt that a run wrote")
+            raise QatTricksError(
+                f"artifact={config.artifact} is not a file: give a .onnx or .ckpt that a run wrote"
+            )
         return check_folder(evaluation_folder(config))
     before = HydraConfig.instance().cfg
     try:

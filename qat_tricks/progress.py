@@ -13,4 +13,6 @@ T = TypeVar("T")
 def track(items: Iterable[T], description: str) -> Iterator[T]:
     """Yields ``items`` under a progress bar."""
     console = Console(stderr=True)
-    yield from rich_track(items, description, transient=True, console=console, disable=not sys.stderr.isatty())
+    yield from rich_track(
+        items, description, transient=True, console=console, disable=not sys.stderr.isatty()
+    )

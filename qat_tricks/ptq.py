@@ -18,21 +18,23 @@ def quantize(
 
     Args:
         net: a float classifier that ``torch.fx`` can trace.
-        loader: yields training images: tensors ``[N, C, H, W]``, or tuples or mappings that begin with one; for a network with
-            several inputs a tuple of tensors, or tuples that begin with one (see ``qat_tricks.inputs``).
-        recipe: a recipe without training; of one that trains, the tricks before the training are not enough, and it is
-            refused.
+        loader: yields training images: tensors ``[N, C, H, W]``, or tuples or mappings that begin
+            with one; for a network with several inputs a tuple of tensors, or tuples that begin
+            with one (see ``qat_tricks.inputs``).
+        recipe: a recipe without training; of one that trains, the tricks before the training are
+            not enough, and it is refused.
         overrides: Hydra overrides of the recipe.
 
     Raises:
-        QatTricksError: an unknown recipe or setting, a network that cannot be traced, a loader that is empty, yields NaN
-            or too few inputs.
+        QatTricksError: an unknown recipe or setting, a network that cannot be traced, a loader that
+            is empty, yields NaN or too few inputs.
     """
     loaded: Recipe = load_recipe(recipe, overrides)
     training = [stage.name for stage in loaded.stages if stage.epochs > 0]
     if training:
         raise QatTricksError(
-            f'recipe "{recipe}" trains ({", ".join(training)}), which needs a trainer: pass qat_tricks.recipe("{recipe}") to '
+            f'recipe "{recipe}" trains ({", ".join(training)}), which needs a trainer: pass '
+            f'qat_tricks.recipe("{recipe}") to '
             "pl.Trainer(callbacks=…), or set its epochs to 0"
         )
     work = Workbench(copy.deepcopy(net).eval(), lambda num_images: loader, whole=loaded.whole)

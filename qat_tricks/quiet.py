@@ -23,7 +23,9 @@ _KNOWN = (
 
 
 def quiet() -> None:
-    """Sets the loggers of talkative libraries to warnings, and filters warnings that nobody can act on."""
+    """Sets the loggers of talkative libraries to warnings, and filters warnings that nobody can act
+    on.
+    """
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in _KNOWN:

@@ -1,4 +1,6 @@
-"""The random generators' states as plain data, which a checkpoint can carry under ``weights_only=True``."""
+"""The random generators' states as plain data, which a checkpoint can carry under
+``weights_only=True``.
+"""
 
 import random
 from typing import Any

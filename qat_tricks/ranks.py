@@ -22,9 +22,9 @@ T = TypeVar("T")
 class Ranks:
     """The processes that a trainer trains with, started when this is made.
 
-    Lightning would start them in the first fit, and each then runs the whole program from its beginning. Started before
-    anything that takes long or is written, they can be told what rank zero has found or done, a float baseline in its cache
-    for one, and whether it failed.
+    Lightning would start them in the first fit, and each then runs the whole program from its
+    beginning. Started before anything that takes long or is written, they can be told what rank
+    zero has found or done, a float baseline in its cache for one, and whether it failed.
 
     Args:
         trainer: arguments of ``pl.Trainer``.
@@ -34,9 +34,11 @@ class Ranks:
         strategy = pl.Trainer(enable_checkpointing=False, **trainer).strategy
         self._group: Any = None  # with one process there is none
         if strategy.launcher is not None:
-            atexit.register(strategy.launcher.kill, signal.SIGKILL)  # none outlives rank zero, whatever ended it
+            # none outlives rank zero, whatever ended it
+            atexit.register(strategy.launcher.kill, signal.SIGKILL)
             strategy.launcher.launch(strategy.setup_environment)
-            # Gloo, because those who wait on NCCL keep a GPU busy; and the group of the fits gives up after half an hour.
+            # Gloo, because those who wait on NCCL keep a GPU busy; and the group of the fits gives
+            # up after half an hour.
             self._group = distributed.new_group(backend="gloo", timeout=PATIENCE)
 
     def on_zero(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -53,19 +55,24 @@ class Ranks:
         finally:
             distributed.broadcast_object_list(told, group=self._group)
         if told[0] is None:
-            sys.exit(0)  # after any other status Lightning kills rank zero, which may still be telling why
+            # after any other status Lightning kills rank zero, which may still be telling why
+            sys.exit(0)
         return told[0][0]
 
 
 def loaded_once(load: Callable[[int], Iterable[Inputs]], num_images: int) -> Iterable[Inputs]:
-    """The batches of ``load(num_images)``; of several processes the first alone loads, and gives them to the others.
+    """The batches of ``load(num_images)``; of several processes the first alone loads, and gives
+    them to the others.
 
     So all calibrate on the same images, whatever order each of them would have drawn.
 
     Raises:
         QatTricksError: on the others, where the first has failed.
     """
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+    if (
+        not (distributed.is_available() and distributed.is_initialized())
+        or distributed.get_world_size() == 1
+    ):
         return load(num_images)
     failure: Exception | None = None
     told: list[Any] = [None, None]

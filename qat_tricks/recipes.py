@@ -32,14 +32,18 @@ class Stage:
     def __post_init__(self) -> None:
         problems = []
         if self.epochs < 0:
-            problems.append(f"epochs={self.epochs} is not allowed: give 1 or more, or 0 for no training")
+            problems.append(
+                f"epochs={self.epochs} is not allowed: give 1 or more, or 0 for no training"
+            )
         if self.lr is not None and not 0 < self.lr < math.inf:
             problems.append(
-                f"lr={self.lr} is not allowed: give a number above 0, or null for the trainer's default"
+                f"lr={self.lr} is not allowed: give a number above 0, or null for the trainer's "
+                "default"
             )
         if self.max_drop is not None and not self.max_drop >= 0:
             problems.append(
-                f"max_drop={self.max_drop} is not allowed: give 0 or more points of accuracy, or null"
+                f"max_drop={self.max_drop} is not allowed: give 0 or more points of accuracy, or "
+                "null"
             )
         if problems:
             raise QatTricksError("; ".join(problems))
@@ -66,7 +70,9 @@ def options(group: str) -> list[str]:
 
 
 def trick_config(name: str) -> dict[str, Any]:
-    """The settings of a trick's YAML, ``_target_`` among them; raises QatTricksError for an unknown trick."""
+    """The settings of a trick's YAML, ``_target_`` among them; raises QatTricksError for an unknown
+    trick.
+    """
     if name not in options("trick"):
         raise QatTricksError(f'unknown trick "{name}": {did_you_mean(name, options("trick"))}')
     return OmegaConf.to_container(OmegaConf.load(config_dir() / "trick" / f"{name}.yaml"))[name]  # type: ignore[index,call-overload,return-value]
@@ -79,7 +85,9 @@ def trick_class(name: str, target: str | None = None) -> type[Trick]:
     try:
         kind = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise QatTricksError(f'trick "{name}": _target_ {target} cannot be imported ({error})') from error
+        raise QatTricksError(
+            f'trick "{name}": _target_ {target} cannot be imported ({error})'
+        ) from error
     if not (isinstance(kind, type) and issubclass(kind, Trick)):
         raise QatTricksError(
             f'trick "{name}": _target_ {target} is no trick: derive it from qat_tricks.trick.Trick'
@@ -92,11 +100,13 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         name: one of ``options("recipe")``.
-        overrides: Hydra overrides of the recipe, such as ``stages.ptq.tricks.calibrate.estimator=kl``,
-            ``network=net`` or ``+trick@recipe.stages.ptq.tricks=prune``.
+        overrides: Hydra overrides of the recipe, such as
+            ``stages.ptq.tricks.calibrate.estimator=kl``, ``network=net`` or
+            ``+trick@recipe.stages.ptq.tricks=prune``.
 
     Raises:
-        QatTricksError: an unknown recipe, a key or value that is not allowed, an order that cannot work.
+        QatTricksError: an unknown recipe, a key or value that is not allowed, an order that cannot
+            work.
     """
     if name not in options("recipe"):
         raise QatTricksError(f'unknown recipe "{name}": {did_you_mean(name, options("recipe"))}')
@@ -118,14 +128,17 @@ def _in_recipe(override: str) -> str:
 
 
 def check_recipe(config: DictConfig | Mapping[str, Any]) -> Recipe:
-    """Builds a recipe's stages and tricks from its composed config, every key bound to what takes it.
+    """Builds a recipe's stages and tricks from its composed config, every key bound to what takes
+    it.
 
     Raises:
         QatTricksError: one line with all that is wrong.
     """
     try:
         plain: Any = (
-            OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else dict(config)
+            OmegaConf.to_container(config, resolve=True)
+            if isinstance(config, DictConfig)
+            else dict(config)
         )
     except OmegaConfBaseException as error:
         raise QatTricksError(f"recipe: {one_line(error)}") from error
@@ -138,7 +151,9 @@ def check_recipe(config: DictConfig | Mapping[str, Any]) -> Recipe:
     ]
     whole = plain.get("whole") or []
     if not isinstance(whole, list) or not all(isinstance(pattern, str) for pattern in whole):
-        problems.append(f'recipe.whole={whole!r} is not allowed: give name patterns, such as ["stages.3.*"]')
+        problems.append(
+            f'recipe.whole={whole!r} is not allowed: give name patterns, such as ["stages.3.*"]'
+        )
         whole = []
     stages: list[Stage] = []
     done: list[str] = []
@@ -149,7 +164,14 @@ def check_recipe(config: DictConfig | Mapping[str, Any]) -> Recipe:
         tricks: list[Trick] = []
         for trick_name, given in chosen.items():
             try:
-                tricks.append(make_trick(trick_name, _mapping(trick_name, given, problems), network=network, whole=whole))
+                tricks.append(
+                    make_trick(
+                        trick_name,
+                        _mapping(trick_name, given, problems),
+                        network=network,
+                        whole=whole,
+                    )
+                )
             except QatTricksError as error:
                 problems.append(f"{where}: {error}")
         try:
@@ -197,11 +219,13 @@ def make_trick(
 
 
 def recipe(name: str, overrides: Sequence[str] = ()) -> list[pl.Callback]:
-    """The callbacks of a recipe, for an ordinary ``pl.Trainer``; schedules are fractions of its epochs.
+    """The callbacks of a recipe, for an ordinary ``pl.Trainer``; schedules are fractions of its
+    epochs.
 
     Args:
         name: a recipe with at most one stage that trains.
-        overrides: Hydra overrides, such as ``network=backbone`` or ``stages.qat.tricks.distill.weight=0.9``.
+        overrides: Hydra overrides, such as ``network=backbone`` or
+            ``stages.qat.tricks.distill.weight=0.9``.
 
     Raises:
         QatTricksError: an unknown recipe or setting, or a recipe that needs several fits.
@@ -210,7 +234,7 @@ def recipe(name: str, overrides: Sequence[str] = ()) -> list[pl.Callback]:
     training = [stage.name for stage in loaded.stages if stage.epochs > 0]
     if len(training) > 1 or any(stage.epochs > 0 for stage in loaded.stages[:-1]):
         raise QatTricksError(
-            f'recipe "{name}" trains in several stages ({", ".join(training)}) and cannot be one list '
-            f'of callbacks: run it with qat_tricks.run_stages(module, datamodule, "{name}")'
+            f'recipe "{name}" trains in several stages ({", ".join(training)}) and cannot be one '
+            f'list of callbacks: run it with qat_tricks.run_stages(module, datamodule, "{name}")'
         )
     return list(loaded.tricks)

@@ -15,7 +15,8 @@ WIDTH = 160  # columns of the table where it goes to a file
 
 
 class CompareJobs(Callback):
-    """Hydra's callback that writes a sweep's ``comparison.csv`` and ``comparison.png``, and prints the table.
+    """Hydra's callback that writes a sweep's ``comparison.csv`` and ``comparison.png``, and prints
+    the table.
 
     It ends the program with status 2 if a job failed.
     """

@@ -14,7 +14,11 @@ def total_batches(trainer: pl.Trainer) -> float:
         QatTricksError: the trainer has no end that can be foreseen.
     """
     ends = []
-    if trainer.max_epochs is not None and trainer.max_epochs > 0 and math.isfinite(trainer.num_training_batches):
+    if (
+        trainer.max_epochs is not None
+        and trainer.max_epochs > 0
+        and math.isfinite(trainer.num_training_batches)
+    ):
         ends.append(trainer.max_epochs * trainer.num_training_batches)
     if trainer.max_steps > 0:
         ends.append(trainer.max_steps * trainer.accumulate_grad_batches)
@@ -27,13 +31,20 @@ def total_batches(trainer: pl.Trainer) -> float:
 
 
 def progress(trainer: pl.Trainer) -> float:
-    """The share of the fit's batches that are done, 0 to 1, also right after a resume, or when training has ended."""
-    # Not ``total_batch_idx``: it counts twice a batch in the midst of which a run broke off and that is repeated.
-    return min(1.0, trainer.fit_loop.epoch_loop.batch_progress.total.completed / total_batches(trainer))
+    """The share of the fit's batches that are done, 0 to 1, also right after a resume, or when
+    training has ended.
+    """
+    # Not ``total_batch_idx``: it counts twice a batch in the midst of which a run broke off and
+    # that is repeated.
+    return min(
+        1.0, trainer.fit_loop.epoch_loop.batch_progress.total.completed / total_batches(trainer)
+    )
 
 
 def check_fraction(name: str, value: float) -> float:
     """Returns ``value``; raises QatTricksError unless it is a fraction of the training, 0 to 1."""
     if not 0 <= value <= 1:
-        raise QatTricksError(f"{name}={value} is not allowed: give a fraction of the training, from 0 to 1")
+        raise QatTricksError(
+            f"{name}={value} is not allowed: give a fraction of the training, from 0 to 1"
+        )
     return value

@@ -14,11 +14,13 @@ from qat_tricks.workbench import Workbench
 class Trick(pl.Callback):
     """One trick as a Lightning callback.
 
-    A trick is done once, in ``setup`` (or by ``qat_tricks.quantize``, without a trainer), through ``apply``. One that also
-    acts during training uses Lightning's hooks for that, and calls ``super()`` in those that are defined here.
+    A trick is done once, in ``setup`` (or by ``qat_tricks.quantize``, without a trainer), through
+    ``apply``. One that also acts during training uses Lightning's hooks for that, and calls
+    ``super()`` in those that are defined here.
 
     Attributes:
-        requires: tricks without which this one cannot work; done earlier in this recipe or in a stage before.
+        requires: tricks without which this one cannot work; done earlier in this recipe or in a
+            stage before.
         after: tricks that, where a recipe has them too, must come earlier.
         needs_teacher: whether the float network has to be kept beside the quantized one.
         network_name: attribute of the LightningModule that holds the network; None finds it.
@@ -30,7 +32,8 @@ class Trick(pl.Callback):
     needs_teacher: ClassVar[bool] = False
     network_name: str | None = None
     whole: tuple[str, ...] = ()
-    _random_state: dict[str, Any] | None = None  # of a run resumed in the middle of an epoch, until it goes on
+    # of a run resumed in the middle of an epoch, until it goes on
+    _random_state: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -38,7 +41,9 @@ class Trick(pl.Callback):
         return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
 
     def apply(self, work: Workbench) -> None:
-        """Does the trick to ``work.network``; a trick that only acts during training leaves it as it is."""
+        """Does the trick to ``work.network``; a trick that only acts during training leaves it as
+        it is.
+        """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         from qat_tricks.lightning import attach, synchronize
@@ -62,7 +67,9 @@ class Trick(pl.Callback):
         work = workbench_of(pl_module)
         renew_parameters(trainer.optimizers, work.network, work.parameters_before)
 
-    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         from qat_tricks.lightning import CHECKPOINT_KEY, is_mid_epoch
 
         state = checkpoint.get(CHECKPOINT_KEY, {}).get("random_state")
@@ -78,7 +85,9 @@ class Trick(pl.Callback):
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._keep_grids(trainer, pl_module)
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         self._keep_grids(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

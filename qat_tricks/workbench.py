@@ -18,8 +18,10 @@ class Workbench:
 
     Attributes:
         network: the traced network; tricks change it in place.
-        reference: the float network with the structure of the quantized one (folded, equalized), kept by ``quantize``.
-        loader: called with a number of images, yields batches of training images, at least so many if there are.
+        reference: the float network with the structure of the quantized one (folded, equalized),
+            kept by ``quantize``.
+        loader: called with a number of images, yields batches of training images, at least so many
+            if there are.
         teacher: the float network as it came, for distillation.
         network_name: the attribute of the LightningModule that holds the network, if there is one.
         trains: whether training follows; without it a trick that acts gradually does all at once.
@@ -43,13 +45,17 @@ class Workbench:
         self._reference: fx.GraphModule | None = None
 
     def batches(self, num_images: int) -> list[Inputs]:
-        """The network's inputs for the first ``num_images`` images of the loader, on its device, in batches.
+        """The network's inputs for the first ``num_images`` images of the loader, on its device, in
+        batches.
 
         Raises:
-            QatTricksError: there is no loader, it is empty, its batches do not hold the inputs, or hold no finite numbers.
+            QatTricksError: there is no loader, it is empty, its batches do not hold the inputs, or
+                hold no finite numbers.
         """
         if self.loader is None:
-            raise QatTricksError("this recipe needs images to calibrate on: give a loader of training images")
+            raise QatTricksError(
+                "this recipe needs images to calibrate on: give a loader of training images"
+            )
         device = next((p.device for p in self.network.parameters()), torch.device("cpu"))
         names = input_names(self.network)
         batches: list[Inputs] = []
@@ -57,19 +63,25 @@ class Workbench:
         for batch in self.loader(num_images):
             inputs = first(inputs_of(batch, names), missing)
             if not are_finite(inputs):
-                raise QatTricksError("the calibration loader yields NaN or infinite pixels: check its transforms")
+                raise QatTricksError(
+                    "the calibration loader yields NaN or infinite pixels: check its transforms"
+                )
             batches.append(each(inputs, lambda values: values.to(device)))
             missing -= batch_size(inputs)
             if missing <= 0:
                 break
         if not batches:
-            raise QatTricksError("the calibration loader is empty: give one that yields at least one batch of images")
+            raise QatTricksError(
+                "the calibration loader is empty: give one that yields at least one batch of images"
+            )
         return batches
 
     @property
     def reference(self) -> fx.GraphModule:
         if self._reference is None:
-            raise QatTricksError("there is no float reference: place quantizers with the quantize trick first")
+            raise QatTricksError(
+                "there is no float reference: place quantizers with the quantize trick first"
+            )
         return self._reference
 
     def keep_reference(self) -> None:
@@ -81,7 +93,8 @@ class Workbench:
         self._reference = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles of a LightningModule take along neither its trainer's loaders nor a second network.
+        # Copies and pickles of a LightningModule take along neither its trainer's loaders nor a
+        # second network.
         return {**self.__dict__, "loader": None, "parameters_before": [], "_reference": None}
 
     @property
@@ -96,20 +109,24 @@ class Workbench:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits of what a network yields: the tensor itself, ``"logits"`` or ``"out"`` of a mapping or else its first value, or
-    the first element of a tuple, behind which auxiliary heads follow.
+    """The logits of what a network yields: the tensor itself, ``"logits"`` or ``"out"`` of a
+    mapping or else its first value, or the first element of a tuple, behind which auxiliary heads
+    follow.
 
     Raises:
         QatTricksError: there is no tensor in that place.
     """
     chosen = output
     if isinstance(output, Mapping) and output:
-        chosen = output[next((key for key in ("logits", "out") if key in output), next(iter(output)))]
+        chosen = output[
+            next((key for key in ("logits", "out") if key in output), next(iter(output)))
+        ]
     elif isinstance(output, (list, tuple)) and output:
         chosen = output[0]
     if isinstance(chosen, Tensor):
         return chosen
     raise QatTricksError(
-        f"a network that yields {type(output).__name__} has no logits: yield a tensor, a tuple that begins with one, or a "
+        f"a network that yields {type(output).__name__} has no logits: yield a tensor, a tuple "
+        "that begins with one, or a "
         'mapping with "logits"'
     )

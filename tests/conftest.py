@@ -10,7 +10,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # for nets.py
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "feature(name): a row of docs/results/lightning.md that the test proves")
+    config.addinivalue_line(
+        "markers", "feature(name): a row of docs/results/lightning.md that the test proves"
+    )
 
 
 @pytest.fixture(autouse=True)

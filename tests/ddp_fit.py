@@ -1,4 +1,6 @@
-"""python ddp_fit.py FOLDER RECIPE DEVICES STEPS [fail] [shuffle]: fits on so many processes; each leaves its end in FOLDER."""
+"""python ddp_fit.py FOLDER RECIPE DEVICES STEPS [fail] [shuffle]: fits on so many processes; each
+leaves its end in FOLDER.
+"""
 
 import sys
 from pathlib import Path
@@ -58,16 +60,31 @@ def fit(folder, recipe, devices, steps, *, fails=False, shuffle=False):
     torch.set_num_threads(1)
     data = Counted(fails)
     lit = Watched(data).train()
-    settings = {"strategy": "ddp", "devices": devices, "sync_batchnorm": True, "use_distributed_sampler": False}
+    settings = {
+        "strategy": "ddp",
+        "devices": devices,
+        "sync_batchnorm": True,
+        "use_distributed_sampler": False,
+    }
     overrides = [] if recipe == "int8_ptq" else ["stages.ptq.tricks.calibrate.num_images=48"]
-    run = trainer(qat_tricks.recipe(recipe, overrides), max_steps=steps, max_epochs=2, **(settings if devices > 1 else {}))
+    run = trainer(
+        qat_tricks.recipe(recipe, overrides),
+        max_steps=steps,
+        max_epochs=2,
+        **(settings if devices > 1 else {}),
+    )
     # Each rank would shuffle in an order of its own, were the images not those of the first.
     torch.manual_seed(run.global_rank)
     # What a step sees of all ranks together is what one process sees.
     sampler = DistributedSampler(data, devices, run.global_rank, shuffle=False)
     batches = DataLoader(data, batch_size=GLOBAL_BATCH // devices, sampler=sampler)
     run.fit(lit, datamodule=Data(data, batches, shuffle))
-    end = {"state": lit.state_dict(), "start": lit.start, "read_before": lit.read_before, "spec": lit.backbone.meta["qat_tricks"]}
+    end = {
+        "state": lit.state_dict(),
+        "start": lit.start,
+        "read_before": lit.read_before,
+        "spec": lit.backbone.meta["qat_tricks"],
+    }
     torch.save(end, Path(folder) / f"rank{run.global_rank}of{devices}.pt")
     return end
 

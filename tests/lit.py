@@ -58,13 +58,26 @@ class Lit(pl.LightningModule):
 
 
 def trainer(callbacks=(), **settings):
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}
-    settings = {"accelerator": "cpu", "max_epochs": 2, "num_sanity_val_steps": 0, **quiet, **settings}
+    quiet = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "logger": False,
+        "enable_checkpointing": False,
+    }
+    settings = {
+        "accelerator": "cpu",
+        "max_epochs": 2,
+        "num_sanity_val_steps": 0,
+        **quiet,
+        **settings,
+    }
     return pl.Trainer(callbacks=list(callbacks), **settings)
 
 
 class ResumableLoader(DataLoader):
-    """Batches in an order of its own for each epoch; Lightning saves and restores how far it has come."""
+    """Batches in an order of its own for each epoch; Lightning saves and restores how far it has
+    come.
+    """
 
     def __init__(self, count=64, seed=3):
         super().__init__(dataset(count, seed), batch_size=16)
@@ -78,10 +91,15 @@ class ResumableLoader(DataLoader):
         if not self.resumed or self.given == len(self):
             self.epoch, self.given = self.epoch + 1, 0
         self.resumed = False
-        order = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(self.epoch))
+        order = torch.randperm(
+            len(self.dataset), generator=torch.Generator().manual_seed(self.epoch)
+        )
         for indices in order.split(self.batch_size)[self.given :]:
             self.given += 1
-            yield [torch.stack(column) for column in zip(*(self.dataset[i] for i in indices), strict=True)]
+            yield [
+                torch.stack(column)
+                for column in zip(*(self.dataset[i] for i in indices), strict=True)
+            ]
 
     def state_dict(self):
         return {"epoch": self.epoch, "given": self.given}
@@ -93,7 +111,11 @@ class ResumableLoader(DataLoader):
 def differences(a, b, where=""):
     """Where two nested states differ, in any tensor or number, to the last bit."""
     if isinstance(a, torch.Tensor):
-        return [] if isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b) else [where]
+        return (
+            []
+            if isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+            else [where]
+        )
     if isinstance(a, dict):
         if a.keys() != b.keys():
             return [f"{where}: {sorted(map(str, a.keys() ^ b.keys()))}"]
@@ -101,5 +123,9 @@ def differences(a, b, where=""):
     if isinstance(a, (list, tuple)):
         if len(a) != len(b):
             return [f"{where}: lengths"]
-        return [found for i, (x, y) in enumerate(zip(a, b, strict=True)) for found in differences(x, y, f"{where}[{i}]")]
+        return [
+            found
+            for i, (x, y) in enumerate(zip(a, b, strict=True))
+            for found in differences(x, y, f"{where}[{i}]")
+        ]
     return [] if a == b else [where]

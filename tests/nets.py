@@ -25,10 +25,16 @@ class SmallNet(nn.Module):
 
     def __init__(self, num_classes: int = 10, in_channels: int = 1, width: int = 8) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(in_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_channels, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+        )
         self.block = Block(width)
         self.depthwise = nn.Sequential(
-            nn.Conv2d(width, width, 3, stride=2, padding=1, groups=width), nn.BatchNorm2d(width), nn.ReLU6()
+            nn.Conv2d(width, width, 3, stride=2, padding=1, groups=width),
+            nn.BatchNorm2d(width),
+            nn.ReLU6(),
         )
         self.left = nn.Conv2d(width, width, 1)
         self.right = nn.Conv2d(width, width, 3, padding=1)
@@ -42,7 +48,9 @@ class SmallNet(nn.Module):
 
 
 def small_net(seed: int = 0, **settings: int) -> SmallNet:
-    """A ``SmallNet`` in evaluation mode whose BatchNorms have statistics and gains that are not trivial."""
+    """A ``SmallNet`` in evaluation mode whose BatchNorms have statistics and gains that are not
+    trivial.
+    """
     torch.manual_seed(seed)
     net = SmallNet(**settings)
     for module in net.modules():

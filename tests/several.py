@@ -8,7 +8,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 
 def conv(into: int, out: int, **settings: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(into, out, 3, padding=1, bias=False, **settings), nn.BatchNorm2d(out), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(into, out, 3, padding=1, bias=False, **settings), nn.BatchNorm2d(out), nn.ReLU()
+    )
 
 
 class TwoImages(nn.Module):
@@ -88,7 +90,9 @@ def network(kind: type[nn.Module], seed: int = 0) -> nn.Module:
 
 
 class Nested(Dataset):
-    """Pairs ``(inputs, label)``; the label is the image's brighter half and whether the second input's mean is positive."""
+    """Pairs ``(inputs, label)``; the label is the image's brighter half and whether the second
+    input's mean is positive.
+    """
 
     def __init__(self, kind: type[nn.Module] = TwoImages, count: int = 64) -> None:
         self.inputs = inputs(kind, count, 3)
@@ -104,9 +108,13 @@ class Nested(Dataset):
 
 
 def loader(flat: bool = False, kind: type[nn.Module] = TwoImages) -> DataLoader:
-    """Batches ``((first, second), labels)``, or ``flat``, as ``TensorDataset`` has them, ``(first, second, labels)``."""
+    """Batches ``((first, second), labels)``, or ``flat``, as ``TensorDataset`` has them, ``(first,
+    second, labels)``.
+    """
     nested = Nested(kind)
-    return DataLoader(TensorDataset(*nested.inputs, nested.labels) if flat else nested, batch_size=16)
+    return DataLoader(
+        TensorDataset(*nested.inputs, nested.labels) if flat else nested, batch_size=16
+    )
 
 
 class Lit(pl.LightningModule):

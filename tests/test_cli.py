@@ -57,7 +57,10 @@ def status(run, *arguments):
         ),
         ("recipe.name.x=1", "recipe.name is a value"),
         ("trainer.fast_dev_run=true", "+trainer.fast_dev_run="),
-        ("trainer=ddp_cpu trainer.strategy=ddp_spawn", "trainer.strategy=ddp_spawn trains in processes"),
+        (
+            "trainer=ddp_cpu trainer.strategy=ddp_spawn",
+            "trainer.strategy=ddp_spawn trains in processes",
+        ),
         ("~recipe.stages.ptq.tricks.equalise", 'did you mean "equalize"'),
         ("+trick@recipe.stages.ptq.tricks=prun", 'unknown trick "prun": did you mean "prune"?'),
         ("recipe.stages.ptq.tricks.quantize.weight_bits=9", "bits=9"),
@@ -98,7 +101,10 @@ def test_bad_input_is_one_line_and_nothing_is_run_or_written(tmp_path, ran, capf
 
 
 def test_everything_wrong_is_told_at_once(ran, capsys):
-    assert status(cli.train, "modle=x", "data.shft=1", "seed=x", "recipe==", "+foo=1", "trainer=gpux") == 2
+    assert (
+        status(cli.train, "modle=x", "data.shft=1", "seed=x", "recipe==", "+foo=1", "trainer=gpux")
+        == 2
+    )
     told = capsys.readouterr().err
     assert told.count("\n") == 1
     for part in ('"modle"', '"shft"', "seed='x'", '"recipe=="', '"foo"', '"gpux"'):
@@ -122,9 +128,15 @@ def test_a_lost_choice_is_not_blamed_on_what_is_set_inside_it(ran, capsys):
         ("-m artifact=x,y", "one artifact at a time"),
         ("artifact=x runtimes=[onnxrt]", 'unknown runtime "onnxrt": did you mean "onnxruntime"?'),
         ("artifact=x runtimes=onnxruntime", "give a list such as [onnxruntime,openvino]"),
-        ("artifact=x measure.batch_sizes=[]", "batch_sizes=[] is not allowed: give a list of whole numbers"),
+        (
+            "artifact=x measure.batch_sizes=[]",
+            "batch_sizes=[] is not allowed: give a list of whole numbers",
+        ),
         ("artifact=x measure.thread_counts=[0]", "thread_counts=[0] is not allowed"),
-        ("artifact=x measure.batch_sizes=8", "measure.batch_sizes=8 is not allowed: give a list of a whole number"),
+        (
+            "artifact=x measure.batch_sizes=8",
+            "measure.batch_sizes=8 is not allowed: give a list of a whole number",
+        ),
         ("artifact=x allow_preprocessing_change=maybe", "give true or false"),
     ],
 )
@@ -148,7 +160,9 @@ def test_a_run_says_what_and_where_and_keeps_its_config(tmp_path, ran, capsys):
         ".",
     ]
     assert status(cli.train, *arguments) == 0
-    assert [(config.recipe.name, config.model.name) for config in ran] == [("int8_ptq", "mobilenet_v2")]
+    assert [(config.recipe.name, config.model.name) for config in ran] == [
+        ("int8_ptq", "mobilenet_v2")
+    ]
     printed = capsys.readouterr()
     assert printed.out.splitlines() == [
         "int8_ptq: mobilenet_v2 on digits, into run",

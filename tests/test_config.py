@@ -9,7 +9,16 @@ from omegaconf import OmegaConf
 from qat_tricks.check_evaluate import check_evaluate, check_folder
 from qat_tricks.checks import check_one_process, check_train
 from qat_tricks.compose import Composer, config_dir
-from qat_tricks.config import Baseline, DeviceMeasure, Export, Measure, Optimizer, StageOverride, evaluation_folder, recipe_of
+from qat_tricks.config import (
+    Baseline,
+    DeviceMeasure,
+    Export,
+    Measure,
+    Optimizer,
+    StageOverride,
+    evaluation_folder,
+    recipe_of,
+)
 from qat_tricks.errors import QatTricksError
 from qat_tricks.models import register_models
 from qat_tricks.recipes import options
@@ -51,7 +60,9 @@ def test_each_yaml_begins_with_its_command_which_composes_and_passes_the_checks(
     assert first.startswith("# python ")
     assert program == ("evaluate.py" if path.stem == "evaluate" else "train.py")
     overrides = [
-        word.replace("PATH", str(tmp_path)).replace("package.module.callable", "torchvision.models.resnet18")
+        word.replace("PATH", str(tmp_path)).replace(
+            "package.module.callable", "torchvision.models.resnet18"
+        )
         for word in words
     ]
     register_models()
@@ -68,14 +79,23 @@ def test_each_yaml_begins_with_its_command_which_composes_and_passes_the_checks(
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("baseline", Baseline), ("optimizer", Optimizer), ("measure", Measure), ("stage", StageOverride), ("export", Export)],
+    [
+        ("baseline", Baseline),
+        ("optimizer", Optimizer),
+        ("measure", Measure),
+        ("stage", StageOverride),
+        ("export", Export),
+    ],
 )
 def test_the_defaults_of_yaml_and_python_are_the_same(name, kind):
     assert OmegaConf.to_container(composed()[name]) == asdict(kind())
 
 
 def test_the_defaults_of_an_evaluation_are_the_same_in_yaml_and_python():
-    python = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(DeviceMeasure()).items()}
+    python = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in asdict(DeviceMeasure()).items()
+    }
     assert python.pop("min_top1_agreement") == Measure().min_top1_agreement
     assert OmegaConf.to_container(composed(name="evaluate").measure) == python
 
@@ -86,14 +106,21 @@ def test_a_target_reaches_the_quantizers_of_every_stage():
     assert settings
     assert all((given["weight_bits"], given["activation_bits"]) == (7, 8) for given in settings)
     recipe = recipe_of(composed("recipe=int8_prune50_multistage", "target=tensorrt"))
-    assert {trick.settings["activations"] for trick in recipe.tricks if isinstance(trick, Quantize)} == {"signed_symmetric"}
+    assert {
+        trick.settings["activations"] for trick in recipe.tricks if isinstance(trick, Quantize)
+    } == {"signed_symmetric"}
 
 
 def test_stage_settings_reach_the_stages_they_are_for():
     plain = recipe_of(composed("recipe=int8_prune50"))
     assert [stage.epochs for stage in plain.stages] == [0, 8]
-    short = recipe_of(composed("recipe=int8_prune50", "stage.epochs=2", "stage.lr=0.1", "stage.max_drop=3"))
-    assert [(stage.epochs, stage.lr, stage.max_drop) for stage in short.stages] == [(0, None, 3), (2, 0.1, 3)]
+    short = recipe_of(
+        composed("recipe=int8_prune50", "stage.epochs=2", "stage.lr=0.1", "stage.max_drop=3")
+    )
+    assert [(stage.epochs, stage.lr, stage.max_drop) for stage in short.stages] == [
+        (0, None, 3),
+        (2, 0.1, 3),
+    ]
     ptq = recipe_of(composed("recipe=int8_prune50", "stage.epochs=0"))
     assert [stage.epochs for stage in ptq.stages] == [0, 0]
 
@@ -123,7 +150,10 @@ def test_stage_settings_reach_the_stages_they_are_for():
         ("stage.max_drop=x", "stage.max_drop='x'"),
         ("export.opset=17", "export: opset=17 is not allowed: give 18 or more"),
         ("target=tensorrt export.opset=25", "export.opset=25 is too new for target=tensorrt"),
-        ("recipe.stages.ptq.tricks.quantize.activations=signed", 'activations="signed" is not supported: did you mean "signed_'),
+        (
+            "recipe.stages.ptq.tricks.quantize.activations=signed",
+            'activations="signed" is not supported: did you mean "signed_',
+        ),
         ("seed=-1", "seed=-1 is not allowed"),
         ("seed=true", "seed=True is not allowed"),
         ("logger.name=wndb", 'unknown logger "wndb": did you mean "wandb"?'),
@@ -146,7 +176,9 @@ def test_a_part_that_is_missing_is_told():
 
 
 def test_all_wrong_settings_are_told_at_once():
-    told = refusal("seed=x", "baseline.lr=-1", "foo=1", "data.shift=x", "recipe.stages.prune_qat.epochs=-2")
+    told = refusal(
+        "seed=x", "baseline.lr=-1", "foo=1", "data.shift=x", "recipe.stages.prune_qat.epochs=-2"
+    )
     for part in ("seed='x'", "lr=-1", '"foo"', "data.shift='x'", "epochs=-2"):
         assert part in told
 
@@ -160,7 +192,12 @@ def test_data_without_its_folder_is_refused_before_anything_runs(data, root):
 
 @pytest.mark.parametrize(
     "overrides",
-    [["trainer.strategy=ddp"], ["trainer.devices=2"], ["trainer.num_nodes=2"], ["trainer.devices=[0,1]"]],
+    [
+        ["trainer.strategy=ddp"],
+        ["trainer.devices=2"],
+        ["trainer.num_nodes=2"],
+        ["trainer.devices=[0,1]"],
+    ],
 )
 def test_a_sweep_over_several_processes_is_refused_with_what_to_do(overrides):
     assert "without --multirun" in refusal(*overrides, check=check_one_process)

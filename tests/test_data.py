@@ -1,5 +1,5 @@
-"""Data sets by name: their splits, their determinism, their transforms, and what is said when they cannot
-be had.
+"""Data sets by name: their splits, their determinism, their transforms, and what is said when they
+cannot be had.
 """
 
 import inspect
@@ -53,14 +53,17 @@ def make_folders(root: Path, counts: dict[str, int], size=(40, 30)) -> Path:
     return root
 
 
-# Names and configs ---------------------------------------------------------------------------------
+# Names and configs
+# ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", data_names())
 def test_config_and_builder_have_the_same_options_and_defaults(name):
     config = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))
     assert config.pop("name") == name
-    defaults = {key: p.default for key, p in inspect.signature(data_builder(name)).parameters.items()}
+    defaults = {
+        key: p.default for key, p in inspect.signature(data_builder(name)).parameters.items()
+    }
     assert config == {key: list(v) if isinstance(v, tuple) else v for key, v in defaults.items()}
     assert (CONF / f"{name}.yaml").read_text().startswith(f"# python train.py data={name}")
 
@@ -88,7 +91,8 @@ def test_a_missing_root_is_named(name, tmp_path):
         build_data(name, root=str(tmp_path / "nowhere"))
 
 
-# Splits --------------------------------------------------------------------------------------------
+# Splits
+# --------------------------------------------------------------------------------------------
 
 
 def test_stratified_split_is_a_partition_that_keeps_proportions():
@@ -127,7 +131,8 @@ def test_labels_out_of_range_are_named():
         check_labels(torch.tensor([0, 10]), 10, "here")
 
 
-# Loaders -------------------------------------------------------------------------------------------
+# Loaders
+# -------------------------------------------------------------------------------------------
 
 
 def test_digits_are_a_fixed_stratified_split_of_all_images():
@@ -212,7 +217,12 @@ def test_pixels_are_the_test_images_before_normalization(name):
 
 def test_the_same_images_under_another_preprocessing():
     data = ready("digits")
-    changed = {**data.preprocessing.as_dict(), "mean": [0.0], "resize": [8, 8], "image_size": [8, 8]}
+    changed = {
+        **data.preprocessing.as_dict(),
+        "mean": [0.0],
+        "resize": [8, 8],
+        "image_size": [8, 8],
+    }
     other = data.with_preprocessing(Preprocessing.from_dict(changed))
     other.setup()
     assert other.image_size == (8, 8)
@@ -260,7 +270,11 @@ def test_fake_images_can_be_learned_in_a_real_trainer():
 
     pl.seed_everything(0)
     trainer = pl.Trainer(
-        max_epochs=3, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu"
+        max_epochs=3,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        accelerator="cpu",
     )
     data, lit = ImageDataModule(build_data("fake")), Lit()
     trainer.fit(lit, data)
@@ -286,7 +300,8 @@ def test_four_epochs_of_resnet20_read_digits():
         assert (net.eval()(images).argmax(1) == labels).float().mean() > 0.85
 
 
-# Augmentation --------------------------------------------------------------------------------------
+# Augmentation
+# --------------------------------------------------------------------------------------
 
 
 def test_random_shift_moves_each_image_whole_and_within_its_range():
@@ -308,7 +323,8 @@ def test_random_flip_mirrors_about_half():
     assert 400 < mirrored.sum() < 600
 
 
-# CIFAR-10 -----------------------------------------------------------------------------------------------
+# CIFAR-10
+# -----------------------------------------------------------------------------------------------
 
 
 def test_cifar10_from_class_folders(tmp_path):
@@ -341,10 +357,16 @@ def test_cifar10_from_torchvisions_files(tmp_path, monkeypatch):
     meta = write("batches.meta", {"label_names": ["cat", "dog"]})
     monkeypatch.setattr(CIFAR10, "train_list", [["data_batch_1", train]])
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", test]])
-    monkeypatch.setattr(CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": meta})
+    monkeypatch.setattr(
+        CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": meta}
+    )
     for root in (tmp_path, folder):
         data = ready("cifar10", root=str(root))
-        assert [len(s) for s in (data.splits.train, data.splits.val, data.splits.test)] == [18, 2, 4]
+        assert [len(s) for s in (data.splits.train, data.splits.val, data.splits.test)] == [
+            18,
+            2,
+            4,
+        ]
         assert np.array_equal(data.splits.test.images.flatten(1).numpy(), pixels[:4])
     (folder / "test_batch").write_bytes(b"cut")
     with pytest.raises(QatTricksError, match="damaged"):
@@ -359,7 +381,8 @@ def test_cifar10_of_neither_form_or_another_size_is_refused(tmp_path):
         ready("cifar10", root=str(tmp_path))
 
 
-# Image folders and ImageNet ------------------------------------------------------------------------
+# Image folders and ImageNet
+# ------------------------------------------------------------------------
 
 SMALL = {"resize": 16, "crop": 12, "batch_size": 4}
 
@@ -394,7 +417,10 @@ def test_grey_and_transparent_images_become_rgb_and_rgb_grey(tmp_path):
     make_folders(tmp_path, {"ant": 10})
     Image.new("L", (20, 20), 20).save(tmp_path / "ant" / "grey.png")
     Image.new("RGBA", (20, 20), (20, 20, 20, 128)).save(tmp_path / "ant" / "glass.png")
-    assert batches(ready("imagefolder", root=str(tmp_path), **SMALL).train_dataloader())[0].shape[1] == 3
+    assert (
+        batches(ready("imagefolder", root=str(tmp_path), **SMALL).train_dataloader())[0].shape[1]
+        == 3
+    )
     grey = ready("imagefolder", root=str(tmp_path), channels=1, mean=[0.5], std=[0.5], **SMALL)
     assert batches(grey.train_dataloader())[0].shape[1] == 1
     assert grey.in_channels == 1
@@ -416,9 +442,13 @@ def test_images_that_keep_their_different_sizes_are_named(tmp_path):
     make_folders(tmp_path / "train", {"a": 3, "b": 3})
     (tmp_path / "val").symlink_to(tmp_path / "train")
     Image.new("RGB", (20, 20)).save(tmp_path / "train" / "b" / "002.png")
-    data = build_data("imagefolder", root=str(tmp_path)).with_preprocessing(Preprocessing(image_size=(30, 40)))
+    data = build_data("imagefolder", root=str(tmp_path)).with_preprocessing(
+        Preprocessing(image_size=(30, 40))
+    )
     data.setup()
-    with pytest.raises(QatTricksError, match=r"002\.png has the shape \(3, 20, 20\) and the others \(3, 30, 40\)"):
+    with pytest.raises(
+        QatTricksError, match=r"002\.png has the shape \(3, 20, 20\) and the others \(3, 30, 40\)"
+    ):
         batches(data.test_dataloader())
 
 
@@ -430,7 +460,9 @@ def test_folders_without_images_or_with_unknown_classes_are_named(tmp_path):
         ready("imagefolder", root=str(tmp_path))
     Image.new("RGB", (8, 8)).save(tmp_path / "train" / "bee" / "one.png")
     make_folders(tmp_path / "val", {"beee": 1})
-    with pytest.raises(QatTricksError, match='"beee" is not among the train classes: did you mean "bee"'):
+    with pytest.raises(
+        QatTricksError, match='"beee" is not among the train classes: did you mean "bee"'
+    ):
         ready("imagefolder", root=str(tmp_path))
 
 
@@ -446,16 +478,21 @@ def test_imagenet_labels_are_places_among_the_train_classes(tmp_path):
         ready("imagenet", root=str(tmp_path), **SMALL)
 
 
-# Preprocessing -------------------------------------------------------------------------------------
+# Preprocessing
+# -------------------------------------------------------------------------------------
 
 
 def test_preprocessing_survives_json_with_its_hash():
-    first = Preprocessing(image_size=[224, 224], resize=256, crop=224, mean=[0, 0, 0], std=(1, 1, 1))
+    first = Preprocessing(
+        image_size=[224, 224], resize=256, crop=224, mean=[0, 0, 0], std=(1, 1, 1)
+    )
     again = Preprocessing.from_dict(first.as_dict())
     assert again == first
     assert again.hash == first.hash
     assert len(first.hash) == 16
-    other = Preprocessing.from_dict(first.as_dict() | {"mean": [0.5, 0, 0], "interpolation": "bicubic"})
+    other = Preprocessing.from_dict(
+        first.as_dict() | {"mean": [0.5, 0, 0], "interpolation": "bicubic"}
+    )
     assert other.hash != first.hash
     assert first.differences(first) == []
     assert first.differences(other) == [
@@ -474,12 +511,17 @@ def test_preprocessing_scales_by_its_units():
 
 
 @pytest.mark.parametrize(
-    ("resize", "crop", "shape"), [(20, 16, (16, 16)), ([10, 14], None, (10, 14)), (None, [5, 7], (5, 7))]
+    ("resize", "crop", "shape"),
+    [(20, 16, (16, 16)), ([10, 14], None, (10, 14)), (None, [5, 7], (5, 7))],
 )
 def test_preprocessing_gives_the_size_it_says(resize, crop, shape):
     settings = Preprocessing(image_size=shape, resize=resize, crop=crop)
     assert settings.transform()(Image.new("L", (60, 30))).shape == (3, *shape)
-    assert settings.transform()(torch.zeros(2, 1, 30, 60, dtype=torch.uint8)).shape == (2, 3, *shape)
+    assert settings.transform()(torch.zeros(2, 1, 30, 60, dtype=torch.uint8)).shape == (
+        2,
+        3,
+        *shape,
+    )
 
 
 @pytest.mark.parametrize(

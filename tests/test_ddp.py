@@ -10,9 +10,9 @@ import pytest
 
 TESTS = Path(__file__).parent
 SETTINGS = (
-    "recipe=int8_qat data=fake model=custom model.factory=nets.SmallNet trainer=ddp_cpu logger=csv hydra.run.dir=run "
-    "stage.epochs=1 baseline.epochs=2 measure.runs=5 measure.threads=1 measure.min_top1_agreement=0.9 "
-    "trainer.enable_progress_bar=false"
+    "recipe=int8_qat data=fake model=custom model.factory=nets.SmallNet trainer=ddp_cpu "
+    "logger=csv hydra.run.dir=run stage.epochs=1 baseline.epochs=2 measure.runs=5 "
+    "measure.threads=1 measure.min_top1_agreement=0.9 trainer.enable_progress_bar=false"
 )
 
 
@@ -24,11 +24,18 @@ def cache(tmp_path_factory):
 @pytest.fixture
 def train(tmp_path, cache):
     """Runs ``train.py`` in ``tmp_path``."""
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "QAT_TRICKS_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(TESTS),
+        "QAT_TRICKS_CACHE": str(cache),
+        "OMP_NUM_THREADS": "1",
+    }
 
     def run(*overrides):
         command = [sys.executable, str(TESTS.parent / "train.py"), *SETTINGS.split(), *overrides]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        )
 
     return run
 
@@ -37,11 +44,28 @@ def train(tmp_path, cache):
 def test_both_train_and_the_first_alone_measures_and_writes(tmp_path, train):
     done = train()
     assert (done.returncode, done.stderr) == (0, "")
-    assert [done.stdout.count(told) for told in ("into run", "ledger", "the run is in run")] == [1, 1, 1]
-    written = {str(path.relative_to(tmp_path / "run")) for path in tmp_path.rglob("run/**/*") if path.is_file()}
+    assert [done.stdout.count(told) for told in ("into run", "ledger", "the run is in run")] == [
+        1,
+        1,
+        1,
+    ]
+    written = {
+        str(path.relative_to(tmp_path / "run"))
+        for path in tmp_path.rglob("run/**/*")
+        if path.is_file()
+    }
     models = {"model.onnx", "model_fp32.onnx", "model.ckpt", "stages/ptq.onnx"}
-    texts = {"report.json", "report.md", "ledger.json", "config.yaml", "csv/metrics.csv", "csv/hparams.yaml"}
-    assert written == models | texts | {f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")}
+    texts = {
+        "report.json",
+        "report.md",
+        "ledger.json",
+        "config.yaml",
+        "csv/metrics.csv",
+        "csv/hparams.yaml",
+    }
+    assert written == models | texts | {
+        f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")
+    }
     with (tmp_path / "run" / "csv" / "metrics.csv").open() as file:
         steps = [int(row["step"]) for row in csv.DictReader(file) if row["val/loss"]]
     assert steps == [3, 7, 3]  # of 256 images: 32 for each process and step

@@ -35,10 +35,18 @@ def test_readmes_lines_run(tmp_path, monkeypatch):
     code = _block("README.md", "python")
     assert len(code.splitlines()) < 20
     monkeypatch.chdir(tmp_path)
-    scope = {"module": Lit().train(), "datamodule": Data(), "example": images(2), "net": small_net(), "loader": loader()}
+    scope = {
+        "module": Lit().train(),
+        "datamodule": Data(),
+        "example": images(2),
+        "net": small_net(),
+        "loader": loader(),
+    }
     exec(code, scope)
     assert scope["report"].top1_agreement >= 0.99
-    weights = torch.cat([layer.effective_weight().flatten() for layer in layers(scope["module"].backbone).values()])
+    weights = torch.cat(
+        [layer.effective_weight().flatten() for layer in layers(scope["module"].backbone).values()]
+    )
     assert (weights == 0).float().mean() >= 0.5
     assert isinstance(scope["trainer"], pl.Trainer)
     assert scope["quantized"](images(2)).shape == (2, 10)
@@ -58,7 +66,9 @@ def toy_trick(tmp_path, monkeypatch):
         copy.write_text(path.read_text())
     (conf / "trick" / "my_trick.yaml").write_text(_block("CONTRIBUTING.md", "yaml"))
     monkeypatch.setattr(qat_tricks.tricks, "__path__", [*qat_tricks.tricks.__path__, str(package)])
-    for module in [m for m in sys.modules.values() if getattr(m, "config_dir", None) is recipes.config_dir]:
+    for module in [
+        m for m in sys.modules.values() if getattr(m, "config_dir", None) is recipes.config_dir
+    ]:
         monkeypatch.setattr(module, "config_dir", lambda: conf)
     yield
     sys.modules.pop("qat_tricks.tricks.my_trick", None)
@@ -76,4 +86,6 @@ def test_a_trick_in_three_files():
     )
     assert all((layer.effective_weight() == 0).all() for layer in layers(zero).values())
     with pytest.raises(qat_tricks.QatTricksError, match="needs quantize"):
-        qat_tricks.quantize(small_net(), [images()], overrides=[added, "~recipe.stages.ptq.tricks.quantize"])
+        qat_tricks.quantize(
+            small_net(), [images()], overrides=[added, "~recipe.stages.ptq.tricks.quantize"]
+        )

@@ -18,12 +18,17 @@ from qat_tricks.graph import trace
 from qat_tricks.tricks import calibrate, quantize
 
 
-@pytest.mark.parametrize("kind", [networks.Residual, networks.Concatenated, networks.SqueezeExcite, networks.Tokens])
+@pytest.mark.parametrize(
+    "kind", [networks.Residual, networks.Concatenated, networks.SqueezeExcite, networks.Tokens]
+)
 def test_what_is_foreseen_is_what_is_measured(kind, tmp_path):
     foreseen = forecast(networks.seeded(kind), networks.images(1))
     export_onnx(networks.quantized(kind), tmp_path / "model.onnx", networks.images(2))
     measured = integer_coverage(tmp_path / "model.onnx", (3, 32, 32))
-    assert (foreseen.integer_macs, foreseen.total_macs) == (measured.integer_macs, measured.total_macs)
+    assert (foreseen.integer_macs, foreseen.total_macs) == (
+        measured.integer_macs,
+        measured.total_macs,
+    )
 
 
 class Mixed(nn.Module):
@@ -55,16 +60,27 @@ def test_every_operation_in_float_is_named_with_its_reason():
     assert macs["left"] == 32 * 32 * 8 * 8
     assert macs["up"] == 32 * 32 * 8 * 8 * 4
     stem, fc = 32 * 32 * 8 * 27, 8 * 5
-    assert (seen.integer_macs, seen.total_macs) == (stem + fc, stem + fc + macs["left"] + macs["up"])
+    assert (seen.integer_macs, seen.total_macs) == (
+        stem + fc,
+        stem + fc + macs["left"] + macs["up"],
+    )
 
 
 class Opaque(nn.Module):
-    """Products with weights within modules that are kept whole, outside of any layer, and one of two activations."""
+    """Products with weights within modules that are kept whole, outside of any layer, and one of
+    two activations.
+    """
 
     def __init__(self):
         super().__init__()
-        self.stem, self.windows = nn.Conv2d(3, 8, 4, stride=4), ShiftedWindowAttention(8, [4, 4], [2, 2], 2)
-        self.attention, self.matrix = nn.MultiheadAttention(8, 2, batch_first=True), nn.Parameter(torch.randn(8, 6))
+        self.stem, self.windows = (
+            nn.Conv2d(3, 8, 4, stride=4),
+            ShiftedWindowAttention(8, [4, 4], [2, 2], 2),
+        )
+        self.attention, self.matrix = (
+            nn.MultiheadAttention(8, 2, batch_first=True),
+            nn.Parameter(torch.randn(8, 6)),
+        )
         self.fc = nn.Linear(6, 5)
 
     def forward(self, x):
@@ -87,7 +103,10 @@ def test_products_within_what_is_not_traced_are_foreseen_too(tmp_path):
     quantized = calibrate(quantize(trace(net, ["windows"])), [networks.images()])
     export_onnx(quantized, tmp_path / "model.onnx", networks.images(2))
     measured = integer_coverage(tmp_path / "model.onnx", (3, 32, 32))
-    assert (foreseen.integer_macs, foreseen.total_macs) == (measured.integer_macs, measured.total_macs)
+    assert (foreseen.integer_macs, foreseen.total_macs) == (
+        measured.integer_macs,
+        measured.total_macs,
+    )
 
 
 def test_the_network_stays_and_bad_patterns_are_refused():

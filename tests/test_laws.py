@@ -8,9 +8,18 @@ PACKAGE = Path(__file__).parents[1] / "qat_tricks"
 
 
 def test_numerics_graph_and_deploy_import_neither_lightning_nor_hydra_nor_wandb():
-    files = [path for folder in ("numerics", "graph", "deploy") for path in sorted((PACKAGE / folder).glob("*.py"))]
-    modules = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__") for path in files]
-    assert {"qat_tricks.deploy.export", "qat_tricks.graph.fold", "qat_tricks.numerics"} <= set(modules)
+    files = [
+        path
+        for folder in ("numerics", "graph", "deploy")
+        for path in sorted((PACKAGE / folder).glob("*.py"))
+    ]
+    modules = [
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+        for path in files
+    ]
+    assert {"qat_tricks.deploy.export", "qat_tricks.graph.fold", "qat_tricks.numerics"} <= set(
+        modules
+    )
     code = f"""
 import sys
 import qat_tricks, {", ".join(modules)}

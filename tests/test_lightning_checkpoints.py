@@ -1,4 +1,6 @@
-"""Checkpoints stand alone, float ones begin a quantized run, and Lightning's own callbacks work beside ours."""
+"""Checkpoints stand alone, float ones begin a quantized run, and Lightning's own callbacks work
+beside ours.
+"""
 
 import logging
 
@@ -21,7 +23,9 @@ from qat_tricks.graph import activation_quantizers, layers, spec_of
 from qat_tricks.lightning import save_checkpoint
 from qat_tricks.tricks.prune import sparsity_of
 
-needs_averaging = pytest.mark.skipif(not hasattr(pl.callbacks, "EMAWeightAveraging"), reason="came with Lightning 2.6")
+needs_averaging = pytest.mark.skipif(
+    not hasattr(pl.callbacks, "EMAWeightAveraging"), reason="came with Lightning 2.6"
+)
 
 
 def mean():
@@ -38,7 +42,11 @@ def swa():
 
 def fit(callbacks=(), recipe="int8_prune50", lit=None, **settings):
     lit = lit or Lit().train()
-    settings = {"max_epochs": 3, "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks), **settings}
+    settings = {
+        "max_epochs": 3,
+        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        **settings,
+    }
     run = trainer([*qat_tricks.recipe(recipe), *callbacks], **settings)
     run.fit(lit, ResumableLoader(), loader(32, seed=4))
     return run, lit
@@ -47,13 +55,17 @@ def fit(callbacks=(), recipe="int8_prune50", lit=None, **settings):
 def agrees_with_itself(lit, path):
     """Whether a checkpoint's network, rebuilt without the recipe, is that of ``lit``."""
     loaded = qat_tricks.load_from_checkpoint(Lit, path)
-    return differences(loaded.state_dict(), lit.state_dict()) == [] and torch.equal(loaded(images(4)), lit.eval()(images(4)))
+    return differences(loaded.state_dict(), lit.state_dict()) == [] and torch.equal(
+        loaded(images(4)), lit.eval()(images(4))
+    )
 
 
 @pytest.mark.feature("checkpoint alone: load_from_checkpoint and test(ckpt_path), weights_only")
 @pytest.mark.parametrize("weights_only", [False, True], ids=["whole", "save_weights_only"])
 def test_a_checkpoint_of_modelcheckpoint_stands_alone(tmp_path, weights_only):
-    best = ModelCheckpoint(tmp_path, monitor="val_acc", mode="max", save_top_k=2, save_weights_only=weights_only)
+    best = ModelCheckpoint(
+        tmp_path, monitor="val_acc", mode="max", save_top_k=2, save_weights_only=weights_only
+    )
     run, lit = fit([best])
     assert len(best.best_k_models) == 2
     torch.load(best.best_model_path, weights_only=True)
@@ -93,7 +105,9 @@ def test_the_modules_own_checkpoint_hooks_are_kept(tmp_path):
     run.save_checkpoint(tmp_path / "own.ckpt", weights_only=True)
     assert torch.load(tmp_path / "own.ckpt", weights_only=True)["own"] == 3
     fresh = Own(seed=1)
-    trainer(qat_tricks.recipe("int8_prune50")).validate(fresh, loader(), ckpt_path=tmp_path / "own.ckpt", verbose=False)
+    trainer(qat_tricks.recipe("int8_prune50")).validate(
+        fresh, loader(), ckpt_path=tmp_path / "own.ckpt", verbose=False
+    )
     assert fresh.own == 3
 
 
@@ -129,31 +143,43 @@ def test_a_float_checkpoint_of_another_network_is_refused(tmp_path):
     other = Lit()
     other.backbone.head = torch.nn.Linear(16, 7)
     save_checkpoint(other, tmp_path / "other.ckpt")
-    with pytest.raises(QatTricksError, match=r"other\.ckpt does not fit Lit: .*size mismatch for backbone\.head"):
-        trainer(qat_tricks.recipe("int8_ptq")).test(Lit(), Data(), ckpt_path=tmp_path / "other.ckpt", verbose=False)
+    with pytest.raises(
+        QatTricksError, match=r"other\.ckpt does not fit Lit: .*size mismatch for backbone\.head"
+    ):
+        trainer(qat_tricks.recipe("int8_ptq")).test(
+            Lit(), Data(), ckpt_path=tmp_path / "other.ckpt", verbose=False
+        )
     _, quantized = fit(recipe="int8_qat", max_epochs=1)
     save_checkpoint(Lit(), tmp_path / "float.ckpt")
     with pytest.raises(QatTricksError, match="this module is quantized already"):
-        trainer(qat_tricks.recipe("int8_ptq")).test(quantized, Data(), ckpt_path=tmp_path / "float.ckpt", verbose=False)
+        trainer(qat_tricks.recipe("int8_ptq")).test(
+            quantized, Data(), ckpt_path=tmp_path / "float.ckpt", verbose=False
+        )
 
 
 @pytest.mark.feature("EarlyStopping")
 def test_early_stopping_ends_the_fit_and_the_pruning_says_so():
     with pytest.warns(UserWarning, match="before the pruning schedule did"):
-        run, lit = fit([EarlyStopping("val_acc", mode="min", patience=1, min_delta=2.0)], max_epochs=20)
+        run, lit = fit(
+            [EarlyStopping("val_acc", mode="min", patience=1, min_delta=2.0)], max_epochs=20
+        )
     assert 1 < run.current_epoch < 10
     assert spec_of(lit.backbone)["history"][-1] == "distill"
 
 
 def grids_are_exact(lit):
-    """Whether weights are on integer grids, masks are masks and zero points integers of their scheme."""
+    """Whether weights are on integer grids, masks are masks and zero points integers of their
+    scheme.
+    """
     for layer in layers(lit.backbone).values():
         scale = layer.weight_scale(layer.masked_weight())
         steps = layer.effective_weight() / scale
         assert torch.allclose(steps, steps.round(), atol=1e-3)
         assert steps.abs().max() <= layer.weight_quantizer.scheme.qmax + 1e-3
         assert layer.weight_mask is None or set(layer.weight_mask.unique().tolist()) <= {0.0, 1.0}
-    return all(int(q.zero_point) == q._zero_point for q in activation_quantizers(lit.backbone).values())
+    return all(
+        int(q.zero_point) == q._zero_point for q in activation_quantizers(lit.backbone).values()
+    )
 
 
 @pytest.mark.feature("StochasticWeightAveraging")
@@ -168,7 +194,10 @@ def test_stochastic_weight_averaging_keeps_masks_and_grids():
 @pytest.mark.feature("StochasticWeightAveraging: scales keep their share of the learning rate")
 @pytest.mark.parametrize("rates", [0.02, [0.02]])
 def test_stochastic_weight_averaging_steps_scales_in_proportion(rates):
-    run, _ = fit([StochasticWeightAveraging(swa_lrs=rates, swa_epoch_start=1)], lit=Lit(optimizer="adam").train())
+    run, _ = fit(
+        [StochasticWeightAveraging(swa_lrs=rates, swa_epoch_start=1)],
+        lit=Lit(optimizer="adam").train(),
+    )
     weights, scales = run.optimizers[0].param_groups
     assert (weights["swa_lr"], scales["swa_lr"]) == (0.02, pytest.approx(0.0002))
 
@@ -201,7 +230,9 @@ def test_weight_averaging_resumes_exactly(tmp_path):
     def run(seed, path=None):
         pl.seed_everything(1, verbose=False)
         lit = Lit(seed=seed).train()
-        keep = ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, every_n_train_steps=1, filename="{step}")
+        keep = ModelCheckpoint(
+            dirpath=tmp_path, save_top_k=-1, every_n_train_steps=1, filename="{step}"
+        )
         callbacks = [*qat_tricks.recipe("int8_prune50"), ema(), *([] if path else [keep])]
         fit = trainer(callbacks, max_epochs=3, enable_checkpointing=not path)
         fit.fit(lit, ResumableLoader(), loader(32, seed=4), ckpt_path=path)
@@ -244,10 +275,16 @@ def test_the_learning_rate_finder_finds_and_leaves_no_trace(tmp_path):
             state.append({key: value.clone() for key, value in pl_module.state_dict().items()})
 
     state = []
-    finder = LearningRateFinder(num_training_steps=20, early_stop_threshold=None, min_lr=1e-5, max_lr=1e-2)
+    finder = LearningRateFinder(
+        num_training_steps=20, early_stop_threshold=None, min_lr=1e-5, max_lr=1e-2
+    )
     for extra in ([], [finder]):
         lit = Tuned().train()
-        run = trainer([*qat_tricks.recipe("int8_prune50"), *extra, See()], max_epochs=1, default_root_dir=tmp_path)
+        run = trainer(
+            [*qat_tricks.recipe("int8_prune50"), *extra, See()],
+            max_epochs=1,
+            default_root_dir=tmp_path,
+        )
         run.fit(lit)
     assert differences(*state) == []
     assert lit.lr == finder.optimal_lr.suggestion() != 1e-3
@@ -259,7 +296,9 @@ def test_the_learning_rate_finder_finds_and_leaves_no_trace(tmp_path):
 def test_the_batch_size_finder_changes_the_batch_size_alone(tmp_path):
     lit = Tuned().train()
     finder = BatchSizeFinder(steps_per_trial=1, init_val=4, max_trials=2)
-    run = trainer([*qat_tricks.recipe("int8_prune50"), finder], max_epochs=1, default_root_dir=tmp_path)
+    run = trainer(
+        [*qat_tricks.recipe("int8_prune50"), finder], max_epochs=1, default_root_dir=tmp_path
+    )
     run.fit(lit)
     assert lit.batch_size > 4
     assert lit.batch_size in lit.seen
@@ -272,7 +311,9 @@ def test_accumulated_batches_are_one_large_batch():
         lit = Lit().train()
         lit.backbone.dropout.p = 0.0
         recipe = qat_tricks.recipe("w4a8_qat", ["stages.ptq.tricks.calibrate.num_images=64"])
-        run = trainer(recipe, max_epochs=1, accumulate_grad_batches=accumulate, gradient_clip_val=0.1)
+        run = trainer(
+            recipe, max_epochs=1, accumulate_grad_batches=accumulate, gradient_clip_val=0.1
+        )
         run.fit(lit, torch.utils.data.DataLoader(loader().dataset, batch_size=batch_size))
         return lit.state_dict()
 

@@ -1,4 +1,6 @@
-"""Evaluation is free of side effects: sanity check, validate, test and predict leave every tensor and statistic alone."""
+"""Evaluation is free of side effects: sanity check, validate, test and predict leave every tensor
+and statistic alone.
+"""
 
 import copy
 
@@ -14,7 +16,11 @@ from qat_tricks.recipes import load_recipe
 from qat_tricks.stages import calibration_images
 from qat_tricks.workbench import Workbench
 
-UNFOLDED = ["~stages.ptq.tricks.fold_batchnorm", "~stages.ptq.tricks.equalize", "~stages.ptq.tricks.correct_bias"]
+UNFOLDED = [
+    "~stages.ptq.tricks.fold_batchnorm",
+    "~stages.ptq.tricks.equalize",
+    "~stages.ptq.tricks.correct_bias",
+]
 
 
 def fitted(recipe, overrides):
@@ -26,7 +32,9 @@ def fitted(recipe, overrides):
 
 def everything(lit):
     """All tensors, the mode of each module, and what quantizers keep beside their tensors."""
-    kept = [(q._zero_point, q.enabled, q.observer) for q in activation_quantizers(lit.backbone).values()]
+    kept = [
+        (q._zero_point, q.enabled, q.observer) for q in activation_quantizers(lit.backbone).values()
+    ]
     modes = {name: module.training for name, module in lit.named_modules()}
     return copy.deepcopy([dict(lit.state_dict()), kept, modes, lit.backbone.meta["qat_tricks"]])
 
@@ -44,11 +52,16 @@ def test_evaluation_changes_nothing_and_training_goes_on(recipe, overrides, infe
     for method in ("validate", "test", "predict"):
         for callbacks in (qat_tricks.recipe(recipe, overrides), []):
             run = trainer(callbacks, inference_mode=inference_mode)
-            data = DataLoader(dataset(32).tensors[0], batch_size=16) if method == "predict" else loader(32, seed=4)
+            data = (
+                DataLoader(dataset(32).tensors[0], batch_size=16)
+                if method == "predict"
+                else loader(32, seed=4)
+            )
             getattr(run, method)(lit, data, **({} if method == "predict" else {"verbose": False}))
             assert differences(before, everything(lit)) == []
     assert not any(tensor.is_inference() for tensor in lit.state_dict().values())
-    trainer(max_epochs=1).fit(lit, ResumableLoader())  # raises if an inference tensor is saved for a backward
+    # raises if an inference tensor is saved for a backward
+    trainer(max_epochs=1).fit(lit, ResumableLoader())
     assert differences(before[0], dict(lit.state_dict())) != []
 
 
@@ -59,7 +72,9 @@ def test_a_network_quantized_for_a_test_can_be_trained():
     run.test(lit, Data(), verbose=False)
     before = everything(lit)
     trainer(qat_tricks.recipe("int8_qat"), max_epochs=1).fit(lit.train(), datamodule=Data())
-    moved = [name for name in differences(before[0], dict(lit.state_dict())) if name.endswith("scale")]
+    moved = [
+        name for name in differences(before[0], dict(lit.state_dict())) if name.endswith("scale")
+    ]
     assert len(moved) > 3
 
 
@@ -69,7 +84,8 @@ def test_validation_during_training_changes_no_result():
         lit = Lit().train()
         torch.manual_seed(0)
         run = trainer(qat_tricks.recipe("int8_prune50"), max_epochs=2, **settings)
-        own = torch.Generator()  # a loader draws a seed for its workers, from dropout's generator if it has none
+        # a loader draws a seed for its workers, from dropout's generator if it has none
+        own = torch.Generator()
         run.fit(lit, ResumableLoader(), DataLoader(dataset(32), batch_size=16, generator=own))
         return lit.state_dict()
 

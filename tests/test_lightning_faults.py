@@ -1,4 +1,6 @@
-"""What goes wrong in long runs: the one before is used, the fault is told, and what was reached is kept."""
+"""What goes wrong in long runs: the one before is used, the fault is told, and what was reached is
+kept.
+"""
 
 import errno
 import os
@@ -24,12 +26,32 @@ from qat_tricks.lightning import save_checkpoint
 from qat_tricks.tricks import LearnScales
 
 
-def run(folder, ckpt_path=None, *, extra=(), recipe="int8_qat", overrides=(), lit=None, train=None, **checkpoints):
+def run(
+    folder,
+    ckpt_path=None,
+    *,
+    extra=(),
+    recipe="int8_qat",
+    overrides=(),
+    lit=None,
+    train=None,
+    **checkpoints,
+):
     lit = lit or Lit().train()
     pl.seed_everything(2, verbose=False)
-    settings = {"save_top_k": -1, "every_n_train_steps": 1, "filename": "{step}", "save_last": True, **checkpoints}
+    settings = {
+        "save_top_k": -1,
+        "every_n_train_steps": 1,
+        "filename": "{step}",
+        "save_last": True,
+        **checkpoints,
+    }
     keep = ModelCheckpoint(dirpath=folder, **settings)
-    fit = trainer([*qat_tricks.recipe(recipe, overrides), *extra, keep], max_epochs=2, enable_checkpointing=True)
+    fit = trainer(
+        [*qat_tricks.recipe(recipe, overrides), *extra, keep],
+        max_epochs=2,
+        enable_checkpointing=True,
+    )
     fit.fit(lit, train or ResumableLoader(), ckpt_path=ckpt_path)
     return lit
 
@@ -39,7 +61,10 @@ def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(tmp_path):
     expected = run(tmp_path).state_dict()
     for newest in ("step=8.ckpt", "last.ckpt"):
         (tmp_path / newest).write_bytes((tmp_path / newest).read_bytes()[:3000])
-    with pytest.warns(UserWarning, match=r"last\.ckpt cannot be read .* the previous one is used, .*step=7\.ckpt, of step 7"):
+    with pytest.warns(
+        UserWarning,
+        match=r"last\.ckpt cannot be read .* the previous one is used, .*step=7\.ckpt, of step 7",
+    ):
         found = run(tmp_path, "last", lit=Lit(seed=5).train()).state_dict()
     assert differences(expected, found) == []
 
@@ -57,13 +82,17 @@ def small_disk(tmp_path):
     """A file system with room for some three checkpoints, and what makes it larger."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True
+    ).returncode:
         pytest.skip("mounting a file system takes the rights of root")
     yield disk, lambda: subprocess.run(["mount", "-o", "remount,size=16m", disk], check=True)
     subprocess.run(["umount", disk], check=True)
 
 
-@pytest.mark.feature("disk full while saving: a small tmpfs fills, and the run resumes from what was whole")
+@pytest.mark.feature(
+    "disk full while saving: a small tmpfs fills, and the run resumes from what was whole"
+)
 def test_a_full_file_system_leaves_a_checkpoint_that_resumes(tmp_path, small_disk):
     expected = run(tmp_path / "whole").state_dict()
     disk, enlarge = small_disk
@@ -142,9 +171,16 @@ class Mortal(torch.utils.data.Dataset):
 
 def die(folder):
     """Ends in the error of a worker that died, out of a signal that pytest would meet too."""
-    calibrate = [f"stages.ptq.tricks.{trick}.num_images=8" for trick in ("equalize", "calibrate", "correct_bias")]
+    calibrate = [
+        f"stages.ptq.tricks.{trick}.num_images=8"
+        for trick in ("equalize", "calibrate", "correct_bias")
+    ]
     torch.set_num_threads(1)
-    run(folder, train=torch.utils.data.DataLoader(Mortal(60), batch_size=8, num_workers=1), overrides=calibrate)
+    run(
+        folder,
+        train=torch.utils.data.DataLoader(Mortal(60), batch_size=8, num_workers=1),
+        overrides=calibrate,
+    )
 
 
 @pytest.mark.feature("a data loader's worker dies: the run ends, and resumes from last")
@@ -152,11 +188,21 @@ def test_a_run_whose_worker_died_resumes_exactly(tmp_path):
     code = f"import test_lightning_faults as t; t.die({str(tmp_path / 'died')!r})"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1  # what torch says depends on what it notices first: the signal, the silence or a closed socket
+    done = subprocess.run(
+        command,
+        cwd=Path(__file__).parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    # what torch says depends on what it notices first: the signal, the silence or a closed socket
+    assert done.returncode == 1
     kept = torch.load(tmp_path / "died" / "last.ckpt", weights_only=True)["global_step"]
     assert 1 <= kept < 8
-    found = run(tmp_path / "died", "last", train=torch.utils.data.DataLoader(dataset(), batch_size=8))
+    found = run(
+        tmp_path / "died", "last", train=torch.utils.data.DataLoader(dataset(), batch_size=8)
+    )
     assert torch.isfinite(found.eval()(images(4))).all()
 
 
@@ -176,7 +222,10 @@ class Diverge(pl.Callback):
 def test_a_loss_that_is_no_number_names_what_went_first(tmp_path, what):
     lit = Lit().train()
     name = "scale of activation_quantizers.relu" if "scale" in what else "weight of head"
-    with pytest.raises(QatTricksError, match=f"loss is nan in step 3: the {name} is no finite number.*learning rate"):
+    with pytest.raises(
+        QatTricksError,
+        match=f"loss is nan in step 3: the {name} is no finite number.*learning rate",
+    ):
         run(tmp_path, extra=[Diverge(f"backbone.{what}")], lit=lit)
     resumed = run(tmp_path, tmp_path / "step=2.ckpt")
     assert torch.isfinite(resumed.eval()(images(4))).all()
@@ -186,15 +235,21 @@ def test_a_loss_that_is_no_number_names_what_went_first(tmp_path, what):
 def test_a_loss_that_is_no_number_without_a_cause_in_the_network(tmp_path):
     class Broken(Lit):
         def training_step(self, batch, index):
-            return super().training_step(batch, index) * (float("inf") if self.trainer.global_step == 2 else 1)
+            return super().training_step(batch, index) * (
+                float("inf") if self.trainer.global_step == 2 else 1
+            )
 
-    with pytest.raises(QatTricksError, match="loss is inf in step 2: all weights and scales are finite"):
+    with pytest.raises(
+        QatTricksError, match="loss is inf in step 2: all weights and scales are finite"
+    ):
         run(tmp_path, lit=Broken().train())
 
 
 @pytest.fixture
 def ctrl_c():
-    """Ctrl-C raises, also where a shell started the tests in the background and ignores it; Lightning ignores a second one."""
+    """Ctrl-C raises, also where a shell started the tests in the background and ignores it;
+    Lightning ignores a second one.
+    """
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, handler)
@@ -213,7 +268,9 @@ def test_an_interrupted_fit_resumes_exactly_from_last(tmp_path, ctrl_c):
     with pytest.raises(SystemExit):
         run(tmp_path / "stopped", recipe="int8_prune50", extra=[Interrupt()], lit=lit)
     assert "training_step" not in lit.__dict__
-    found = run(tmp_path / "stopped", "last", recipe="int8_prune50", lit=Lit(seed=5).train()).state_dict()
+    found = run(
+        tmp_path / "stopped", "last", recipe="int8_prune50", lit=Lit(seed=5).train()
+    ).state_dict()
     assert differences(expected, found) == []
 
 
@@ -221,7 +278,9 @@ def test_an_interrupted_fit_resumes_exactly_from_last(tmp_path, ctrl_c):
 def test_calibration_refuses_pixels_that_are_no_numbers():
     class Bad(Data):
         def train_dataloader(self):
-            return torch.utils.data.DataLoader([(torch.full((1, 8, 8), float("nan")), 0)] * 4, batch_size=2)
+            return torch.utils.data.DataLoader(
+                [(torch.full((1, 8, 8), float("nan")), 0)] * 4, batch_size=2
+            )
 
     with pytest.raises(QatTricksError, match="NaN or infinite pixels"):
         trainer(qat_tricks.recipe("int8_ptq")).test(Lit(), Bad(), verbose=False)

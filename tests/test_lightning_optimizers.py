@@ -1,4 +1,6 @@
-"""Whatever ``configure_optimizers`` makes: scales without weight decay at their own rate, each parameter exactly once."""
+"""Whatever ``configure_optimizers`` makes: scales without weight decay at their own rate, each
+parameter exactly once.
+"""
 
 import pytest
 import pytorch_lightning as pl
@@ -20,7 +22,10 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import layers
 from qat_tricks.tricks.prune import sparsity_of
 
-WITHOUT_DISTILL = {"int8_prune50": ["~stages.prune_qat.tricks.distill"], "w4a4_qat": ["~stages.qat.tricks.distill"]}
+WITHOUT_DISTILL = {
+    "int8_prune50": ["~stages.prune_qat.tricks.distill"],
+    "w4a4_qat": ["~stages.qat.tricks.distill"],
+}
 
 
 class Any(Lit):
@@ -51,7 +56,9 @@ def check(run, lit, factor):
     assert set(held) <= {id(p) for p in lit.parameters()}
     scales = {key for key, name in trained.items() if name.endswith("scale")}
     of_scales = [group for group in groups if {id(p) for p in group["params"]} & scales]
-    assert {id(p) for group in of_scales for p in group["params"]} <= {id(p) for n, p in lit.named_parameters() if "scale" in n}
+    assert {id(p) for group in of_scales for p in group["params"]} <= {
+        id(p) for n, p in lit.named_parameters() if "scale" in n
+    }
     assert all(group["weight_decay"] == 0 for group in of_scales)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
@@ -66,11 +73,19 @@ def check(run, lit, factor):
 def by_name(lit):
     decay = [p for name, p in lit.named_parameters() if name.endswith("weight")]
     rest = [p for name, p in lit.named_parameters() if not name.endswith("weight")]
-    return AdamW([{"params": decay, "weight_decay": 0.1, "name": "decay"}, {"params": rest, "weight_decay": 0.0, "name": "rest"}])
+    return AdamW(
+        [
+            {"params": decay, "weight_decay": 0.1, "name": "decay"},
+            {"params": rest, "weight_decay": 0.0, "name": "rest"},
+        ]
+    )
 
 
 def weights_only(lit):
-    return AdamW([p for name, p in lit.named_parameters() if name.endswith(("weight", "bias"))], weight_decay=0.1)
+    return AdamW(
+        [p for name, p in lit.named_parameters() if name.endswith(("weight", "bias"))],
+        weight_decay=0.1,
+    )
 
 
 OPTIMIZERS = {
@@ -94,7 +109,9 @@ def test_each_parameter_is_trained_once_and_scales_undecayed(name):
     check(fit(lit), lit, factor)
 
 
-@pytest.mark.feature("a parameter that folding replaced is left in no optimizer, its successor trains")
+@pytest.mark.feature(
+    "a parameter that folding replaced is left in no optimizer, its successor trains"
+)
 def test_a_bias_made_by_folding_is_trained_in_the_group_of_its_weight():
     lit = Any(lambda lit: [SGD(lit.kept, lr=0.01)])
     before = dict(Lit().backbone.named_parameters())
@@ -102,7 +119,9 @@ def test_a_bias_made_by_folding_is_trained_in_the_group_of_its_weight():
     assert "stem.1.bias" in before
     assert "stem.0.bias" not in before
     fresh = Any(lit.make)
-    trainer(qat_tricks.recipe("w4a4_qat", WITHOUT_DISTILL["w4a4_qat"])).validate(fresh, Data(), verbose=False)
+    trainer(qat_tricks.recipe("w4a4_qat", WITHOUT_DISTILL["w4a4_qat"])).validate(
+        fresh, Data(), verbose=False
+    )
     name = "backbone.stem.0.bias"
     assert not torch.equal(fresh.get_parameter(name), lit.get_parameter(name))
 
@@ -111,7 +130,9 @@ SCHEDULES = {
     "one cycle": lambda o: OneCycleLR(o, max_lr=0.02, total_steps=5),
     "cyclic": lambda o: CyclicLR(o, base_lr=0.001, max_lr=0.02, step_size_up=2),
     "cosine": lambda o: CosineAnnealingLR(o, T_max=10),
-    "sequential": lambda o: SequentialLR(o, [LinearLR(o, 0.5), ExponentialLR(o, 0.9)], milestones=[2]),
+    "sequential": lambda o: SequentialLR(
+        o, [LinearLR(o, 0.5), ExponentialLR(o, 0.9)], milestones=[2]
+    ),
     "plateau": lambda o: ReduceLROnPlateau(o, patience=0, threshold=10.0),
 }
 
@@ -129,7 +150,12 @@ def test_schedules_move_both_groups_alike(name, kind, factor):
     def make(lit):
         extra = {"momentum": 0.9} if kind is SGD else {}
         optimizer = kind(lit.parameters(), lr=0.01, weight_decay=0.1, **extra)
-        schedule = {"scheduler": SCHEDULES[name](optimizer), "interval": "step", "monitor": "val_acc", "strict": False}
+        schedule = {
+            "scheduler": SCHEDULES[name](optimizer),
+            "interval": "step",
+            "monitor": "val_acc",
+            "strict": False,
+        }
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     lit = Any(make)
@@ -168,14 +194,27 @@ class Manual(Lit):
 @pytest.mark.feature("manual optimization, several optimizers with schedules")
 def test_manual_optimization_trains_weights_and_scales():
     untrained = Manual()
-    trainer(qat_tricks.recipe("w4a4_qat", WITHOUT_DISTILL["w4a4_qat"])).validate(untrained, Data(), verbose=False)
+    trainer(qat_tricks.recipe("w4a4_qat", WITHOUT_DISTILL["w4a4_qat"])).validate(
+        untrained, Data(), verbose=False
+    )
     lit = Manual()
     run = fit(lit)
-    held = [id(p) for optimizer in run.optimizers for group in optimizer.param_groups for p in group["params"]]
+    held = [
+        id(p)
+        for optimizer in run.optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ]
     assert len(held) == len(set(held))
     assert {id(p) for p in lit.parameters() if p.requires_grad} <= set(held)
-    scales = [name for name, p in lit.named_parameters() if name.endswith("scale") and p.requires_grad]
-    moved = [name for name in scales if not torch.equal(lit.get_parameter(name), untrained.get_parameter(name))]
+    scales = [
+        name for name, p in lit.named_parameters() if name.endswith("scale") and p.requires_grad
+    ]
+    moved = [
+        name
+        for name in scales
+        if not torch.equal(lit.get_parameter(name), untrained.get_parameter(name))
+    ]
     assert len(moved) >= len(scales) - 1
     assert len(run.optimizers[1].param_groups) == 2
     assert run.optimizers[1].param_groups[1]["weight_decay"] == 0

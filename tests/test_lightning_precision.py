@@ -38,7 +38,8 @@ def test_mixed_precision_keeps_scales_and_grids(recipe):
         assert torch.allclose(mixed.get_parameter(name), scale, rtol=0.05), name
     x = images(32)
     expected = logits(mixed, x, enabled=False)
-    assert torch.equal(logits(mixed, x, dtype=torch.bfloat16), expected)  # to the last bit, wherever it is evaluated
+    # to the last bit, wherever it is evaluated
+    assert torch.equal(logits(mixed, x, dtype=torch.bfloat16), expected)
     (in_trainer,) = run.validate(mixed, loader(32, seed=4), verbose=False)
     (alone,) = trainer().validate(mixed, loader(32, seed=4), verbose=False)
     assert in_trainer == alone
@@ -67,7 +68,8 @@ def test_the_quantized_network_compiles_without_a_graph_break(recipe, mode):
     torch._dynamo.reset()
     with torch.set_grad_enabled("without" not in mode):
         expected = network(images(4))
-        compiled = torch.compile(network, backend="eager", fullgraph=True)(images(4))  # raises at a graph break
+        # raises at a graph break
+        compiled = torch.compile(network, backend="eager", fullgraph=True)(images(4))
         assert torch.allclose(compiled, expected, atol=1e-6)
 
 
@@ -81,7 +83,9 @@ def test_the_compiled_network_has_the_same_gradients(recipe):
     def gradients(compute):
         network.zero_grad()
         compute(images(4)).square().sum().backward()
-        return {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+        return {
+            name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None
+        }
 
     expected, found = gradients(network), gradients(torch.compile(network, backend="eager"))
     assert expected.keys() == found.keys()
@@ -97,7 +101,9 @@ def test_a_compiled_module_trains_as_the_eager_one():
     lit = Lit().train()
     lit.backbone.dropout.p = 0.0
     pl.seed_everything(0, verbose=False)
-    trainer(qat_tricks.recipe("int8_prune50"), max_epochs=1).fit(torch.compile(lit, backend="eager"), datamodule=Data())
+    trainer(qat_tricks.recipe("int8_prune50"), max_epochs=1).fit(
+        torch.compile(lit, backend="eager"), datamodule=Data()
+    )
     assert differences(eager.state_dict(), lit.state_dict()) == []
 
 
@@ -119,11 +125,19 @@ class ChannelsLast(Lit):
 def test_channels_last_changes_no_result(recipe):
     _, plain = fit(recipe)
     _, last = fit(recipe, ChannelsLast().to(memory_format=torch.channels_last).train())
-    convs = [layer for layer in layers(last.backbone).values() if layer.weight.dim() == 4 and layer.weight.shape[1] > 1]
+    convs = [
+        layer
+        for layer in layers(last.backbone).values()
+        if layer.weight.dim() == 4 and layer.weight.shape[1] > 1
+    ]
     assert all(layer.weight.is_contiguous(memory_format=torch.channels_last) for layer in convs)
     for name, value in plain.state_dict().items():
-        assert torch.allclose(value.float(), last.state_dict()[name].float(), rtol=1e-3, atol=1e-3), name
+        assert torch.allclose(
+            value.float(), last.state_dict()[name].float(), rtol=1e-3, atol=1e-3
+        ), name
     x = images(16)
     expected = logits(plain, x, enabled=False)
     plain.to(memory_format=torch.channels_last)
-    assert torch.equal(logits(plain, x.contiguous(memory_format=torch.channels_last), enabled=False), expected)
+    assert torch.equal(
+        logits(plain, x.contiguous(memory_format=torch.channels_last), enabled=False), expected
+    )

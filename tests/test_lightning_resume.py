@@ -19,21 +19,37 @@ EPOCHS, STEPS = 3, 12
 
 
 def run(folder, ckpt_path=None, *, seed=0, train=None, extra=(), **settings):
-    """Fits ``int8_prune50`` with dropout, keeping a checkpoint a step, and returns the checkpoint of its end."""
+    """Fits ``int8_prune50`` with dropout, keeping a checkpoint a step, and returns the checkpoint
+    of its end.
+    """
     pl.seed_everything(11, verbose=False)
     lit = Lit(seed=seed).train()
     callbacks = qat_tricks.recipe("int8_prune50", ["stages.prune_qat.tricks.prune.updates=7"])
-    keep = ModelCheckpoint(dirpath=folder, save_top_k=-1, every_n_train_steps=1, filename="{step}", save_last=True)
-    fit = trainer([*callbacks, *extra, keep], max_epochs=EPOCHS, enable_checkpointing=True, **settings)
-    fit.fit(lit, train if train is not None else ResumableLoader(), loader(32, seed=4), ckpt_path=ckpt_path)
+    keep = ModelCheckpoint(
+        dirpath=folder, save_top_k=-1, every_n_train_steps=1, filename="{step}", save_last=True
+    )
+    fit = trainer(
+        [*callbacks, *extra, keep], max_epochs=EPOCHS, enable_checkpointing=True, **settings
+    )
+    fit.fit(
+        lit,
+        train if train is not None else ResumableLoader(),
+        loader(32, seed=4),
+        ckpt_path=ckpt_path,
+    )
     fit.save_checkpoint(folder / "end.ckpt")
     return torch.load(folder / "end.ckpt", weights_only=True)
 
 
 def end_of(checkpoint):
     """What must be the same: weights, scales, masks, spec, optimizer, schedules and generators."""
-    callbacks = [state for name, state in checkpoint["callbacks"].items() if "ModelCheckpoint" not in name]
-    return {key: checkpoint[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "qat_tricks")} | {"": callbacks}
+    callbacks = [
+        state for name, state in checkpoint["callbacks"].items() if "ModelCheckpoint" not in name
+    ]
+    return {
+        key: checkpoint[key]
+        for key in ("state_dict", "optimizer_states", "lr_schedulers", "qat_tricks")
+    } | {"": callbacks}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +72,8 @@ def never_calibrated_again(monkeypatch):
 @pytest.mark.parametrize("step", range(1, STEPS))
 def test_resume_at_any_step_is_exact(whole, tmp_path, step):
     folder, expected = whole
-    resumed = run(tmp_path, folder / f"step={step}.ckpt", seed=5)  # other weights, which the checkpoint replaces
+    # other weights, which the checkpoint replaces
+    resumed = run(tmp_path, folder / f"step={step}.ckpt", seed=5)
     assert differences(end_of(expected), end_of(resumed)) == []
 
 
@@ -96,7 +113,13 @@ class Kill(pl.Callback):
 def test_a_killed_run_resumes_exactly_from_last(whole, tmp_path):
     code = f"import test_lightning_resume as t; t.torch.set_num_threads(1); t.run(t.Path({str(tmp_path)!r}), extra=[t.Kill()])"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    killed = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, timeout=120, check=False)
+    killed = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent,
+        env=environment,
+        timeout=120,
+        check=False,
+    )
     assert killed.returncode == -signal.SIGKILL
     resumed = run(tmp_path, "last", seed=5)
     assert differences(end_of(whole[1]), end_of(resumed)) == []

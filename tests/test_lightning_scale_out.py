@@ -25,8 +25,18 @@ TESTS = Path(__file__).parent
 
 def two_processes(folder, recipe, steps, *flags):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(TESTS / "ddp_fit.py"), str(folder), recipe, "2", str(steps), *flags]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    command = [
+        sys.executable,
+        str(TESTS / "ddp_fit.py"),
+        str(folder),
+        recipe,
+        "2",
+        str(steps),
+        *flags,
+    ]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=180, check=False
+    )
 
 
 @pytest.mark.feature("DDP: both ranks end alike, and as one process with the same global batch")
@@ -41,7 +51,8 @@ def test_two_processes_end_as_one(tmp_path):
     assert first["spec"] == single["spec"]
     assert differences(first["start"], single["start"]) == []
     for name, end in single["state"].items():
-        way = (end.float() - single["start"][name].float()).norm()  # what training has moved, scales among it
+        # what training has moved, scales among it
+        way = (end.float() - single["start"][name].float()).norm()
         assert (first["state"][name].float() - end.float()).norm() <= 1e-3 * way, name
 
 
@@ -72,7 +83,11 @@ def test_synchronized_batchnorms_fold_and_convert():
     traced = trace(synchronized)
     assert len(fold_batchnorm(traced)) == 4
     assert torch.allclose(traced(x), expected, atol=1e-5)
-    overrides = ["~stages.ptq.tricks.fold_batchnorm", "~stages.ptq.tricks.equalize", "~stages.ptq.tricks.correct_bias"]
+    overrides = [
+        "~stages.ptq.tricks.fold_batchnorm",
+        "~stages.ptq.tricks.equalize",
+        "~stages.ptq.tricks.correct_bias",
+    ]
     lit = Lit()
     trainer(qat_tricks.recipe("int8_qat", overrides)).test(lit, Data(), verbose=False)
     assert len(fold_batchnorm(copy.deepcopy(lit.backbone))) == 4
@@ -90,6 +105,7 @@ def test_synchronized_batchnorms_fold_and_convert():
 @pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
 def test_sharding_is_refused(strategy):
     run = trainer(qat_tricks.recipe("int8_qat"))
-    run._accelerator_connector.strategy = strategy()  # on CPU Lightning itself refuses them as arguments
+    # on CPU Lightning itself refuses them as arguments
+    run._accelerator_connector.strategy = strategy()
     with pytest.raises(QatTricksError, match=f"{strategy.__name__} shards parameters.*ddp"):
         run.callbacks[0].setup(run, Lit(), "fit")

@@ -59,7 +59,10 @@ def test_an_offline_run_holds_metrics_config_table_and_artifact(tmp_path, capfd)
     assert metrics["train/loss"] == 0.5
     assert metrics["stage/onnx/accuracy"] == written["stages"][-1]["accuracy"]
     assert metrics["report/size_bytes/int8"] == written["size_bytes"]["int8"]
-    assert wandb_file.summary(run)["report/latency_ms/int8/p50"] == written["latency_ms"]["int8"]["p50"]
+    assert (
+        wandb_file.summary(run)["report/latency_ms/int8/p50"]
+        == written["latency_ms"]["int8"]["p50"]
+    )
     kept = wandb_file.config(run)
     assert kept["recipe"]["name"] == "int8_ptq"
     assert kept["data"]["name"] == "digits"
@@ -75,7 +78,11 @@ def test_an_offline_run_holds_metrics_config_table_and_artifact(tmp_path, capfd)
 
     artifacts = [record.artifact for record in run if record.HasField("artifact")]
     (model,) = [artifact for artifact in artifacts if artifact.type == "model"]
-    assert {entry.path for entry in model.manifest.contents} == {"report.json", "report.md", "model.onnx"}
+    assert {entry.path for entry in model.manifest.contents} == {
+        "report.json",
+        "report.md",
+        "model.onnx",
+    }
 
     printed = capfd.readouterr()
     assert printed.out + printed.err == ""
@@ -105,7 +112,9 @@ def test_without_a_login_wandb_is_offline_and_never_asks(tmp_path, modes, monkey
 
 @pytest.mark.usefixtures("nobody")
 @pytest.mark.parametrize("way", ["key", "netrc"])
-def test_with_a_login_wandb_is_online_and_offline_where_that_fails(tmp_path, modes, monkeypatch, way):
+def test_with_a_login_wandb_is_online_and_offline_where_that_fails(
+    tmp_path, modes, monkeypatch, way
+):
     if way == "key":
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     else:

@@ -54,7 +54,9 @@ def test_torchvision_networks_take_other_channels_and_classes(name):
     net = build_model(name, num_classes=7, in_channels=1)
     assert net.eval()(torch.randn(1, 1, 64, 64)).shape == (1, 7)
     reference = (
-        torchvision.models.get_model(name, weights=None, init_weights=False) if name == "googlenet" else None
+        torchvision.models.get_model(name, weights=None, init_weights=False)
+        if name == "googlenet"
+        else None
     )
     first = next(m for m in net.modules() if isinstance(m, nn.Conv2d))
     assert first.in_channels == 1
@@ -71,7 +73,9 @@ def test_adapted_first_conv_keeps_its_other_settings():
     assert ours.bias is None
 
 
-@pytest.mark.parametrize(("given", "near"), [("resnet21", '"resnet20"'), ("mobilnet_v2", '"mobilenet_v2"')])
+@pytest.mark.parametrize(
+    ("given", "near"), [("resnet21", '"resnet20"'), ("mobilnet_v2", '"mobilenet_v2"')]
+)
 def test_unknown_names_are_told_the_nearest(given, near):
     with pytest.raises(QatTricksError, match=near):
         build_model(given, num_classes=10)
@@ -91,7 +95,8 @@ def test_weights_load_from_every_form_of_file(tmp_path, wrap):
         "bare": state,
         "lightning": {"state_dict": {f"net.{k}": v for k, v in state.items()}, "epoch": 3},
         "with-loss": {
-            "state_dict": {f"model.{k}": v for k, v in state.items()} | {"loss.weight": torch.ones(10)}
+            "state_dict": {f"model.{k}": v for k, v in state.items()}
+            | {"loss.weight": torch.ones(10)}
         },
         "without-counters": {k: v for k, v in state.items() if "num_batches" not in k},
     }[wrap]
@@ -111,7 +116,9 @@ def test_weights_of_another_network_name_the_keys(tmp_path):
     with pytest.raises(QatTricksError, match=r"unexpected \(layer1\.3\.conv1\.weight"):
         build_model("resnet20", num_classes=10, weights=path)
     path = save(tmp_path, build_model("resnet20", num_classes=10, in_channels=1).state_dict())
-    with pytest.raises(QatTricksError, match=r"conv1\.weight \[16, 1, 3, 3\] instead of \[16, 3, 3, 3\]"):
+    with pytest.raises(
+        QatTricksError, match=r"conv1\.weight \[16, 1, 3, 3\] instead of \[16, 3, 3, 3\]"
+    ):
         build_model("resnet20", num_classes=10, weights=path)
 
 
@@ -125,7 +132,9 @@ def test_a_checkpoint_with_two_such_networks_is_refused(tmp_path):
 @pytest.mark.parametrize("fault", ["missing", "truncated", "text", "no-state-dict", "whole-module"])
 def test_unusable_files_are_one_line_that_names_them(tmp_path, fault):
     net = build_model("resnet20", num_classes=10)
-    path = Path(save(tmp_path, {"whole-module": net, "no-state-dict": [1, 2]}.get(fault, net.state_dict())))
+    path = Path(
+        save(tmp_path, {"whole-module": net, "no-state-dict": [1, 2]}.get(fault, net.state_dict()))
+    )
     if fault == "missing":
         path.unlink()
     elif fault == "truncated":
@@ -155,7 +164,9 @@ def test_failed_download_is_one_line(monkeypatch):
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", offline)
-    with pytest.raises(QatTricksError, match=r"cannot download the weights of squeezenet1_1.*no route"):
+    with pytest.raises(
+        QatTricksError, match=r"cannot download the weights of squeezenet1_1.*no route"
+    ):
         build_model("squeezenet1_1", num_classes=1000, weights="DEFAULT")
 
 
@@ -229,10 +240,14 @@ def keys_of_build_model() -> set[str]:
 
 def compose_model(choice: str):
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return OmegaConf.to_container(compose(overrides=[f"+model={choice}"]), resolve=True)["model"]
+        return OmegaConf.to_container(compose(overrides=[f"+model={choice}"]), resolve=True)[
+            "model"
+        ]
 
 
-@pytest.mark.parametrize("choice", ["resnet20", "resnet56", "custom", "mobilenet_v2", "timm/resnet18"])
+@pytest.mark.parametrize(
+    "choice", ["resnet20", "resnet56", "custom", "mobilenet_v2", "timm/resnet18"]
+)
 def test_every_network_has_its_config(config_store, choice):
     register_models()
     if choice.startswith("timm/"):

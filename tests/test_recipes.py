@@ -52,7 +52,11 @@ def test_each_recipe_composes_begins_with_its_command_and_has_a_stage_a_step(nam
 def test_overrides_reach_a_trick_and_add_one():
     loaded = load_recipe(
         "int8_qat",
-        ["stages.ptq.tricks.calibrate.estimator=kl", "network=net", "+trick@recipe.stages.qat.tricks=prune"],
+        [
+            "stages.ptq.tricks.calibrate.estimator=kl",
+            "network=net",
+            "+trick@recipe.stages.qat.tricks=prune",
+        ],
     )
     ptq, qat = loaded.stages
     assert next(trick for trick in ptq.tricks if trick.name == "calibrate").estimator == "kl"
@@ -65,7 +69,8 @@ def test_overrides_reach_a_trick_and_add_one():
 def test_a_recipe_loads_inside_a_running_hydra_application():
     with initialize_config_dir(str(config_dir()), version_base="1.3", job_name="mine"):
         assert load_recipe("int8_ptq").name == "int8_ptq"
-        assert compose("train", overrides=["recipe=int8_qat"]).recipe.name == "int8_qat"  # it is still there
+        # it is still there
+        assert compose("train", overrides=["recipe=int8_qat"]).recipe.name == "int8_qat"
 
 
 def test_unknown_names_are_told_with_the_nearest():
@@ -97,7 +102,9 @@ def test_all_that_is_wrong_is_told_at_once():
 
 @pytest.mark.parametrize("bits", [1, 9])
 def test_bits_outside_2_to_8_are_refused(bits):
-    assert "from 2 to 8" in refusal("int8_ptq", f"stages.ptq.tricks.quantize.activation_bits={bits}")
+    assert "from 2 to 8" in refusal(
+        "int8_ptq", f"stages.ptq.tricks.quantize.activation_bits={bits}"
+    )
 
 
 @pytest.mark.parametrize("sparsity", ["1.0", "-0.1", "1.5"])
@@ -109,23 +116,42 @@ def test_sparsity_outside_0_to_1_is_refused(sparsity):
 
 def test_an_order_that_cannot_work_is_refused_with_one_that_can():
     tricks = {"calibrate": None, "fold_batchnorm": None, "quantize": None}
-    with pytest.raises(QatTricksError, match="an order that works: fold_batchnorm, quantize, calibrate"):
+    with pytest.raises(
+        QatTricksError, match="an order that works: fold_batchnorm, quantize, calibrate"
+    ):
         check_recipe({"name": "mine", "stages": {"ptq": {"tricks": tricks}}})
-    assert "calibrate needs quantize before it" in refusal("int8_ptq", "~stages.ptq.tricks.quantize")
+    assert "calibrate needs quantize before it" in refusal(
+        "int8_ptq", "~stages.ptq.tricks.quantize"
+    )
 
 
 @pytest.mark.parametrize(
     ("mine", "told"),
     [
         ({"stage": {}}, 'recipe mine has no setting "stage": did you mean "stages"'),
-        ({"stages": {"ptq": {"epoch": 1}}}, 'stage ptq has no setting "epoch": did you mean "epochs"'),
+        (
+            {"stages": {"ptq": {"epoch": 1}}},
+            'stage ptq has no setting "epoch": did you mean "epochs"',
+        ),
         ({"stages": {"ptq": {"trick": {}}}}, 'did you mean "tricks"'),
         ({"stages": {"ptq": 3}}, "stage ptq=3 is not allowed"),
-        ({"stages": {"ptq": {"tricks": {"calibrate": {"images": 3}}}}}, 'calibrate has no setting "images"'),
-        ({"stages": {"ptq": {"tricks": {"calibrate": {"num_images": "x"}}}}}, "give a whole number"),
-        ({"stages": {"ptq": {"tricks": {"mine": {"_target_": "os.system"}}}}}, "os.system is no trick"),
+        (
+            {"stages": {"ptq": {"tricks": {"calibrate": {"images": 3}}}}},
+            'calibrate has no setting "images"',
+        ),
+        (
+            {"stages": {"ptq": {"tricks": {"calibrate": {"num_images": "x"}}}}},
+            "give a whole number",
+        ),
+        (
+            {"stages": {"ptq": {"tricks": {"mine": {"_target_": "os.system"}}}}},
+            "os.system is no trick",
+        ),
         ({"stages": {"ptq": {"tricks": {"mine": {"_target_": "no.such"}}}}}, "cannot be imported"),
-        ({"stages": {"ptq": {"epochs": 1, "lr": ".inf"}}}, "lr='.inf' is not allowed: give a number or null"),
+        (
+            {"stages": {"ptq": {"epochs": 1, "lr": ".inf"}}},
+            "lr='.inf' is not allowed: give a number or null",
+        ),
         ({"network": 3}, "recipe.network=3 is not allowed"),
         ({"name": "${nope}"}, "Interpolation key 'nope' not found"),
     ],

@@ -25,10 +25,25 @@ from qat_tricks.evidence.evaluation import load_artifact
 from qat_tricks.evidence.metrics import evaluate_classifier
 from qat_tricks.evidence.runtimes import parity, predictor
 from qat_tricks.forecast import forecast
-from qat_tricks.graph import activation_quantizers, float_mode, layers, note_integers, rebuild, spec_of, trace
+from qat_tricks.graph import (
+    activation_quantizers,
+    float_mode,
+    layers,
+    note_integers,
+    rebuild,
+    spec_of,
+    trace,
+)
 from qat_tricks.inputs import inputs_of
 from qat_tricks.ranks import _first
-from qat_tricks.tricks import Calibrate, calibrate, fold_batchnorm, quantize, reestimate_batchnorm, tune_ranges
+from qat_tricks.tricks import (
+    Calibrate,
+    calibrate,
+    fold_batchnorm,
+    quantize,
+    reestimate_batchnorm,
+    tune_ranges,
+)
 
 NAMES = {
     TwoImages: ["crop", "whole"],
@@ -46,7 +61,9 @@ def deployed(tmp_path_factory):
     def deploy(kind):
         net, path = network(kind), tmp_path_factory.mktemp(kind.__name__) / "model.onnx"
         quantized = qat_tricks.quantize(net, [inputs(kind, 64)])
-        report = qat_tricks.export_onnx(quantized, path, inputs(kind, 2), images=[inputs(kind, 128, 7)])
+        report = qat_tricks.export_onnx(
+            quantized, path, inputs(kind, 2), images=[inputs(kind, 128, 7)]
+        )
         return net, quantized, path, report
 
     return {kind: deploy(kind) for kind in KINDS}
@@ -57,7 +74,10 @@ def test_quantized_in_integers_close_to_float_and_run_as_simulated(kind, deploye
     net, quantized, path, report = deployed[kind]
     assert (report.top1_agreement, report.images) == (1.0, 128)
     assert report.sqnr_db > 80
-    assert {row.name.removesuffix("_1") for row in report.layers} >= set(NAMES[kind]) - {"ids", "mask"}
+    assert {row.name.removesuffix("_1") for row in report.layers} >= set(NAMES[kind]) - {
+        "ids",
+        "mask",
+    }
     expected = net(*inputs(kind, 64)).detach()
     error = (quantized(*inputs(kind, 64)) - expected).square().mean() / expected.square().mean()
     assert error < 0.001  # 30 dB
@@ -76,8 +96,13 @@ def test_the_file_has_an_input_for_each_argument_with_any_number_of_images(kind,
     for count in (1, 5):
         logits = run_batch(session, *(values.numpy() for values in inputs(kind, count, 9)))
         with torch.no_grad():
-            np.testing.assert_allclose(logits, quantized(*inputs(kind, count, 9)).numpy(), atol=1e-5)
-    with pytest.raises(QatTricksError, match=rf"1 inputs given, the ONNX network takes {len(NAMES[kind])} \({NAMES[kind][0]}, "):
+            np.testing.assert_allclose(
+                logits, quantized(*inputs(kind, count, 9)).numpy(), atol=1e-5
+            )
+    with pytest.raises(
+        QatTricksError,
+        match=rf"1 inputs given, the ONNX network takes {len(NAMES[kind])} \({NAMES[kind][0]}, ",
+    ):
         run_batch(session, inputs(kind, 1)[0].numpy())
 
 
@@ -94,7 +119,9 @@ def test_inputs_and_layers_inputs_by_keyword(tmp_path):
     net, batch = ByKeyword().eval(), inputs(Siamese, 64)
     quantized = qat_tricks.quantize(net, [{"second": batch[1], "first": batch[0]}])
     expected = net(batch[0], second=batch[1]).detach()
-    assert (quantized(batch[0], second=batch[1]) - expected).square().mean() < 0.001 * expected.square().mean()
+    assert (
+        quantized(batch[0], second=batch[1]) - expected
+    ).square().mean() < 0.001 * expected.square().mean()
     assert qat_tricks.export_onnx(quantized, tmp_path / "m.onnx", batch).sqnr_db > 80
 
 
@@ -102,7 +129,11 @@ def test_what_is_no_float_has_no_quantizer_and_keeps_its_type(deployed):
     _, quantized, path, _ = deployed[Tokens]
     assert "image" in spec_of(quantized)["activations"]
     assert not {"ids", "mask", "unsqueeze"} & set(spec_of(quantized)["activations"])
-    assert [spec.dtype for spec in input_specs(open_session(path))] == [np.int64, np.int64, np.float32]
+    assert [spec.dtype for spec in input_specs(open_session(path))] == [
+        np.int64,
+        np.int64,
+        np.float32,
+    ]
     # Without having seen them, place_quantizers takes a mask for a float: its file is refused.
     unseen = calibrate(quantize(trace(network(Tokens))), [inputs(Tokens, 16)])
     with pytest.raises(QatTricksError, match=r'"activation_quantizers.mask" is given torch.int64'):
@@ -160,7 +191,9 @@ def test_ranges_are_tuned_where_gradients_do_not_reach_the_inputs(kind):
 
     first = error()
     tune_ranges(traced, batches)
-    assert before != {name: quantizer.range for name, quantizer in activation_quantizers(traced).items()}
+    assert before != {
+        name: quantizer.range for name, quantizer in activation_quantizers(traced).items()
+    }
     assert error() < first
 
 
@@ -168,13 +201,18 @@ def test_batchnorm_is_reestimated_on_all_inputs():
     traced, batch = trace(network(TwoImages)), inputs(TwoImages, 64, 5)
     reestimate_batchnorm(traced, [batch])
     norm = traced.get_submodule("right.1")
-    torch.testing.assert_close(norm.running_mean, traced.get_submodule("right.0")(batch[1]).mean([0, 2, 3]))
+    torch.testing.assert_close(
+        norm.running_mean, traced.get_submodule("right.0")(batch[1]).mean([0, 2, 3])
+    )
 
 
 def test_a_default_stays_as_it_is_and_the_float_network_is_exported_too(tmp_path):
     net = network(Gated)
     assert qat_tricks.export_onnx(net, tmp_path / "fp32.onnx", inputs(Gated, 3)).sqnr_db > 80
-    assert [value.name for value in onnx.load(tmp_path / "fp32.onnx").graph.input] == ["image", "metadata"]
+    assert [value.name for value in onnx.load(tmp_path / "fp32.onnx").graph.input] == [
+        "image",
+        "metadata",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -197,13 +235,19 @@ def test_a_batch_begins_with_the_inputs(batch):
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        (lambda a, b: a, r"takes 2 inputs \(crop, whole\), and a batch holds 1: yield \(inputs, labels\)"),
+        (
+            lambda a, b: a,
+            r"takes 2 inputs \(crop, whole\), and a batch holds 1: yield \(inputs, labels\)",
+        ),
         (lambda a, b: (a,), "a batch holds 1"),
         (lambda a, b: ((a,), torch.arange(4)), "a batch holds 1"),
         (lambda a, b: ((a, b, b), torch.arange(4)), "a batch holds 3"),
         (lambda a, b: {"crop": a}, "a batch holds 1"),
         (lambda a, b: (a, "b"), "a batch holds 1"),
-        (lambda a, b: (a, b[:3]), r"shapes \(4, 3, 16, 16\), \(3, 1, 8, 8\): give each of them one entry an image"),
+        (
+            lambda a, b: (a, b[:3]),
+            r"shapes \(4, 3, 16, 16\), \(3, 1, 8, 8\): give each of them one entry an image",
+        ),
         (lambda a, b: (a, torch.tensor(1.0)), "one entry an image"),
         (lambda a, b: (a, b * float("nan")), "NaN"),
     ],
@@ -217,7 +261,11 @@ def test_a_batch_without_the_inputs_is_one_line(batch, message):
 def test_an_example_that_does_not_fit_is_one_line(deployed, tmp_path):
     _, quantized, _, _ = deployed[TwoImages]
     crop, whole = inputs(TwoImages, 2)
-    bad = ((crop, "a batch holds 1"), ((crop, whole[:1]), "one entry"), ((crop[:0], whole[:0]), "at least one"))
+    bad = (
+        (crop, "a batch holds 1"),
+        ((crop, whole[:1]), "one entry"),
+        ((crop[:0], whole[:0]), "at least one"),
+    )
     for example, message in bad:
         with pytest.raises(QatTricksError, match=message):
             qat_tricks.export_onnx(quantized, tmp_path / "m.onnx", example)
@@ -228,7 +276,9 @@ def test_an_example_that_does_not_fit_is_one_line(deployed, tmp_path):
             return super().forward(x + logits)
 
     with pytest.raises(QatTricksError, match='an input called "logits"'):
-        qat_tricks.export_onnx(Logits(3, 2), tmp_path / "m.onnx", (torch.ones(2, 3), torch.ones(2, 3)))
+        qat_tricks.export_onnx(
+            Logits(3, 2), tmp_path / "m.onnx", (torch.ones(2, 3), torch.ones(2, 3))
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -241,11 +291,16 @@ def test_costs_and_metrics_are_measured_with_a_shape_an_input(kind, deployed):
     assert costs["memory_mib"]["int8"] > 15
     given = random_batch(input_specs(open_session(path)), SHAPES[kind], 3)
     assert [values.shape for values in given] == [(3, *shape) for shape in SHAPES[kind]]
-    batches, predict = [(inputs(kind, 32, 3), torch.arange(32) % 4)], predictor(path, 1, "onnxruntime")
+    batches, predict = (
+        [(inputs(kind, 32, 3), torch.arange(32) % 4)],
+        predictor(path, 1, "onnxruntime"),
+    )
     simulated, real = (evaluate_classifier(each, batches, 4) for each in (quantized, predict))
     assert torch.equal(simulated.predictions, real.predictions)
     assert parity(predict, quantized, batches, against="simulated")["sqnr_db"] > 80
-    with pytest.raises(QatTricksError, match=f"1 inputs given, the ONNX network takes {len(NAMES[kind])}"):
+    with pytest.raises(
+        QatTricksError, match=f"1 inputs given, the ONNX network takes {len(NAMES[kind])}"
+    ):
         measure_latency({"m": path}, image_shape=SHAPES[kind][0], threads=1)
 
 
@@ -264,11 +319,15 @@ def test_openvino_takes_them_too(deployed):
 
 def test_evaluate_and_train_refuse_them_in_one_line(deployed):
     _, _, path, _ = deployed[TwoImages]
-    with pytest.raises(QatTricksError, match=r"model.onnx takes 2 inputs \(crop, whole\), and the data sets"):
+    with pytest.raises(
+        QatTricksError, match=r"model.onnx takes 2 inputs \(crop, whole\), and the data sets"
+    ):
         load_artifact(path)
     from qat_tricks.models import build_model
 
-    with pytest.raises(QatTricksError, match=r"network of 2 inputs \(crop, whole\), and the data sets"):
+    with pytest.raises(
+        QatTricksError, match=r"network of 2 inputs \(crop, whole\), and the data sets"
+    ):
         build_model("custom", factory="several.TwoImages", num_classes=4)
 
 
@@ -285,7 +344,9 @@ def fit(folder, recipe="int8_prune50", ckpt_path=None, module=None, batches=None
 @pytest.mark.parametrize(("module", "flat"), [(Lit, False), (FlatLit, True)])
 def test_a_trainer_calibrates_on_what_the_network_sees(module, flat):
     lit = module(gain=0.5).train()
-    trainer(qat_tricks.recipe("int8_qat"), max_epochs=1, limit_train_batches=1).fit(lit, loader(flat))
+    trainer(qat_tricks.recipe("int8_qat"), max_epochs=1, limit_train_batches=1).fit(
+        lit, loader(flat)
+    )
     seen = activation_quantizers(lit.backbone)
     crop, whole = several.Nested().inputs
     for name, values in (("crop", crop * 0.5), ("whole", whole)):
@@ -296,14 +357,21 @@ def test_a_trainer_calibrates_on_what_the_network_sees(module, flat):
 def test_training_learns_distils_prunes_and_the_checkpoint_loads(tmp_path):
     lit, nested = fit(tmp_path, epochs=6).eval(), several.Nested()
     with torch.no_grad():
-        before, after = (F.cross_entropy(each(nested.inputs), nested.labels) for each in (Lit(), lit))
+        before, after = (
+            F.cross_entropy(each(nested.inputs), nested.labels) for each in (Lit(), lit)
+        )
     assert after < 0.9 * before
     assert "distill" in spec_of(lit.backbone)["applied"]
-    zeros = torch.cat([layer.effective_weight().flatten() for layer in layers(lit.backbone).values()]) == 0
+    zeros = (
+        torch.cat([layer.effective_weight().flatten() for layer in layers(lit.backbone).values()])
+        == 0
+    )
     assert zeros.float().mean() >= 0.5
     loaded = qat_tricks.load_from_checkpoint(Lit, tmp_path / "end.ckpt", seed=5)
     assert differences(loaded.state_dict(), lit.state_dict()) == []
-    report = qat_tricks.export_onnx(loaded.backbone, tmp_path / "m.onnx", nested.inputs, images=loader())
+    report = qat_tricks.export_onnx(
+        loaded.backbone, tmp_path / "m.onnx", nested.inputs, images=loader()
+    )
     assert (report.top1_agreement, report.images) == (1.0, 64)
     assert report.sqnr_db > 80
 

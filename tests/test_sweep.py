@@ -135,7 +135,10 @@ def test_no_job_starts_if_one_of_them_cannot_work(tmp_path, jobs, capsys, argume
     ("arguments", "expected"),
     [
         (["recipe=glob(int8_p*,exclude=*50*)"], [["recipe=int8_prune30"], ["recipe=int8_ptq"]]),
-        (["seed=range(0,2)", "recipe=fp32"], [["seed=0", "recipe=fp32"], ["seed=1", "recipe=fp32"]]),
+        (
+            ["seed=range(0,2)", "recipe=fp32"],
+            [["seed=0", "recipe=fp32"], ["seed=1", "recipe=fp32"]],
+        ),
         (["stage.epochs=choice(1)"], [["stage.epochs=1"]]),
     ],
 )
@@ -143,7 +146,9 @@ def test_globs_ranges_and_choices_become_jobs(arguments, expected):
     assert Composer("train").jobs(arguments) == expected
 
 
-def test_a_job_done_anew_forgets_its_old_error_and_a_setting_may_be_of_the_swept_recipe_alone(tmp_path, jobs):
+def test_a_job_done_anew_forgets_its_old_error_and_a_setting_may_be_of_the_swept_recipe_alone(
+    tmp_path, jobs
+):
     (tmp_path / "sweep" / "0_w4a4_qat").mkdir(parents=True)
     (tmp_path / "sweep" / "0_w4a4_qat" / "error.json").write_text('{"error": "old"}')
     assert sweep("recipe=w4a4_qat", "recipe.stages.qat.epochs=choice(1)", "logger=none") == 0

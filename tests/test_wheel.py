@@ -23,7 +23,17 @@ def installed(tmp_path_factory):
     """A folder with the package, built and installed offline."""
     folder = tmp_path_factory.mktemp("installed")
     offline = ["--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
-    command = [sys.executable, "-m", "pip", "install", "-q", *offline, "--target", str(folder), str(ROOT)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        *offline,
+        "--target",
+        str(folder),
+        str(ROOT),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return folder
@@ -33,7 +43,11 @@ def test_a_wheel_carries_all_files_that_are_no_code(installed):
     expected = {Path("evidence", "report.md.j2"), Path("py.typed")}
     expected |= {path.relative_to(ROOT) for path in (ROOT / "conf").rglob("*.yaml")}
     package = installed / "qat_tricks"
-    assert expected == {path.relative_to(package) for path in package.rglob("*.*") if path.suffix not in (".py", ".pyc")}
+    assert expected == {
+        path.relative_to(package)
+        for path in package.rglob("*.*")
+        if path.suffix not in (".py", ".pyc")
+    }
 
 
 def test_an_installed_package_finds_its_recipes(installed, tmp_path):
@@ -41,5 +55,7 @@ def test_an_installed_package_finds_its_recipes(installed, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     paths, tricks = done.stdout.splitlines()
-    assert paths == f"{installed / 'qat_tricks' / '__init__.py'} {installed / 'qat_tricks' / 'conf'}"
+    assert (
+        paths == f"{installed / 'qat_tricks' / '__init__.py'} {installed / 'qat_tricks' / 'conf'}"
+    )
     assert int(tricks) > 3

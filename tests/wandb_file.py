@@ -46,12 +46,16 @@ def _read(data: bytes) -> list[Record]:
 
 def history(run: list[Record]) -> dict[str, Any]:
     """The last value of each metric."""
-    return _items(item for record in run if record.HasField("history") for item in record.history.item)
+    return _items(
+        item for record in run if record.HasField("history") for item in record.history.item
+    )
 
 
 def summary(run: list[Record]) -> dict[str, Any]:
     """The run's summary."""
-    return _items(item for record in run if record.HasField("summary") for item in record.summary.update)
+    return _items(
+        item for record in run if record.HasField("summary") for item in record.summary.update
+    )
 
 
 def config(run: list[Record]) -> dict[str, Any]:

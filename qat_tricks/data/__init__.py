@@ -26,8 +26,8 @@ def data_names() -> list[str]:
 
 
 def data_builder(name: str) -> Callable[..., ImageData]:
-    """The function that builds ``name``; its keywords are the data set's options. Raises ``QatTricksError``
-    if unknown.
+    """The function that builds ``name``; its keywords are the data set's options. Raises
+    ``QatTricksError`` if unknown.
     """
     if name not in _BUILDERS:
         raise QatTricksError(f'unknown data "{name}": {did_you_mean(name, _BUILDERS)}')

@@ -1,4 +1,6 @@
-"""CIFAR-10, decoded once into memory: torchvision's own files, or the same images as folders of files."""
+"""CIFAR-10, decoded once into memory: torchvision's own files, or the same images as folders of
+files.
+"""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,12 +37,12 @@ def cifar10(
     num_workers: int = 0,
     seed: int = 0,
 ) -> ImageData:
-    """CIFAR-10 under ``root``, which holds ``cifar-10-batches-py``, or ``train/`` and ``test/`` with class
-    folders.
+    """CIFAR-10 under ``root``, which holds ``cifar-10-batches-py``, or ``train/`` and ``test/``
+    with class folders.
 
     ``val_fraction`` of the train images (5,000 of 50,000), the same in each class, are held out for
-    validation. ``download`` fetches torchvision's files into ``root`` where they are missing. Raises
-    ``QatTricksError`` where ``root`` is neither.
+    validation. ``download`` fetches torchvision's files into ``root`` where they are missing.
+    Raises ``QatTricksError`` where ``root`` is neither.
     """
     folder = existing_root(root, "cifar10", may_be_made=download)
     if folder.name == CIFAR10.base_folder:
@@ -56,7 +58,9 @@ def cifar10(
     )
 
 
-def _load(folder: Path, val_fraction: float, shift: int, flip: bool, preprocessing: Preprocessing) -> Splits:
+def _load(
+    folder: Path, val_fraction: float, shift: int, flip: bool, preprocessing: Preprocessing
+) -> Splits:
     read = _read_batches if (folder / CIFAR10.base_folder).is_dir() else _read_folders
     class_names, train, train_labels = read(folder, "train")
     test_names, test, test_labels = read(folder, "test")
@@ -81,7 +85,8 @@ def _download(folder: Path) -> None:
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise QatTricksError(
-            f"cannot download CIFAR-10 into {folder} ({reason}): check the network, or put its files there"
+            f"cannot download CIFAR-10 into {folder} ({reason}): check the network, or put its "
+            "files there"
         ) from error
 
 
@@ -91,7 +96,8 @@ def _read_batches(folder: Path, split: str) -> tuple[list[str], Tensor, Tensor]:
         source = CIFAR10(folder, train=split == "train")
     except (OSError, RuntimeError) as error:
         raise QatTricksError(
-            f"{folder / CIFAR10.base_folder} is incomplete or damaged: delete it and set data.download=true"
+            f"{folder / CIFAR10.base_folder} is incomplete or damaged: delete it and set "
+            "data.download=true"
         ) from error
     images = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
     return list(source.classes), images, torch.tensor(source.targets)
@@ -101,8 +107,8 @@ def _read_folders(folder: Path, split: str) -> tuple[list[str], Tensor, Tensor]:
     """The same from class folders of image files of 32x32 pixels."""
     if not (folder / split).is_dir():
         raise QatTricksError(
-            f"{folder} holds neither {CIFAR10.base_folder}/ nor train/ and test/ with class folders: "
-            "point data.root at a folder that does, or set data.download=true"
+            f"{folder} holds neither {CIFAR10.base_folder}/ nor train/ and test/ with class "
+            "folders: point data.root at a folder that does, or set data.download=true"
         )
     class_names, paths, labels = scan(folder / split)
     images = np.empty((len(paths), SIDE, SIDE, 3), dtype=np.uint8)
@@ -118,5 +124,7 @@ def _read_folders(folder: Path, split: str) -> tuple[list[str], Tensor, Tensor]:
 def _decode(path: str) -> np.ndarray:
     image = read_image(path, channels=3)
     if image.size != (SIDE, SIDE):
-        raise QatTricksError(f"{path} is {image.width}x{image.height} pixels, CIFAR-10 has {SIDE}x{SIDE}")
+        raise QatTricksError(
+            f"{path} is {image.width}x{image.height} pixels, CIFAR-10 has {SIDE}x{SIDE}"
+        )
     return np.asarray(image)

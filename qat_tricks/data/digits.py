@@ -15,16 +15,27 @@ SPLIT_SEED = 0
 
 
 def digits(
-    *, image_size: int = 16, shift: int = 1, batch_size: int = 64, num_workers: int = 0, seed: int = 0
+    *,
+    image_size: int = 16,
+    shift: int = 1,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    seed: int = 0,
 ) -> ImageData:
-    """Images of ``image_size`` pixels a side, 1 channel, 10 classes; train images are moved by up to
-    ``shift`` pixels.
+    """Images of ``image_size`` pixels a side, 1 channel, 10 classes; train images are moved by up
+    to ``shift`` pixels.
     """
     size = pair("image_size", image_size)
     assert size is not None
-    preprocessing = Preprocessing(image_size=size, channels=1, resize=size, mean=(0.3,), std=(0.35,))
+    preprocessing = Preprocessing(
+        image_size=size, channels=1, resize=size, mean=(0.3,), std=(0.35,)
+    )
     return ImageData(
-        partial(_load, shift), preprocessing=preprocessing, batch_size=batch_size, num_workers=num_workers, seed=seed
+        partial(_load, shift),
+        preprocessing=preprocessing,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        seed=seed,
     )
 
 

@@ -25,8 +25,8 @@ def fake(
     num_workers: int = 0,
     seed: int = 0,
 ) -> ImageData:
-    """Classes in turn, each image its class's pattern plus Gaussian ``noise`` (a fraction of the pixel
-    range).
+    """Classes in turn, each image its class's pattern plus Gaussian ``noise`` (a fraction of the
+    pixel range).
 
     ``seed`` decides the patterns, the noise and the order of the batches.
     """
@@ -43,7 +43,9 @@ def fake(
         image_size=size, channels=channels, mean=(0.5,) * channels, std=(0.25,) * channels
     )
     load = partial(_load, (channels, *size), num_classes, counts, noise, seed)
-    return ImageData(load, preprocessing=preprocessing, batch_size=batch_size, num_workers=num_workers, seed=seed)
+    return ImageData(
+        load, preprocessing=preprocessing, batch_size=batch_size, num_workers=num_workers, seed=seed
+    )
 
 
 def _load(

@@ -40,20 +40,22 @@ def imagefolder(
     num_workers: int = 0,
     seed: int = 0,
 ) -> ImageData:
-    """Your own images: ``root/CLASS/*.jpg``, or ``root/train/CLASS/*.jpg`` beside ``root/val`` and, if any,
-    ``root/test``.
+    """Your own images: ``root/CLASS/*.jpg``, or ``root/train/CLASS/*.jpg`` beside ``root/val`` and,
+    if any, ``root/test``.
 
     A single folder of classes is split by ``split_seed``, stratified, by ``val_fraction`` and
-    ``test_fraction``. Beside ``train``, a missing ``val`` is taken from it by ``val_fraction``, and a missing
-    ``test`` is ``val``. Classes are the sorted names of the (train) folders. Train images are random crops of
-    at least ``min_area`` of the image, and mirrored if ``flip``. Raises ``QatTricksError`` for a missing
-    root, folders without images or unknown classes.
+    ``test_fraction``. Beside ``train``, a missing ``val`` is taken from it by ``val_fraction``, and
+    a missing ``test`` is ``val``. Classes are the sorted names of the (train) folders. Train images
+    are random crops of at least ``min_area`` of the image, and mirrored if ``flip``. Raises
+    ``QatTricksError`` for a missing root, folders without images or unknown classes.
     """
     folder = existing_root(root, "imagefolder")
     preprocessing = _preprocessing(channels, resize, crop, interpolation, mean, std, scale)
     files = partial(_user_files, folder, val_fraction, test_fraction, split_seed)
     load = partial(_load, files, min_area, flip)
-    return ImageData(load, preprocessing=preprocessing, batch_size=batch_size, num_workers=num_workers, seed=seed)
+    return ImageData(
+        load, preprocessing=preprocessing, batch_size=batch_size, num_workers=num_workers, seed=seed
+    )
 
 
 def imagenet(
@@ -74,45 +76,51 @@ def imagenet(
     num_workers: int = 0,
     seed: int = 0,
 ) -> ImageData:
-    """ImageNet, or a part of it: ``root/train`` and ``root/val``, one folder a class, named by its WordNet
-    id.
+    """ImageNet, or a part of it: ``root/train`` and ``root/val``, one folder a class, named by its
+    WordNet id.
 
     A class's index is the place of its folder among the sorted ones of ``train``, which must be
-    ``num_classes``; ``val`` may hold fewer classes, and is the test split as well. ``train_dir`` and
-    ``val_dir`` are relative to ``root``. Raises ``QatTricksError`` for missing folders, another number of
-    classes, or a class that ``train`` has not.
+    ``num_classes``; ``val`` may hold fewer classes, and is the test split as well. ``train_dir``
+    and ``val_dir`` are relative to ``root``. Raises ``QatTricksError`` for missing folders, another
+    number of classes, or a class that ``train`` has not.
     """
     folder = existing_root(root, "imagenet")
     preprocessing = _preprocessing(3, resize, crop, interpolation, mean, std, scale)
     files = partial(_imagenet_files, folder / train_dir, folder / val_dir, num_classes)
     load = partial(_load, files, min_area, flip)
-    return ImageData(load, preprocessing=preprocessing, batch_size=batch_size, num_workers=num_workers, seed=seed)
+    return ImageData(
+        load, preprocessing=preprocessing, batch_size=batch_size, num_workers=num_workers, seed=seed
+    )
 
 
 def existing_root(root: str | None, name: str, *, may_be_made: bool = False) -> Path:
-    """``root`` as a path. Raises ``QatTricksError`` if not given or, unless it ``may_be_made``, if it is no
-    folder.
+    """``root`` as a path. Raises ``QatTricksError`` if not given or, unless it ``may_be_made``, if
+    it is no folder.
     """
     if not root:
         raise QatTricksError(f"data={name} needs the folder of its images: set data.root=PATH")
     folder = Path(root).expanduser()
     if not may_be_made and not folder.is_dir():
-        raise QatTricksError(f"data.root={root} is not a folder: point it at the images of data={name}")
+        raise QatTricksError(
+            f"data.root={root} is not a folder: point it at the images of data={name}"
+        )
     return folder
 
 
 def scan(folder: Path, classes: Sequence[str] | None = None) -> tuple[list[str], list[str], Tensor]:
-    """Finds the images under ``folder``, one folder a class: class names (sorted), paths and labels int64
-    ``[N]``.
+    """Finds the images under ``folder``, one folder a class: class names (sorted), paths and labels
+    int64 ``[N]``.
 
-    With ``classes`` given, labels are indices into it, and ``folder`` may hold some of them only. Raises
-    ``QatTricksError`` for a missing or empty folder, a class without images, and one that is not in
-    ``classes``.
+    With ``classes`` given, labels are indices into it, and ``folder`` may hold some of them only.
+    Raises ``QatTricksError`` for a missing or empty folder, a class without images, and one that is
+    not in ``classes``.
     """
     if not folder.is_dir():
         raise QatTricksError(f"{folder} is missing: it should hold one folder of images a class")
     found = sorted(
-        entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")
+        entry.name
+        for entry in os.scandir(folder)
+        if entry.is_dir() and not entry.name.startswith(".")
     )
     if not found:
         raise QatTricksError(
@@ -125,7 +133,8 @@ def scan(folder: Path, classes: Sequence[str] | None = None) -> tuple[list[str],
     for name in found:
         if name not in index:
             raise QatTricksError(
-                f'{folder}: class "{name}" is not among the train classes: {did_you_mean(name, names)}'
+                f'{folder}: class "{name}" is not among the train classes: '
+                f"{did_you_mean(name, names)}"
             )
         images = _image_files(folder / name)
         if not images:
@@ -155,7 +164,10 @@ def _user_files(
         shares = (1 - val_fraction - test_fraction, val_fraction, test_fraction)
         return names, _pick(paths, labels, stratified_split(labels, shares, split_seed))
     names, paths, labels = scan(root / "train")
-    train, val = (paths, labels), next((root / name for name in VAL_NAMES if (root / name).is_dir()), None)
+    train, val = (
+        (paths, labels),
+        next((root / name for name in VAL_NAMES if (root / name).is_dir()), None),
+    )
     if val is not None:
         val_files = scan(val, names)[1:]
     else:
@@ -166,7 +178,9 @@ def _user_files(
     return names, [train, val_files, test_files]
 
 
-def _imagenet_files(train_dir: Path, val_dir: Path, num_classes: int) -> tuple[list[str], list[Files]]:
+def _imagenet_files(
+    train_dir: Path, val_dir: Path, num_classes: int
+) -> tuple[list[str], list[Files]]:
     names, paths, labels = scan(train_dir)
     if len(names) != num_classes:
         raise QatTricksError(
@@ -203,7 +217,10 @@ def _preprocessing(
 
 
 def _load(
-    files: partial[tuple[list[str], list[Files]]], min_area: float, flip: bool, preprocessing: Preprocessing
+    files: partial[tuple[list[str], list[Files]]],
+    min_area: float,
+    flip: bool,
+    preprocessing: Preprocessing,
 ) -> Splits:
     if not 0 < min_area <= 1:
         raise QatTricksError(f"min_area={min_area}: give a share of the image in (0, 1]")

@@ -1,5 +1,5 @@
-"""Labelled images as torch data sets: those kept in memory, drawn and augmented a batch at a time, and
-those on disk.
+"""Labelled images as torch data sets: those kept in memory, drawn and augmented a batch at a time,
+and those on disk.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,8 +41,8 @@ class ImageSet(Dataset[tuple[Tensor, Tensor]]):
 
 
 class MemoryImages(ImageSet):
-    """Images held in memory as uint8 ``[N, C, H, W]``; ``transform`` takes a uint8 batch and returns the one to
-    hand out.
+    """Images held in memory as uint8 ``[N, C, H, W]``; ``transform`` takes a uint8 batch and
+    returns the one to hand out.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, transform: Transform) -> None:
@@ -60,25 +60,34 @@ class FolderImages(ImageSet):
     ``UnreadableImageError`` naming it.
     """
 
-    def __init__(self, paths: Sequence[str], labels: Tensor, channels: int, transform: Transform) -> None:
-        self.paths, self.labels, self.channels, self.transform = list(paths), labels, channels, transform
+    def __init__(
+        self, paths: Sequence[str], labels: Tensor, channels: int, transform: Transform
+    ) -> None:
+        self.paths, self.labels, self.channels, self.transform = (
+            list(paths),
+            labels,
+            channels,
+            transform,
+        )
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         images = [self.transform(read_image(self.paths[index], self.channels)) for index in indices]
         for index, image in zip(indices, images, strict=True):
             if image.shape != images[0].shape:
                 raise UnreadableImageError(
-                    f"{self.paths[index]} has the shape {tuple(image.shape)} and the others {tuple(images[0].shape)}: "
-                    "give a resize or a crop, or images of one size"
+                    f"{self.paths[index]} has the shape {tuple(image.shape)} and the others "
+                    f"{tuple(images[0].shape)}: give a resize or a crop, or images of one size"
                 )
         return torch.stack(images), self.labels[torch.as_tensor(indices)]
 
 
 class SeededImages(ImageSet):
-    """``source`` with its random transforms drawn from a stream of this object's own, begun at ``seed``.
+    """``source`` with its random transforms drawn from a stream of this object's own, begun at
+    ``seed``.
 
-    Augmentation is thus the same in every run, and takes nothing from PyTorch's global stream. In a worker
-    process the loader's generator has already seeded that process's global stream, which is used as it is.
+    Augmentation is thus the same in every run, and takes nothing from PyTorch's global stream. In a
+    worker process the loader's generator has already seeded that process's global stream, which is
+    used as it is.
     """
 
     def __init__(self, source: ImageSet, seed: int) -> None:
@@ -97,8 +106,8 @@ class SeededImages(ImageSet):
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """A loaded data set. ``calibration`` holds the images of ``train`` without augmentation, in the same
-    order; ``pixels`` those of ``test`` before normalization, uint8.
+    """A loaded data set. ``calibration`` holds the images of ``train`` without augmentation, in the
+    same order; ``pixels`` those of ``test`` before normalization, uint8.
     """
 
     train: ImageSet
@@ -110,15 +119,17 @@ class Splits:
 
 
 class UnreadableImageError(QatTricksError):
-    """A file that is no image. Stays one line when a loader's worker process wraps it in a traceback."""
+    """A file that is no image. Stays one line when a loader's worker process wraps it in a
+    traceback.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__(text.rpartition("UnreadableImageError: ")[2].strip())
 
 
 def read_image(path: str | Path, channels: int) -> Image.Image:
-    """Decodes ``path`` as RGB (``channels=3``) or grey (1). Raises ``UnreadableImageError`` naming the
-    file.
+    """Decodes ``path`` as RGB (``channels=3``) or grey (1). Raises ``UnreadableImageError`` naming
+    the file.
     """
     try:
         with Image.open(path) as image:
@@ -131,8 +142,8 @@ def read_image(path: str | Path, channels: int) -> Image.Image:
 
 
 def random_shift(images: Tensor, pixels: int) -> Tensor:
-    """Pads ``[B, C, H, W]`` with zeros and crops each image at its own random place, up to ``pixels`` away
-    each way.
+    """Pads ``[B, C, H, W]`` with zeros and crops each image at its own random place, up to
+    ``pixels`` away each way.
     """
     if pixels == 0:
         return images
@@ -150,8 +161,8 @@ def random_flip(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """The train transform of images in memory: shift, flip, ``normalize``. Uint8 ``[B, C, H, W]`` to
-    float32.
+    """The train transform of images in memory: shift, flip, ``normalize``. Uint8 ``[B, C, H, W]``
+    to float32.
     """
 
     shift: int  # pixels, each way
@@ -176,7 +187,8 @@ def memory_splits(
     shift: int,
     flip: bool,
 ) -> Splits:
-    """``Splits`` of uint8 images ``[N, C, H, W]`` and labels ``[N]``, each given for train, val and test.
+    """``Splits`` of uint8 images ``[N, C, H, W]`` and labels ``[N]``, each given for train, val and
+    test.
 
     The geometry of ``preprocessing`` is applied here, once.
     """

@@ -20,7 +20,9 @@ class ImageDataModule(pl.LightningDataModule):
         self.images.setup()
 
     def train_dataloader(self) -> Batches:
-        return self.images.train_dataloader(self.trainer.global_rank if self.trainer is not None else 0)
+        return self.images.train_dataloader(
+            self.trainer.global_rank if self.trainer is not None else 0
+        )
 
     def val_dataloader(self) -> Batches:
         return self.images.val_dataloader()

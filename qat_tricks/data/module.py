@@ -1,4 +1,6 @@
-"""Any of this package's data sets, loaded and in batches; without Lightning, so that a device can measure on it."""
+"""Any of this package's data sets, loaded and in batches; without Lightning, so that a device can
+measure on it.
+"""
 
 import copy
 from collections.abc import Callable
@@ -19,9 +21,10 @@ class ImageData:
     """Batches of images float32 ``[B, C, H, W]`` and labels int64 ``[B]`` for train, val, test and
     calibration.
 
-    ``load`` returns the data set under a preprocessing and is called by the first ``setup``; ``prepare``, where
-    given, is called before it by one process only (a download). The same ``seed`` gives the same batches in every run. Raises
-    ``QatTricksError`` for a batch size or number of workers out of range.
+    ``load`` returns the data set under a preprocessing and is called by the first ``setup``;
+    ``prepare``, where given, is called before it by one process only (a download). The same
+    ``seed`` gives the same batches in every run. Raises ``QatTricksError`` for a batch size or
+    number of workers out of range.
     """
 
     def __init__(
@@ -37,7 +40,9 @@ class ImageData:
         if batch_size < 1:
             raise QatTricksError(f"batch_size={batch_size}: give a number of images, 1 or greater")
         if num_workers < 0:
-            raise QatTricksError(f"num_workers={num_workers}: give a number of processes, 0 or greater")
+            raise QatTricksError(
+                f"num_workers={num_workers}: give a number of processes, 0 or greater"
+            )
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.preprocessing = preprocessing
         self._load, self._prepare = load, prepare
@@ -58,7 +63,9 @@ class ImageData:
         if self._splits is None:
             splits = self._load(self.preprocessing)
             for name in ("train", "val", "test"):
-                check_labels(getattr(splits, name).labels, len(splits.class_names), f"{name} images")
+                check_labels(
+                    getattr(splits, name).labels, len(splits.class_names), f"{name} images"
+                )
             self._splits = splits
 
     @property
@@ -86,8 +93,8 @@ class ImageData:
         return self.preprocessing.image_size
 
     def train_dataloader(self, rank: int = 0) -> Batches:
-        """Augmented and shuffled; a last, smaller batch is dropped if there is another. Begins at ``seed``
-        each call; ``rank`` is that of the process, each of which augments in its own way.
+        """Augmented and shuffled; a last, smaller batch is dropped if there is another. Begins at
+        ``seed`` each call; ``rank`` is that of the process, each of which augments in its own way.
         """
         images = SeededImages(self.splits.train, self.seed + rank)
         return self._loader(images, shuffle=True, drop_last=len(images) > self.batch_size)
@@ -103,8 +110,8 @@ class ImageData:
         return self._loader(self.splits.pixels)
 
     def calibration_loader(self, num_images: int, batch_size: int | None = None) -> Batches:
-        """``num_images`` of the train images without augmentation, seeded and balanced by class, always in
-        one order.
+        """``num_images`` of the train images without augmentation, seeded and balanced by class,
+        always in one order.
 
         All of them where the train split holds fewer. Raises ``QatTricksError`` when that is none.
         """

@@ -1,5 +1,5 @@
-"""What happens to an image between its file and the network, as data: one source for evaluation, reports
-and exports.
+"""What happens to an image between its file and the network, as data: one source for evaluation,
+reports and exports.
 """
 
 import hashlib
@@ -21,13 +21,14 @@ INTERPOLATIONS = tuple(mode.value for mode in InterpolationMode)
 class Preprocessing:
     """The evaluation transform: channels, resize, centre crop, scale, then ``(x - mean) / std``.
 
-    Lists become tuples and numbers floats, so that equal settings have an equal ``hash`` wherever they were
-    written. Raises ``QatTricksError`` for settings that contradict one another.
+    Lists become tuples and numbers floats, so that equal settings have an equal ``hash`` wherever
+    they were written. Raises ``QatTricksError`` for settings that contradict one another.
     """
 
     image_size: tuple[int, int]  # height and width that the network sees, in pixels
     channels: int = 3  # 1 (grey) or 3 (RGB)
-    resize: int | tuple[int, int] | None = None  # short side, or exact (height, width); None: as stored
+    # short side, or exact (height, width); None: as stored
+    resize: int | tuple[int, int] | None = None
     crop: tuple[int, int] | None = None  # centre crop (height, width) after the resize; None: none
     interpolation: str = "bilinear"
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # one a channel, in units of `scale`
@@ -49,7 +50,9 @@ class Preprocessing:
         if self.channels not in (1, 3):
             raise QatTricksError(f"channels={self.channels}: images are grey (1) or RGB (3)")
         if self.scale not in SCALES:
-            raise QatTricksError(f'unknown scale "{self.scale}": {did_you_mean(self.scale, SCALES)}')
+            raise QatTricksError(
+                f'unknown scale "{self.scale}": {did_you_mean(self.scale, SCALES)}'
+            )
         if self.interpolation not in INTERPOLATIONS:
             hint = did_you_mean(self.interpolation, INTERPOLATIONS)
             raise QatTricksError(f'unknown interpolation "{self.interpolation}": {hint}')
@@ -61,26 +64,30 @@ class Preprocessing:
                 )
         if min(self.std) <= 0:
             raise QatTricksError(f"std={list(self.std)}: every value must be greater than 0")
-        if self.image_size != (expected := input_size(self.resize, self.crop, stored=self.image_size)):
+        if self.image_size != (
+            expected := input_size(self.resize, self.crop, stored=self.image_size)
+        ):
             raise QatTricksError(
-                f"image_size={list(self.image_size)}, but resize={self.resize} and crop={self.crop} "
-                f"give {list(expected)}: make them agree"
+                f"image_size={list(self.image_size)}, but resize={self.resize} and "
+                f"crop={self.crop} give {list(expected)}: make them agree"
             )
 
     def geometry(self) -> v2.Transform:
-        """The part that moves pixels: PIL image or uint8 ``[..., C, H, W]`` to uint8 ``[..., channels,
-        *image_size]``.
+        """The part that moves pixels: PIL image or uint8 ``[..., C, H, W]`` to uint8 ``[...,
+        channels, *image_size]``.
         """
         mode = InterpolationMode(self.interpolation)
         resize = list(self.resize) if isinstance(self.resize, tuple) else self.resize
         steps: list[torch.nn.Module] = [v2.RGB() if self.channels == 3 else v2.Grayscale(1)]
-        steps += [v2.Resize(resize, interpolation=mode, antialias=True)] if resize is not None else []
+        steps += (
+            [v2.Resize(resize, interpolation=mode, antialias=True)] if resize is not None else []
+        )
         steps += [v2.CenterCrop(list(self.crop))] if self.crop is not None else []
         return v2.Compose([*steps, v2.PILToTensor()])
 
     def normalize(self) -> v2.Transform:
-        """The part that maps values: uint8 ``[..., C, H, W]`` to float32 of the same shape, as the network
-        wants it.
+        """The part that maps values: uint8 ``[..., C, H, W]`` to float32 of the same shape, as the
+        network wants it.
         """
         to_float = v2.ToDtype(torch.float32, scale=self.scale == "0..1")
         return v2.Compose([to_float, v2.Normalize(list(self.mean), list(self.std))])
@@ -96,27 +103,37 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> "Preprocessing":
-        """Reads what ``as_dict`` wrote. Raises ``QatTricksError`` for keys that are unknown or missing."""
+        """Reads what ``as_dict`` wrote. Raises ``QatTricksError`` for keys that are unknown or
+        missing.
+        """
         known = [field.name for field in fields(cls)]
         for key in settings:
             if key not in known:
-                raise QatTricksError(f'unknown preprocessing key "{key}": {did_you_mean(key, known)}')
+                raise QatTricksError(
+                    f'unknown preprocessing key "{key}": {did_you_mean(key, known)}'
+                )
         if "image_size" not in settings:
             raise QatTricksError('preprocessing lacks its "image_size"')
         return cls(**settings)
 
     def described(self) -> dict[str, Any]:
-        """The settings and their hash, as files and reports carry them; ``from_described`` reads it back."""
+        """The settings and their hash, as files and reports carry them; ``from_described`` reads it
+        back.
+        """
         return {**self.as_dict(), "hash": self.hash}
 
     @classmethod
     def from_described(cls, described: Mapping[str, Any]) -> "Preprocessing":
-        """Reads what ``described`` wrote. Raises ``QatTricksError`` as well where the hash is not that of the settings."""
-        preprocessing = cls.from_dict({key: value for key, value in described.items() if key != "hash"})
+        """Reads what ``described`` wrote. Raises ``QatTricksError`` as well where the hash is not
+        that of the settings.
+        """
+        preprocessing = cls.from_dict(
+            {key: value for key, value in described.items() if key != "hash"}
+        )
         if described.get("hash") != preprocessing.hash:
             raise QatTricksError(
-                f"the preprocessing's hash is {described.get('hash')} and its settings have {preprocessing.hash}: "
-                "one of them was changed by hand; export the network again"
+                f"the preprocessing's hash is {described.get('hash')} and its settings have "
+                f"{preprocessing.hash}: one of them was changed by hand; export the network again"
             )
         return preprocessing
 
@@ -127,20 +144,24 @@ class Preprocessing:
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def differences(self, other: "Preprocessing") -> list[str]:
-        """What changes from here to ``other``, as ``"mean: [0.5] → [0.4]"``; empty when nothing does."""
+        """What changes from here to ``other``, as ``"mean: [0.5] → [0.4]"``; empty when nothing
+        does.
+        """
         ours, theirs = self.as_dict(), other.as_dict()
         return [f"{key}: {ours[key]} → {theirs[key]}" for key in ours if ours[key] != theirs[key]]
 
 
 def pair(name: str, size: int | Sequence[int] | None) -> tuple[int, int] | None:
-    """``size`` as (height, width): an int is a square. Raises ``QatTricksError`` naming ``name`` for
-    anything else.
+    """``size`` as (height, width): an int is a square. Raises ``QatTricksError`` naming ``name``
+    for anything else.
     """
     if size is None:
         return None
     sides = [size, size] if isinstance(size, int) else list(size)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise QatTricksError(f"{name}={size}: give a number of pixels greater than 0, or [height, width]")
+        raise QatTricksError(
+            f"{name}={size}: give a number of pixels greater than 0, or [height, width]"
+        )
     return sides[0], sides[1]
 
 
@@ -149,11 +170,11 @@ def input_size(
     crop: int | Sequence[int] | None,
     stored: tuple[int, int] | None = None,
 ) -> tuple[int, int]:
-    """(height, width) after ``resize`` and ``crop``; ``stored`` is the size of the images where neither is
-    given.
+    """(height, width) after ``resize`` and ``crop``; ``stored`` is the size of the images where
+    neither is given.
 
-    Raises ``QatTricksError`` where images of different shapes would come out of it, or the crop is larger
-    than the image.
+    Raises ``QatTricksError`` where images of different shapes would come out of it, or the crop is
+    larger than the image.
     """
     cropped = pair("crop", crop)
     resized = pair("resize", resize)

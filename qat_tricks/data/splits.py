@@ -12,9 +12,10 @@ from qat_tricks.errors import QatTricksError
 def stratified_split(labels: Tensor, fractions: Sequence[float], seed: int) -> list[Tensor]:
     """Splits images into parts that hold each class in the same proportions.
 
-    ``labels`` is int64 ``[N]``; ``fractions`` are the shares of the parts, in 0..1, with a sum of 1. Returns
-    one sorted int64 index tensor a part; together they hold every image once, and depend on nothing but the
-    arguments. Raises ``QatTricksError`` for shares that are no shares, or that leave a part without an image.
+    ``labels`` is int64 ``[N]``; ``fractions`` are the shares of the parts, in 0..1, with a sum of
+    1. Returns one sorted int64 index tensor a part; together they hold every image once, and depend
+    on nothing but the arguments. Raises ``QatTricksError`` for shares that are no shares, or that
+    leave a part without an image.
     """
     if min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
         shares = [round(float(fraction), 6) for fraction in fractions]
@@ -24,13 +25,15 @@ def stratified_split(labels: Tensor, fractions: Sequence[float], seed: int) -> l
     order, rank = _shuffled_ranks(labels, seed)
     count = torch.bincount(labels)[labels[order]]  # of the image's class
     bounds = torch.tensor(fractions, dtype=torch.float64).cumsum(0)[:-1]
-    limits = (bounds[:, None] * count).round()  # [parts - 1, N]: ranks at which the next part begins
+    # [parts - 1, N]: ranks at which the next part begins
+    limits = (bounds[:, None] * count).round()
     part = (rank >= limits).sum(0)
     parts = [order[part == index].sort().values for index in range(len(fractions))]
     if any(len(indices) == 0 for indices in parts):
         raise QatTricksError(
-            f"{len(labels)} images are too few for splits of {[round(float(f), 3) for f in fractions]}: "
-            f"they would hold {[len(indices) for indices in parts]}; give more images, or larger shares"
+            f"{len(labels)} images are too few for splits of "
+            f"{[round(float(f), 3) for f in fractions]}: they would hold "
+            f"{[len(indices) for indices in parts]}; give more images, or larger shares"
         )
     return parts
 
@@ -39,31 +42,34 @@ def balanced_subset(labels: Tensor, count: int, seed: int) -> Tensor:
     """A seeded random choice of ``count`` images that takes the classes in turn, so that none is
     over-represented.
 
-    ``labels`` is int64 ``[N]``. Returns int64 indices ``[min(count, N)]``; a smaller choice is the start of a
-    larger one. Raises ``QatTricksError`` when the choice would be empty.
+    ``labels`` is int64 ``[N]``. Returns int64 indices ``[min(count, N)]``; a smaller choice is the
+    start of a larger one. Raises ``QatTricksError`` when the choice would be empty.
     """
     if count < 1 or len(labels) == 0:
-        raise QatTricksError(f"{count} of {len(labels)} images chosen, which is none: choose at least one")
+        raise QatTricksError(
+            f"{count} of {len(labels)} images chosen, which is none: choose at least one"
+        )
     order, rank = _shuffled_ranks(labels, seed)
     return order[rank.sort(stable=True).indices][:count]
 
 
 def check_labels(labels: Tensor, num_classes: int, where: str) -> None:
-    """Raises ``QatTricksError`` unless every label lies in 0..num_classes-1; ``where`` names the split or
-    the data.
+    """Raises ``QatTricksError`` unless every label lies in 0..num_classes-1; ``where`` names the
+    split or the data.
     """
     if len(labels) == 0:
         raise QatTricksError(f"{where}: no images")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
         raise QatTricksError(
-            f"{where}: labels run from {low} to {high}, {num_classes} classes allow 0 to {num_classes - 1}"
+            f"{where}: labels run from {low} to {high}, {num_classes} classes allow 0 to "
+            f"{num_classes - 1}"
         )
 
 
 def _shuffled_ranks(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """A seeded permutation ``[N]`` of the images and, for each in it, how many of its class came before
-    ``[N]``.
+    """A seeded permutation ``[N]`` of the images and, for each in it, how many of its class came
+    before ``[N]``.
     """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     shuffled = labels[order].numpy()

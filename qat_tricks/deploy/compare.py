@@ -8,7 +8,8 @@ import numpy as np
 
 from qat_tricks.errors import QatTricksError
 
-LARGEST_SQNR_DB = 200.0  # stands for logits without any difference, so that a report stays plain JSON
+# stands for logits without any difference, so that a report stays plain JSON
+LARGEST_SQNR_DB = 200.0
 
 
 def compare_logits(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
@@ -18,8 +19,8 @@ def compare_logits(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, 
         pairs: the reference's logits and the others, a batch each.
 
     Returns:
-        ``top1_agreement`` (0..1), ``max_abs_error``, ``sqnr_db`` (power of the reference over that of the difference, within
-        200 dB) and ``images``.
+        ``top1_agreement`` (0..1), ``max_abs_error``, ``sqnr_db`` (power of the reference over that
+        of the difference, within 200 dB) and ``images``.
 
     Raises:
         QatTricksError: no images, or logits of different shapes.
@@ -28,7 +29,10 @@ def compare_logits(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, 
     agreeing = largest = signal = noise = 0.0
     for reference, other in pairs:
         if reference.shape != other.shape:
-            raise QatTricksError(f"logits of shapes {reference.shape} and {other.shape} cannot be compared: run the same images")
+            raise QatTricksError(
+                f"logits of shapes {reference.shape} and {other.shape} cannot be compared: run the "
+                "same images"
+            )
         difference = other.astype(np.float64) - reference
         images += len(reference)
         agreeing += len(reference) * float((reference.argmax(1) == other.argmax(1)).mean())
@@ -46,8 +50,9 @@ def compare_logits(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, 
 
 
 def agrees(top1_agreement: float, images: int, least: float) -> bool:
-    """Whether so many of ``images`` got the same class as ``least``, a share, asks; below 1, one image alone is never held
-    against it."""
+    """Whether so many of ``images`` got the same class as ``least``, a share, asks; below 1, one
+    image alone is never held against it.
+    """
     return round((1 - top1_agreement) * images) <= max((1 - least) * images, float(least < 1))
 
 

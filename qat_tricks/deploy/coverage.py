@@ -1,9 +1,10 @@
-"""Integer coverage: the share of a network's conv and linear MACs that ONNX Runtime runs in integer kernels.
+"""Integer coverage: the share of a network's conv and linear MACs that ONNX Runtime runs in integer
+kernels.
 
-Read from the graph that ONNX Runtime optimizes and runs, not from the exported one: a convolution between
-quantizers only counts where ONNX Runtime fused it into an integer kernel. The MACs come from the shapes of
-one run. Their total must equal that of the exported graph, so a kernel that is unknown here is an error and
-never an undercount.
+Read from the graph that ONNX Runtime optimizes and runs, not from the exported one: a convolution
+between quantizers only counts where ONNX Runtime fused it into an integer kernel. The MACs come
+from the shapes of one run. Their total must equal that of the exported graph, so a kernel that is
+unknown here is an error and never an undercount.
 """
 
 import math
@@ -76,33 +77,40 @@ def integer_coverage(path: str | PathLike[str], image_shape: Shapes) -> Coverage
         image_shape: (channels, height, width); of a network with several inputs one shape for each.
 
     Raises:
-        QatTricksError: the file does not open, the images do not fit, the network has no conv or linear
-            operator, or it holds an operator whose MACs are unknown here.
+        QatTricksError: the file does not open, the images do not fit, the network has no conv or
+            linear operator, or it holds an operator whose MACs are unknown here.
     """
     written = load_model(path)
     with TemporaryDirectory() as folder:
         optimized_path = Path(folder) / "optimized.onnx"
-        # The blocked float layout (NCHWc) pads channels, which would count products nobody asked for.
-        session = open_session(path, optimized_path=optimized_path, disabled_optimizers=["NchwcTransformer"])
+        # The blocked float layout (NCHWc) pads channels, which would count products nobody asked
+        # for.
+        session = open_session(
+            path, optimized_path=optimized_path, disabled_optimizers=["NchwcTransformer"]
+        )
         specs = input_specs(session)
         given = feed(specs, random_batch(specs, image_shape, specs[0].shape[0] or 1))
         optimized = load_model(optimized_path)
-        expected = sum(kernel.macs for kernel in _kernels(written, given, Path(folder) / "shapes.onnx"))
+        expected = sum(
+            kernel.macs for kernel in _kernels(written, given, Path(folder) / "shapes.onnx")
+        )
         kernels = _kernels(optimized, given, Path(folder) / "shapes.onnx")
     total = sum(kernel.macs for kernel in kernels)
     if total != expected:
         types = ", ".join(sorted({node.op_type for node in optimized.graph.node}))
         raise QatTricksError(
-            f'integer coverage of "{path}" is unknown: {expected} MACs in the file but {total} in the '
-            "kernels known "
-            f"here, ONNX Runtime's graph has ({types}); report it, or leave this measurement out"
+            f'integer coverage of "{path}" is unknown: {expected} MACs in the file but {total} in '
+            f"the kernels known here, ONNX Runtime's graph has ({types}); report it, or leave this "
+            "measurement out"
         )
     if total == 0:
         raise QatTricksError(
             f'"{path}" has no conv or linear operator, so integer coverage has no meaning for it'
         )
     integer = sum(kernel.macs for kernel in kernels if kernel.integer)
-    return CoverageReport(coverage=integer / total, integer_macs=integer, total_macs=total, kernels=kernels)
+    return CoverageReport(
+        coverage=integer / total, integer_macs=integer, total_macs=total, kernels=kernels
+    )
 
 
 def _kernels(model: onnx.ModelProto, given: dict[str, np.ndarray], scratch: Path) -> list[Kernel]:
@@ -112,7 +120,10 @@ def _kernels(model: onnx.ModelProto, given: dict[str, np.ndarray], scratch: Path
     shapes = _shapes(model, names, given, scratch)
     return [
         Kernel(
-            node_label(node), node.op_type, _macs(node, shapes, constants), _OPERATORS[node.op_type].integer
+            node_label(node),
+            node.op_type,
+            _macs(node, shapes, constants),
+            _OPERATORS[node.op_type].integer,
         )
         for node in nodes
     ]
@@ -125,9 +136,8 @@ def _multiplies_weights(node: onnx.NodeProto, constants: set[str]) -> bool:
     foreign = node.op_type in _UNCOUNTED and any(name in constants for name in node.input)
     if foreign or any(attribute.HasField("g") for attribute in node.attribute):
         raise QatTricksError(
-            f'integer coverage is unknown: the MACs of "{node_label(node)}" ({node.op_type}) cannot be '
-            "counted; "
-            f"counted are {', '.join(sorted(_OPERATORS))}"
+            f'integer coverage is unknown: the MACs of "{node_label(node)}" ({node.op_type}) '
+            f"cannot be counted; counted are {', '.join(sorted(_OPERATORS))}"
         )
     return False
 
@@ -142,7 +152,8 @@ def _macs(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]], constants: s
     kind = _OPERATORS[node.op_type].kind
     if kind == "conv":  # weight [out, in / groups, *kernel]: so many products for each output value
         return math.prod(shapes[node.output[0]]) * math.prod(shapes[right][1:])
-    if kind == "conv_transpose":  # weight [in, out / groups, *kernel]: so many products for each input value
+    # weight [in, out / groups, *kernel]: so many products for each input value
+    if kind == "conv_transpose":
         return math.prod(shapes[left]) * math.prod(shapes[right][1:])
     if right in constants:
         depth = shapes[left][-2 if int_attribute(node, "transA", 0) else -1]
@@ -155,13 +166,17 @@ def _macs(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]], constants: s
 def _shapes(
     model: onnx.ModelProto, names: set[str], given: dict[str, np.ndarray], scratch: Path
 ) -> dict[str, tuple[int, ...]]:
-    """Runs the graph as it stands, once, with the named tensors as outputs, and returns their shapes."""
+    """Runs the graph as it stands, once, with the named tensors as outputs, and returns their
+    shapes.
+    """
     shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
     wanted = sorted(names - set(shapes) - set(given))
     present = {value.name for value in model.graph.output}
-    probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in present)
+    probe.graph.output.extend(
+        onnx.ValueInfoProto(name=name) for name in wanted if name not in present
+    )
     onnx.save(probe, str(scratch))
     session = open_session(scratch, optimize=False)
     measured = session.run(wanted, given) if wanted else []

@@ -50,30 +50,34 @@ def export_onnx(
 ) -> ParityReport:
     """Writes ``network`` to ``path``, runs the file in ONNX Runtime and compares.
 
-    A network with our quantizers becomes a QDQ network with int8 weights; any other is written as it is, in
-    float. It is neither changed nor left in another mode. The file takes ``images`` of any batch size, or several inputs by the
-    names of the arguments of the network's ``forward``, and yields ``logits``, and whatever else the network does. Unless parity
-    holds no file is written, and one that was there stays.
+    A network with our quantizers becomes a QDQ network with int8 weights; any other is written as
+    it is, in float. It is neither changed nor left in another mode. The file takes ``images`` of
+    any batch size, or several inputs by the names of the arguments of the network's ``forward``,
+    and yields ``logits``, and whatever else the network does. Unless parity holds no file is
+    written, and one that was there stays.
 
     Args:
-        network: a network of ours, calibrated, or any float network; yields logits ``[N, classes]``, alone or first in a tuple or
-            as ``logits`` of a mapping.
+        network: a network of ours, calibrated, or any float network; yields logits ``[N,
+            classes]``, alone or first in a tuple or as ``logits`` of a mapping.
         path: of the file to write; its folder is made.
-        example: images ``[N, C, H, W]``, ``N`` at least 1, as the network takes them; a tuple where it takes several inputs.
+        example: images ``[N, C, H, W]``, ``N`` at least 1, as the network takes them; a tuple where
+            it takes several inputs.
         images: batches to measure parity on, real images at best; ``example`` by default.
         metadata: the file's properties, such as class names and preprocessing.
-        min_top1_agreement: share of the images, 0..1, that must get the same class as in the simulation;
-            below 1, one image alone is never held against it.
-        min_sqnr_db: least ratio of the logits to their error, in dB. Both are set to catch what is broken:
-            a value that float arithmetic puts on the other side of a rounding boundary than integer
-            arithmetic does spreads through a deep network, and costs more than quantizing well would.
+        min_top1_agreement: share of the images, 0..1, that must get the same class as in the
+            simulation; below 1, one image alone is never held against it.
+        min_sqnr_db: least ratio of the logits to their error, in dB. Both are set to catch what is
+            broken: a value that float arithmetic puts on the other side of a rounding boundary than
+            integer arithmetic does spreads through a deep network, and costs more than quantizing
+            well would.
         opset: ONNX operator set, 18 or newer.
-        layout: ``onnxruntime``, or ``tensorrt``, with ReLUs before their quantizers and float biases (see ``deploy.qdq``); ONNX
-            Runtime runs that too, mostly in float.
+        layout: ``onnxruntime``, or ``tensorrt``, with ReLUs before their quantizers and float
+            biases (see ``deploy.qdq``); ONNX Runtime runs that too, mostly in float.
 
     Raises:
-        QatTricksError: ``example`` is not what the network takes, the network cannot be exported, has quantizers
-            without range, parity is below a threshold, or ``path`` cannot be written.
+        QatTricksError: ``example`` is not what the network takes, the network cannot be exported,
+            has quantizers without range, parity is below a threshold, or ``path`` cannot be
+            written.
     """
     path = Path(path)
     if opset < OPSET:
@@ -82,14 +86,28 @@ def export_onnx(
     example = inputs_of(example, names)
     for values in tensors(example):
         if values.numel() == 0 or (len(names) < 2 and values.dim() < 2):
-            raise QatTricksError(f"the example's shape is {tuple(values.shape)}: give at least one image, [N, C, H, W]")
+            raise QatTricksError(
+                f"the example's shape is {tuple(values.shape)}: give at least one image, [N, C, H, "
+                "W]"
+            )
     if len(names) > 1 and OUTPUT in names:
-        raise QatTricksError(f'an input called "{OUTPUT}" cannot be told from the output of that name: rename the argument')
+        raise QatTricksError(
+            f'an input called "{OUTPUT}" cannot be told from the output of that name: rename the '
+            "argument"
+        )
     simulated = copy.deepcopy(network).cpu().float().eval()
     with replacing(path) as draft:
-        model = _to_onnx(copy.deepcopy(simulated), on_cpu(example), names if len(names) > 1 else [INPUT], opset, layout)
+        model = _to_onnx(
+            copy.deepcopy(simulated),
+            on_cpu(example),
+            names if len(names) > 1 else [INPUT],
+            opset,
+            layout,
+        )
         model.producer_name, model.producer_version = "qat_tricks", version("qat_tricks")
-        helper.set_model_props(model, {**{p.key: p.value for p in model.metadata_props}, **(metadata or {})})
+        helper.set_model_props(
+            model, {**{p.key: p.value for p in model.metadata_props}, **(metadata or {})}
+        )
         onnx.save(model, str(draft))
         onnx.checker.check_model(str(draft))
         batches = [example] if images is None else list(images)
@@ -102,7 +120,9 @@ def export_onnx(
     return report
 
 
-def _to_onnx(network: nn.Module, example: Inputs, names: list[str], opset: int, layout: str) -> onnx.ModelProto:
+def _to_onnx(
+    network: nn.Module, example: Inputs, names: list[str], opset: int, layout: str
+) -> onnx.ModelProto:
     """Exports ``network``, which is ours to change."""
     emitted = Emitted({}, {})
     if isinstance(network, fx.GraphModule) and "qat_tricks" in network.meta:
@@ -111,10 +131,12 @@ def _to_onnx(network: nn.Module, example: Inputs, names: list[str], opset: int, 
     for name, layer in layers(network).items():  # what stays in float
         if layer.is_quantizing:
             raise QatTricksError(
-                f'layer "{name}" is quantized, the network around it not traced: hand over the traced network'
+                f'layer "{name}" is quantized, the network around it not traced: hand over the '
+                "traced network"
             )
         layer.weight.data, layer.weight_mask = layer.masked_weight().data, None
-    pair = tensors(each(example, lambda values: torch.cat([values[:1]] * 2)))  # of a batch of one, its size would be frozen
+    # of a batch of one, its size would be frozen
+    pair = tensors(each(example, lambda values: torch.cat([values[:1]] * 2)))
     try:
         with _quiet():
             outputs = _output_names(network(*pair))
@@ -139,19 +161,32 @@ def _to_onnx(network: nn.Module, example: Inputs, names: list[str], opset: int, 
     name_quantized(model.graph, emitted.calls)
     tidy(model)
     if emitted.bits:
-        weights = {tensor.name: tensor.name.partition(COPY)[0] for tensor in model.graph.initializer}
-        stored = {name: emitted.bits[weight] for name, weight in weights.items() if weight in emitted.bits}
+        weights = {
+            tensor.name: tensor.name.partition(COPY)[0] for tensor in model.graph.initializer
+        }
+        stored = {
+            name: emitted.bits[weight] for name, weight in weights.items() if weight in emitted.bits
+        }
         helper.set_model_props(model, {WEIGHT_BITS_KEY: json.dumps(stored)})
     return model
 
 
 def _output_names(output: object) -> list[str]:
-    """A name for each tensor that the network yields: ``logits``, the keys of a mapping, and numbers for others."""
+    """A name for each tensor that the network yields: ``logits``, the keys of a mapping, and
+    numbers for others.
+    """
     logits = logits_of(output)
-    leaves = [(path, leaf) for path, leaf in tree_flatten_with_path(output)[0] if isinstance(leaf, Tensor)]
-    keys = [next((key.key for key in reversed(path) if isinstance(key, MappingKey)), None) for path, _ in leaves]
+    leaves = [
+        (path, leaf) for path, leaf in tree_flatten_with_path(output)[0] if isinstance(leaf, Tensor)
+    ]
+    keys = [
+        next((key.key for key in reversed(path) if isinstance(key, MappingKey)), None)
+        for path, _ in leaves
+    ]
     names = [f"output_{i}" if key is None else str(key) for i, key in enumerate(keys)]
-    return [OUTPUT if leaf is logits else name for name, (_, leaf) in zip(names, leaves, strict=True)]
+    return [
+        OUTPUT if leaf is logits else name for name, (_, leaf) in zip(names, leaves, strict=True)
+    ]
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -162,18 +197,24 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _check(report: ParityReport, min_top1_agreement: float, min_sqnr_db: float) -> None:
-    if agrees(report.top1_agreement, report.images, min_top1_agreement) and report.sqnr_db >= min_sqnr_db:
+    if (
+        agrees(report.top1_agreement, report.images, min_top1_agreement)
+        and report.sqnr_db >= min_sqnr_db
+    ):
         return
     raise QatTricksError(
-        f"the ONNX file does not run as simulated, so it was not kept: on {report.images} images top-1 "
-        f"agreement {report.top1_agreement:.4f} (at least {min_top1_agreement}), SQNR {report.sqnr_db:.1f} "
-        f"dB (at least {min_sqnr_db:g}), largest error of a logit {report.max_abs_error:.3g}"
+        f"the ONNX file does not run as simulated, so it was not kept: on {report.images} images "
+        f"top-1 agreement {report.top1_agreement:.4f} (at least {min_top1_agreement}), SQNR "
+        f"{report.sqnr_db:.1f} dB (at least {min_sqnr_db:g}), largest error of a logit "
+        f"{report.max_abs_error:.3g}"
     )
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences the exporter: its advice is for its developers, and what matters is measured afterwards."""
+    """Silences the exporter: its advice is for its developers, and what matters is measured
+    afterwards.
+    """
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

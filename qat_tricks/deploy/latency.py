@@ -11,7 +11,9 @@ from qat_tricks.deploy.session import Shapes, random_batch
 from qat_tricks.errors import QatTricksError
 
 MIN_RUNS = 5
-"""Timed runs that each network gets even when time is up; fewer say nothing about a 95th percentile."""
+"""Timed runs that each network gets even when time is up; fewer say nothing about a 95th
+percentile.
+"""
 
 Paths = Mapping[str, str | PathLike[str]]
 
@@ -28,7 +30,8 @@ def measure_latency(
     max_seconds: float = 20.0,
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
-    """Times the networks run by run in turn, so that a slow moment of the machine slows all of them alike.
+    """Times the networks run by run in turn, so that a slow moment of the machine slows all of them
+    alike.
 
     Args:
         paths: the ONNX files, by the name to report.
@@ -45,15 +48,17 @@ def measure_latency(
         For each name its ``p50``, ``p95`` and ``p99`` in milliseconds a batch.
 
     Raises:
-        QatTricksError: no paths, fewer runs than ``MIN_RUNS``, a file that does not open, or images that do
-            not fit.
+        QatTricksError: no paths, fewer runs than ``MIN_RUNS``, a file that does not open, or images
+            that do not fit.
     """
     if runs < MIN_RUNS:
         raise QatTricksError(f"runs is {runs}, allowed: {MIN_RUNS} or more")
     networks = _open(paths, threads, runtime)
     times = _time_in_turn(networks, image_shape, batch_size, warmup, runs, max_seconds, seed)
     return {
-        name: {f"p{percent}": float(np.percentile(milliseconds, percent)) for percent in (50, 95, 99)}
+        name: {
+            f"p{percent}": float(np.percentile(milliseconds, percent)) for percent in (50, 95, 99)
+        }
         for name, milliseconds in times.items()
     }
 
@@ -69,15 +74,18 @@ def measure_throughput(
     seconds: float = 0.3,
     seed: int = 0,
 ) -> list[dict[str, float]]:
-    """Measures how many images a second the networks take, at each number of threads with each size of batch.
+    """Measures how many images a second the networks take, at each number of threads with each size
+    of batch.
 
     Args:
         paths, image_shape, runtime, warmup, seed: as of ``measure_latency``.
         batch_sizes, thread_counts: the values to combine.
-        seconds: of each combination, spent on all networks together; each gets ``MIN_RUNS`` in any case.
+        seconds: of each combination, spent on all networks together; each gets ``MIN_RUNS`` in any
+            case.
 
     Returns:
-        A row a combination: ``batch_size``, ``threads``, and images a second by the networks' names.
+        A row a combination: ``batch_size``, ``threads``, and images a second by the networks'
+            names.
 
     Raises:
         QatTricksError: as ``measure_latency``.
@@ -87,16 +95,21 @@ def measure_throughput(
         networks = _open(paths, threads, runtime)
         for batch_size in batch_sizes:
             times = _time_in_turn(networks, image_shape, batch_size, warmup, 10**6, seconds, seed)
-            rates = {name: 1e3 * batch_size * len(spent) / sum(spent) for name, spent in times.items()}
+            rates = {
+                name: 1e3 * batch_size * len(spent) / sum(spent) for name, spent in times.items()
+            }
             rows.append({"batch_size": batch_size, "threads": threads, **rates})
     return rows
 
 
-def measure_load(paths: Paths, *, threads: int, runtime: str = REFERENCE, runs: int = 5) -> dict[str, float]:
+def measure_load(
+    paths: Paths, *, threads: int, runtime: str = REFERENCE, runs: int = 5
+) -> dict[str, float]:
     """Measures how long the networks take to open, optimization of the graph included.
 
     Returns:
-        For each name the median of ``runs`` times in milliseconds; the file is in the system's cache.
+        For each name the median of ``runs`` times in milliseconds; the file is in the system's
+        cache.
 
     Raises:
         QatTricksError: no paths, or a file that does not open.
@@ -114,7 +127,9 @@ def measure_load(paths: Paths, *, threads: int, runtime: str = REFERENCE, runs: 
 def _open(paths: Paths, threads: int, runtime: str) -> dict[str, Network]:
     if not paths:
         raise QatTricksError("no ONNX file given to time: name at least one")
-    return {name: open_network(path, threads=threads, runtime=runtime) for name, path in paths.items()}
+    return {
+        name: open_network(path, threads=threads, runtime=runtime) for name, path in paths.items()
+    }
 
 
 def _time_in_turn(
@@ -128,7 +143,8 @@ def _time_in_turn(
 ) -> dict[str, list[float]]:
     """Milliseconds of each timed run, by the networks' names."""
     calls = {
-        name: network.prepare(*random_batch(network.specs, image_shape, batch_size, seed)) for name, network in networks.items()
+        name: network.prepare(*random_batch(network.specs, image_shape, batch_size, seed))
+        for name, network in networks.items()
     }
     milliseconds: dict[str, list[float]] = {name: [] for name in networks}
     start = time.perf_counter()

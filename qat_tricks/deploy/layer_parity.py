@@ -1,4 +1,6 @@
-"""Parity layer by layer: where the network that runs begins to differ from the one that was simulated."""
+"""Parity layer by layer: where the network that runs begins to differ from the one that was
+simulated.
+"""
 
 from dataclasses import asdict, dataclass
 from os import PathLike
@@ -37,11 +39,14 @@ class LayerParity:
 
 
 @torch.no_grad()
-def measure_layer_parity(path: str | PathLike[str], network: fx.GraphModule, inputs: Inputs) -> list[LayerParity]:
-    """Compares every quantized tensor of the ONNX file with the simulation, the worst first, then in order.
+def measure_layer_parity(
+    path: str | PathLike[str], network: fx.GraphModule, inputs: Inputs
+) -> list[LayerParity]:
+    """Compares every quantized tensor of the ONNX file with the simulation, the worst first, then
+    in order.
 
-    ONNX Runtime runs the graph that it optimizes, its integer kernels included. A gap begins at the tensor with the smallest
-    ``place`` among those that differ; what comes after carries it on.
+    ONNX Runtime runs the graph that it optimizes, its integer kernels included. A gap begins at the
+    tensor with the smallest ``place`` among those that differ; what comes after carries it on.
 
     Args:
         path: the file that ``export_onnx`` wrote of ``network``.
@@ -66,12 +71,17 @@ def measure_layer_parity(path: str | PathLike[str], network: fx.GraphModule, inp
             LayerParity(
                 name=name,
                 place=place,
-                sqnr_db=decibels(float(values.double().square().sum()), float(difference.square().sum())),
+                sqnr_db=decibels(
+                    float(values.double().square().sum()), float(difference.square().sum())
+                ),
                 differing=float((integers != expected).double().mean()),
             )
         )
     if not rows:
-        raise QatTricksError(f'"{path}" has no quantized tensor of this network: give the file that was exported of it')
+        raise QatTricksError(
+            f'"{path}" has no quantized tensor of this network: give the file that was exported of '
+            "it"
+        )
     return sorted(rows, key=lambda row: (row.sqnr_db, row.place))
 
 
@@ -86,21 +96,31 @@ class _Recorder(fx.Interpreter):
         result = super().run_node(n)
         module = module_of(n, self.module)  # type: ignore[arg-type]
         if isinstance(module, ActivationQuantizer) and module.enabled:
-            self.quantized[n.all_input_nodes[0].name] = (result.clone(), module)  # what follows may work in place
+            # what follows may work in place
+            self.quantized[n.all_input_nodes[0].name] = (result.clone(), module)
         return result
 
 
-def _run(path: str | PathLike[str], inputs: Inputs) -> tuple[dict[str, tuple[float, int]], dict[str, np.ndarray]]:
-    """Scale and zero point, and the integers, of each quantized tensor that the simulation knows by name."""
+def _run(
+    path: str | PathLike[str], inputs: Inputs
+) -> tuple[dict[str, tuple[float, int]], dict[str, np.ndarray]]:
+    """Scale and zero point, and the integers, of each quantized tensor that the simulation knows by
+    name.
+    """
     model = load_model(path)
-    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer if tensor.dims in ([], [1])}
+    values = {
+        tensor.name: numpy_helper.to_array(tensor)
+        for tensor in model.graph.initializer
+        if tensor.dims in ([], [1])
+    }
     clipped = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type == "Clip"}
     grids, shown = {}, []
     for node in model.graph.node:
         if node.op_type == "QuantizeLinear" and node.output[0].endswith(QUANTIZED):
             scale, zero_point = (values[name] for name in node.input[1:3])
             grids[node.output[0]] = (float(scale), int(zero_point))
-            shown.append(clipped.get(node.output[0], node.output[0]))  # what is simulated is clamped
+            # what is simulated is clamped
+            shown.append(clipped.get(node.output[0], node.output[0]))
             kind = TensorProto.INT8 if zero_point.dtype == np.int8 else TensorProto.UINT8
             model.graph.output.append(onnx.helper.make_tensor_value_info(shown[-1], kind, None))
     with TemporaryDirectory() as folder:

@@ -6,7 +6,13 @@ import sys
 from os import PathLike
 from pathlib import Path
 
-from qat_tricks.deploy.session import SESSION_CONFIG, Shapes, batch_shapes, input_specs, open_session
+from qat_tricks.deploy.session import (
+    SESSION_CONFIG,
+    Shapes,
+    batch_shapes,
+    input_specs,
+    open_session,
+)
 from qat_tricks.errors import QatTricksError
 
 _PROBE = Path(__file__).with_name("memory_probe.py")
@@ -14,9 +20,15 @@ _TIMEOUT_SECONDS = 300
 
 
 def peak_memory_mib(
-    path: str | PathLike[str], *, image_shape: Shapes, batch_size: int = 1, threads: int, runs: int = 3
+    path: str | PathLike[str],
+    *,
+    image_shape: Shapes,
+    batch_size: int = 1,
+    threads: int,
+    runs: int = 3,
 ) -> float:
-    """Returns the peak resident memory, in MiB, of a fresh interpreter that opens and runs the network.
+    """Returns the peak resident memory, in MiB, of a fresh interpreter that opens and runs the
+    network.
 
     The figure includes the interpreter, numpy and ONNX Runtime themselves, some 50 MiB.
 
@@ -34,15 +46,20 @@ def peak_memory_mib(
     shapes = batch_shapes(specs, image_shape, batch_size)
     job = {
         "path": str(path),
-        "inputs": {spec.name: [shape, spec.dtype.name] for spec, shape in zip(specs, shapes, strict=True)},
+        "inputs": {
+            spec.name: [shape, spec.dtype.name] for spec, shape in zip(specs, shapes, strict=True)
+        },
         "threads": threads,
         "config": dict(SESSION_CONFIG),
         "runs": runs,
     }
-    # -P keeps this folder off the probe's import path, where its file names would shadow other packages.
+    # -P keeps this folder off the probe's import path, where its file names would shadow other
+    # packages.
     command = [sys.executable, "-P", str(_PROBE), json.dumps(job)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=True)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=True
+        )
     except subprocess.CalledProcessError as error:
         last = (error.stderr.strip().splitlines() or [f"exit status {error.returncode}"])[-1]
         raise QatTricksError(
@@ -50,6 +67,7 @@ def peak_memory_mib(
         ) from error
     except subprocess.TimeoutExpired as error:
         raise QatTricksError(
-            f'the memory of "{path}" could not be measured in {_TIMEOUT_SECONDS} s: try a smaller batch'
+            f'the memory of "{path}" could not be measured in {_TIMEOUT_SECONDS} s: try a smaller '
+            "batch"
         ) from error
     return int(done.stdout) / 2**20

@@ -1,8 +1,9 @@
-"""Run by file path in a process of its own: runs one network, prints the peak resident memory in bytes.
+"""Run by file path in a process of its own: runs one network, prints the peak resident memory in
+bytes.
 
-Imports nothing but numpy and ONNX Runtime, so that the figure is the network's and not this package's.
-Usage: ``python -P memory_probe.py JOB``, JOB being JSON with path, inputs ({name: [shape, dtype]}), threads,
-config and runs.
+Imports nothing but numpy and ONNX Runtime, so that the figure is the network's and not this
+package's. Usage: ``python -P memory_probe.py JOB``, JOB being JSON with path, inputs ({name:
+[shape, dtype]}), threads, config and runs.
 """
 
 import json
@@ -15,7 +16,8 @@ import onnxruntime as ort
 def peak_bytes() -> int:
     """Returns the peak resident memory of this process, in bytes.
 
-    On Linux from ``VmHWM``: ``ru_maxrss`` survives exec, so it would report a large parent's memory.
+    On Linux from ``VmHWM``: ``ru_maxrss`` survives exec, so it would report a large parent's
+    memory.
     """
     if sys.platform.startswith("linux"):
         with open("/proc/self/status", encoding="ascii", errors="replace") as status:

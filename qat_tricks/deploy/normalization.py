@@ -1,7 +1,7 @@
 """Builds the normalization of pixels into an ONNX file, which then takes uint8 images of 0 to 255.
 
-In front of what was there come Cast, Mul (1/255), Sub (mean) and Div (std), in float32 and in the order in which
-torchvision computes them: the network behind sees the same values to the last bit.
+In front of what was there come Cast, Mul (1/255), Sub (mean) and Div (std), in float32 and in the
+order in which torchvision computes them: the network behind sees the same values to the last bit.
 """
 
 from collections.abc import Iterable, Sequence
@@ -38,8 +38,10 @@ def build_in_normalization(
     """Changes the file at ``path`` so that it takes pixels, and compares it with what it was.
 
     Args:
-        path: an ONNX file that takes normalized float images; left as it is where the new one does not agree.
-        batches: pixels, uint8 ``[N, C, H, W]``, and the same images normalized, float32; to compare on.
+        path: an ONNX file that takes normalized float images; left as it is where the new one does
+            not agree.
+        batches: pixels, uint8 ``[N, C, H, W]``, and the same images normalized, float32; to compare
+            on.
         mean, std: one a channel, in units of ``scale``.
         scale: the range of a pixel before mean and std, ``0..1`` or ``0..255``.
         min_top1_agreement: share of the images, 0..1, that must get the same class.
@@ -62,16 +64,21 @@ def build_in_normalization(
         onnx.save(model, str(draft))
         onnx.checker.check_model(str(draft))
         after = open_network(draft, threads=1)
-        report = compare_logits((before.prepare(floats)(), after.prepare(pixels)()) for pixels, floats in batches)
+        report = compare_logits(
+            (before.prepare(floats)(), after.prepare(pixels)()) for pixels, floats in batches
+        )
         if report["top1_agreement"] < min_top1_agreement:
             raise QatTricksError(
-                f"with its normalization built in, the ONNX file gives {report['top1_agreement']:.4f} of {report['images']} "
-                f"images the same class as before, at least {min_top1_agreement} must: leave export.normalize=false"
+                "with its normalization built in, the ONNX file gives "
+                f"{report['top1_agreement']:.4f} of {report['images']} images the same class as "
+                f"before, at least {min_top1_agreement} must: leave export.normalize=false"
             )
     return report
 
 
-def _prepend(graph: onnx.GraphProto, mean: Sequence[float], std: Sequence[float], scale: str) -> None:
+def _prepend(
+    graph: onnx.GraphProto, mean: Sequence[float], std: Sequence[float], scale: str
+) -> None:
     """Puts the normalization between the graph's input and those that took it."""
     (images,) = graph.input
     images.type.tensor_type.elem_type = TensorProto.UINT8

@@ -18,15 +18,17 @@ def load_model(path: str | PathLike[str]) -> onnx.ModelProto:
     """
     path = Path(path)
     if not path.is_file():
-        raise QatTricksError(f'no ONNX file at "{path}": give the path of a model.onnx that an export wrote')
+        raise QatTricksError(
+            f'no ONNX file at "{path}": give the path of a model.onnx that an export wrote'
+        )
     try:
         model = onnx.load(str(path))
     except (
         Exception
     ) as error:  # protobuf's, onnx's and the file system's exceptions share no narrower base class
         raise QatTricksError(
-            f'"{path}" cannot be read as ONNX ({one_line(error)}): the file is truncated or foreign; export '
-            "it again"
+            f'"{path}" cannot be read as ONNX ({one_line(error)}): the file is truncated or '
+            "foreign; export it again"
         ) from error
     if not model.graph.node:
         raise QatTricksError(f'"{path}" holds no ONNX network: export it again')
@@ -34,7 +36,9 @@ def load_model(path: str | PathLike[str]) -> onnx.ModelProto:
 
 
 def constant_tensors(graph: onnx.GraphProto) -> set[str]:
-    """Returns the tensors that do not depend on the input: initializers and what is computed from them."""
+    """Returns the tensors that do not depend on the input: initializers and what is computed from
+    them.
+    """
     constants = {tensor.name for tensor in graph.initializer}
     for node in graph.node:  # ONNX graphs are sorted topologically
         if all(name in constants for name in node.input if name):

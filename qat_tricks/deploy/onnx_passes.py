@@ -8,19 +8,25 @@ import onnx
 from onnx import helper, numpy_helper
 
 COPY = "@"
-QUANTIZED = ".quantized"  # the integers of node "<name>" of the simulated network are the tensor "<name>.quantized"
+# the integers of node "<name>" of the simulated network are the tensor "<name>.quantized"
+QUANTIZED = ".quantized"
 
 
 def name_quantized(graph: onnx.GraphProto, calls: Mapping[str, Sequence[str | None]]) -> None:
-    """Names the integers of each quantized tensor after the node that it is in the simulated network.
+    """Names the integers of each quantized tensor after the node that it is in the simulated
+    network.
 
     Args:
-        calls: of each quantizer by name, the node that each of its QuantizeLinear quantizes, in order; None has no name.
+        calls: of each quantizer by name, the node that each of its QuantizeLinear quantizes, in
+            order; None has no name.
     """
     emitted: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         if node.op_type == "QuantizeLinear":
-            scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
+            scopes = next(
+                (p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"),
+                "[]",
+            )
             emitted.setdefault(next(iter(ast.literal_eval(scopes)[-2:]), ""), []).append(node)
     for quantizer, names in calls.items():
         nodes = emitted.get(quantizer, [])
@@ -45,7 +51,9 @@ def tidy(model: onnx.ModelProto) -> None:
 
 
 def _fold_pads(graph: onnx.GraphProto) -> None:
-    """Pad with zeros, then Conv: the Conv can do it, even where PyTorch's could not pad one side alone."""
+    """Pad with zeros, then Conv: the Conv can do it, even where PyTorch's could not pad one side
+    alone.
+    """
     values, producers = _initializers(graph), _producers(graph)
     for conv in graph.node:
         pad = producers.get(conv.input[0]) if conv.op_type == "Conv" else None
@@ -71,19 +79,28 @@ def _pads_zeros(pad: onnx.NodeProto, values: dict[str, np.ndarray]) -> bool:
 
 
 def _pad_integers(graph: onnx.GraphProto) -> None:
-    """DequantizeLinear, Pad with zeros, QuantizeLinear on the same grid: the integers can be padded."""
+    """DequantizeLinear, Pad with zeros, QuantizeLinear on the same grid: the integers can be
+    padded.
+    """
     values, producers = _initializers(graph), _producers(graph)
     for pad in graph.node:
-        before = producers.get(pad.input[0]) if pad.op_type == "Pad" and _pads_zeros(pad, values) else None
+        before = (
+            producers.get(pad.input[0])
+            if pad.op_type == "Pad" and _pads_zeros(pad, values)
+            else None
+        )
         users = [node for node in graph.node if pad.output[0] in node.input]
         if before is None or before.op_type != "DequantizeLinear":
             continue
-        if any(user.op_type != "QuantizeLinear" or user.input[1:] != before.input[1:] for user in users):
+        if any(
+            user.op_type != "QuantizeLinear" or user.input[1:] != before.input[1:] for user in users
+        ):
             continue
         pad.input[:] = [before.input[0], pad.input[1], before.input[2]]
         for user in users:
             _rename(graph, user.output[0], pad.output[0])
-        shapes = [value for value in graph.value_info if value.name != pad.output[0]]  # it was of float
+        # it was of float
+        shapes = [value for value in graph.value_info if value.name != pad.output[0]]
         graph.ClearField("value_info")
         graph.value_info.extend(shapes)
 
@@ -91,12 +108,16 @@ def _pad_integers(graph: onnx.GraphProto) -> None:
 def _keep_in_float(graph: onnx.GraphProto) -> None:
     """A Sum of one input before what takes dequantized values and is to be computed on them.
 
-    Between quantizers, ONNX Runtime would otherwise quantize a float layer's weight by itself, per tensor, and compute a softmax
-    from tables, which rounds some of its values to the other side.
+    Between quantizers, ONNX Runtime would otherwise quantize a float layer's weight by itself, per
+    tensor, and compute a softmax from tables, which rounds some of its values to the other side.
     """
     values, producers = {tensor.name for tensor in graph.initializer}, _producers(graph)
     for at, node in reversed(list(enumerate(graph.node))):
-        before = producers.get(node.input[0]) if node.op_type in ("Conv", "ConvTranspose", "Gemm", "Softmax") else None
+        before = (
+            producers.get(node.input[0])
+            if node.op_type in ("Conv", "ConvTranspose", "Gemm", "Softmax")
+            else None
+        )
         is_float = node.op_type == "Softmax" or (before is not None and node.input[1] in values)
         if before is not None and before.op_type == "DequantizeLinear" and is_float:
             apart = f"{node.output[0]}_in_float"
@@ -133,14 +154,19 @@ def _drop_repeated_quantizers(graph: onnx.GraphProto) -> None:
     producers = _producers(graph)
     for node in graph.node:
         before = producers.get(node.input[0]) if node.op_type == "QuantizeLinear" else None
-        if before is not None and before.op_type == "DequantizeLinear" and before.input[1:] == node.input[1:]:
+        if (
+            before is not None
+            and before.op_type == "DequantizeLinear"
+            and before.input[1:] == node.input[1:]
+        ):
             _rename(graph, node.output[0], before.input[0])
 
 
 def _give_layers_their_own_weights(graph: onnx.GraphProto) -> None:
     """ONNX Runtime, making weights unsigned, fails on a weight or zero point that two layers share.
 
-    Exporters make equal ones shared. Copies of a weight are called ``<weight>@1``, ``<weight>@2`` ...
+    Exporters make equal ones shared. Copies of a weight are called ``<weight>@1``, ``<weight>@2``
+    ...
     """
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     producers = _producers(graph)
@@ -156,7 +182,11 @@ def _give_layers_their_own_weights(graph: onnx.GraphProto) -> None:
     for at, node in reversed(list(enumerate(graph.node))):
         for i, name in enumerate(node.input):
             dequantize = producers.get(name)
-            if dequantize is None or dequantize.op_type != "DequantizeLinear" or len(dequantize.input) < 3:
+            if (
+                dequantize is None
+                or dequantize.op_type != "DequantizeLinear"
+                or len(dequantize.input) < 3
+            ):
                 continue
             weight = dequantize.input[0].partition(COPY)[0]
             if weight not in tensors:
@@ -184,7 +214,11 @@ def _drop_unused(graph: onnx.GraphProto) -> None:
     values = {name for node in kept for name in node.output}
     initializers = [tensor for tensor in graph.initializer if tensor.name in used]
     shapes = [value for value in graph.value_info if value.name in values]
-    for field, left in (("node", kept[::-1]), ("initializer", initializers), ("value_info", shapes)):
+    for field, left in (
+        ("node", kept[::-1]),
+        ("initializer", initializers),
+        ("value_info", shapes),
+    ):
         graph.ClearField(field)
         getattr(graph, field).extend(left)
 

@@ -1,8 +1,8 @@
 """OpenVINO on the CPU, running the same file as ONNX Runtime.
 
-It fuses QuantizeLinear and DequantizeLinear into integer layers of its own, and rounds a few values to the neighbouring step.
-What is not integer is told to stay float32: by default OpenVINO takes bfloat16 where the processor has it, which is another
-network than the one that was measured.
+It fuses QuantizeLinear and DequantizeLinear into integer layers of its own, and rounds a few values
+to the neighbouring step. What is not integer is told to stay float32: by default OpenVINO takes
+bfloat16 where the processor has it, which is another network than the one that was measured.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,9 @@ class OpenvinoNetwork(Network):
 
     def __init__(self, path: str | PathLike[str], *, threads: int) -> None:
         if not Path(path).is_file():
-            raise QatTricksError(f'no ONNX file at "{path}": give the path of a model.onnx that an export wrote')
+            raise QatTricksError(
+                f'no ONNX file at "{path}": give the path of a model.onnx that an export wrote'
+            )
         settings = {
             "INFERENCE_NUM_THREADS": threads,
             "INFERENCE_PRECISION_HINT": "f32",
@@ -37,7 +39,9 @@ class OpenvinoNetwork(Network):
             compiled = openvino.Core().compile_model(str(path), "CPU", settings)
         except Exception as error:  # OpenVINO's exceptions share no narrower base class
             reason = one_line(error)
-            raise QatTricksError(f'OpenVINO cannot open "{path}" ({reason}): give a file that an export wrote') from error
+            raise QatTricksError(
+                f'OpenVINO cannot open "{path}" ({reason}): give a file that an export wrote'
+            ) from error
         self.specs = tuple(map(_input_spec, compiled.inputs))
         self.integer_layers = _integer_layers(compiled)
         self._request = compiled.create_infer_request()
@@ -61,5 +65,13 @@ def _input_spec(port: Any) -> InputSpec:
 
 def _integer_layers(compiled: Any) -> float | None:
     facts = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
-    precisions = [str(fact["runtimePrecision"].value) for fact in facts if str(fact["layerType"].value) in _LAYERS]
-    return sum(precision in _INTEGERS for precision in precisions) / len(precisions) if precisions else None
+    precisions = [
+        str(fact["runtimePrecision"].value)
+        for fact in facts
+        if str(fact["layerType"].value) in _LAYERS
+    ]
+    return (
+        sum(precision in _INTEGERS for precision in precisions) / len(precisions)
+        if precisions
+        else None
+    )

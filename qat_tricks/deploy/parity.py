@@ -27,7 +27,8 @@ class ParityReport:
     max_abs_error: float  # largest difference of a logit
     sqnr_db: float  # power of the simulated logits over that of the difference, in dB, at most 200
     images: int  # how many were compared
-    layers: "tuple[LayerParity, ...]" = ()  # every quantized tensor, the worst first; none of a float network
+    # every quantized tensor, the worst first; none of a float network
+    layers: "tuple[LayerParity, ...]" = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The report as ``report.json`` holds it."""
@@ -35,14 +36,19 @@ class ParityReport:
 
 
 @torch.no_grad()
-def measure_parity(path: str | PathLike[str], network: nn.Module, batches: Iterable[object]) -> ParityReport:
-    """Runs ``batches`` through the ONNX file and through ``network``, on the CPU and in evaluation mode.
+def measure_parity(
+    path: str | PathLike[str], network: nn.Module, batches: Iterable[object]
+) -> ParityReport:
+    """Runs ``batches`` through the ONNX file and through ``network``, on the CPU and in evaluation
+    mode.
 
     Args:
-        batches: the network's inputs each, images ``[N, C, H, W]`` if it takes one, or what a loader of them and labels yields.
+        batches: the network's inputs each, images ``[N, C, H, W]`` if it takes one, or what a
+            loader of them and labels yields.
 
     Raises:
-        QatTricksError: no images, inputs that the network does not take, or logits of another shape than the network's.
+        QatTricksError: no images, inputs that the network does not take, or logits of another shape
+            than the network's.
     """
     session, names = open_session(path, threads=torch.get_num_threads()), input_names(network)
 
@@ -53,7 +59,8 @@ def measure_parity(path: str | PathLike[str], network: nn.Module, batches: Itera
             real = run_batch(session, *(values.numpy() for values in tensors(inputs)))
             if simulated.shape != real.shape:
                 raise QatTricksError(
-                    f"the network yields {simulated.shape}, its ONNX file {real.shape}: it is another network's"
+                    f"the network yields {simulated.shape}, its ONNX file {real.shape}: it is "
+                    "another network's"
                 )
             yield simulated, real
 

@@ -1,15 +1,18 @@
 """From the simulated network to one that says QuantizeLinear and DequantizeLinear where it rounds.
 
-The integers are those of the simulation: int8 weights with a zero point a channel (ONNX Runtime needs it
-spelled out to keep products exact on x86 without VNNI), an int32 bias in steps of input scale times weight scale.
+The integers are those of the simulation: int8 weights with a zero point a channel (ONNX Runtime
+needs it spelled out to keep products exact on x86 without VNNI), an int32 bias in steps of input
+scale times weight scale.
 
 Layouts differ in what stands around those integers:
 
-- ``onnxruntime``: the bias is dequantized like the weight, and a ReLU is nothing but the range of integers behind it: those that
-  saturating does not give (a grid that reaches below 0.0, or fewer than 8 bits) a ``Clip`` between QuantizeLinear and
-  DequantizeLinear does, which leaves the kernel before it an integer one.
-- ``tensorrt``: the bias is float, since TensorRT dequantizes no int32, and a ReLU stands before the QuantizeLinear, where
-  TensorRT fuses it with the conv before. Activations are int8 with zero point 0. The numbers are the same.
+- ``onnxruntime``: the bias is dequantized like the weight, and a ReLU is nothing but the range of
+  integers behind it: those that saturating does not give (a grid that reaches below 0.0, or fewer
+  than 8 bits) a ``Clip`` between QuantizeLinear and DequantizeLinear does, which leaves the kernel
+  before it an integer one.
+- ``tensorrt``: the bias is float, since TensorRT dequantizes no int32, and a ReLU stands before the
+  QuantizeLinear, where TensorRT fuses it with the conv before. Activations are int8 with zero point
+  0. The numbers are the same.
 """
 
 from collections.abc import Mapping
@@ -32,7 +35,8 @@ class Emitted(NamedTuple):
     """What the ONNX file will hold."""
 
     bits: dict[str, int]  # of each int8 weight, by the name that its initializer will have
-    calls: dict[str, list[str | None]]  # of each quantizer by name, in order: the node quantized, None for a repetition
+    # of each quantizer by name, in order: the node quantized, None for a repetition
+    calls: dict[str, list[str | None]]
 
 
 LAYOUTS = ("onnxruntime", "tensorrt")
@@ -41,24 +45,33 @@ LAYOUTS = ("onnxruntime", "tensorrt")
 def to_qdq(traced: fx.GraphModule, layout: str = LAYOUTS[0]) -> Emitted:
     """Turns ``traced``, in place, into a network for ``torch.onnx.export``, in one of ``LAYOUTS``.
 
-    Quantizers and quantized layers become modules that emit ONNX operators. What only moves values gets a
-    quantizer of the same grid behind it: it changes no value, and what follows finds its integers.
+    Quantizers and quantized layers become modules that emit ONNX operators. What only moves values
+    gets a quantizer of the same grid behind it: it changes no value, and what follows finds its
+    integers.
 
     Raises:
-        QatTricksError: a quantizer in use has no range, or the layout is unknown or cannot have its integers.
+        QatTricksError: a quantizer in use has no range, or the layout is unknown or cannot have its
+            integers.
     """
     if layout not in LAYOUTS:
         raise QatTricksError(f'unknown layout "{layout}": {did_you_mean(layout, LAYOUTS)}')
     for_tensorrt = layout == "tensorrt"
     layers = [node for node in traced.graph.nodes if _calls_quantized(node, traced)]
-    inputs = {node: (module_of(node, traced), n.input_quantizer_of(node, traced)) for node in layers}
-    behind = [(node, grid) for node in traced.graph.nodes if (grid := _grid_to_repeat(node, traced))]
+    inputs = {
+        node: (module_of(node, traced), n.input_quantizer_of(node, traced)) for node in layers
+    }
+    behind = [
+        (node, grid) for node in traced.graph.nodes if (grid := _grid_to_repeat(node, traced))
+    ]
     enabled = _enabled(traced)
-    placed = {node: node.all_input_nodes[0].name for node in traced.graph.nodes if node.target in enabled}
+    placed = {
+        node: node.all_input_nodes[0].name for node in traced.graph.nodes if node.target in enabled
+    }
     if for_tensorrt:
         _put_relus_first(traced, enabled)
     emitters: dict[ActivationQuantizer | None, EmitActivation] = {
-        quantizer: EmitActivation(name, quantizer, clips=not for_tensorrt) for name, quantizer in enabled.items()
+        quantizer: EmitActivation(name, quantizer, clips=not for_tensorrt)
+        for name, quantizer in enabled.items()
     }
     _keep_what_is_read(traced, {str(node.target) for node in layers})
     names: dict[Any, str] = {}  # a layer called on two grids has two biases, and is two
@@ -67,11 +80,21 @@ def to_qdq(traced: fx.GraphModule, layout: str = LAYOUTS[0]) -> Emitted:
         assert isinstance(layer, Layer)
         assert layer.weight_quantizer is not None
         if (layer, quantizer) not in names:
-            name = f"{node.target}.on.{node.name}" if f"{node.target}.{WEIGHT}" in bits else str(node.target)
-            traced.add_submodule(name, EmitLayer(layer, emitters.get(quantizer), float_bias=for_tensorrt))
+            name = (
+                f"{node.target}.on.{node.name}"
+                if f"{node.target}.{WEIGHT}" in bits
+                else str(node.target)
+            )
+            traced.add_submodule(
+                name, EmitLayer(layer, emitters.get(quantizer), float_bias=for_tensorrt)
+            )
             bits[f"{name}.{WEIGHT}"] = layer.weight_quantizer.scheme.bits
             names[layer, quantizer] = name
-        node.target, node.args, node.kwargs = names[layer, quantizer], (node.all_input_nodes[0],), {}
+        node.target, node.args, node.kwargs = (
+            names[layer, quantizer],
+            (node.all_input_nodes[0],),
+            {},
+        )
     for name, quantizer in enabled.items():
         traced.add_submodule(name, emitters[quantizer])
     for node, grid in behind:
@@ -94,14 +117,17 @@ def to_qdq(traced: fx.GraphModule, layout: str = LAYOUTS[0]) -> Emitted:
 
 
 def _put_relus_first(traced: fx.GraphModule, enabled: Mapping[str, ActivationQuantizer]) -> None:
-    """Puts the ReLU that a quantizer stands in for before it; the cap of a ReLU6 is where the integers end."""
+    """Puts the ReLU that a quantizer stands in for before it; the cap of a ReLU6 is where the
+    integers end.
+    """
     for name, quantizer in enabled.items():
         scheme = quantizer.scheme
         if (scheme.bits, scheme.signed, scheme.symmetric) != (8, True, True):
             kind = f"{'signed' if scheme.signed else 'unsigned'} {'symmetric' if scheme.symmetric else 'affine'}"
             raise QatTricksError(
-                f'"{name}" is {kind} with {scheme.bits} bits, and TensorRT takes int8 activations with zero point 0 alone: '
-                "quantize with activations=signed_symmetric and activation_bits=8"
+                f'"{name}" is {kind} with {scheme.bits} bits, and TensorRT takes int8 activations '
+                "with zero point 0 alone: quantize with activations=signed_symmetric and "
+                "activation_bits=8"
             )
     for node in traced.graph.nodes:
         if node.target in enabled and enabled[node.target].activation is not None:
@@ -110,7 +136,9 @@ def _put_relus_first(traced: fx.GraphModule, enabled: Mapping[str, ActivationQua
 
 
 class EmitActivation(nn.Module):
-    """``QuantizeLinear`` and ``DequantizeLinear`` of one activation, and a ``Clip`` between unless saturating does the same."""
+    """``QuantizeLinear`` and ``DequantizeLinear`` of one activation, and a ``Clip`` between unless
+    saturating does the same.
+    """
 
     scale: Tensor
     zero_point: Tensor
@@ -120,11 +148,16 @@ class EmitActivation(nn.Module):
     def __init__(self, name: str, quantizer: ActivationQuantizer, clips: bool = True) -> None:
         super().__init__()
         if not quantizer.is_calibrated:
-            raise QatTricksError(f'quantizer "{name}" has no range yet: calibrate the network first')
+            raise QatTricksError(
+                f'quantizer "{name}" has no range yet: calibrate the network first'
+            )
         self.name = name
         self.dtype = torch.int8 if quantizer.scheme.signed else torch.uint8
         qmin, qmax = quantizer.integers
-        self.clips = clips and (qmin, qmax) != (torch.iinfo(self.dtype).min, torch.iinfo(self.dtype).max)
+        self.clips = clips and (qmin, qmax) != (
+            torch.iinfo(self.dtype).min,
+            torch.iinfo(self.dtype).max,
+        )
         self.register_buffer("scale", quantizer.current_scale().detach().clone())
         integers = {"zero_point": int(quantizer.zero_point), "qmin": qmin, "qmax": qmax}
         for key, value in integers.items():
@@ -132,7 +165,10 @@ class EmitActivation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_floating_point():
-            raise QatTricksError(f'quantizer "{self.name}" is given {x.dtype}: turn the values into floats before, with .float()')
+            raise QatTricksError(
+                f'quantizer "{self.name}" is given {x.dtype}: turn the values into floats before, '
+                "with .float()"
+            )
         integers = _emit("QuantizeLinear", (x, self.scale, self.zero_point), x, self.dtype)
         if self.clips:
             integers = _emit("Clip", (integers, self.qmin, self.qmax), x, self.dtype)
@@ -142,8 +178,8 @@ class EmitActivation(nn.Module):
 class EmitLayer(nn.Module):
     """A conv or linear on dequantized integers, which a runtime fuses into an integer kernel.
 
-    Without a quantizer before it (``grid`` is None) only the weight is stored in integers. With ``float_bias`` the bias is
-    stored as the values that its integers stand for.
+    Without a quantizer before it (``grid`` is None) only the weight is stored in integers. With
+    ``float_bias`` the bias is stored as the values that its integers stand for.
     """
 
     weight: Tensor
@@ -190,18 +226,24 @@ class EmitLayer(nn.Module):
 def _emit(
     operator: str, inputs: tuple[Tensor, ...], like: Tensor, dtype: torch.dtype, **attributes: int
 ) -> Tensor:
-    return torch.onnx.ops.symbolic(operator, inputs, dict(attributes), dtype=dtype, shape=like.shape)
+    return torch.onnx.ops.symbolic(
+        operator, inputs, dict(attributes), dtype=dtype, shape=like.shape
+    )
 
 
 def _dequantize(*initializers: Tensor) -> Tensor:
-    """Values with their scale, along dimension 0 if each channel has its own, and perhaps zero point."""
+    """Values with their scale, along dimension 0 if each channel has its own, and perhaps zero
+    point.
+    """
     values, scale = initializers[:2]
     axis = {"axis": 0} if scale.dim() else {}
     return _emit("DequantizeLinear", initializers, values, torch.float32, **axis)
 
 
 def _keep_what_is_read(traced: fx.GraphModule, layers: set[str]) -> None:
-    """Keeps apart the parameters of ``layers`` that the network reads itself, be it for their dtype: theirs become integers."""
+    """Keeps apart the parameters of ``layers`` that the network reads itself, be it for their
+    dtype: theirs become integers.
+    """
     for node in traced.graph.nodes:
         owner, _, name = str(node.target).rpartition(".")
         if node.op == "get_attr" and owner in layers:
@@ -211,7 +253,11 @@ def _keep_what_is_read(traced: fx.GraphModule, layers: set[str]) -> None:
 
 
 def _enabled(traced: fx.GraphModule) -> dict[str, ActivationQuantizer]:
-    return {name: quantizer for name, quantizer in activation_quantizers(traced).items() if quantizer.enabled}
+    return {
+        name: quantizer
+        for name, quantizer in activation_quantizers(traced).items()
+        if quantizer.enabled
+    }
 
 
 def _calls_quantized(node: fx.Node, traced: fx.GraphModule) -> bool:
@@ -221,7 +267,9 @@ def _calls_quantized(node: fx.Node, traced: fx.GraphModule) -> bool:
 
 def _grid_to_repeat(node: fx.Node, traced: fx.GraphModule) -> str | None:
     """Name of the quantizer to call again behind ``node``, whose values are on its grid, or None."""
-    if not (n.is_passthrough(node, traced) or n.is_cat(node, traced)) or _yields_parts(node, traced):
+    if not (n.is_passthrough(node, traced) or n.is_cat(node, traced)) or _yields_parts(
+        node, traced
+    ):
         return None
     if all(user.op == "output" or _is_folded_pad(node, user, traced) for user in node.users):
         return None

@@ -1,6 +1,7 @@
 """The runtimes that can run an ONNX file on this machine's CPU, all of them called in one way.
 
-ONNX Runtime is the reference: where parity is proved. Others are optional, and are measured beside it.
+ONNX Runtime is the reference: where parity is proved. Others are optional, and are measured beside
+it.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,19 +24,22 @@ class Network(Protocol):
     """An ONNX file opened in a runtime."""
 
     specs: tuple[InputSpec, ...]  # of its inputs
-    integer_layers: float | None  # share, 0..1, of convs and linears that run in integers; None: the runtime does not say
+    # share, 0..1, of convs and linears that run in integers; None: the runtime does not say
+    integer_layers: float | None
 
     @property
     def spec(self) -> InputSpec:
         """The only input; raises QatTricksError if there are several."""
         if len(self.specs) > 1:
             names = ", ".join(spec.name for spec in self.specs)
-            raise QatTricksError(f"the ONNX network's inputs are ({names}), allowed: one tensor of images")
+            raise QatTricksError(
+                f"the ONNX network's inputs are ({names}), allowed: one tensor of images"
+            )
         return self.specs[0]
 
     def prepare(self, *inputs: np.ndarray) -> Callable[[], np.ndarray]:
-        """Takes images ``[batch, channels, height, width]``, or whatever the network's inputs are, and returns what runs them to
-        logits ``[batch, classes]``.
+        """Takes images ``[batch, channels, height, width]``, or whatever the network's inputs are,
+        and returns what runs them to logits ``[batch, classes]``.
 
         Raises:
             QatTricksError: there are not so many inputs as the network takes, or of other shapes.
@@ -81,9 +85,13 @@ def check_runtimes(names: Sequence[str]) -> None:
         if name not in RUNTIMES:
             raise QatTricksError(f'unknown runtime "{name}": {did_you_mean(name, RUNTIMES)}')
         if find_spec(name) is None:
-            raise QatTricksError(f'the runtime "{name}" is not installed: pip install "qat_tricks[{name}]"')
+            raise QatTricksError(
+                f'the runtime "{name}" is not installed: pip install "qat_tricks[{name}]"'
+            )
 
 
 def runtime_version(name: str) -> str:
-    """The version of an installed runtime, whichever distribution (``onnxruntime``, ``onnxruntime-gpu``) it came from."""
+    """The version of an installed runtime, whichever distribution (``onnxruntime``,
+    ``onnxruntime-gpu``) it came from.
+    """
     return str(import_module(name).__version__).partition("-")[0]

@@ -1,9 +1,10 @@
 """ONNX Runtime sessions on the CPU, opened in one way everywhere.
 
-On x86 CPUs without VNNI, ONNX Runtime multiplies unsigned activations by signed weights with ``vpmaddubsw``,
-which adds two products into 16 bits and saturates: with weights of 127 and activations of 255, about half of
-a convolution's value is lost. ``session.x64quantprecision`` makes it store the weights as unsigned there,
-which is exact. It changes nothing on CPUs with VNNI and on others than x86.
+On x86 CPUs without VNNI, ONNX Runtime multiplies unsigned activations by signed weights with
+``vpmaddubsw``, which adds two products into 16 bits and saturates: with weights of 127 and
+activations of 255, about half of a convolution's value is lost. ``session.x64quantprecision`` makes
+it store the weights as unsigned there, which is exact. It changes nothing on CPUs with VNNI and on
+others than x86.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,9 @@ import onnxruntime as ort
 from qat_tricks.errors import QatTricksError
 
 SESSION_CONFIG: Mapping[str, str] = {"session.x64quantprecision": "1"}
-"""Entries that every session of this package sets, and that whoever deploys the model should set too."""
+"""Entries that every session of this package sets, and that whoever deploys the model should set
+too.
+"""
 
 _IMAGE_TYPES: Mapping[str, type[np.generic]] = {
     "tensor(float)": np.float32,
@@ -28,12 +31,17 @@ _IMAGE_TYPES: Mapping[str, type[np.generic]] = {
 }
 _TYPES: Mapping[str, type[np.generic]] = {
     **_IMAGE_TYPES,
-    **{f"tensor({name})": np.dtype(name).type for name in ("int8", "int16", "uint16", "int32", "uint32", "int64", "uint64")},
+    **{
+        f"tensor({name})": np.dtype(name).type
+        for name in ("int8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
+    },
     "tensor(bool)": np.bool_,
 }
 
 Shapes = Sequence[int] | Sequence[Sequence[int]]
-"""The shape of an image, (channels, height, width), or of a network with several inputs one shape for each."""
+"""The shape of an image, (channels, height, width), or of a network with several inputs one shape
+for each.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +77,9 @@ def open_session(
     """
     path = Path(path)
     if not path.is_file():
-        raise QatTricksError(f'no ONNX file at "{path}": give the path of a model.onnx that an export wrote')
+        raise QatTricksError(
+            f'no ONNX file at "{path}": give the path of a model.onnx that an export wrote'
+        )
     if threads is not None and threads < 1:
         raise QatTricksError(f"threads is {threads}, allowed: 1 or more")
     options = ort.SessionOptions()
@@ -94,9 +104,8 @@ def open_session(
         )
     except Exception as error:  # ONNX Runtime's exceptions share no narrower base class
         raise QatTricksError(
-            f'ONNX Runtime cannot open "{path}" ({one_line(error)}): the file is truncated or not an ONNX '
-            "network; "
-            "export it again"
+            f'ONNX Runtime cannot open "{path}" ({one_line(error)}): the file is truncated or not '
+            "an ONNX network; export it again"
         ) from error
 
 
@@ -108,7 +117,9 @@ def input_specs(session: ort.InferenceSession) -> tuple[InputSpec, ...]:
     """
     inputs = session.get_inputs()
     if not inputs or any(given.type not in _TYPES for given in inputs):
-        raise QatTricksError(f"the ONNX network's inputs are ({_listed(inputs)}), allowed: tensors of numbers")
+        raise QatTricksError(
+            f"the ONNX network's inputs are ({_listed(inputs)}), allowed: tensors of numbers"
+        )
     return tuple(
         InputSpec(
             name=given.name,
@@ -128,7 +139,8 @@ def input_spec(session: ort.InferenceSession) -> InputSpec:
     inputs = session.get_inputs()
     if len(inputs) != 1 or inputs[0].type not in _IMAGE_TYPES:
         raise QatTricksError(
-            f"the ONNX network's inputs are ({_listed(inputs)}), allowed: one float or uint8 tensor of images"
+            f"the ONNX network's inputs are ({_listed(inputs)}), allowed: one float or uint8 "
+            "tensor of images"
         )
     return input_specs(session)[0]
 
@@ -141,7 +153,8 @@ def run_batch(session: ort.InferenceSession, *inputs: np.ndarray) -> np.ndarray:
     """Runs one batch.
 
     Args:
-        inputs: images [batch, channels, height, width], or whatever the network's inputs are, cast to their dtypes.
+        inputs: images [batch, channels, height, width], or whatever the network's inputs are, cast
+            to their dtypes.
 
     Returns:
         The first output, logits of shape [batch, classes].
@@ -153,14 +166,21 @@ def run_batch(session: ort.InferenceSession, *inputs: np.ndarray) -> np.ndarray:
 
 
 def feed(specs: Sequence[InputSpec], inputs: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the inputs by name, cast to the network's dtypes; raises QatTricksError where number or shapes do not fit."""
+    """Returns the inputs by name, cast to the network's dtypes; raises QatTricksError where number
+    or shapes do not fit.
+    """
     _check_number(specs, len(inputs))
     for spec, values in zip(specs, inputs, strict=True):
         check_shape(spec, values.shape)
-    return {spec.name: np.ascontiguousarray(values, dtype=spec.dtype) for spec, values in zip(specs, inputs, strict=True)}
+    return {
+        spec.name: np.ascontiguousarray(values, dtype=spec.dtype)
+        for spec, values in zip(specs, inputs, strict=True)
+    }
 
 
-def batch_shapes(specs: Sequence[InputSpec], image_shape: Shapes, batch_size: int) -> list[tuple[int, ...]]:
+def batch_shapes(
+    specs: Sequence[InputSpec], image_shape: Shapes, batch_size: int
+) -> list[tuple[int, ...]]:
     """Returns the shape of each input for ``batch_size`` images.
 
     Raises:
@@ -171,19 +191,30 @@ def batch_shapes(specs: Sequence[InputSpec], image_shape: Shapes, batch_size: in
     _check_number(specs, len(shapes))
     for spec, shape in zip(specs, shapes, strict=True):
         if min(shape) < 1:
-            raise QatTricksError(f"batch size and image shape are {shape}, allowed: sizes of 1 or more")
+            raise QatTricksError(
+                f"batch size and image shape are {shape}, allowed: sizes of 1 or more"
+            )
         check_shape(spec, shape)
     return shapes
 
 
-def random_batch(specs: Sequence[InputSpec], image_shape: Shapes, batch_size: int, seed: int = 0) -> list[np.ndarray]:
-    """Returns what ``random_inputs`` does for each input; raises QatTricksError as ``batch_shapes`` does."""
+def random_batch(
+    specs: Sequence[InputSpec], image_shape: Shapes, batch_size: int, seed: int = 0
+) -> list[np.ndarray]:
+    """Returns what ``random_inputs`` does for each input; raises QatTricksError as ``batch_shapes``
+    does.
+    """
     shapes = batch_shapes(specs, image_shape, batch_size)
-    return [random_inputs(specs[i], shape[1:], batch_size, seed + i) for i, shape in enumerate(shapes)]
+    return [
+        random_inputs(specs[i], shape[1:], batch_size, seed + i) for i, shape in enumerate(shapes)
+    ]
 
 
-def random_inputs(spec: InputSpec, image_shape: Sequence[int], batch_size: int, seed: int = 0) -> np.ndarray:
-    """Returns random images [batch_size, *image_shape] in the network's own dtype: normally distributed, or uint8 pixels.
+def random_inputs(
+    spec: InputSpec, image_shape: Sequence[int], batch_size: int, seed: int = 0
+) -> np.ndarray:
+    """Returns random images [batch_size, *image_shape] in the network's own dtype: normally
+    distributed, or uint8 pixels.
 
     Of other integers and of truth values it returns zeros, the one index that every table has.
 
@@ -206,13 +237,18 @@ def _check_number(specs: Sequence[InputSpec], given: int) -> None:
 
 
 def check_shape(spec: InputSpec, shape: Sequence[int]) -> None:
-    """Refuses an input of another shape than the network takes, dynamic dimensions aside (QatTricksError)."""
+    """Refuses an input of another shape than the network takes, dynamic dimensions aside
+    (QatTricksError).
+    """
     fits = len(shape) == len(spec.shape) and all(
         want is None or want == got for want, got in zip(spec.shape, shape, strict=True)
     )
     if not fits:
         wanted = ", ".join("any" if size is None else str(size) for size in spec.shape)
-        raise QatTricksError(f"images of shape {tuple(shape)} given, the ONNX network takes ({wanted}) as {spec.name}")
+        raise QatTricksError(
+            f"images of shape {tuple(shape)} given, the ONNX network takes ({wanted}) as "
+            f"{spec.name}"
+        )
 
 
 def one_line(error: BaseException) -> str:

@@ -1,7 +1,8 @@
 """Where a network is to run, and what that asks of its quantization and of its file.
 
-Quantizers are placed for ONNX Runtime's fast kernels on x86: weights int8, symmetric, per channel; activations uint8, affine,
-per tensor. A target narrows or changes that, and refuses settings with which its kernels are known to be wrong or slow.
+Quantizers are placed for ONNX Runtime's fast kernels on x86: weights int8, symmetric, per channel;
+activations uint8, affine, per tensor. A target narrows or changes that, and refuses settings with
+which its kernels are known to be wrong or slow.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,10 +24,12 @@ class Target:
     about: str
     runtime: str = "onnxruntime"  # who runs the finished file, besides ONNX Runtime, to prove it
     max_weight_bits: int = 8
-    activations: Sequence[str] = ("unsigned_affine",)  # kinds that it takes, of ``scheme.ACTIVATIONS``; its own choice first
+    # kinds that it takes, of ``scheme.ACTIVATIONS``; its own choice first
+    activations: Sequence[str] = ("unsigned_affine",)
     activation_bits: int = 2  # the fewest that it takes
     because: str = ""  # why no other activations
-    layout: str = "onnxruntime"  # of the ONNX file, see ``deploy.qdq``: where ReLUs stand, and the type of biases
+    # of the ONNX file, see ``deploy.qdq``: where ReLUs stand, and the type of biases
+    layout: str = "onnxruntime"
     newest_opset: int | None = None  # that it reads; None: whatever ONNX Runtime does
 
 
@@ -34,7 +37,8 @@ _SLOW_ON_X86 = "ONNX Runtime on x86 has no fast kernels for int8 activations: it
 
 TARGETS: Mapping[str, Target] = {
     "onnxruntime_cpu": Target(
-        about="x86 in sessions that set session.x64quantprecision to 1, or with VNNI: products are exact", because=_SLOW_ON_X86
+        about="x86 in sessions that set session.x64quantprecision to 1, or with VNNI: products are exact",
+        because=_SLOW_ON_X86,
     ),
     "onnxruntime_cpu_no_vnni": Target(
         about="x86 without VNNI, in any session: vpmaddubsw adds two products in 16 bits, and 2 * 255 * 63 fits where "
@@ -80,14 +84,17 @@ def check_opset(name: Any, opset: int) -> None:
     """Raises QatTricksError if the target called ``name`` cannot read files of ``opset``."""
     newest = check_target(name).newest_opset
     if newest is not None and opset > newest:
-        raise QatTricksError(f"export.opset={opset} is too new for target={name}: give {newest} or less")
+        raise QatTricksError(
+            f"export.opset={opset} is too new for target={name}: give {newest} or less"
+        )
 
 
 def fit_to_target(quantize: Mapping[str, Any], target: Target) -> dict[str, Any]:
-    """The settings of the ``quantize`` trick with the target's activations and no weight above its bits.
+    """The settings of the ``quantize`` trick with the target's activations and no weight above its
+    bits.
 
-    ``first_last_bits`` are those of weights and inputs alike. Where all are of 8 bits its limit becomes null, so that the
-    inputs keep theirs; below, it is lowered.
+    ``first_last_bits`` are those of weights and inputs alike. Where all are of 8 bits its limit
+    becomes null, so that the inputs keep theirs; below, it is lowered.
 
     Raises:
         QatTricksError: activations were asked for that the target does not take.
@@ -98,10 +105,15 @@ def fit_to_target(quantize: Mapping[str, Any], target: Target) -> dict[str, Any]
         return fitted
     fitted["weight_bits"] = min(quantize["weight_bits"], limit)
     if (quantize["first_last_bits"] or 0) > limit:
-        keeps_ends = quantize["weight_bits"] >= limit and quantize["activation_bits"] == quantize["first_last_bits"]
+        keeps_ends = (
+            quantize["weight_bits"] >= limit
+            and quantize["activation_bits"] == quantize["first_last_bits"]
+        )
         fitted["first_last_bits"] = None if keeps_ends else limit
     fitted["overrides"] = {
-        pattern: {key: min(bits, limit) if key == "weight_bits" else bits for key, bits in given.items()}
+        pattern: {
+            key: min(bits, limit) if key == "weight_bits" else bits for key, bits in given.items()
+        }
         for pattern, given in quantize["overrides"].items()
     }
     return fitted
@@ -112,15 +124,22 @@ def _activations(quantize: Mapping[str, Any], target: Target) -> str:
     kind = quantize["activations"] or target.activations[0]
     if kind not in target.activations:
         allowed = " or ".join(target.activations)
-        raise QatTricksError(f"quantize.activations={kind} is not for this target: {target.because}; give {allowed}, or null")
+        raise QatTricksError(
+            f"quantize.activations={kind} is not for this target: {target.because}; give "
+            f"{allowed}, or null"
+        )
     bits = {
         "activation_bits": quantize["activation_bits"],
         "first_last_bits": quantize["first_last_bits"] or quantize["activation_bits"],
-        **{f'overrides."{pattern}"': given.get("activation_bits", 8) for pattern, given in quantize["overrides"].items()},
+        **{
+            f'overrides."{pattern}"': given.get("activation_bits", 8)
+            for pattern, given in quantize["overrides"].items()
+        },
     }
     for setting, given in bits.items():
         if given < target.activation_bits:
             raise QatTricksError(
-                f"quantize.{setting} gives activations {given} bits, and {target.because}: give {target.activation_bits}"
+                f"quantize.{setting} gives activations {given} bits, and {target.because}: give "
+                f"{target.activation_bits}"
             )
     return str(kind)

@@ -15,7 +15,8 @@ from qat_tricks.deploy.onnx_graph import constant_tensors, load_model, node_labe
 from qat_tricks.errors import QatTricksError, did_you_mean
 
 WEIGHT_BITS_KEY = "qat_tricks.weight_bits"
-"""The ONNX metadata property that holds, as JSON, the bits of each weight initializer by its name."""
+"""The ONNX metadata property that holds, as JSON, the bits of each weight initializer by its name.
+"""
 
 _LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 _MOVES = {
@@ -31,7 +32,9 @@ _FOUR_BITS = {TensorProto.INT4, TensorProto.UINT4}
 
 @dataclass(frozen=True, kw_only=True)
 class WeightSize:
-    """Bytes of the file as it lies on disk, and as it would be with every weight packed at its own bits."""
+    """Bytes of the file as it lies on disk, and as it would be with every weight packed at its own
+    bits.
+    """
 
     on_disk: int
     packed: int
@@ -45,25 +48,30 @@ class _Weight(NamedTuple):
 
 
 def weight_sparsity(path: str | PathLike[str]) -> float:
-    """Returns the share, 0..1, of exact zeros among an ONNX file's conv and linear weights, biases aside.
+    """Returns the share, 0..1, of exact zeros among an ONNX file's conv and linear weights, biases
+    aside.
 
-    A quantized weight is zero where it equals its zero point. A weight that several layers share counts once.
+    A quantized weight is zero where it equals its zero point. A weight that several layers share
+    counts once.
 
     Raises:
-        QatTricksError: the file does not load, has no such weights, or computes one in a way not known here.
+        QatTricksError: the file does not load, has no such weights, or computes one in a way not
+            known here.
     """
     weights = _weights(path, load_model(path))
     return sum(weight.zeros for weight in weights) / sum(weight.values.size for weight in weights)
 
 
 def weight_size(path: str | PathLike[str]) -> WeightSize:
-    """Returns the bytes of the file, and those it would have with each weight at the bits stated in it.
+    """Returns the bytes of the file, and those it would have with each weight at the bits stated in
+    it.
 
-    The bits come from the metadata property ``WEIGHT_BITS_KEY``; a weight that it does not name keeps its
-    stored width.
+    The bits come from the metadata property ``WEIGHT_BITS_KEY``; a weight that it does not name
+    keeps its stored width.
 
     Raises:
-        QatTricksError: as ``weight_sparsity``, or the property is no such table, or names what is no weight.
+        QatTricksError: as ``weight_sparsity``, or the property is no such table, or names what is
+            no weight.
     """
     model = load_model(path)
     weights = _weights(path, model)
@@ -72,7 +80,8 @@ def weight_size(path: str | PathLike[str]) -> WeightSize:
     for name in bits:
         if name not in names:
             raise QatTricksError(
-                f'{WEIGHT_BITS_KEY} in "{path}" names "{name}", no weight; {did_you_mean(name, names)}'
+                f'{WEIGHT_BITS_KEY} in "{path}" names "{name}", no weight; '
+                f"{did_you_mean(name, names)}"
             )
     on_disk = file_bytes(path)
     saved = sum(
@@ -98,7 +107,9 @@ def file_bytes(path: str | PathLike[str]) -> int:
         for entry in tensor.external_data
         if entry.key == "location"
     }
-    return path.stat().st_size + sum((path.parent / location).stat().st_size for location in locations)
+    return path.stat().st_size + sum(
+        (path.parent / location).stat().st_size for location in locations
+    )
 
 
 def _bytes(count: int, bits: int) -> int:
@@ -106,15 +117,19 @@ def _bytes(count: int, bits: int) -> int:
 
 
 def _weight_bits(model: onnx.ModelProto) -> dict[str, int]:
-    text = next((entry.value for entry in model.metadata_props if entry.key == WEIGHT_BITS_KEY), "{}")
+    text = next(
+        (entry.value for entry in model.metadata_props if entry.key == WEIGHT_BITS_KEY), "{}"
+    )
     try:
         bits = json.loads(text)
     except json.JSONDecodeError:
         bits = None
-    if not isinstance(bits, dict) or not all(isinstance(b, int) and 1 <= b <= 32 for b in bits.values()):
+    if not isinstance(bits, dict) or not all(
+        isinstance(b, int) and 1 <= b <= 32 for b in bits.values()
+    ):
         raise QatTricksError(
-            f"the metadata {WEIGHT_BITS_KEY} is {text[:80]!r}, allowed: a JSON object of initializer name "
-            "to bits, 1 to 32"
+            f"the metadata {WEIGHT_BITS_KEY} is {text[:80]!r}, allowed: a JSON object of "
+            "initializer name to bits, 1 to 32"
         )
     return bits
 
@@ -134,9 +149,9 @@ def _weights(path: str | PathLike[str], model: onnx.ModelProto) -> list[_Weight]
         name, dequantize = _trace(operand, tensors, producers)
         if name not in tensors:
             raise QatTricksError(
-                f'the weight of "{node_label(node)}" in "{path}" is computed by {producers[name].op_type}, '
-                "allowed: "
-                "an initializer, alone or behind DequantizeLinear; export with constant folding"
+                f'the weight of "{node_label(node)}" in "{path}" is computed by '
+                f"{producers[name].op_type}, allowed: an initializer, alone or behind "
+                "DequantizeLinear; export with constant folding"
             )
         if name not in weights:
             weights[name] = _read(name, dequantize, tensors)
@@ -147,18 +162,23 @@ def _weights(path: str | PathLike[str], model: onnx.ModelProto) -> list[_Weight]
     return list(weights.values())
 
 
-def _weight_operands(graph: onnx.GraphProto, constants: set[str]) -> Iterator[tuple[onnx.NodeProto, str]]:
+def _weight_operands(
+    graph: onnx.GraphProto, constants: set[str]
+) -> Iterator[tuple[onnx.NodeProto, str]]:
     for node in graph.node:
         if node.op_type in _LAYERS:
             constant = [name for name in node.input[:2] if name in constants]
-            if len(constant) == 1:  # none: a product of activations; two: nothing that depends on the image
+            # none: a product of activations; two: nothing that depends on the image
+            if len(constant) == 1:
                 yield node, constant[0]
 
 
 def _trace(
     name: str, tensors: dict[str, TensorProto], producers: dict[str, onnx.NodeProto]
 ) -> tuple[str, onnx.NodeProto | None]:
-    """Walks from a layer's weight to where its values are stored; returns the dequantization on the way."""
+    """Walks from a layer's weight to where its values are stored; returns the dequantization on the
+    way.
+    """
     dequantize = None
     while name not in tensors:
         node = producers[name]
@@ -178,7 +198,9 @@ def _read(name: str, dequantize: onnx.NodeProto | None, tensors: dict[str, Tenso
         return _Weight(name, values, int(np.sum(values == 0)), bits)
     zero_point = numpy_helper.to_array(tensors[dequantize.input[2]])
     if zero_point.size > 1:
-        axis = next((attribute.i for attribute in dequantize.attribute if attribute.name == "axis"), 1)
+        axis = next(
+            (attribute.i for attribute in dequantize.attribute if attribute.name == "axis"), 1
+        )
         shape = [1] * values.ndim
         shape[axis] = -1
         zero_point = zero_point.reshape(shape)

@@ -38,7 +38,8 @@ Row = dict[str, Any]
 
 
 def write_comparison(sweep_folder: Path) -> Path:
-    """Writes ``comparison.csv`` and ``comparison.png`` into a sweep's folder; returns the former's path.
+    """Writes ``comparison.csv`` and ``comparison.png`` into a sweep's folder; returns the former's
+    path.
 
     Raises:
         QatTricksError: the folder holds no job, or cannot be written.
@@ -58,7 +59,8 @@ def write_comparison(sweep_folder: Path) -> Path:
 def comparison_rows(sweep_folder: Path) -> list[Row]:
     """Returns one row a job, by ``COLUMNS``, in the order of the jobs' folders. None: not measured.
 
-    A job is a folder, one or two levels down, with a ``report.json`` or, where it failed, an ``error.json``.
+    A job is a folder, one or two levels down, with a ``report.json`` or, where it failed, an
+    ``error.json``.
 
     Raises:
         QatTricksError: there is no job.
@@ -72,8 +74,8 @@ def comparison_rows(sweep_folder: Path) -> list[Row]:
     }
     if not jobs:
         raise QatTricksError(
-            f'no job in "{sweep_folder}": expected folders, one or two levels down, with report.json or '
-            "error.json"
+            f'no job in "{sweep_folder}": expected folders, one or two levels down, with '
+            "report.json or error.json"
         )
     names = {job.relative_to(sweep_folder).as_posix(): job for job in jobs}
     return [_row(name, names[name]) for name in sorted(names, key=_natural)]
@@ -130,7 +132,9 @@ def _row(name: str, job: Path) -> Row:
 def _figures(report: dict[str, Any]) -> Row:
     stages = {stage["name"]: stage["accuracy"] for stage in report["stages"]}
     fp32, onnx = stages.get("fp32"), stages.get("onnx")
-    size, memory, latency = (report[key] or {} for key in ("size_bytes", "memory_mib", "latency_ms"))
+    size, memory, latency = (
+        report[key] or {} for key in ("size_bytes", "memory_mib", "latency_ms")
+    )
     return {
         "recipe": report["recipe"],
         "model": report["model"],

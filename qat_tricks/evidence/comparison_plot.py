@@ -1,4 +1,6 @@
-"""The picture of a sweep: accuracy against size and against latency, every network a labelled point."""
+"""The picture of a sweep: accuracy against size and against latency, every network a labelled
+point.
+"""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +25,8 @@ class _Point(NamedTuple):
 
 
 def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draws a comparison's rows as PNG. A job without a figure is left out of the panel that needs it.
+    """Draws a comparison's rows as PNG. A job without a figure is left out of the panel that needs
+    it.
 
     Raises:
         QatTricksError: the file cannot be written.
@@ -35,7 +38,9 @@ def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
     ]
     labels = max(len(points) for _, points in panels)
     width = 0.075 * max((len(name) for name in names), default=0)
-    figure = Figure(figsize=(10 + 2 * width, max(4.2, 1.2 + _LABEL_INCHES * labels)), layout="constrained")
+    figure = Figure(
+        figsize=(10 + 2 * width, max(4.2, 1.2 + _LABEL_INCHES * labels)), layout="constrained"
+    )
     FigureCanvasAgg(figure)
     for axes, (title, points) in zip(figure.subplots(1, 2), panels, strict=True):
         _panel(axes, title, points)
@@ -45,7 +50,11 @@ def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
 
 def _name(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """The recipe, and as much more as tells this job from the others."""
-    parts = [str(row[key]) for key in ("recipe", "model", "data") if key == "recipe" or _several(rows, key)]
+    parts = [
+        str(row[key])
+        for key in ("recipe", "model", "data")
+        if key == "recipe" or _several(rows, key)
+    ]
     same = [key for key in rows if all(key[k] == row[k] for k in ("recipe", "model", "data"))]
     return " · ".join([*parts, *([f"job {row['job']}"] if len(same) > 1 else [])])
 
@@ -54,14 +63,18 @@ def _several(rows: list[dict[str, Any]], key: str) -> bool:
     return len({row[key] for row in rows if row[key] is not None}) > 1
 
 
-def _points(rows: list[dict[str, Any]], names: list[str], figure: str, scale: float) -> list[_Point]:
+def _points(
+    rows: list[dict[str, Any]], names: list[str], figure: str, scale: float
+) -> list[_Point]:
     """Returns the quantized networks, and the float ones they came from, each of those once."""
     points: list[_Point] = []
     floats: dict[tuple, _Point] = {}
     for index, (row, name) in enumerate(zip(rows, names, strict=True)):
         x, accuracy = row[f"{figure}_int8"], row["accuracy_onnx"]
         if x is not None and accuracy is not None:
-            points.append(_Point(name, x * scale, accuracy * 100, _COLOURS[index % len(_COLOURS)], "o"))
+            points.append(
+                _Point(name, x * scale, accuracy * 100, _COLOURS[index % len(_COLOURS)], "o")
+            )
         x, accuracy = row[f"{figure}_fp32"], row["accuracy_fp32"]
         if x is not None and accuracy is not None:
             parts = ["float", *(str(row[key]) for key in ("model", "data") if _several(rows, key))]
@@ -80,13 +93,24 @@ def _panel(axes: Axes, title: str, points: list[_Point]) -> None:
         return
     for point in points:
         face = "none" if point.marker == "D" else point.colour
-        axes.plot(point.x, point.accuracy, point.marker, ms=8, mec=point.colour, mfc=face, mew=1.5, ls="none")
+        axes.plot(
+            point.x,
+            point.accuracy,
+            point.marker,
+            ms=8,
+            mec=point.colour,
+            mfc=face,
+            mew=1.5,
+            ls="none",
+        )
     axes.set_xlim(left=0)
     _label(axes, points)
 
 
 def _label(axes: Axes, points: list[_Point]) -> None:
-    """Writes the labels in a column to the right, in the order of the points, so that none can overlap."""
+    """Writes the labels in a column to the right, in the order of the points, so that none can
+    overlap.
+    """
     low, high = axes.get_ylim()
     ordered = sorted(points, key=lambda point: (-point.accuracy, -point.x))
     step = 1.0 / max(len(ordered), 12)

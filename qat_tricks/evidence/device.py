@@ -1,4 +1,6 @@
-"""What two ONNX files cost on this machine: size, latency, memory, and how much of the work is done in integers."""
+"""What two ONNX files cost on this machine: size, latency, memory, and how much of the work is done
+in integers.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ def measure_device(
     runs: int,
     max_seconds: float,
 ) -> dict[str, Any]:
-    """Measures ``{"fp32": path, "int8": path}`` side by side and returns the keys of a report that are about costs.
+    """Measures ``{"fp32": path, "int8": path}`` side by side and returns the keys of a report that
+    are about costs.
 
     Args:
         paths: ONNX files; ``fp32`` may be missing, its figures are then None.
@@ -27,7 +30,11 @@ def measure_device(
         batch_size, threads: of latency and memory.
         runs, max_seconds: at most so many timed runs, or so many seconds, a file.
     """
-    settings: dict[str, Any] = {"image_shape": image_shape, "batch_size": batch_size, "threads": threads}
+    settings: dict[str, Any] = {
+        "image_shape": image_shape,
+        "batch_size": batch_size,
+        "threads": threads,
+    }
     latency = measure_latency(paths, **settings, runs=runs, max_seconds=max_seconds)
     load = measure_load(paths, threads=threads)
     both = ("fp32", "int8")
@@ -36,7 +43,10 @@ def measure_device(
         "packed_bytes": weight_size(paths["int8"]).packed,
         "latency_ms": {name: latency.get(name) for name in both},
         "load_ms": {name: load.get(name) for name in both},
-        "memory_mib": {name: peak_memory_mib(paths[name], **settings) if name in paths else None for name in both},
+        "memory_mib": {
+            name: peak_memory_mib(paths[name], **settings) if name in paths else None
+            for name in both
+        },
         "sparsity": weight_sparsity(paths["int8"]),
         "int8_coverage": integer_coverage(paths["int8"], image_shape).coverage,
         "batch_size": batch_size,

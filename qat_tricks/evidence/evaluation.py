@@ -18,7 +18,12 @@ from qat_tricks.data import ImageData, Preprocessing, build_data
 from qat_tricks.data.module import Batches
 from qat_tricks.deploy.latency import measure_throughput
 from qat_tricks.deploy.normalization import BUILT_IN
-from qat_tricks.deploy.runtimes import REFERENCE, check_runtimes, installed_runtimes, runtime_version
+from qat_tricks.deploy.runtimes import (
+    REFERENCE,
+    check_runtimes,
+    installed_runtimes,
+    runtime_version,
+)
 from qat_tricks.deploy.session import open_session
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.device import measure_device
@@ -58,15 +63,16 @@ class Artifact:
 
 
 def evaluate_artifact(config: DictConfig) -> dict[str, Any]:
-    """Measures ``config.artifact`` and its float counterpart and returns the report that it has written.
+    """Measures ``config.artifact`` and its float counterpart and returns the report that it has
+    written.
 
-    A checkpoint is measured as it is simulated, exported, and measured again in each runtime. The data are those that the
-    artifact was made for, unless ``config.data`` names others; the float network is ``config.float``, or ``model_fp32.onnx``
-    beside the artifact.
+    A checkpoint is measured as it is simulated, exported, and measured again in each runtime. The
+    data are those that the artifact was made for, unless ``config.data`` names others; the float
+    network is ``config.float``, or ``model_fp32.onnx`` beside the artifact.
 
     Raises:
-        QatTricksError: an artifact that is missing, damaged or not ours, data with other classes or another preprocessing, or
-            a runtime that is not installed.
+        QatTricksError: an artifact that is missing, damaged or not ours, data with other classes or
+            another preprocessing, or a runtime that is not installed.
     """
     measure = config.measure
     torch.set_num_threads(measure.threads)
@@ -75,7 +81,9 @@ def evaluate_artifact(config: DictConfig) -> dict[str, Any]:
     folder = evaluation_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
     artifact = load_artifact(Path(config.artifact))
-    options: Any = artifact.data if config.data is None else OmegaConf.to_container(config.data, resolve=True)
+    options: Any = (
+        artifact.data if config.data is None else OmegaConf.to_container(config.data, resolve=True)
+    )
     given = build_data(**options)
     changes = _changes(artifact, given, config.allow_preprocessing_change)
     data = given.with_preprocessing(artifact.preprocessing)
@@ -89,7 +97,9 @@ def evaluate_artifact(config: DictConfig) -> dict[str, Any]:
     if config.float or reference.is_file():
         original = load_artifact(reference)
         _changes(original, data, allowed=False)
-        floats = _enter(ledger, "fp32", original.predict(measure.threads), original.batches(data), data)
+        floats = _enter(
+            ledger, "fp32", original.predict(measure.threads), original.batches(data), data
+        )
     deployed, simulated = artifact, None
     if artifact.module is not None:
         simulated = artifact.network
@@ -112,15 +122,30 @@ def evaluate_artifact(config: DictConfig) -> dict[str, Any]:
         "model": artifact.model["name"],
         "data": options["name"],
         "stages": ledger.rows(),
-        "agreement": agreement(metrics.predictions, floats.predictions) if floats is not None else None,
-        "parity": parity(predict, simulated, deployed.batches(data), against=against) if simulated is not None else None,
+        "agreement": agreement(metrics.predictions, floats.predictions)
+        if floats is not None
+        else None,
+        "parity": parity(predict, simulated, deployed.batches(data), against=against)
+        if simulated is not None
+        else None,
         **device,
         "preprocessing": artifact.preprocessing.described(),
         "normalization": BUILT_IN if deployed.normalizes else "outside",
         "runtimes": {
             name: {
-                **(_costs(device) if name == REFERENCE else measure_runtime(name, paths, image_shape=shape, measure=measure)),
-                **_in_runtime(deployed.predict(measure.threads, name), simulated or predict, against, deployed, data, name),
+                **(
+                    _costs(device)
+                    if name == REFERENCE
+                    else measure_runtime(name, paths, image_shape=shape, measure=measure)
+                ),
+                **_in_runtime(
+                    deployed.predict(measure.threads, name),
+                    simulated or predict,
+                    against,
+                    deployed,
+                    data,
+                    name,
+                ),
             }
             for name in runtimes
         },
@@ -138,7 +163,9 @@ def evaluate_artifact(config: DictConfig) -> dict[str, Any]:
         ],
     }
     if changes:
-        report["preprocessing_change"] = _with_other_preprocessing(deployed, given, changes, metrics, measure.threads)
+        report["preprocessing_change"] = _with_other_preprocessing(
+            deployed, given, changes, metrics, measure.threads
+        )
     write_report(folder, report)
     Console().print(ledger.as_table())
     return report
@@ -156,14 +183,22 @@ def load_artifact(path: Path) -> Artifact:
         module = load_classifier(path)
         return _artifact(path, describe(module), module=module)
     if path.suffix != ".onnx":
-        raise QatTricksError(f"{path} is neither a .onnx nor a .ckpt file: give one that a run wrote")
+        raise QatTricksError(
+            f"{path} is neither a .onnx nor a .ckpt file: give one that a run wrote"
+        )
     session = open_session(path)
     _check_one_input(path, session)
     properties = session.get_modelmeta().custom_metadata_map
-    said = {key: properties[_PREFIX + key] for key in (*_SAID, "normalization") if _PREFIX + key in properties}
+    said = {
+        key: properties[_PREFIX + key]
+        for key in (*_SAID, "normalization")
+        if _PREFIX + key in properties
+    }
     missing = [key for key in _SAID if key not in said]
     if missing:
-        raise QatTricksError(f"{path} was not written by train.py: it does not say its {', '.join(missing)}")
+        raise QatTricksError(
+            f"{path} was not written by train.py: it does not say its {', '.join(missing)}"
+        )
     described = {key: json.loads(value) for key, value in said.items()}
     return _artifact(path, described, normalizes=described.pop("normalization", None) == BUILT_IN)
 
@@ -172,8 +207,9 @@ def _check_one_input(path: Path, session: Any) -> None:
     names = [given.name for given in session.get_inputs()]
     if len(names) > 1:
         raise QatTricksError(
-            f"{path} takes {len(names)} inputs ({', '.join(names)}), and the data sets that evaluate.py reads are images alone: "
-            "measure it in Python, with qat_tricks.evidence.metrics.evaluate_classifier"
+            f"{path} takes {len(names)} inputs ({', '.join(names)}), and the data sets that "
+            "evaluate.py reads are images alone: measure it in Python, with "
+            "qat_tricks.evidence.metrics.evaluate_classifier"
         )
 
 
@@ -190,18 +226,22 @@ def _export(artifact: Artifact, path: Path, shape: tuple[int, int, int]) -> Arti
 
 
 def _changes(artifact: Artifact, data: ImageData, allowed: bool) -> list[str]:
-    """In what the preprocessing of ``data`` differs from the artifact's, that of a network that normalizes aside.
+    """In what the preprocessing of ``data`` differs from the artifact's, that of a network that
+    normalizes aside.
 
     Raises:
         QatTricksError: it does, and is not ``allowed`` to.
     """
     changes = artifact.preprocessing.differences(data.preprocessing)
     if artifact.normalizes:
-        changes = [change for change in changes if change.partition(":")[0] not in ("mean", "std", "scale")]
+        changes = [
+            change for change in changes if change.partition(":")[0] not in ("mean", "std", "scale")
+        ]
     if changes and not allowed:
         raise QatTricksError(
-            f"the data are preprocessed otherwise than {artifact.path.name} was made with ({'; '.join(changes)}): give the data "
-            "its settings, or allow_preprocessing_change=true to measure both"
+            f"the data are preprocessed otherwise than {artifact.path.name} was made with "
+            f"({'; '.join(changes)}): give the data its settings, or "
+            "allow_preprocessing_change=true to measure both"
         )
     return changes
 
@@ -210,7 +250,9 @@ def _measure(predict: Predict, batches: Batches, data: ImageData, name: str) -> 
     return evaluate_classifier(predict, batches, data.num_classes, description=f"measure {name}")
 
 
-def _enter(ledger: Ledger, name: str, predict: Predict, batches: Batches, data: ImageData) -> Metrics:
+def _enter(
+    ledger: Ledger, name: str, predict: Predict, batches: Batches, data: ImageData
+) -> Metrics:
     metrics = _measure(predict, batches, data, name)
     ledger.add(LedgerRow(name=name, before=None, after=metrics, seconds=metrics.seconds))
     return metrics
@@ -223,9 +265,16 @@ def _costs(device: dict[str, Any]) -> dict[str, Any]:
 
 
 def _in_runtime(
-    predict: Predict, reference: Predict, against: str, deployed: Artifact, data: ImageData, name: str
+    predict: Predict,
+    reference: Predict,
+    against: str,
+    deployed: Artifact,
+    data: ImageData,
+    name: str,
 ) -> dict[str, Any]:
-    """What the network gives in one runtime; parity is with the simulated network, or else with ONNX Runtime."""
+    """What the network gives in one runtime; parity is with the simulated network, or else with
+    ONNX Runtime.
+    """
     return {
         "accuracy": _measure(predict, deployed.batches(data), data, name).accuracy,
         "parity": parity(predict, reference, deployed.batches(data), against=against),
@@ -235,10 +284,14 @@ def _in_runtime(
 def _with_other_preprocessing(
     deployed: Artifact, given: ImageData, changes: list[str], own: Metrics, threads: int
 ) -> dict[str, Any]:
-    """What the network makes of images that went through the data's preprocessing instead of its own."""
+    """What the network makes of images that went through the data's preprocessing instead of its
+    own.
+    """
     given.prepare_data()
     given.setup()
-    metrics = _measure(deployed.predict(threads), deployed.batches(given), given, "the other preprocessing")
+    metrics = _measure(
+        deployed.predict(threads), deployed.batches(given), given, "the other preprocessing"
+    )
     return {
         "differences": changes,
         "preprocessing": given.preprocessing.described(),

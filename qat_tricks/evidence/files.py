@@ -20,7 +20,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Writes plain data as JSON, atomically. Infinite and NaN figures, which JSON has not, become null.
+    """Writes plain data as JSON, atomically. Infinite and NaN figures, which JSON has not, become
+    null.
 
     Raises:
         QatTricksError: the folder cannot be made or written.
@@ -50,4 +51,6 @@ def read_json(path: Path) -> Any:
             f'cannot read "{path}" ({error.strerror or error}): give a file that a run wrote'
         ) from error
     except ValueError as error:
-        raise QatTricksError(f'"{path}" is not JSON ({error}): run the job again to write it anew') from error
+        raise QatTricksError(
+            f'"{path}" is not JSON ({error}): run the job again to write it anew'
+        ) from error

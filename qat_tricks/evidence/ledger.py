@@ -12,7 +12,8 @@ from qat_tricks.evidence.files import write_json
 from qat_tricks.evidence.metrics import Metrics
 from qat_tricks.evidence.show import show
 
-# What fits a terminal of 80 columns, the stage's name being of up to 12 letters; report.md has every metric.
+# What fits a terminal of 80 columns, the stage's name being of up to 12 letters; report.md has
+# every metric.
 _COLUMNS = ("top-1", "drop", "F1", "size", "latency", "zeros", "time")
 
 
@@ -41,11 +42,15 @@ class Ledger:
         self.stages.append(row)
 
     def drop(self, row: LedgerRow) -> float:
-        """Returns the points of accuracy, 0..100, that a stage lies below the first; negative when above."""
+        """Returns the points of accuracy, 0..100, that a stage lies below the first; negative when
+        above.
+        """
         return (self.stages[0].after.accuracy - row.after.accuracy) * 100
 
     def rows(self) -> list[dict[str, Any]]:
-        """Returns the ledger as plain data: a dict a stage with its metrics, those before it, its costs."""
+        """Returns the ledger as plain data: a dict a stage with its metrics, those before it, its
+        costs.
+        """
         return [
             {
                 "name": row.name,
@@ -63,7 +68,9 @@ class Ledger:
 
     def as_table(self) -> Table:
         """Returns the ledger as a rich table, one row a stage; the latency is the median."""
-        table = Table(title="ledger", box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+        table = Table(
+            title="ledger", box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+        )
         table.add_column("stage", no_wrap=True)
         for column in _COLUMNS:
             table.add_column(column, justify="right", no_wrap=True)
@@ -77,7 +84,10 @@ class Ledger:
                 show(metrics.accuracy, "percent"),
                 show(self.drop(row), "drop") if row is not self.stages[0] else "",
                 show(metrics.f1, "percent"),
-                *(show(value, unit, none="-") for value, unit in [(row.size_bytes, "bytes"), (p50, "ms")]),
+                *(
+                    show(value, unit, none="-")
+                    for value, unit in [(row.size_bytes, "bytes"), (p50, "ms")]
+                ),
                 show(row.sparsity, "percent", none="-"),
                 show(row.seconds, "seconds"),
             ]
@@ -90,7 +100,12 @@ class Ledger:
 
 
 def check_drop(
-    name: str, before: float, after: float, max_drop: float | None, *, ledger_path: Path | None = None
+    name: str,
+    before: float,
+    after: float,
+    max_drop: float | None,
+    *,
+    ledger_path: Path | None = None,
 ) -> None:
     """Stops a recipe whose stage lost more accuracy than it may.
 
@@ -109,8 +124,7 @@ def check_drop(
         return
     written = f'; the ledger is in "{ledger_path}"' if ledger_path else ""
     raise QatTricksError(
-        f'stage "{name}" lost {drop:.2f} points of accuracy ({before:.2%} before, {after:.2%} after), '
-        "allowed: "
-        f"{max_drop:g}{written}; mend it with more epochs, more bits or less sparsity, or raise the stage's "
-        "max_drop"
+        f'stage "{name}" lost {drop:.2f} points of accuracy ({before:.2%} before, {after:.2%} '
+        f"after), allowed: {max_drop:g}{written}; mend it with more epochs, more bits or less "
+        "sparsity, or raise the stage's max_drop"
     )

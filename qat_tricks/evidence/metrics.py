@@ -12,7 +12,11 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassF1Score
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassCalibrationError,
+    MulticlassF1Score,
+)
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.inputs import Inputs, run
@@ -47,21 +51,25 @@ def evaluate_classifier(
     """Measures a classifier, showing a progress bar on terminals.
 
     Args:
-        predict: images [batch, channels, height, width], or several inputs, to logits [batch, num_classes].
+        predict: images [batch, channels, height, width], or several inputs, to logits [batch,
+            num_classes].
         loader: yields (images, labels), or a tuple of inputs and labels, with int64 labels [batch].
         num_classes: of the network; the data may hold fewer.
         description: what the progress bar calls this.
 
     Raises:
-        QatTricksError: the loader is empty or yields something else, labels are out of range, the logits
-            contain NaN or have another number of classes.
+        QatTricksError: the loader is empty or yields something else, labels are out of range, the
+            logits contain NaN or have another number of classes.
     """
     start = time.perf_counter()
-    options: dict[str, Any] = {"validate_args": False, "sync_on_compute": False}  # this process measures alone
+    # this process measures alone
+    options: dict[str, Any] = {"validate_args": False, "sync_on_compute": False}
     metrics = MetricCollection(
         {
             "accuracy": MulticlassAccuracy(num_classes, average="micro", **options),
-            "top5": MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes), **options),
+            "top5": MulticlassAccuracy(
+                num_classes, average="micro", top_k=min(5, num_classes), **options
+            ),
             "f1": MulticlassF1Score(num_classes, average="none", **options),
             "ece": MulticlassCalibrationError(num_classes, n_bins=15, **options),
         },
@@ -103,8 +111,7 @@ def agreement(first: Tensor, second: Tensor) -> float:
     if first.shape != second.shape or first.numel() == 0:
         raise QatTricksError(
             f"agreement needs predictions of the same images, {tuple(first.shape)} and "
-            f"{tuple(second.shape)} given: "
-            "evaluate both on the same loader, without shuffling"
+            f"{tuple(second.shape)} given: evaluate both on the same loader, without shuffling"
         )
     return (first.cpu() == second.cpu()).double().mean().item()
 
@@ -121,16 +128,23 @@ def _batches(loader: Iterable[Any], description: str) -> Iterable[tuple[Inputs, 
         disable=not console.is_terminal,
     )
     for index, batch in enumerate(shown):
-        if not (isinstance(batch, list | tuple) and len(batch) == 2 and _are_inputs(batch[0]) and isinstance(batch[1], Tensor)):
+        if not (
+            isinstance(batch, list | tuple)
+            and len(batch) == 2
+            and _are_inputs(batch[0])
+            and isinstance(batch[1], Tensor)
+        ):
             raise QatTricksError(
-                f"batch {index} of the loader is a {type(batch).__name__}, allowed: a pair of tensors "
-                "(images, labels), or of a tuple of inputs and labels"
+                f"batch {index} of the loader is a {type(batch).__name__}, allowed: a pair of "
+                "tensors (images, labels), or of a tuple of inputs and labels"
             )
         yield batch[0], batch[1]
 
 
 def _are_inputs(given: Any) -> bool:
-    return isinstance(given, Tensor) or (isinstance(given, list | tuple) and all(isinstance(part, Tensor) for part in given))
+    return isinstance(given, Tensor) or (
+        isinstance(given, list | tuple) and all(isinstance(part, Tensor) for part in given)
+    )
 
 
 def _check_labels(labels: Tensor, num_classes: int, index: int) -> None:
@@ -143,20 +157,18 @@ def _check_labels(labels: Tensor, num_classes: int, index: int) -> None:
     if low < 0 or high >= num_classes:
         raise QatTricksError(
             f"labels of batch {index} run from {low} to {high}, the network's classes from 0 to "
-            f"{num_classes - 1}: "
-            "choose data and a network with the same classes"
+            f"{num_classes - 1}: choose data and a network with the same classes"
         )
 
 
 def _check_logits(logits: Tensor, images: int, num_classes: int, index: int) -> None:
     if logits.shape != (images, num_classes):
         raise QatTricksError(
-            f"the network gave logits of shape {tuple(logits.shape)} on batch {index}, expected ({images}, "
-            f"{num_classes}): "
-            "choose data and a network with the same classes"
+            f"the network gave logits of shape {tuple(logits.shape)} on batch {index}, expected "
+            f"({images}, {num_classes}): choose data and a network with the same classes"
         )
     if logits.isnan().any():
         raise QatTricksError(
-            f"the network gave NaN logits on batch {index}: check its weights and the images for NaN and "
-            "infinity"
+            f"the network gave NaN logits on batch {index}: check its weights and the images for "
+            "NaN and infinity"
         )

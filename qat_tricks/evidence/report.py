@@ -41,10 +41,10 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
 
     Args:
         folder: the run's folder, made when it is missing.
-        report: plain data with at least ``REQUIRED_KEYS``. Besides those, ``packed_bytes`` is the size that
-            the int8 file would have at its weights' own bits, ``load_ms``, ``throughput``, ``runtimes``,
-            ``normalization``, ``target`` and ``preprocessing_change`` what their sections show, and
-            ``environment`` defaults to ``environment()``.
+        report: plain data with at least ``REQUIRED_KEYS``. Besides those, ``packed_bytes`` is the
+            size that the int8 file would have at its weights' own bits, ``load_ms``,
+            ``throughput``, ``runtimes``, ``normalization``, ``target`` and ``preprocessing_change``
+            what their sections show, and ``environment`` defaults to ``environment()``.
 
     Raises:
         QatTricksError: a key is missing, or the folder cannot be written.
@@ -92,11 +92,17 @@ def render(report: dict[str, Any]) -> str:
         "preprocessing_change": report.get("preprocessing_change"),
         "normalization": report.get("normalization"),
         "target": target,
-        "target_needs": TARGETS[target].about if isinstance(target, str) and target in TARGETS else None,
+        "target_needs": TARGETS[target].about
+        if isinstance(target, str) and target in TARGETS
+        else None,
         "packed_bytes": report.get("packed_bytes"),
-        "preprocessing_hash": preprocessing.get("hash") if isinstance(preprocessing, dict) else None,
+        "preprocessing_hash": preprocessing.get("hash")
+        if isinstance(preprocessing, dict)
+        else None,
     }
-    return templates.get_template("report.md.j2").render(report | fields, ratio=ratio, report=report)
+    return templates.get_template("report.md.j2").render(
+        report | fields, ratio=ratio, report=report
+    )
 
 
 def environment() -> dict[str, Any]:
@@ -128,8 +134,8 @@ def _check(report: Any, where: str) -> None:
         ]
     if missing:
         raise QatTricksError(
-            f"{where} lacks {', '.join(missing)}: a report has all its keys, with null for what was not "
-            "measured"
+            f"{where} lacks {', '.join(missing)}: a report has all its keys, with null for what "
+            "was not measured"
         )
 
 

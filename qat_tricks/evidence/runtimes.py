@@ -22,15 +22,20 @@ Predict = Callable[..., Tensor]
 
 
 def predictor(path: Path, threads: int, runtime: str) -> Predict:
-    """Images ``[N, C, H, W]``, or several inputs, as the file takes them, to its logits in ``runtime``."""
+    """Images ``[N, C, H, W]``, or several inputs, as the file takes them, to its logits in
+    ``runtime``.
+    """
     network = open_network(path, threads=threads, runtime=runtime)
-    return lambda *inputs: torch.from_numpy(network.prepare(*(values.numpy() for values in inputs))())
+    return lambda *inputs: torch.from_numpy(
+        network.prepare(*(values.numpy() for values in inputs))()
+    )
 
 
 def measure_runtime(
     runtime: str, paths: Mapping[str, Path], *, image_shape: Shapes, measure: Any
 ) -> dict[str, Any]:
-    """Measures ``{"fp32": path, "int8": path}`` in ``runtime``; ``fp32`` may be missing, its figures are then None.
+    """Measures ``{"fp32": path, "int8": path}`` in ``runtime``; ``fp32`` may be missing, its
+    figures are then None.
 
     Args:
         runtime: its name.
@@ -39,8 +44,8 @@ def measure_runtime(
         measure: the settings of ``qat_tricks.config.Measure``.
 
     Returns:
-        ``version``, ``latency_ms``, ``load_ms`` and ``int8_layers``, the share of convs and linears that it runs in integers,
-        None where it does not say.
+        ``version``, ``latency_ms``, ``load_ms`` and ``int8_layers``, the share of convs and linears
+        that it runs in integers, None where it does not say.
     """
     latency = measure_latency(
         paths,
@@ -60,22 +65,28 @@ def measure_runtime(
 def parity(
     predict: Predict, reference: Predict, loader: Iterable[tuple[Inputs, Tensor]], *, against: str
 ) -> dict[str, Any]:
-    """Compares the logits of ``predict`` with those of ``reference``, called ``against``, on the first images of a loader."""
+    """Compares the logits of ``predict`` with those of ``reference``, called ``against``, on the
+    first images of a loader.
+    """
     batches = islice(loader, PARITY_BATCHES)
     with torch.no_grad():
-        found = compare_logits((run(reference, inputs).numpy(), run(predict, inputs).numpy()) for inputs, _ in batches)
+        found = compare_logits(
+            (run(reference, inputs).numpy(), run(predict, inputs).numpy()) for inputs, _ in batches
+        )
     return {**found, "against": against}
 
 
 def check_parity(runtime: str, found: Mapping[str, Any], min_top1_agreement: float) -> None:
-    """Refuses a runtime that gives more images another class than allowed; one image alone is never held against it.
+    """Refuses a runtime that gives more images another class than allowed; one image alone is never
+    held against it.
 
     Raises:
         QatTricksError: with the figures.
     """
     if not agrees(found["top1_agreement"], found["images"], min_top1_agreement):
         raise QatTricksError(
-            f"{runtime} does not run the file as ONNX Runtime does: on {found['images']} images top-1 agreement "
-            f"{found['top1_agreement']:.4f} (at least {min_top1_agreement}), SQNR {found['sqnr_db']:.1f} dB; "
-            "choose another target, or lower measure.min_top1_agreement"
+            f"{runtime} does not run the file as ONNX Runtime does: on {found['images']} images "
+            f"top-1 agreement {found['top1_agreement']:.4f} (at least {min_top1_agreement}), SQNR "
+            f"{found['sqnr_db']:.1f} dB; choose another target, or lower "
+            "measure.min_top1_agreement"
         )

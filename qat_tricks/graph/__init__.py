@@ -1,7 +1,16 @@
-"""``torch.fx`` tracing and surgery: what the tricks stand on. Plain PyTorch; nothing here knows of Lightning."""
+"""``torch.fx`` tracing and surgery: what the tricks stand on. Plain PyTorch; nothing here knows of
+Lightning.
+"""
 
 from qat_tricks.graph.integers import note_integers
-from qat_tricks.graph.layers import Layer, activation_quantizers, as_layer, float_mode, is_layer, layers
+from qat_tricks.graph.layers import (
+    Layer,
+    activation_quantizers,
+    as_layer,
+    float_mode,
+    is_layer,
+    layers,
+)
 from qat_tricks.graph.place import place_quantizers
 from qat_tricks.graph.spec import rebuild, spec_of
 from qat_tricks.graph.trace import trace

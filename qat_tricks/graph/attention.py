@@ -1,9 +1,11 @@
-"""Self-attention as linears and float products, in place of modules whose projections nothing could reach.
+"""Self-attention as linears and float products, in place of modules whose projections nothing could
+reach.
 
-``nn.MultiheadAttention``: Vaswani et al. 2017, "Attention is all you need" (arXiv 1706.03762), section 3.2. torchvision's
-attention in shifted windows: Liu et al. 2021, "Swin Transformer" (arXiv 2103.14030), section 3.2, and Liu et al. 2022, "Swin
-Transformer V2" (arXiv 2111.09883), section 3. There, what depends on the size of the image is in functions that a tracer keeps
-whole: two move tokens into windows and back, one masks.
+``nn.MultiheadAttention``: Vaswani et al. 2017, "Attention is all you need" (arXiv 1706.03762),
+section 3.2. torchvision's attention in shifted windows: Liu et al. 2021, "Swin Transformer" (arXiv
+2103.14030), section 3.2, and Liu et al. 2022, "Swin Transformer V2" (arXiv 2111.09883), section 3.
+There, what depends on the size of the image is in functions that a tracer keeps whole: two move
+tokens into windows and back, one masks.
 """
 
 import math
@@ -33,25 +35,37 @@ def is_plain(module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[
 
 
 def attend(module: nn.MultiheadAttention, x: Any) -> Any:
-    """Self-attention of ``x``, ``[N, L, E]``, with the parameters of ``module``; for a tracer to follow."""
+    """Self-attention of ``x``, ``[N, L, E]``, with the parameters of ``module``; for a tracer to
+    follow.
+    """
     heads, depth = module.num_heads, module.head_dim
     images, length = x.size(0), x.size(1)
     qkv = F.linear(x, module.in_proj_weight, module.in_proj_bias)
-    query, key, value = qkv.reshape(images, length, 3, heads, depth).permute(2, 0, 3, 1, 4).unbind(0)
+    query, key, value = (
+        qkv.reshape(images, length, 3, heads, depth).permute(2, 0, 3, 1, 4).unbind(0)
+    )
     weights = torch.softmax(torch.matmul(query * depth**-0.5, key.transpose(-2, -1)), dim=-1)
     if module.dropout > 0:
-        weights = F.dropout(weights, module.dropout, training=False)  # the tracer turns it into a module that follows the mode
+        # the tracer turns it into a module that follows the mode
+        weights = F.dropout(weights, module.dropout, training=False)
     mixed = torch.matmul(weights, value).transpose(1, 2).reshape(images, length, heads * depth)
     return F.linear(mixed, module.out_proj.weight, module.out_proj.bias)
 
 
 def is_in_windows(module: nn.Module) -> bool:
-    """Whether ``module`` is torchvision's attention in shifted windows, of either version, and no class derived from it."""
-    return type(module).__module__ == "torchvision.models.swin_transformer" and type(module).__name__ in _IN_WINDOWS
+    """Whether ``module`` is torchvision's attention in shifted windows, of either version, and no
+    class derived from it.
+    """
+    return (
+        type(module).__module__ == "torchvision.models.swin_transformer"
+        and type(module).__name__ in _IN_WINDOWS
+    )
 
 
 def attend_in_windows(module: Any, x: Any) -> Any:
-    """Self-attention within each window of ``x``, ``[N, H, W, E]``, with the parameters of ``module``; for a tracer to follow."""
+    """Self-attention within each window of ``x``, ``[N, H, W, E]``, with the parameters of
+    ``module``; for a tracer to follow.
+    """
     heads, window, shift = module.num_heads, tuple(module.window_size), tuple(module.shift_size)
     depth = module.qkv.in_features // heads
     rows, columns = x.size(1), x.size(2)
@@ -80,12 +94,18 @@ def _project(module: Any, x: Any) -> Any:
     if bias is None or not hasattr(module, "logit_scale"):
         return module.qkv(x)
     width = module.qkv.in_features
-    return F.linear(x, module.qkv.weight, torch.cat([bias[:width], torch.zeros_like(bias[:width]), bias[2 * width :]]))
+    return F.linear(
+        x,
+        module.qkv.weight,
+        torch.cat([bias[:width], torch.zeros_like(bias[:width]), bias[2 * width :]]),
+    )
 
 
 @fx.wrap
 def to_windows(x: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor:
-    """The windows of ``x``, ``[N, H, W, C]``, padded with zeros to whole windows and rolled: ``[N, windows, tokens, C]``."""
+    """The windows of ``x``, ``[N, H, W, C]``, padded with zeros to whole windows and rolled: ``[N,
+    windows, tokens, C]``.
+    """
     (rows, row_shift), (columns, column_shift) = _padded(x.size(1), x.size(2), window, shift)
     if (rows, columns) != (x.size(1), x.size(2)):
         x = F.pad(x, (0, 0, 0, columns - x.size(2), 0, rows - x.size(1)))
@@ -93,22 +113,35 @@ def to_windows(x: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor
 
 
 @fx.wrap
-def from_windows(x: Tensor, rows: int, columns: int, window: Sequence[int], shift: Sequence[int]) -> Tensor:
-    """The inverse of ``to_windows`` for an image of ``rows`` by ``columns`` tokens: ``[N, rows, columns, C]``."""
+def from_windows(
+    x: Tensor, rows: int, columns: int, window: Sequence[int], shift: Sequence[int]
+) -> Tensor:
+    """The inverse of ``to_windows`` for an image of ``rows`` by ``columns`` tokens: ``[N, rows,
+    columns, C]``.
+    """
     (padded_rows, row_shift), (padded_columns, column_shift) = _padded(rows, columns, window, shift)
-    x = x.unflatten(2, tuple(window)).unflatten(1, (padded_rows // window[0], padded_columns // window[1]))
+    x = x.unflatten(2, tuple(window)).unflatten(
+        1, (padded_rows // window[0], padded_columns // window[1])
+    )
     x = x.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2)
     return _roll(x, row_shift, column_shift)[:, :rows, :columns]
 
 
 @fx.wrap
-def mask_windows(scores: Tensor, rows: int, columns: int, window: Sequence[int], shift: Sequence[int]) -> Tensor:
-    """``scores``, ``[N, windows, heads, tokens, tokens]``, lowered between tokens that only the roll has brought together."""
+def mask_windows(
+    scores: Tensor, rows: int, columns: int, window: Sequence[int], shift: Sequence[int]
+) -> Tensor:
+    """``scores``, ``[N, windows, heads, tokens, tokens]``, lowered between tokens that only the
+    roll has brought together.
+    """
     sides = _padded(rows, columns, window, shift)
     if not any(by for _, by in sides):
         return scores
-    wrapped_rows, wrapped_columns = (torch.arange(size, device=scores.device) >= size - by for size, by in sides)
-    regions = wrapped_rows[:, None] + 2 * wrapped_columns  # 0 to 3: which sides a token has left to come in at the other
+    wrapped_rows, wrapped_columns = (
+        torch.arange(size, device=scores.device) >= size - by for size, by in sides
+    )
+    # 0 to 3: which sides a token has left to come in at the other
+    regions = wrapped_rows[:, None] + 2 * wrapped_columns
     regions = _partition(regions[None, :, :, None], window)  # [1, windows, tokens, 1]
     return scores + ((regions != regions.transpose(2, 3)) * _MASKED).to(scores.dtype).unsqueeze(2)
 
@@ -122,7 +155,16 @@ def _partition(x: Tensor, window: Sequence[int]) -> Tensor:
     return x.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2)
 
 
-def _padded(rows: int, columns: int, window: Sequence[int], shift: Sequence[int]) -> list[tuple[int, int]]:
-    """Of both sides the size in whole windows, and by how much to roll: by nothing where one window holds all."""
-    sizes = [math.ceil(size / side) * side for size, side in zip((rows, columns), window, strict=True)]
-    return [(size, by if size > side else 0) for size, side, by in zip(sizes, window, shift, strict=True)]
+def _padded(
+    rows: int, columns: int, window: Sequence[int], shift: Sequence[int]
+) -> list[tuple[int, int]]:
+    """Of both sides the size in whole windows, and by how much to roll: by nothing where one window
+    holds all.
+    """
+    sizes = [
+        math.ceil(size / side) * side for size, side in zip((rows, columns), window, strict=True)
+    ]
+    return [
+        (size, by if size > side else 0)
+        for size, side, by in zip(sizes, window, shift, strict=True)
+    ]

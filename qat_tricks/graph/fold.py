@@ -1,7 +1,8 @@
-"""Take each BatchNorm into the conv or linear before it: the function of the trick ``fold_batchnorm``, and what export does.
+"""Take each BatchNorm into the conv or linear before it: the function of the trick
+``fold_batchnorm``, and what export does.
 
-What cannot be folded multiplies channels by numbers and adds numbers. That is a depthwise conv of one weight a channel, which
-eight bits hold without an error and integer kernels compute.
+What cannot be folded multiplies channels by numbers and adds numbers. That is a depthwise conv of
+one weight a channel, which eight bits hold without an error and integer kernels compute.
 """
 
 from typing import Any
@@ -16,10 +17,12 @@ from qat_tricks.graph.trace import layer_at, module_of
 
 
 def fold_batchnorm(traced: fx.GraphModule) -> list[tuple[str, str]]:
-    """Folds every BatchNorm that alone follows a conv or linear, or a concat of some; its function in evaluation stays the same.
+    """Folds every BatchNorm that alone follows a conv or linear, or a concat of some; its function
+    in evaluation stays the same.
 
-    Returns the pairs ``(layer, batchnorm)`` folded. Others stay: a BatchNorm before a conv or after an activation, one
-    without running statistics, and those that do not follow the same layers at each call of either.
+    Returns the pairs ``(layer, batchnorm)`` folded. Others stay: a BatchNorm before a conv or after
+    an activation, one without running statistics, and those that do not follow the same layers at
+    each call of either.
     """
     found = {str(node.target): n.folds_into(node, traced) for node in traced.graph.nodes}
     pairs = [(str(part.target), batchnorm) for batchnorm, parts in found.items() for part in parts]
@@ -39,9 +42,11 @@ def fold_batchnorm(traced: fx.GraphModule) -> list[tuple[str, str]]:
 
 @torch.no_grad()
 def batchnorms_to_convs(traced: fx.GraphModule) -> list[str]:
-    """Turns each BatchNorm of images that takes what integer kernels make into a depthwise conv, and returns their names.
+    """Turns each BatchNorm of images that takes what integer kernels make into a depthwise conv,
+    and returns their names.
 
-    Behind a concat it stays: an integer kernel takes one scale, and the parts may differ much in theirs.
+    Behind a concat it stays: an integer kernel takes one scale, and the parts may differ much in
+    theirs.
     """
     names = [str(node.target) for node in traced.graph.nodes if _takes_integers(node, traced)]
     for name in names:
@@ -58,9 +63,15 @@ def batchnorms_to_convs(traced: fx.GraphModule) -> list[str]:
 
 
 def _takes_integers(node: fx.Node, traced: fx.GraphModule) -> bool:
-    """Whether ``node`` calls a BatchNorm with running statistics, once, on the output of an integer kernel or its ReLU."""
+    """Whether ``node`` calls a BatchNorm with running statistics, once, on the output of an integer
+    kernel or its ReLU.
+    """
     batchnorm = module_of(node, traced)
-    if not isinstance(batchnorm, nn.BatchNorm2d) or batchnorm.running_var is None or not n.is_used_once(node, traced):
+    if (
+        not isinstance(batchnorm, nn.BatchNorm2d)
+        or batchnorm.running_var is None
+        or not n.is_used_once(node, traced)
+    ):
         return False
     source = node.all_input_nodes[0]
     while n.is_passthrough(source, traced):
@@ -70,10 +81,16 @@ def _takes_integers(node: fx.Node, traced: fx.GraphModule) -> bool:
     return n.calls_layer(source, traced) or n.is_integer_op(source, traced)
 
 
-def _as_line(batchnorm: Any, channels: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What a BatchNorm multiplies ``channels`` by, their mean, and its ``beta`` and ``gamma``, in float64, ``[C]`` each."""
+def _as_line(
+    batchnorm: Any, channels: slice = slice(None)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a BatchNorm multiplies ``channels`` by, their mean, and its ``beta`` and ``gamma``, in
+    float64, ``[C]`` each.
+    """
     mean, var = batchnorm.running_mean[channels].double(), batchnorm.running_var[channels].double()
-    gamma = torch.ones_like(var) if batchnorm.weight is None else batchnorm.weight[channels].double()
+    gamma = (
+        torch.ones_like(var) if batchnorm.weight is None else batchnorm.weight[channels].double()
+    )
     beta = torch.zeros_like(var) if batchnorm.bias is None else batchnorm.bias[channels].double()
     return gamma * torch.rsqrt(var + batchnorm.eps), mean, beta, gamma
 
@@ -84,7 +101,12 @@ def _fold(layer: Any, batchnorm: Any, channels: slice) -> None:
     per_channel = factor.view(-1, *[1] * (layer.weight.dim() - 1))
     layer.weight.copy_(layer.weight.double() * per_channel)
     layer.bias.copy_((layer.bias.double() - mean) * factor + beta)
-    if isinstance(layer, Layer) and layer.weight_quantizer is not None and layer.weight_quantizer.scale is not None:
+    if (
+        isinstance(layer, Layer)
+        and layer.weight_quantizer is not None
+        and layer.weight_quantizer.scale is not None
+    ):
         layer.weight_quantizer.scale.mul_(per_channel.abs())  # the integers stay the same
-    # What the normalization said of the output, for the bias absorption of equalize: mean and standard deviation.
+    # What the normalization said of the output, for the bias absorption of equalize: mean and
+    # standard deviation.
     layer.output_statistics = (beta.float(), gamma.abs().float())

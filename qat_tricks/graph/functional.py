@@ -1,8 +1,9 @@
-"""Convs, linears and BatchNorms that a network calls as functions become modules, to be pruned, folded and quantized like others.
+"""Convs, linears and BatchNorms that a network calls as functions become modules, to be pruned,
+folded and quantized like others.
 
-A weight that is a parameter of the user's stays that very parameter, under the user's key where a module of its own holds it
-(as in timm's ``Conv2dSame``). One that is computed from parameters alone, as in weight standardization, is computed once: from
-then on it is a parameter itself.
+A weight that is a parameter of the user's stays that very parameter, under the user's key where a
+module of its own holds it (as in timm's ``Conv2dSame``). One that is computed from parameters
+alone, as in weight standardization, is computed once: from then on it is a parameter itself.
 """
 
 from collections.abc import Callable
@@ -19,16 +20,19 @@ _CONV_DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "group
 
 
 def functions_to_modules(traced: fx.GraphModule, network: nn.Module) -> None:
-    """Replaces calls of ``F.conv1d``, ``F.conv2d``, ``F.conv3d`` and ``F.linear`` with a constant weight, and of ``F.batch_norm``
-    from within a BatchNorm, by modules.
+    """Replaces calls of ``F.conv1d``, ``F.conv2d``, ``F.conv3d`` and ``F.linear`` with a constant
+    weight, and of ``F.batch_norm`` from within a BatchNorm, by modules.
 
     Args:
         traced: the graph module just traced from ``network``.
     """
-    calls: dict[Any, list[tuple[fx.Node, dict[str, Any]]]] = {}  # by what they compute with: one module each
+    # by what they compute with: one module each
+    calls: dict[Any, list[tuple[fx.Node, dict[str, Any]]]] = {}
     for node in traced.graph.nodes:
         if node.op == "call_function" and node.target in _MODULE_OF and (given := _arguments(node)):
-            settings = {name: value for name, value in given.items() if not isinstance(value, fx.Node)}
+            settings = {
+                name: value for name, value in given.items() if not isinstance(value, fx.Node)
+            }
             key = node.target, repr(settings), _origin(given["weight"]), _origin(given["bias"])
             calls.setdefault(key, []).append((node, given))
     for same in calls.values():
@@ -36,7 +40,12 @@ def functions_to_modules(traced: fx.GraphModule, network: nn.Module) -> None:
         name = _name({node for node, _ in same}, given["weight"], traced) or f"layers.{first.name}"
         install(traced, name, _module(_MODULE_OF[first.target], given, traced))  # type: ignore[index]
         for node, given in same:
-            node.op, node.target, node.args, node.kwargs = "call_module", name, (given["input"],), {}
+            node.op, node.target, node.args, node.kwargs = (
+                "call_module",
+                name,
+                (given["input"],),
+                {},
+            )
     for node in traced.graph.nodes:
         if node.op == "call_function" and node.target is F.batch_norm:
             _batchnorm_to_module(node, traced, network)
@@ -45,20 +54,43 @@ def functions_to_modules(traced: fx.GraphModule, network: nn.Module) -> None:
 
 
 def _batchnorm_to_module(node: fx.Node, traced: fx.GraphModule, network: nn.Module) -> None:
-    """Makes a module of an ``F.batch_norm``, which was traced in evaluation mode and would stay in it."""
-    names = ["input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"]
+    """Makes a module of an ``F.batch_norm``, which was traced in evaluation mode and would stay in
+    it.
+    """
+    names = [
+        "input",
+        "running_mean",
+        "running_var",
+        "weight",
+        "bias",
+        "training",
+        "momentum",
+        "eps",
+    ]
     given = {"training": False, **dict(zip(names, node.args, strict=False)), **node.kwargs}
     mean = given["running_mean"]
     if not isinstance(mean, fx.Node) or mean.op != "get_attr" or given["training"] is not False:
         return
     owner = str(mean.target).rpartition(".")[0]
     original: Any = network.get_submodule(owner)
-    kind = next((kind for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) if isinstance(original, kind)), None)
+    kind = next(
+        (
+            kind
+            for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+            if isinstance(original, kind)
+        ),
+        None,
+    )
     if kind is None:
         return
     if not isinstance(traced.get_submodule(owner), kind):
         module = kind(
-            original.num_features, original.eps, original.momentum, original.affine, original.track_running_stats, device="meta"
+            original.num_features,
+            original.eps,
+            original.momentum,
+            original.affine,
+            original.track_running_stats,
+            device="meta",
         )
         module._parameters, module._buffers = original._parameters, original._buffers
         install(traced, owner, module.train(original.training))
@@ -66,7 +98,9 @@ def _batchnorm_to_module(node: fx.Node, traced: fx.GraphModule, network: nn.Modu
 
 
 def install(traced: fx.GraphModule, name: str, module: nn.Module) -> None:
-    """Adds ``module`` as ``name``; what was there before leaves it its parts (timm's BatchNorms hold an activation)."""
+    """Adds ``module`` as ``name``; what was there before leaves it its parts (timm's BatchNorms
+    hold an activation).
+    """
     owner, _, last = name.rpartition(".")
     try:
         before = getattr(traced.get_submodule(owner), last, None)
@@ -83,7 +117,9 @@ def _arguments(node: fx.Node) -> dict[str, Any] | None:
     names = ["input", "weight", "bias", "stride", "padding", "dilation", "groups"]
     given = {**_CONV_DEFAULTS, **dict(zip(names, node.args, strict=False)), **node.kwargs}
     tensors = given["weight"], given["bias"]
-    if not isinstance(given["weight"], fx.Node) or any(_origin(t) is None for t in tensors if t is not None):
+    if not isinstance(given["weight"], fx.Node) or any(
+        _origin(t) is None for t in tensors if t is not None
+    ):
         return None
     if any(isinstance(value, fx.Node) for key in names[3:] for value in _flat(given[key])):
         return None
@@ -153,8 +189,17 @@ def _name(calls: set[fx.Node], weight: fx.Node, traced: fx.GraphModule) -> str |
     while weight.op != "get_attr":
         weight = weight.all_input_nodes[0]
     owner, _, name = str(weight.target).rpartition(".")
-    users = {u for n in traced.graph.nodes if n.op == "get_attr" and str(n.target).rpartition(".")[0] == owner for u in n.users}
-    if owner and name.endswith("_weight") and not hasattr(traced.get_submodule(owner), name.removesuffix("_weight")):
+    users = {
+        u
+        for n in traced.graph.nodes
+        if n.op == "get_attr" and str(n.target).rpartition(".")[0] == owner
+        for u in n.users
+    }
+    if (
+        owner
+        and name.endswith("_weight")
+        and not hasattr(traced.get_submodule(owner), name.removesuffix("_weight"))
+    ):
         return f"{owner}.{name.removesuffix('_weight')}"
     alone = owner and name == "weight" and _only_for(users, calls)
     return owner if alone else None
@@ -162,13 +207,19 @@ def _name(calls: set[fx.Node], weight: fx.Node, traced: fx.GraphModule) -> str |
 
 def _only_for(users: set[fx.Node], calls: set[fx.Node]) -> bool:
     """Whether all that ``users`` compute goes into ``calls``."""
-    return all(user in calls or (user.users and _only_for(set(user.users), calls)) for user in users)
+    return all(
+        user in calls or (user.users and _only_for(set(user.users), calls)) for user in users
+    )
 
 
 def _drop_unused(traced: fx.GraphModule) -> None:
-    """Takes out what nothing computes with any more: an optimizer would wait for the gradients of such parameters."""
+    """Takes out what nothing computes with any more: an optimizer would wait for the gradients of
+    such parameters.
+    """
     for node in reversed(list(traced.graph.nodes)):
-        if not node.users and (node.op == "get_attr" or (node.op.startswith("call_") and _origin(node) is not None)):
+        if not node.users and (
+            node.op == "get_attr" or (node.op.startswith("call_") and _origin(node) is not None)
+        ):
             traced.graph.erase_node(node)
     used = {str(node.target) for node in traced.graph.nodes if node.op == "get_attr"}
     called = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}

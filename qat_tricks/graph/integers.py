@@ -1,4 +1,6 @@
-"""Which values of a network are integers or truth values, such as token ids and masks: no quantizer may round them."""
+"""Which values of a network are integers or truth values, such as token ids and masks: no quantizer
+may round them.
+"""
 
 from typing import Any
 
@@ -11,7 +13,9 @@ from qat_tricks.inputs import Inputs, first, tensors
 
 @torch.no_grad()
 def note_integers(traced: fx.GraphModule, inputs: Inputs) -> fx.GraphModule:
-    """Notes at each node of ``traced`` that yields integers or truth values that it does; ``inputs`` show which."""
+    """Notes at each node of ``traced`` that yields integers or truth values that it does;
+    ``inputs`` show which.
+    """
     was_training = traced.training
     _Notes(traced.eval()).run(*tensors(first(inputs, 2)))
     return traced.train(was_training)

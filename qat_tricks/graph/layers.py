@@ -1,7 +1,8 @@
-"""Convs and linears whose weight passes through a mask and a quantizer: weight, then mask, then fake-quant.
+"""Convs and linears whose weight passes through a mask and a quantizer: weight, then mask, then
+fake-quant.
 
-A layer is turned in place (its class changes, the object and its parameters stay), so that every reference the user
-holds, an optimizer's or another attribute's, stays good.
+A layer is turned in place (its class changes, the object and its parameters stay), so that every
+reference the user holds, an optimizer's or another attribute's, stays good.
 """
 
 import operator
@@ -16,17 +17,21 @@ from qat_tricks.numerics import ActivationQuantizer, WeightQuantizer, kernels
 
 
 class Layer(nn.Module):
-    """What our convs and linears have in common. ``weight_mask`` (0 or 1, the weight's shape) and ``weight_quantizer``
-    are None until a trick gives them."""
+    """What our convs and linears have in common. ``weight_mask`` (0 or 1, the weight's shape) and
+    ``weight_quantizer`` are None until a trick gives them.
+    """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
     weight_mask: Tensor | None
     weight_quantizer: WeightQuantizer | None
-    # Of each call the quantizer before it, and the one that alone reads it; tuples, so that they are not registered as children.
+    # Of each call the quantizer before it, and the one that alone reads it; tuples, so that they
+    # are not registered as children.
     calls: tuple[tuple[ActivationQuantizer | None, ActivationQuantizer | None], ...]
     input_quantizer: tuple[ActivationQuantizer, ...]  # those before any call
-    rounds: bool = True  # whether, in evaluation, the output is rounded to its grid as the kernel rounds its integer sums
+    # whether, in evaluation, the output is rounded to its grid as the kernel rounds its integer
+    # sums
+    rounds: bool = True
     channel_axis = 0  # the weight's dimension of output channels
     output_axis = 1  # and the output's
 
@@ -35,23 +40,32 @@ class Layer(nn.Module):
         raise AssertionError(f"{type(self).__name__} does not compute")
 
     def forward(self, input: Tensor, call: int = 0) -> Tensor:
-        """The layer's output at the ``call``-th place where the network calls it, each of which has grids of its own."""
+        """The layer's output at the ``call``-th place where the network calls it, each of which has
+        grids of its own.
+        """
         before, after = self.calls[call] if len(self.calls) > 0 else (None, None)
         differentiable = self.training or torch.is_grad_enabled()
         if self.is_quantizing and before is not None and is_on(before) and not differentiable:
             return self._integer_forward(input, before, after)
         return self._compute(input, self.effective_weight(), self.effective_bias(before))
 
-    def _integer_forward(self, input: Tensor, before: ActivationQuantizer, after: ActivationQuantizer | None) -> Tensor:
-        """Computes on integers held in float32, as the kernel does: sums are exact, so that what lies near the middle
-        between two steps is rounded to the same side here and there."""
+    def _integer_forward(
+        self, input: Tensor, before: ActivationQuantizer, after: ActivationQuantizer | None
+    ) -> Tensor:
+        """Computes on integers held in float32, as the kernel does: sums are exact, so that what
+        lies near the middle between two steps is rounded to the same side here and there.
+        """
         if torch.is_autocast_enabled(input.device.type):  # in 16 bits the sums would not be exact
             with torch.autocast(input.device.type, enabled=False):
                 return self._integer_forward(input, before, after)
         scale = self.weight_scale(self.masked_weight()).detach()
         input_scale = before.current_scale().detach()
         weight = torch.round(self.effective_weight() / scale)
-        bias = None if self.bias is None else torch.round(self.bias.double() / self.bias_scale(before)).float()
+        bias = (
+            None
+            if self.bias is None
+            else torch.round(self.bias.double() / self.bias_scale(before)).float()
+        )
         out = self._compute(torch.round(input / input_scale), weight, bias)
         step = (scale * input_scale).flatten()
         step = step if self.output_axis == -1 else step.view(-1, *[1] * (out.dim() - 2))
@@ -64,17 +78,21 @@ class Layer(nn.Module):
         return self.weight if self.weight_mask is None else self.weight * self.weight_mask
 
     def effective_weight(self) -> Tensor:
-        """The weight the layer computes with: masked, then fake-quantized; the gradient reaches ``weight``."""
+        """The weight the layer computes with: masked, then fake-quantized; the gradient reaches
+        ``weight``.
+        """
         weight = self.masked_weight()
         if not self.is_quantizing:
             return weight
         assert self.weight_quantizer is not None
-        # In evaluation the scale is the deployed one; a training step is spared its few extra operations.
+        # In evaluation the scale is the deployed one; a training step is spared its few extra
+        # operations.
         return self.weight_quantizer(weight, None if self.training else self.weight_scale(weight))
 
     def effective_bias(self, before: ActivationQuantizer | None = None) -> Tensor | None:
-        """The bias the layer computes with behind a quantizer, the first by default: in evaluation on the grid of an integer
-        kernel's int32 bias."""
+        """The bias the layer computes with behind a quantizer, the first by default: in evaluation
+        on the grid of an integer kernel's int32 bias.
+        """
         if self.bias is None or self.training or not self.is_quantizing or not self.has_input_scale:
             return self.bias
         scale = self.bias_scale(before)
@@ -89,29 +107,36 @@ class Layer(nn.Module):
     @property
     def has_input_scale(self) -> bool:
         """Whether the layer's input is on a grid, and which one is known."""
-        return len(self.input_quantizer) > 0 and is_on(self.input_quantizer[0])  # bool() of a tuple: torch 2.11 cannot compile
+        # bool() of a tuple: torch 2.11 cannot compile
+        return len(self.input_quantizer) > 0 and is_on(self.input_quantizer[0])
 
     def weight_scale(self, weight: Tensor) -> Tensor:
         """The weight's scale in evaluation and export, shape ``[1, .., C, .., 1]``.
 
-        A channel of (nearly) no weights takes a scale so small that its bias, stored in int32 in steps of input scale
-        times weight scale, would overflow; such a scale is raised until the bias fits.
+        A channel of (nearly) no weights takes a scale so small that its bias, stored in int32 in
+        steps of input scale times weight scale, would overflow; such a scale is raised until the
+        bias fits.
         """
         assert self.weight_quantizer is not None
         scale = self.weight_quantizer.current_scale(weight)
         if self.bias is None or not self.has_input_scale:
             return scale
-        input_scale = torch.stack([quantizer.current_scale().detach() for quantizer in self.input_quantizer]).amin()
+        input_scale = torch.stack(
+            [quantizer.current_scale().detach() for quantizer in self.input_quantizer]
+        ).amin()
         smallest = self.bias.detach().float().abs() / (input_scale * 2.0**30)
         if scale.numel() == 1:
             return scale.clamp_min(float(smallest.max()))
         return torch.maximum(scale, smallest.view_as(scale))
 
     def bias_scale(self, before: ActivationQuantizer | None = None) -> Tensor:
-        """The step of the int32 bias behind a quantizer, the first by default: input scale times weight scale, shape ``[C]``,
-        float64."""
+        """The step of the int32 bias behind a quantizer, the first by default: input scale times
+        weight scale, shape ``[C]``, float64.
+        """
         scale = self.weight_scale(self.masked_weight()).detach().flatten().double()
-        return (self.input_quantizer[0] if before is None else before).current_scale().detach().double() * scale
+        return (
+            self.input_quantizer[0] if before is None else before
+        ).current_scale().detach().double() * scale
 
 
 class Conv1d(Layer, nn.Conv1d):  # type: ignore[misc]
@@ -140,7 +165,8 @@ class Kernel(nn.Module):
     """What in evaluation, between calibrated grids, is computed as the integer kernel does it.
 
     Attributes:
-        quantizers: of the inputs and of the output; a tuple, so that they are not registered as children.
+        quantizers: of the inputs and of the output; a tuple, so that they are not registered as
+            children.
     """
 
     def __init__(self, *quantizers: ActivationQuantizer) -> None:
@@ -181,7 +207,9 @@ class Mul(Elementwise):
 class Mean(Kernel):
     """An average over positions."""
 
-    def __init__(self, dims: tuple[int, ...], keepdim: bool, *quantizers: ActivationQuantizer) -> None:
+    def __init__(
+        self, dims: tuple[int, ...], keepdim: bool, *quantizers: ActivationQuantizer
+    ) -> None:
         super().__init__(*quantizers)
         self.dims, self.keepdim = dims, keepdim
 
@@ -205,12 +233,16 @@ LAYER_OF: dict[type[nn.Module], type[Layer]] = {
 
 
 def is_layer(module: nn.Module | None) -> bool:
-    """Whether ``module`` is a conv or linear that can be pruned and quantized, turned into a ``Layer`` or not yet."""
+    """Whether ``module`` is a conv or linear that can be pruned and quantized, turned into a
+    ``Layer`` or not yet.
+    """
     return isinstance(module, Layer) or type(module) in LAYER_OF
 
 
 def as_layer(module: nn.Module) -> Layer:
-    """Turns a conv or linear of ``torch.nn`` into the ``Layer`` of its kind, in place; a ``Layer`` is left as it is."""
+    """Turns a conv or linear of ``torch.nn`` into the ``Layer`` of its kind, in place; a ``Layer``
+    is left as it is.
+    """
     if not isinstance(module, Layer):
         module.__class__ = LAYER_OF[type(module)]
         layer = cast(Layer, module)
@@ -227,12 +259,18 @@ def layers(network: nn.Module) -> dict[str, Layer]:
 
 def activation_quantizers(network: nn.Module) -> dict[str, ActivationQuantizer]:
     """The activation quantizers of ``network`` by name, in order."""
-    return {name: module for name, module in network.named_modules() if isinstance(module, ActivationQuantizer)}
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, ActivationQuantizer)
+    }
 
 
 @contextmanager
 def unrounded_sums(network: nn.Module) -> Iterator[None]:
-    """Within it the layers of ``network`` hand out their sums as they are, for a quantizer to round."""
+    """Within it the layers of ``network`` hand out their sums as they are, for a quantizer to
+    round.
+    """
     quantized = list(layers(network).values())
     try:
         for layer in quantized:
@@ -245,8 +283,12 @@ def unrounded_sums(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def float_mode(network: nn.Module) -> Iterator[None]:
-    """Within it every quantizer of ``network`` lets its values through as they are: the float function, masks applied."""
-    quantizers = [m for m in network.modules() if isinstance(m, (ActivationQuantizer, WeightQuantizer))]
+    """Within it every quantizer of ``network`` lets its values through as they are: the float
+    function, masks applied.
+    """
+    quantizers = [
+        m for m in network.modules() if isinstance(m, (ActivationQuantizer, WeightQuantizer))
+    ]
     was_enabled = [quantizer.enabled for quantizer in quantizers]
     try:
         for quantizer in quantizers:

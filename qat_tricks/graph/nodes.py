@@ -36,9 +36,11 @@ _PASS: set[Any] = {
 }  # fmt: skip
 _DROPOUTS: set[Any] = {nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout}
 _DROPOUT_NAMES = {"StochasticDepth", "DropPath", "DropBlock2d"}
-INTEGERS = "qat_tricks.integers"  # in a node's meta, where ``note_integers`` has seen what it yields
+# in a node's meta, where ``note_integers`` has seen what it yields
+INTEGERS = "qat_tricks.integers"
 _SIZES = {"size", "dim", "numel", "shape"}
-BATCHNORMS = (nn.modules.batchnorm._BatchNorm,)  # 1d to 3d, synchronized, and what Lightning makes of a synchronized one
+# 1d to 3d, synchronized, and what Lightning makes of a synchronized one
+BATCHNORMS = (nn.modules.batchnorm._BatchNorm,)
 _ACTIVATIONS: dict[Any, str] = {
     nn.ReLU: "relu", F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.relu_: "relu", "relu": "relu", "relu_": "relu",
     nn.ReLU6: "relu6", F.relu6: "relu6",
@@ -52,20 +54,26 @@ def _kind_of(node: fx.Node, traced: fx.GraphModule) -> Any:
 
 
 def is_tensor(node: fx.Node) -> bool:
-    """Whether the node yields a tensor rather than sizes or numbers worked out from them, or an argument's default."""
+    """Whether the node yields a tensor rather than sizes or numbers worked out from them, or an
+    argument's default.
+    """
     if node.op == "placeholder" and node.args:
         return False
     if node.op == "call_method" and node.target in _SIZES:
         return False
     if node.op == "call_function" and node.target is getattr:
         return node.args[1] not in ("shape", "ndim", "dtype", "device")
-    if node.op == "call_function" and (node.target is operator.getitem or getattr(node.target, "__module__", "") == "_operator"):
+    if node.op == "call_function" and (
+        node.target is operator.getitem or getattr(node.target, "__module__", "") == "_operator"
+    ):
         return any(is_tensor(n) for n in node.all_input_nodes)
     return True
 
 
 def depends_on_images(node: fx.Node) -> bool:
-    """Whether what ``node`` yields depends on the network's input, if only on its shape; else it is the same for all images."""
+    """Whether what ``node`` yields depends on the network's input, if only on its shape; else it is
+    the same for all images.
+    """
     seen, left = {node}, [node]
     while left:
         node = left.pop()
@@ -93,17 +101,21 @@ def calls_batchnorm(node: fx.Node, traced: fx.GraphModule) -> bool:
 
 
 def folds_into(node: fx.Node, traced: fx.GraphModule) -> list[fx.Node]:
-    """The calls of the convs or linears, in the order of their channels, that can take in the BatchNorm that ``node`` calls.
+    """The calls of the convs or linears, in the order of their channels, that can take in the
+    BatchNorm that ``node`` calls.
 
-    It has running statistics and alone follows them: directly, behind a concat of channels, or behind a linear's rows made one
-    matrix; so at each call of either, as where two inputs pass one stem. The list is empty if it cannot be folded.
+    It has running statistics and alone follows them: directly, behind a concat of channels, or
+    behind a linear's rows made one matrix; so at each call of either, as where two inputs pass one
+    stem. The list is empty if it cannot be folded.
     """
     batchnorm: Any = module_of(node, traced)
     if not calls_batchnorm(node, traced) or batchnorm.running_var is None:
         return []
     uses = _uses_of(node, traced)
     found = [_layers_before(use, traced) for use in uses if use.target == node.target]
-    if len(found) < len(uses) or any([part.target for part in parts] != [part.target for part in found[0]] for parts in found):
+    if len(found) < len(uses) or any(
+        [part.target for part in parts] != [part.target for part in found[0]] for parts in found
+    ):
         return []
     if any(set(_uses_of(calls[0], traced)) != set(calls) for calls in zip(*found, strict=True)):
         return []
@@ -113,20 +125,34 @@ def folds_into(node: fx.Node, traced: fx.GraphModule) -> list[fx.Node]:
 
 
 def _layers_before(node: fx.Node, traced: fx.GraphModule) -> list[fx.Node]:
-    """The calls of convs or linears whose outputs the BatchNorm ``node`` alone reads; none if it reads anything else."""
+    """The calls of convs or linears whose outputs the BatchNorm ``node`` alone reads; none if it
+    reads anything else.
+    """
     before = node.all_input_nodes[0]
     if _flattens_rows(before, traced) and len(before.users) == 1:
         before = before.all_input_nodes[0]
         parts = [before] if hasattr(module_of(before, traced), "in_features") else []
     else:
-        parts = list(before.all_input_nodes) if _concats_channels(before, traced) and len(before.users) == 1 else [before]
-    return parts if all(calls_layer(part, traced) and len(_readers(part)) == 1 for part in parts) else []
+        parts = (
+            list(before.all_input_nodes)
+            if _concats_channels(before, traced) and len(before.users) == 1
+            else [before]
+        )
+    return (
+        parts
+        if all(calls_layer(part, traced) and len(_readers(part)) == 1 for part in parts)
+        else []
+    )
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
     """Who uses the values of ``node``, and not its shape alone."""
     as_shape = {"reshape_as", "view_as"}
-    return [user for user in node.users if is_tensor(user) and not (user.target in as_shape and user.args[0] is not node)]
+    return [
+        user
+        for user in node.users
+        if is_tensor(user) and not (user.target in as_shape and user.args[0] is not node)
+    ]
 
 
 def _concats_channels(node: fx.Node, traced: fx.GraphModule) -> bool:
@@ -140,8 +166,8 @@ def _flattens_rows(node: fx.Node, traced: fx.GraphModule) -> bool:
 
 
 def is_used_once(node: fx.Node, traced: fx.GraphModule) -> bool:
-    """Whether nothing else uses the weight of the module that ``node`` calls: no other call of this module or of one that shares
-    the weight, and no operation that reads its values.
+    """Whether nothing else uses the weight of the module that ``node`` calls: no other call of this
+    module or of one that shares the weight, and no operation that reads its values.
 
     Otherwise what suits one is wrong for the other.
     """
@@ -149,7 +175,9 @@ def is_used_once(node: fx.Node, traced: fx.GraphModule) -> bool:
 
 
 def _uses_of(node: fx.Node, traced: fx.GraphModule) -> list[fx.Node]:
-    """What uses the weight of the module that ``node`` calls, in order: calls, its own or of what shares it, and reads."""
+    """What uses the weight of the module that ``node`` calls, in order: calls, its own or of what
+    shares it, and reads.
+    """
 
     def weight(node: fx.Node) -> Any:
         module = module_of(node, traced)
@@ -157,7 +185,11 @@ def _uses_of(node: fx.Node, traced: fx.GraphModule) -> list[fx.Node]:
         return module if own is None else own
 
     def reads_values(other: fx.Node) -> bool:
-        return other.op == "get_attr" and other.target == f"{node.target}.weight" and any(map(is_tensor, other.users))
+        return (
+            other.op == "get_attr"
+            and other.target == f"{node.target}.weight"
+            and any(map(is_tensor, other.users))
+        )
 
     def calls_it(other: fx.Node) -> bool:
         return other.op == "call_module" and weight(other) is weight(node)
@@ -172,14 +204,24 @@ def activation_of(node: fx.Node, traced: fx.GraphModule) -> str | None:
     kind = _kind_of(node, traced)
     if kind is nn.Hardtanh or kind is F.hardtanh:
         module = module_of(node, traced)
-        low, high = (module.min_val, module.max_val) if isinstance(module, nn.Hardtanh) else (*node.args, -1.0, 1.0)[1:3]
+        low, high = (
+            (module.min_val, module.max_val)
+            if isinstance(module, nn.Hardtanh)
+            else (*node.args, -1.0, 1.0)[1:3]
+        )
         return "relu6" if (low, high) == (0, 6) else None
     return _ACTIVATIONS.get(kind)
 
 
 def _operands_are_activations(node: fx.Node) -> bool:
     operands = node.args[:2]
-    return all(isinstance(a, fx.Node) and is_tensor(a) and depends_on_images(a) and not a.meta.get(INTEGERS) for a in operands)
+    return all(
+        isinstance(a, fx.Node)
+        and is_tensor(a)
+        and depends_on_images(a)
+        and not a.meta.get(INTEGERS)
+        for a in operands
+    )
 
 
 def is_cat(node: fx.Node, traced: fx.GraphModule) -> bool:
@@ -188,7 +230,9 @@ def is_cat(node: fx.Node, traced: fx.GraphModule) -> bool:
 
 
 def is_integer_op(node: fx.Node, traced: fx.GraphModule) -> bool:
-    """Whether an integer kernel exists for ``node`` that takes and makes quantized tensors (convs and linears aside)."""
+    """Whether an integer kernel exists for ``node`` that takes and makes quantized tensors (convs
+    and linears aside).
+    """
     if calls(node, traced, _ADD | _MUL):
         return _operands_are_activations(node)
     return calls(node, traced, _POOL) and is_tensor(node)
@@ -215,7 +259,9 @@ def is_passthrough(node: fx.Node, traced: fx.GraphModule) -> bool:
         return False
     kind, module = _kind_of(node, traced), module_of(node, traced)
     if isinstance(module, nn.Upsample) or kind is F.interpolate:
-        mode = module.mode if isinstance(module, nn.Upsample) else node.kwargs.get("mode", "nearest")
+        mode = (
+            module.mode if isinstance(module, nn.Upsample) else node.kwargs.get("mode", "nearest")
+        )
         return bool(mode == "nearest")
     return kind in _PASS or is_dropout(node, traced)
 
@@ -227,14 +273,18 @@ def only_user(node: fx.Node, test: Callable[[fx.Node], bool]) -> fx.Node | None:
 
 
 def elementwise_of(node: fx.Node, traced: fx.GraphModule) -> type[Elementwise] | None:
-    """The kind of kernel for a ``node`` that adds or multiplies two activations, and does nothing else."""
+    """The kind of kernel for a ``node`` that adds or multiplies two activations, and does nothing
+    else.
+    """
     if len(node.args) != 2 or node.kwargs or not _operands_are_activations(node):
         return None
     return Add if calls(node, traced, _ADD) else Mul if calls(node, traced, _MUL) else None
 
 
 def mean_of(node: fx.Node, traced: fx.GraphModule) -> tuple[tuple[int, ...], bool] | None:
-    """Over which dimensions ``node`` averages all positions, and whether it keeps them; None if it does something else."""
+    """Over which dimensions ``node`` averages all positions, and whether it keeps them; None if it
+    does something else.
+    """
     module = module_of(node, traced)
     if isinstance(module, Mean):
         return module.dims, module.keepdim
@@ -242,7 +292,9 @@ def mean_of(node: fx.Node, traced: fx.GraphModule) -> tuple[tuple[int, ...], boo
     names = ("input", "output_size") if pools else ("input", "dim", "keepdim")
     given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     if pools:
-        size = module.output_size if isinstance(module, nn.AdaptiveAvgPool2d) else given["output_size"]
+        size = (
+            module.output_size if isinstance(module, nn.AdaptiveAvgPool2d) else given["output_size"]
+        )
         return ((-2, -1), True) if size in (1, (1, 1), [1, 1]) else None
     if not is_spatial_mean(node, traced) or not node.kwargs.keys() <= {"dim", "keepdim"}:
         return None
@@ -267,7 +319,9 @@ def quantizer_of(source: fx.Node, traced: fx.GraphModule) -> ActivationQuantizer
         module = module_of(source, traced)
         if isinstance(module, ActivationQuantizer):
             return module
-        if not source.all_input_nodes or not (is_passthrough(source, traced) or is_cat(source, traced)):
+        if not source.all_input_nodes or not (
+            is_passthrough(source, traced) or is_cat(source, traced)
+        ):
             return None
         source = source.all_input_nodes[0]
 

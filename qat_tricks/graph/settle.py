@@ -1,8 +1,10 @@
-"""Move scales by a hair, so that no value of an activation function lies in the middle between two steps.
+"""Move scales by a hair, so that no value of an activation function lies in the middle between two
+steps.
 
-Between two grids a function such as SiLU stays in float, and of the 256 values that it can have there, one that lies nearly in
-the middle between two steps is rounded to one side by one library and to the other by the next, whose ``exp`` ends in another
-last bit. Every activation with that input then differs by a step. A scale that is larger by some 0.00001 has no such value.
+Between two grids a function such as SiLU stays in float, and of the 256 values that it can have
+there, one that lies nearly in the middle between two steps is rounded to one side by one library
+and to the other by the next, whose ``exp`` ends in another last bit. Every activation with that
+input then differs by a step. A scale that is larger by some 0.00001 has no such value.
 """
 
 from collections.abc import Callable
@@ -30,14 +32,19 @@ _FUNCTIONS: set[Any] = {
 
 @torch.no_grad()
 def settle_scales(traced: fx.GraphModule) -> list[str]:
-    """Changes, by at most ``STEP * TRIES``, each scale at which a runtime could round a function's value otherwise.
+    """Changes, by at most ``STEP * TRIES``, each scale at which a runtime could round a function's
+    value otherwise.
 
-    Only quantizers behind a function of one tensor that is itself on a grid; nothing where none of the scales tried is free
-    of such values. Returns the names of the quantizers changed.
+    Only quantizers behind a function of one tensor that is itself on a grid; nothing where none of
+    the scales tried is free of such values. Returns the names of the quantizers changed.
     """
     changed: dict[str, None] = {}
     for _ in range(PASSES):
-        moved = [name for name, tables in _tables(traced).items() if _settle(traced.get_submodule(name), tables)]
+        moved = [
+            name
+            for name, tables in _tables(traced).items()
+            if _settle(traced.get_submodule(name), tables)
+        ]
         changed.update(dict.fromkeys(moved))
         if not moved:
             break
@@ -49,7 +56,9 @@ def _tables(traced: fx.GraphModule) -> dict[str, list[Callable[[], Tensor]]]:
     tables: dict[str, list[Callable[[], Tensor]]] = {}
     for node in traced.graph.nodes:
         quantizer = module_of(node, traced)
-        if not isinstance(quantizer, ActivationQuantizer) or not (quantizer.enabled and quantizer.is_calibrated):
+        if not isinstance(quantizer, ActivationQuantizer) or not (
+            quantizer.enabled and quantizer.is_calibrated
+        ):
             continue
         chain: list[fx.Node] = []
         source = node.all_input_nodes[0]
@@ -57,12 +66,18 @@ def _tables(traced: fx.GraphModule) -> dict[str, list[Callable[[], Tensor]]]:
             chain.insert(0, source)
             source = source.all_input_nodes[0]
         grids = _grids(source, traced) if chain else []
-        tables.setdefault(str(node.target), []).extend(_table(traced, chain, source, grid) for grid in grids)
+        tables.setdefault(str(node.target), []).extend(
+            _table(traced, chain, source, grid) for grid in grids
+        )
     return tables
 
 
 def _is_function(node: fx.Node, traced: fx.GraphModule) -> bool:
-    with_number = n.is_arithmetic(node) and not node.kwargs and all(isinstance(arg, fx.Node | int | float) for arg in node.args)
+    with_number = (
+        n.is_arithmetic(node)
+        and not node.kwargs
+        and all(isinstance(arg, fx.Node | int | float) for arg in node.args)
+    )
     return n.calls(node, traced, _FUNCTIONS) or with_number
 
 
@@ -77,7 +92,9 @@ def _grids(source: fx.Node, traced: fx.GraphModule) -> list[ActivationQuantizer]
     return _grids(source.all_input_nodes[0], traced) if n.is_passthrough(source, traced) else []
 
 
-def _table(traced: fx.GraphModule, chain: list[fx.Node], source: fx.Node, grid: ActivationQuantizer) -> Callable[[], Tensor]:
+def _table(
+    traced: fx.GraphModule, chain: list[fx.Node], source: fx.Node, grid: ActivationQuantizer
+) -> Callable[[], Tensor]:
     def values() -> Tensor:
         first, last = grid.steps
         integers = torch.arange(first, last + 1, device=grid.scale.device)
@@ -91,7 +108,9 @@ def _table(traced: fx.GraphModule, chain: list[fx.Node], source: fx.Node, grid: 
 
 
 def _settle(quantizer: Any, tables: list[Callable[[], Tensor]]) -> bool:
-    """Moves ``quantizer`` to the closest scale at which no value of ``tables`` is in doubt, and returns whether it moved."""
+    """Moves ``quantizer`` to the closest scale at which no value of ``tables`` is in doubt, and
+    returns whether it moved.
+    """
     if not tables or quantizer.cap < float("inf"):
         return False
     values = torch.cat([table() for table in tables])

@@ -1,4 +1,5 @@
-"""The spec: what was done to a network, as plain data that travels in its checkpoint, and the way back from it.
+"""The spec: what was done to a network, as plain data that travels in its checkpoint, and the way
+back from it.
 
 ::
 
@@ -11,8 +12,9 @@
     applied      [trick, ...]                  tricks done in the current stage
     history      [trick, ...]                  tricks done in all stages
 
-``node`` is a node's name in the traced graph, ``layer`` and ``name`` in ``layers`` a submodule's. Values (weights, scales, zero
-points, masks) are in the state dict, under the keys that ``rebuild`` recreates.
+``node`` is a node's name in the traced graph, ``layer`` and ``name`` in ``layers`` a submodule's.
+Values (weights, scales, zero points, masks) are in the state dict, under the keys that ``rebuild``
+recreates.
 """
 
 import copy
@@ -35,12 +37,15 @@ QUANTIZERS, KERNELS = "activation_quantizers", "kernels"
 def spec_of(traced: fx.GraphModule) -> dict[str, Any]:
     """The spec of a network traced by us, to read and to add to."""
     if "qat_tricks" not in traced.meta:
-        raise QatTricksError("this network was not traced by qat_tricks: call qat_tricks.graph.trace(network) first")
+        raise QatTricksError(
+            "this network was not traced by qat_tricks: call qat_tricks.graph.trace(network) first"
+        )
     return traced.meta["qat_tricks"]
 
 
 def rebuild(network: nn.Module, spec: dict[str, Any]) -> fx.GraphModule:
-    """Gives a float ``network`` the structure that ``spec`` describes, ready for ``load_state_dict(strict=True)``.
+    """Gives a float ``network`` the structure that ``spec`` describes, ready for
+    ``load_state_dict(strict=True)``.
 
     Raises:
         QatTricksError: the spec is of another network.
@@ -56,8 +61,8 @@ def rebuild(network: nn.Module, spec: dict[str, Any]) -> fx.GraphModule:
     missing += [name for name in spec.get("layers", {}) if name not in modules]
     if missing:
         raise QatTricksError(
-            f"the checkpoint is of another network than {type(network).__name__}: it has no {', '.join(missing[:3])}; "
-            "build the network that was trained"
+            f"the checkpoint is of another network than {type(network).__name__}: it has no "
+            f"{', '.join(missing[:3])}; build the network that was trained"
         )
     for layer, _ in spec.get("folded", []):
         give_bias(traced.get_submodule(layer))
@@ -78,7 +83,9 @@ def give_bias(layer: nn.Module) -> None:
     """Makes sure that a conv or linear has a bias, of zeros if it had none."""
     assert isinstance(layer.weight, torch.Tensor)
     if layer.bias is None:
-        layer.bias = nn.Parameter(torch.zeros(layer.weight.shape[0], dtype=layer.weight.dtype, device=layer.weight.device))
+        layer.bias = nn.Parameter(
+            torch.zeros(layer.weight.shape[0], dtype=layer.weight.dtype, device=layer.weight.device)
+        )
 
 
 def erase_batchnorm(traced: fx.GraphModule, batchnorm: str) -> None:
@@ -94,14 +101,26 @@ def erase_batchnorm(traced: fx.GraphModule, batchnorm: str) -> None:
 
 
 def batchnorm_to_conv(traced: fx.GraphModule, name: str) -> nn.Conv2d:
-    """Puts a depthwise conv of one weight a channel in the place of a BatchNorm, with its parameters; values are not set."""
+    """Puts a depthwise conv of one weight a channel in the place of a BatchNorm, with its
+    parameters; values are not set.
+    """
     batchnorm: Any = traced.get_submodule(name)
     channels, of_statistics = batchnorm.num_features, batchnorm.running_var
-    conv = nn.Conv2d(channels, channels, 1, groups=channels, device=of_statistics.device, dtype=of_statistics.dtype)
+    conv = nn.Conv2d(
+        channels,
+        channels,
+        1,
+        groups=channels,
+        device=of_statistics.device,
+        dtype=of_statistics.dtype,
+    )
     if batchnorm.affine:
-        batchnorm.weight.data = batchnorm.weight.data.view(conv.weight.shape)  # an optimizer keeps these very parameters
+        # an optimizer keeps these very parameters
+        batchnorm.weight.data = batchnorm.weight.data.view(conv.weight.shape)
         conv.weight, conv.bias = batchnorm.weight, batchnorm.bias
-    conv.requires_grad_(batchnorm.affine and batchnorm.weight.requires_grad).train(batchnorm.training)
+    conv.requires_grad_(batchnorm.affine and batchnorm.weight.requires_grad).train(
+        batchnorm.training
+    )
     install(traced, name, conv)
     return conv
 
@@ -122,7 +141,9 @@ def insert_quantizers(traced: fx.GraphModule) -> None:
     by_name = {node.name: node for node in traced.graph.nodes}
     device = next((p.device for p in traced.parameters()), torch.device("cpu"))
     for name, entry in spec.get("activations", {}).items():
-        quantizer = ActivationQuantizer(Scheme(**entry["scheme"]), activation=entry["activation"]).to(device)
+        quantizer = ActivationQuantizer(
+            Scheme(**entry["scheme"]), activation=entry["activation"]
+        ).to(device)
         quantizer.scale.requires_grad_(entry.get("learned", False))
         target = f"{QUANTIZERS}.{name}"
         traced.add_submodule(target, quantizer)
@@ -133,19 +154,27 @@ def insert_quantizers(traced: fx.GraphModule) -> None:
                 continue
             with traced.graph.inserting_after(node):
                 call = traced.graph.call_module(target, (node,))
-            node.replace_all_uses_with(call, delete_user_cb=lambda user, call=call: user is not call)
+            node.replace_all_uses_with(
+                call, delete_user_cb=lambda user, call=call: user is not call
+            )
     for name, entry in spec.get("layers", {}).items():
         if "weight" in entry:
             layer = traced.get_submodule(name)
             assert isinstance(layer, Layer)
-            layer.weight_quantizer = WeightQuantizer(Scheme(**entry["weight"]), channel_axis=layer.channel_axis).to(device)
+            layer.weight_quantizer = WeightQuantizer(
+                Scheme(**entry["weight"]), channel_axis=layer.channel_axis
+            ).to(device)
             if entry.get("scale"):
-                layer.weight_quantizer.own_scale(layer.weight).requires_grad_(entry.get("learned", False))
+                layer.weight_quantizer.own_scale(layer.weight).requires_grad_(
+                    entry.get("learned", False)
+                )
     _connect(traced)
 
 
 def share_quantizer(traced: fx.GraphModule, names: Sequence[str]) -> None:
-    """Puts one quantizer, the first of those called ``names`` (of ``activations`` in the spec), in the place of all."""
+    """Puts one quantizer, the first of those called ``names`` (of ``activations`` in the spec), in
+    the place of all.
+    """
     kept, *gone = (f"{QUANTIZERS}.{name}" for name in names)
     for node in traced.graph.nodes:
         if node.op == "call_module" and node.target in gone:
@@ -169,7 +198,9 @@ def _connect(traced: fx.GraphModule) -> None:
             found.append((n.input_quantizer_of(node, traced), n.output_quantizer_of(node, traced)))
         elif kind := n.elementwise_of(node, traced):
             tensors = [n.quantizer_of(arg, traced) for arg in node.args]
-            grids = [grid for grid in (*tensors, n.output_quantizer_of(node, traced)) if grid is not None]
+            grids = [
+                grid for grid in (*tensors, n.output_quantizer_of(node, traced)) if grid is not None
+            ]
             if len(grids) == 3:
                 name = f"{KERNELS}.{node.name}"
                 traced.add_submodule(name, kind(*grids))
@@ -179,8 +210,15 @@ def _connect(traced: fx.GraphModule) -> None:
             if before is not None and after is not None:
                 name = f"{KERNELS}.{node.name}"
                 traced.add_submodule(name, Mean(*mean, before, after))
-                node.op, node.target, node.args, node.kwargs = "call_module", name, (node.all_input_nodes[0],), {}
+                node.op, node.target, node.args, node.kwargs = (
+                    "call_module",
+                    name,
+                    (node.all_input_nodes[0],),
+                    {},
+                )
     for layer, found in calls.items():
         layer.calls = tuple(found)
-        layer.input_quantizer = tuple(dict.fromkeys(before for before, _ in found if before is not None))
+        layer.input_quantizer = tuple(
+            dict.fromkeys(before for before, _ in found if before is not None)
+        )
     traced.recompile()

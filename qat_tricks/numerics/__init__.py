@@ -1,4 +1,5 @@
-"""Quantization schemes, fake-quant with straight-through gradients, learned step sizes and range estimators.
+"""Quantization schemes, fake-quant with straight-through gradients, learned step sizes and range
+estimators.
 
 Plain PyTorch: nothing here knows of graphs, Lightning or ONNX.
 """

@@ -1,10 +1,12 @@
 """Fake quantization: round to the integer grid in float, with straight-through gradients.
 
-Sources: Bengio et al. 2013 (arXiv 1308.3432), the straight-through estimator; Esser et al. 2020, "Learned Step Size
-Quantization" (arXiv 1902.08153), equations 1 to 3 and the gradient scale of section 2.2.
+Sources: Bengio et al. 2013 (arXiv 1308.3432), the straight-through estimator; Esser et al. 2020,
+"Learned Step Size Quantization" (arXiv 1902.08153), equations 1 to 3 and the gradient scale of
+section 2.2.
 
-Where this differs: the whole chain is a few vectorised in-place passes and the backward keeps ``x / scale`` rather than a
-mask, because core PyTorch's ``fake_quantize_*_cachemask`` kernels are not vectorised on CPU.
+Where this differs: the whole chain is a few vectorised in-place passes and the backward keeps ``x /
+scale`` rather than a mask, because core PyTorch's ``fake_quantize_*_cachemask`` kernels are not
+vectorised on CPU.
 """
 
 from typing import Any
@@ -39,10 +41,12 @@ class _FakeQuantize(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return grad_x, None, None, None
         (out,) = rest
-        # d out / d scale is round(x / s) - x / s inside the range and the bound outside: the sum of both is
-        # out / s everywhere, less x / s inside.
+        # d out / d scale is round(x / s) - x / s inside the range and the bound outside: the sum of
+        # both is out / s everywhere, less x / s inside.
         if scale.dim() == 0:
-            grad_scale = torch.dot(grad.flatten(), out.flatten()) / scale - torch.dot(grad_x.flatten(), steps.flatten())
+            grad_scale = torch.dot(grad.flatten(), out.flatten()) / scale - torch.dot(
+                grad_x.flatten(), steps.flatten()
+            )
         else:
             dims = [d for d in range(scale.dim()) if scale.shape[d] == 1]
             grad_scale = (grad * out / scale - grad_x * steps).sum(dims, keepdim=True)
@@ -52,7 +56,9 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 class _RoundToGrid(torch.autograd.Function):
-    """``round(x / scale) * scale`` for values that never clip: the straight-through gradient is the identity."""
+    """``round(x / scale) * scale`` for values that never clip: the straight-through gradient is the
+    identity.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
@@ -64,27 +70,34 @@ class _RoundToGrid(torch.autograd.Function):
         return grad, None
 
 
-def _dequantize(rounded: Tensor, scale: Tensor, low: int | None = None, high: int | None = None) -> Tensor:
+def _dequantize(
+    rounded: Tensor, scale: Tensor, low: int | None = None, high: int | None = None
+) -> Tensor:
     """``clamp(rounded, low, high) * scale``, in place of ``rounded`` where that is safe."""
-    if torch.compiler.is_compiling():  # torch 2.11 gives a Function whose result was computed in place no gradient
+    # torch 2.11 gives a Function whose result was computed in place no gradient
+    if torch.compiler.is_compiling():
         return (rounded if low is None else rounded.clamp(low, high)) * scale
     return (rounded if low is None else rounded.clamp_(low, high)).mul_(scale)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: int | Tensor, scheme: Scheme) -> Tensor:
-    """Quantizes and dequantizes ``x``; differentiable in ``x`` and, where it requires a gradient, in ``scale``.
+    """Quantizes and dequantizes ``x``; differentiable in ``x`` and, where it requires a gradient,
+    in ``scale``.
 
     Args:
         x: values of any shape and floating type; computed in float32 whatever autocast says.
-        scale: float32, positive; of shape ``[]``, or broadcastable to ``x`` with one entry a channel.
-        zero_point: the integer that stands for 0.0; a tensor of the shape of ``scale`` where each channel has its own.
+        scale: float32, positive; of shape ``[]``, or broadcastable to ``x`` with one entry a
+            channel.
+        zero_point: the integer that stands for 0.0; a tensor of the shape of ``scale`` where each
+            channel has its own.
         scheme: gives ``qmin`` and ``qmax``.
 
     Returns:
         float32 of the shape of ``x``, on the grid ``scale * (q - zero_point)``.
     """
     if isinstance(zero_point, Tensor):
-        # Shifted by zero_point steps and back; autograd through the shift gives the affine scale its whole gradient.
+        # Shifted by zero_point steps and back; autograd through the shift gives the affine scale
+        # its whole gradient.
         shift = zero_point * scale
         return _FakeQuantize.apply(x.float() + shift, scale, scheme.qmin, scheme.qmax) - shift
     return fake_quantize_between(x, scale, scheme.qmin - zero_point, scheme.qmax - zero_point)
@@ -96,15 +109,23 @@ def fake_quantize_between(x: Tensor, scale: Tensor, low: int, high: int) -> Tens
 
 
 def max_abs_scale(weight: Tensor, scheme: Scheme, channel_axis: int) -> Tensor:
-    """The scale with which nothing clips: ``max|w| / qmax``, shape ``[1, .., C, .., 1]`` (``[1, ..]`` per tensor)."""
+    """The scale with which nothing clips: ``max|w| / qmax``, shape ``[1, .., C, .., 1]`` (``[1,
+    ..]`` per tensor).
+    """
     dims = [d for d in range(weight.dim()) if not (scheme.per_channel and d == channel_axis)]
-    largest = torch.linalg.vector_norm(weight.detach().float(), ord=float("inf"), dim=dims, keepdim=True)
+    largest = torch.linalg.vector_norm(
+        weight.detach().float(), ord=float("inf"), dim=dims, keepdim=True
+    )
     # A channel of zeros gets the smallest normal number: 0 / scale is 0 whatever the scale.
     return (largest / scheme.qmax).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def quantize_weight(weight: Tensor, scale: Tensor | None, scheme: Scheme, channel_axis: int = 0) -> Tensor:
-    """Fake-quantizes a weight; with ``scale=None`` the scale follows the weight's own maximum and nothing clips."""
+def quantize_weight(
+    weight: Tensor, scale: Tensor | None, scheme: Scheme, channel_axis: int = 0
+) -> Tensor:
+    """Fake-quantizes a weight; with ``scale=None`` the scale follows the weight's own maximum and
+    nothing clips.
+    """
     if scale is None:
         return _RoundToGrid.apply(weight.float(), max_abs_scale(weight, scheme, channel_axis))
     return fake_quantize(weight, scale, 0, scheme)

@@ -1,7 +1,8 @@
 """What integer kernels compute between two grids, to the last bit.
 
-A float that comes to lie just on the other side of a rounding boundary moves a value by a whole step, and a deep network
-spreads it. Exact here means ONNX Runtime's kernels on x86 with AVX2 and FMA, whose requantization is a product in float32.
+A float that comes to lie just on the other side of a rounding boundary moves a value by a whole
+step, and a deep network spreads it. Exact here means ONNX Runtime's kernels on x86 with AVX2 and
+FMA, whose requantization is a product in float32.
 """
 
 import torch
@@ -11,7 +12,8 @@ from qat_tricks.numerics.quantizer import ActivationQuantizer
 
 
 def requantize(accumulator: Tensor, step: Tensor, output: ActivationQuantizer) -> Tensor:
-    """The output, on the grid of ``output``, of a conv or linear whose integer sums are ``accumulator``.
+    """The output, on the grid of ``output``, of a conv or linear whose integer sums are
+    ``accumulator``.
 
     Args:
         accumulator: sums of integer products, held in float32, any shape.
@@ -21,17 +23,25 @@ def requantize(accumulator: Tensor, step: Tensor, output: ActivationQuantizer) -
     return _clamp(torch.round(accumulator * (step / scale)), output) * scale
 
 
-def add(x: Tensor, y: Tensor, x_grid: ActivationQuantizer, y_grid: ActivationQuantizer, output: ActivationQuantizer) -> Tensor:
+def add(
+    x: Tensor,
+    y: Tensor,
+    x_grid: ActivationQuantizer,
+    y_grid: ActivationQuantizer,
+    output: ActivationQuantizer,
+) -> Tensor:
     """The sum of ``x`` and ``y``, each on its grid, on that of ``output``.
 
-    As ``QLinearAdd`` does it: ``fma(qx, rx, fma(qy, ry, zero_point - fma(rx, zx, ry * zy)))`` with the ratios of the scales
-    ``rx``, ``ry``. A fused multiply-add rounds once, which float64 in between reproduces.
+    As ``QLinearAdd`` does it: ``fma(qx, rx, fma(qy, ry, zero_point - fma(rx, zx, ry * zy)))`` with
+    the ratios of the scales ``rx``, ``ry``. A fused multiply-add rounds once, which float64 in
+    between reproduces.
     """
     scale = output.current_scale()
     ratios = [(grid.current_scale() / scale).double() for grid in (x_grid, y_grid)]
     zero_points = [grid.zero_point.double() for grid in (x_grid, y_grid)]
     integers = [
-        torch.round(values / grid.current_scale()) + grid.zero_point for values, grid in ((x, x_grid), (y, y_grid))
+        torch.round(values / grid.current_scale()) + grid.zero_point
+        for values, grid in ((x, x_grid), (y, y_grid))
     ]
     zeros = (ratios[0] * zero_points[0] + (ratios[1] * zero_points[1]).float().double()).float()
     total = (output.zero_point.float() - zeros).double()
@@ -41,26 +51,38 @@ def add(x: Tensor, y: Tensor, x_grid: ActivationQuantizer, y_grid: ActivationQua
 
 
 def multiply(
-    x: Tensor, y: Tensor, x_grid: ActivationQuantizer, y_grid: ActivationQuantizer, output: ActivationQuantizer
+    x: Tensor,
+    y: Tensor,
+    x_grid: ActivationQuantizer,
+    y_grid: ActivationQuantizer,
+    output: ActivationQuantizer,
 ) -> Tensor:
     """The product of ``x`` and ``y``, each on its grid, on that of ``output``.
 
     As ``QLinearMul`` does it: ``round(qx * qy * ratio + zero_point)``, each operation in float32.
     """
     scale, x_scale, y_scale = (grid.current_scale() for grid in (output, x_grid, y_grid))
-    total = torch.round(x / x_scale) * torch.round(y / y_scale) * (x_scale * y_scale / scale) + output.zero_point
+    total = (
+        torch.round(x / x_scale) * torch.round(y / y_scale) * (x_scale * y_scale / scale)
+        + output.zero_point
+    )
     return _clamp(torch.round(total) - output.zero_point, output) * scale
 
 
-def mean(x: Tensor, x_grid: ActivationQuantizer, output: ActivationQuantizer, *, keepdim: bool) -> Tensor:
-    """The average of ``x``, ``[N, C, H, W]`` on its grid, over height and width, on the grid of ``output``.
+def mean(
+    x: Tensor, x_grid: ActivationQuantizer, output: ActivationQuantizer, *, keepdim: bool
+) -> Tensor:
+    """The average of ``x``, ``[N, C, H, W]`` on its grid, over height and width, on the grid of
+    ``output``.
 
-    As ``QLinearGlobalAveragePool`` does it: the integers' sum, which is exact, times a ratio in float32. Averages of integers
-    often lie in the middle between two steps.
+    As ``QLinearGlobalAveragePool`` does it: the integers' sum, which is exact, times a ratio in
+    float32. Averages of integers often lie in the middle between two steps.
     """
     scale, x_scale = output.current_scale(), x_grid.current_scale()
     total = torch.round(x / x_scale).sum((2, 3), keepdim=keepdim, dtype=torch.float64).float()
-    return _clamp(torch.round(total * (x_scale / (scale * (x.shape[2] * x.shape[3])))), output) * scale
+    return (
+        _clamp(torch.round(total * (x_scale / (scale * (x.shape[2] * x.shape[3])))), output) * scale
+    )
 
 
 def _clamp(steps: Tensor, grid: ActivationQuantizer) -> Tensor:

@@ -6,7 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.numerics.fake_quantize import fake_quantize, fake_quantize_between, max_abs_scale, quantize_weight
+from qat_tricks.numerics.fake_quantize import (
+    fake_quantize,
+    fake_quantize_between,
+    max_abs_scale,
+    quantize_weight,
+)
 from qat_tricks.numerics.range_estimators import RangeEstimator
 from qat_tricks.numerics.scheme import Scheme
 
@@ -14,9 +19,10 @@ from qat_tricks.numerics.scheme import Scheme
 class ActivationQuantizer(nn.Module):
     """Fake-quantizes one tensor of the network, and stands in for the ReLU or ReLU6 before it.
 
-    Clamping to ``steps`` *is* the ReLU. With ``zero_point == qmin``, as an affine grid has it, the grid itself begins at 0.0 and
-    an integer kernel clamps so by itself; a symmetric grid reaches below, and only its upper half is used. A cap (ReLU6) is
-    kept by never letting the range exceed it.
+    Clamping to ``steps`` *is* the ReLU. With ``zero_point == qmin``, as an affine grid has it, the
+    grid itself begins at 0.0 and an integer kernel clamps so by itself; a symmetric grid reaches
+    below, and only its upper half is used. A cap (ReLU6) is kept by never letting the range exceed
+    it.
 
     Attributes:
         scale: parameter of shape ``[]``, float32; trained only after ``learn_scales``.
@@ -34,7 +40,8 @@ class ActivationQuantizer(nn.Module):
         self.scale = nn.Parameter(torch.tensor(float("nan")), requires_grad=False)
         self.register_buffer("zero_point", torch.tensor(0, dtype=torch.int32))
         self.zero_point: Tensor
-        self._zero_point: int | None = None  # the buffer's value on the host, so that a step never waits for the device
+        # the buffer's value on the host, so that a step never waits for the device
+        self._zero_point: int | None = None
 
     def extra_repr(self) -> str:
         return f"bits={self.scheme.bits}, activation={self.activation}"
@@ -51,7 +58,9 @@ class ActivationQuantizer(nn.Module):
 
     @property
     def offset(self) -> int:
-        """The zero point as a number: reading the buffer would wait for the device, and break a compiled graph."""
+        """The zero point as a number: reading the buffer would wait for the device, and break a
+        compiled graph.
+        """
         assert self._zero_point is not None
         return self._zero_point
 
@@ -96,7 +105,9 @@ class ActivationQuantizer(nn.Module):
                 self.observer.observe(x)
             return x
         if self._zero_point is None:
-            raise QatTricksError("a quantizer has no range yet: calibrate the network before it is run quantized")
+            raise QatTricksError(
+                "a quantizer has no range yet: calibrate the network before it is run quantized"
+            )
         return fake_quantize_between(x, self.current_scale(), *self.steps)
 
     def _activate(self, x: Tensor) -> Tensor:
@@ -105,7 +116,9 @@ class ActivationQuantizer(nn.Module):
         return nn.functional.relu(x) if self.activation == "relu" else nn.functional.relu6(x)
 
     def refresh(self) -> None:
-        """Reads ``zero_point`` anew after something else wrote the buffers (a checkpoint, a broadcast)."""
+        """Reads ``zero_point`` anew after something else wrote the buffers (a checkpoint, a
+        broadcast).
+        """
         self._zero_point = None if bool(torch.isnan(self.scale)) else int(self.zero_point)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -118,8 +131,9 @@ class WeightQuantizer(nn.Module):
     """Fake-quantizes a weight, one scale an output channel.
 
     Attributes:
-        scale: None while the scale follows the weight (``max|w| / qmax``: nothing clips, and the gradient passes at no
-            cost); a parameter of the weight's dimensions with one entry a channel once it is its own.
+        scale: None while the scale follows the weight (``max|w| / qmax``: nothing clips, and the
+            gradient passes at no cost); a parameter of the weight's dimensions with one entry a
+            channel once it is its own.
         enabled: whether the layer that holds this quantizer uses it.
     """
 
@@ -153,14 +167,23 @@ class WeightQuantizer(nn.Module):
         best, best_error = largest.clone(), torch.full_like(largest, float("inf"))
         for shrink in torch.linspace(0.3, 1.0, candidates).tolist():
             scale = largest * shrink
-            error = (fake_quantize(weight.detach(), scale, 0, self.scheme) - weight).square().sum(dims, keepdim=True)
+            error = (
+                (fake_quantize(weight.detach(), scale, 0, self.scheme) - weight)
+                .square()
+                .sum(dims, keepdim=True)
+            )
             better = error < best_error
-            best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
+            best, best_error = (
+                torch.where(better, scale, best),
+                torch.where(better, error, best_error),
+            )
         with torch.no_grad():
             self.own_scale(weight).copy_(best)
 
     def forward(self, weight: Tensor, scale: Tensor | None = None) -> Tensor:
-        """Returns ``weight`` on the grid of ``scale``, by default the quantizer's own or the weight's maximum."""
+        """Returns ``weight`` on the grid of ``scale``, by default the quantizer's own or the
+        weight's maximum.
+        """
         if scale is None and self.scale is not None:
             scale = self.current_scale(weight)
         return quantize_weight(weight, scale, self.scheme, self.channel_axis)

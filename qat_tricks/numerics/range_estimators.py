@@ -1,8 +1,9 @@
 """Range estimators: which ``[low, high]`` of a tensor's values the integers shall cover.
 
-Each observes batches one after the other and is asked once for the range. ``minmax`` and ``moving_average``
-(Jacob et al. 2018, arXiv 1712.05877) keep extremes; ``percentile``, ``mse`` and ``kl`` (Migacz, "8-bit inference with
-TensorRT", GTC 2017) clip, judged on a histogram of a bounded sample, so that their cost does not grow with the images.
+Each observes batches one after the other and is asked once for the range. ``minmax`` and
+``moving_average`` (Jacob et al. 2018, arXiv 1712.05877) keep extremes; ``percentile``, ``mse`` and
+``kl`` (Migacz, "8-bit inference with TensorRT", GTC 2017) clip, judged on a histogram of a bounded
+sample, so that their cost does not grow with the images.
 """
 
 import copy
@@ -38,7 +39,10 @@ class MinMax:
     def observe(self, x: Tensor) -> None:
         low, high = (v.item() for v in torch.aminmax(x))
         if not (abs(low) < float("inf") and abs(high) < float("inf")):
-            raise QatTricksError("values to calibrate on contain NaN or infinity: check the images and the float network")
+            raise QatTricksError(
+                "values to calibrate on contain NaN or infinity: check the images and the float "
+                "network"
+            )
         self._extend(low, high)
 
     def _extend(self, low: float, high: float) -> None:
@@ -83,7 +87,8 @@ class Histogram(MinMax):
         super().observe(x)
         largest = max(-self.low, self.high, 1e-12)
         if self.reach == 0.0:
-            self.reach = 2.0 ** math.ceil(math.log2(largest))  # of a power of two, so that histograms can be merged
+            # of a power of two, so that histograms can be merged
+            self.reach = 2.0 ** math.ceil(math.log2(largest))
         self._widen(largest)
         # An odd stride visits every channel, also where the channel count is a power of two.
         flat = x.detach().flatten()
@@ -91,7 +96,8 @@ class Histogram(MinMax):
         self.counts += torch.histc(flat, self.bins, -self.reach, self.reach).double().cpu()
 
     def _widen(self, reach: float) -> None:
-        while self.reach < reach:  # doubling the reach merges bins two by two: no count is ever misplaced
+        # doubling the reach merges bins two by two: no count is ever misplaced
+        while self.reach < reach:
             merged = self.counts.view(-1, 2).sum(1)
             self.counts.zero_()
             self.counts[self.bins // 4 : 3 * self.bins // 4] = merged
@@ -115,12 +121,16 @@ class Histogram(MinMax):
 
 
 class Percentile(Histogram):
-    """Leaves out the rarest values: ``100 - percentile`` percent of the sample, at each end that holds values."""
+    """Leaves out the rarest values: ``100 - percentile`` percent of the sample, at each end that
+    holds values.
+    """
 
     def __init__(self, percentile: float = 99.99) -> None:
         super().__init__()
         if not 50 < percentile <= 100:
-            raise QatTricksError(f"percentile={percentile} is not allowed: give a number above 50, up to 100")
+            raise QatTricksError(
+                f"percentile={percentile} is not allowed: give a number above 50, up to 100"
+            )
         self.percentile = percentile
 
     def range(self, scheme: Scheme) -> tuple[float, float]:
@@ -153,15 +163,21 @@ class MSE(Histogram):
         for _ in range(2 if low < 0 < high else 1):
             if high > 0:
                 highs = high * shrink
-                best_high = float(highs[int(_squared_errors(centers, counts, best_low, highs, scheme).argmin())])
+                best_high = float(
+                    highs[int(_squared_errors(centers, counts, best_low, highs, scheme).argmin())]
+                )
             if low < 0:
                 lows = low * shrink
-                best_low = float(lows[int(_squared_errors(centers, counts, lows, best_high, scheme).argmin())])
+                best_low = float(
+                    lows[int(_squared_errors(centers, counts, lows, best_high, scheme).argmin())]
+                )
         return best_low, best_high
 
 
 class KL(Histogram):
-    """The range whose quantized distribution diverges least from the values' own (Kullback-Leibler)."""
+    """The range whose quantized distribution diverges least from the values' own
+    (Kullback-Leibler).
+    """
 
     candidates = 80
 
@@ -174,7 +190,9 @@ class KL(Histogram):
 
     def _divergence(self, low: float, high: float, scheme: Scheme) -> float:
         scale, zero_point = scheme.qparams(low, high)
-        levels = (torch.round(self.centers / scale) + zero_point).clamp_(scheme.qmin, scheme.qmax).long() - scheme.qmin
+        levels = (torch.round(self.centers / scale) + zero_point).clamp_(
+            scheme.qmin, scheme.qmax
+        ).long() - scheme.qmin
         first, last = scheme.qmin - zero_point - 0.5, scheme.qmax - zero_point + 0.5
         inside = (self.centers >= first * scale) & (self.centers <= last * scale)
         size = scheme.qmax - scheme.qmin + 1
@@ -183,10 +201,15 @@ class KL(Histogram):
         kept = inside.nonzero().flatten()
         reference[kept[0]] += self.counts[: int(kept[0])].sum()
         reference[kept[-1]] += self.counts[int(kept[-1]) + 1 :].sum()
-        # The quantized one knows only the values inside: each level's mass spread evenly over its filled bins.
+        # The quantized one knows only the values inside: each level's mass spread evenly over its
+        # filled bins.
         filled = inside & (self.counts > 0)
-        mass = torch.zeros(size, dtype=torch.float64).index_add_(0, levels[filled], self.counts[filled])
-        bins = torch.zeros(size, dtype=torch.float64).index_add_(0, levels[filled], torch.ones_like(self.counts[filled]))
+        mass = torch.zeros(size, dtype=torch.float64).index_add_(
+            0, levels[filled], self.counts[filled]
+        )
+        bins = torch.zeros(size, dtype=torch.float64).index_add_(
+            0, levels[filled], torch.ones_like(self.counts[filled])
+        )
         candidate = torch.where(filled, (mass / bins.clamp_min(1))[levels], 0.0)
         p, q = reference / reference.sum(), candidate / candidate.sum().clamp_min(1e-12)
         support = p > 0
@@ -196,12 +219,18 @@ class KL(Histogram):
 def _squared_errors(
     values: Tensor, counts: Tensor, lows: Tensor | float, highs: Tensor | float, scheme: Scheme
 ) -> Tensor:
-    """Squared error of quantizing ``values`` (``[B]``, weighted by ``counts``) for each candidate range; ``[candidates]``."""
-    ranges = torch.stack(torch.broadcast_tensors(torch.as_tensor(lows), torch.as_tensor(highs)), dim=1)
+    """Squared error of quantizing ``values`` (``[B]``, weighted by ``counts``) for each candidate
+    range; ``[candidates]``.
+    """
+    ranges = torch.stack(
+        torch.broadcast_tensors(torch.as_tensor(lows), torch.as_tensor(highs)), dim=1
+    )
     qparams = [scheme.qparams(low, high) for low, high in ranges.tolist()]
     scales = torch.tensor([scale for scale, _ in qparams])[:, None]
     zero_points = torch.tensor([float(zero_point) for _, zero_point in qparams])[:, None]
-    steps = torch.round(values / scales).clamp_(scheme.qmin - zero_points, scheme.qmax - zero_points)
+    steps = torch.round(values / scales).clamp_(
+        scheme.qmin - zero_points, scheme.qmax - zero_points
+    )
     return ((steps * scales - values).square_() * counts).sum(1)
 
 

@@ -17,16 +17,29 @@ class Scheme:
     """
 
     bits: int = 8
-    symmetric: bool = False  # zero_point is 0 for signed integers, the middle of the range for unsigned ones
+    # zero_point is 0 for signed integers, the middle of the range for unsigned ones
+    symmetric: bool = False
     signed: bool = False
-    per_channel: bool = False  # one scale for each output channel (weights) instead of one for the tensor
-    narrow_range: bool = False  # drop the most negative integer, so that the grid is its own mirror image
+    # one scale for each output channel (weights) instead of one for the tensor
+    per_channel: bool = False
+    # drop the most negative integer, so that the grid is its own mirror image
+    narrow_range: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
-            raise QatTricksError(f"bits={self.bits!r} is not supported: give a whole number from {MIN_BITS} to {MAX_BITS}")
+        if (
+            isinstance(self.bits, bool)
+            or not isinstance(self.bits, int)
+            or not MIN_BITS <= self.bits <= MAX_BITS
+        ):
+            raise QatTricksError(
+                f"bits={self.bits!r} is not supported: give a whole number from {MIN_BITS} to "
+                f"{MAX_BITS}"
+            )
         if self.narrow_range and not (self.symmetric and self.signed):
-            raise QatTricksError("narrow_range=True needs symmetric=True and signed=True; set both or drop narrow_range")
+            raise QatTricksError(
+                "narrow_range=True needs symmetric=True and signed=True; set both or drop "
+                "narrow_range"
+            )
 
     @property
     def qmin(self) -> int:
@@ -39,7 +52,9 @@ class Scheme:
         return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
 
     def qparams(self, low: float, high: float) -> tuple[float, int]:
-        """Returns ``(scale, zero_point)`` for values in ``[low, high]``; zero is always exactly representable."""
+        """Returns ``(scale, zero_point)`` for values in ``[low, high]``; zero is always exactly
+        representable.
+        """
         low, high = min(low, 0.0), max(high, 0.0)
         if self.symmetric:
             zero_point = 0 if self.signed else (self.qmax + 1) // 2
@@ -63,7 +78,8 @@ def weight_scheme(bits: int) -> Scheme:
     return Scheme(bits=bits, symmetric=True, signed=True, per_channel=True, narrow_range=True)
 
 
-# What integers activations take: ONNX Runtime's kernels on x86 are fast on the first, TensorRT takes the last alone.
+# What integers activations take: ONNX Runtime's kernels on x86 are fast on the first, TensorRT
+# takes the last alone.
 ACTIVATIONS: Mapping[str, Mapping[str, bool]] = {
     "unsigned_affine": {},
     "signed_affine": {"signed": True},
@@ -73,12 +89,15 @@ DEFAULT_ACTIVATIONS = "unsigned_affine"
 
 
 def activation_scheme(bits: int, activations: str | None = None) -> Scheme:
-    """The scheme of activations: one scale a tensor; ``activations`` is one of ``ACTIVATIONS``, by default unsigned and affine.
+    """The scheme of activations: one scale a tensor; ``activations`` is one of ``ACTIVATIONS``, by
+    default unsigned and affine.
 
     Raises:
         QatTricksError: bits outside 2..8, or unknown ``activations``.
     """
     kind = activations or DEFAULT_ACTIVATIONS
     if kind not in ACTIVATIONS:
-        raise QatTricksError(f'activations="{kind}" is not supported: {did_you_mean(str(kind), ACTIVATIONS)}')
+        raise QatTricksError(
+            f'activations="{kind}" is not supported: {did_you_mean(str(kind), ACTIVATIONS)}'
+        )
     return Scheme(bits=bits, **ACTIVATIONS[kind])

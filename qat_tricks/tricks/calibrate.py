@@ -1,9 +1,10 @@
 """Estimate the range of every activation on a few images.
 
-Tensors that are added, and their sum, may share one range. Then the add rounds nothing, for the sum of two integers of one
-scale is an integer of that scale; what is lost is that a smaller range would round the others more finely. The rounding
-noise of a range is ``scale^2 / 12`` a value (Widrow and Kollár 2008, "Quantization Noise", section 3.2), and what is less in
-sum is chosen. Long residual streams without an activation function, those of MobileNetV2 and its kin, gain most.
+Tensors that are added, and their sum, may share one range. Then the add rounds nothing, for the sum
+of two integers of one scale is an integer of that scale; what is lost is that a smaller range would
+round the others more finely. The rounding noise of a range is ``scale^2 / 12`` a value (Widrow and
+Kollár 2008, "Quantization Noise", section 3.2), and what is less in sum is chosen. Long residual
+streams without an activation function, those of MobileNetV2 and its kin, gain most.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,24 +25,33 @@ from qat_tricks.workbench import Workbench
 
 @torch.no_grad()
 def calibrate(
-    traced: fx.GraphModule, batches: Sequence[Inputs], *, estimator: str = "mse", share_residuals: bool = True
+    traced: fx.GraphModule,
+    batches: Sequence[Inputs],
+    *,
+    estimator: str = "mse",
+    share_residuals: bool = True,
 ) -> fx.GraphModule:
-    """Runs ``batches`` through the float function of ``traced`` and sets every activation quantizer's range.
+    """Runs ``batches`` through the float function of ``traced`` and sets every activation
+    quantizer's range.
 
     Args:
         traced: a network with quantizers.
-        batches: what the network takes, each: images ``[N, C, H, W]``, or a tuple with a tensor for each input.
+        batches: what the network takes, each: images ``[N, C, H, W]``, or a tuple with a tensor for
+            each input.
         estimator: ``minmax``, ``moving_average``, ``percentile``, ``mse`` or ``kl``.
         share_residuals: whether tensors that are added share a range where that rounds less.
 
     Raises:
-        QatTricksError: no quantizers, no batches, values that are not finite, or an unknown estimator.
+        QatTricksError: no quantizers, no batches, values that are not finite, or an unknown
+            estimator.
     """
     quantizers = activation_quantizers(traced)
     if not quantizers:
         raise QatTricksError("there is nothing to calibrate: quantize the network first")
     if not batches:
-        raise QatTricksError("there are no images to calibrate on: give a loader that yields at least one batch")
+        raise QatTricksError(
+            "there are no images to calibrate on: give a loader that yields at least one batch"
+        )
     was_training = traced.training
     traced.eval()
     observers = {quantizer: make_estimator(estimator) for quantizer in quantizers.values()}
@@ -63,26 +73,42 @@ def calibrate(
     return traced
 
 
-def _share_residuals(traced: fx.GraphModule, observers: Mapping[ActivationQuantizer, RangeEstimator]) -> None:
-    quantizers = {name.removeprefix(f"{QUANTIZERS}."): quantizer for name, quantizer in activation_quantizers(traced).items()}
-    nodes = {quantizer: len(spec_of(traced)["activations"][name]["nodes"]) for name, quantizer in quantizers.items()}
+def _share_residuals(
+    traced: fx.GraphModule, observers: Mapping[ActivationQuantizer, RangeEstimator]
+) -> None:
+    quantizers = {
+        name.removeprefix(f"{QUANTIZERS}."): quantizer
+        for name, quantizer in activation_quantizers(traced).items()
+    }
+    nodes = {
+        quantizer: len(spec_of(traced)["activations"][name]["nodes"])
+        for name, quantizer in quantizers.items()
+    }
     for stream, sums in _streams(traced):
         merged, *others = (observers[quantizer] for quantizer in stream)
         for other in others:
             merged.merge(other)
         shared, _ = stream[0].scheme.qparams(*merged.range(stream[0].scheme))
-        apart = sum(nodes[quantizer] * float(quantizer.current_scale()) ** 2 for quantizer in stream)
+        apart = sum(
+            nodes[quantizer] * float(quantizer.current_scale()) ** 2 for quantizer in stream
+        )
         if (sum(nodes[quantizer] for quantizer in stream) - sums) * shared**2 < apart:
             stream[0].set_range(*merged.range(stream[0].scheme))
-            share_quantizer(traced, [name for name, quantizer in quantizers.items() if quantizer in stream])
+            share_quantizer(
+                traced, [name for name, quantizer in quantizers.items() if quantizer in stream]
+            )
 
 
 def _streams(traced: fx.GraphModule) -> list[tuple[list[ActivationQuantizer], int]]:
-    """The sets of quantizers between which values are added and nothing else is done, and how many sums each has."""
+    """The sets of quantizers between which values are added and nothing else is done, and how many
+    sums each has.
+    """
     order = list(activation_quantizers(traced).values())
     streams: list[tuple[set[ActivationQuantizer], int]] = []
     for add in traced.modules():
-        if not isinstance(add, Add) or {(q.scheme, q.activation) for q in add.quantizers} != {(add.quantizers[0].scheme, None)}:
+        if not isinstance(add, Add) or {(q.scheme, q.activation) for q in add.quantizers} != {
+            (add.quantizers[0].scheme, None)
+        }:
             continue
         joined, sums = set(add.quantizers), 1
         for stream in [stream for stream in streams if stream[0] & joined]:
@@ -97,11 +123,19 @@ class Calibrate(Trick):
 
     requires = ("quantize",)
 
-    def __init__(self, estimator: str = "mse", num_images: int = 512, share_residuals: bool = True) -> None:
+    def __init__(
+        self, estimator: str = "mse", num_images: int = 512, share_residuals: bool = True
+    ) -> None:
         super().__init__()
         make_estimator(estimator)  # a wrong name is refused now
-        self.estimator, self.num_images, self.share_residuals = estimator, check_num_images(num_images), share_residuals
+        self.estimator, self.num_images, self.share_residuals = (
+            estimator,
+            check_num_images(num_images),
+            share_residuals,
+        )
 
     def apply(self, work: Workbench) -> None:
         batches = work.batches(self.num_images)
-        calibrate(work.network, batches, estimator=self.estimator, share_residuals=self.share_residuals)
+        calibrate(
+            work.network, batches, estimator=self.estimator, share_residuals=self.share_residuals
+        )

@@ -1,11 +1,12 @@
 """Correct each layer's bias for the mean error that quantization causes, layer by layer, on data.
 
-Nagel et al. 2019 (arXiv 1906.04721), section 4.2 and appendix D: ``b <- b + E[W x] - E[W_q x_q]``, per output channel, where
-``x_q`` already carries the errors of all (corrected) layers before.
+Nagel et al. 2019 (arXiv 1906.04721), section 4.2 and appendix D: ``b <- b + E[W x] - E[W_q x_q]``,
+per output channel, where ``x_q`` already carries the errors of all (corrected) layers before.
 
-Where this differs: the graph is walked once with a float and a quantized stream side by side, so the cost is two forward
-passes, not one a layer; a tensor is dropped after its last use. And the mean error is known from few images only: it is
-corrected as far as it is more than chance (James and Stein 1961, "Estimation with quadratic loss").
+Where this differs: the graph is walked once with a float and a quantized stream side by side, so
+the cost is two forward passes, not one a layer; a tensor is dropped after its last use. And the
+mean error is known from few images only: it is corrected as far as it is more than chance (James
+and Stein 1961, "Estimation with quadratic loss").
 """
 
 from collections.abc import Sequence
@@ -24,19 +25,24 @@ from qat_tricks.workbench import Workbench
 
 
 @torch.no_grad()
-def correct_bias(traced: fx.GraphModule, reference: fx.GraphModule, batches: Sequence[Inputs]) -> fx.GraphModule:
+def correct_bias(
+    traced: fx.GraphModule, reference: fx.GraphModule, batches: Sequence[Inputs]
+) -> fx.GraphModule:
     """Corrects the biases of ``traced`` in place; a layer without a bias is left as it is.
 
     Args:
         traced: the quantized, calibrated network.
         reference: the float network it was made from, with the same layers.
-        batches: what the network takes, each: images ``[N, C, H, W]``, or a tuple with a tensor for each input.
+        batches: what the network takes, each: images ``[N, C, H, W]``, or a tuple with a tensor for
+            each input.
 
     Raises:
         QatTricksError: no batches, or ``reference`` is another network.
     """
     if not batches:
-        raise QatTricksError("there are no images to correct biases on: give a loader that yields at least one batch")
+        raise QatTricksError(
+            "there are no images to correct biases on: give a loader that yields at least one batch"
+        )
     modes = traced.training, reference.training
     traced.eval(), reference.eval()
     try:
@@ -66,14 +72,17 @@ def _correct(traced: fx.GraphModule, quantized: "_Stream", reference: "_Stream")
 def _image_means(outputs: Sequence[Tensor], layer: Layer) -> Tensor:
     """The mean over positions of each image and channel, ``[images, C]``, float64."""
     by_channel = (output.movedim(layer.output_axis, 1) for output in outputs)
-    return torch.cat([values.reshape(*values.shape[:2], -1).double().mean(2) for values in by_channel])
+    return torch.cat(
+        [values.reshape(*values.shape[:2], -1).double().mean(2) for values in by_channel]
+    )
 
 
 def _certain(errors: Tensor) -> Tensor:
-    """The mean of ``errors`` (``[images, C]``) over images, as far as it is more than chance, ``[C]``.
+    """The mean of ``errors`` (``[images, C]``) over images, as far as it is more than chance,
+    ``[C]``.
 
-    The mean of few images errs itself, by the standard error ``se``; ``mean * (1 - (se / mean)^2)``, and never beyond zero,
-    is the estimate that errs less.
+    The mean of few images errs itself, by the standard error ``se``; ``mean * (1 - (se /
+    mean)^2)``, and never beyond zero, is the estimate that errs less.
     """
     mean = errors.mean(0)
     if len(errors) < 2:
@@ -101,7 +110,9 @@ class _Stream:
             outputs = self._run(node)
             if node.name == name:
                 return outputs
-        raise QatTricksError(f'the float reference has no "{name}": give the network that was quantized')
+        raise QatTricksError(
+            f'the float reference has no "{name}": give the network that was quantized'
+        )
 
     def _run(self, node: fx.Node) -> list[Any]:
         outputs = []

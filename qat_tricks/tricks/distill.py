@@ -1,7 +1,8 @@
 """Let the float network teach the quantized, pruned one.
 
-Hinton et al. 2015, "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), section 2: the loss becomes
-``(1 - weight) * loss + weight * T^2 * KL(softmax(teacher / T) || softmax(student / T))``.
+Hinton et al. 2015, "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), section 2:
+the loss becomes ``(1 - weight) * loss + weight * T^2 * KL(softmax(teacher / T) || softmax(student /
+T))``.
 """
 
 from typing import Any
@@ -35,7 +36,8 @@ class _Step:
 
     def __init__(self, trick: "Distill", pl_module: pl.LightningModule) -> None:
         self.trick, self.pl_module = trick, pl_module
-        # The module's own step, whose signature Lightning reads through this name, as of any decorated function.
+        # The module's own step, whose signature Lightning reads through this name, as of any
+        # decorated function.
         self.__wrapped__ = pl_module.training_step
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -43,10 +45,14 @@ class _Step:
         assert work.teacher is not None
         losses: list[Tensor] = []
 
-        def listen(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def listen(
+            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> None:
             with torch.no_grad():
                 expected = work.teacher(*args, **kwargs)  # type: ignore[misc]
-            losses.append(distill(logits_of(output), logits_of(expected), temperature=self.trick.temperature))
+            losses.append(
+                distill(logits_of(output), logits_of(expected), temperature=self.trick.temperature)
+            )
 
         handle = work.network.register_forward_hook(listen, with_kwargs=True)
         try:
@@ -55,8 +61,8 @@ class _Step:
             handle.remove()
         if result is None or not losses:
             raise QatTricksError(
-                f"distill needs {type(self.pl_module).__name__}.training_step to run the network and to return its loss: "
-                "let it do both, or leave distill out"
+                f"distill needs {type(self.pl_module).__name__}.training_step to run the network "
+                "and to return its loss: let it do both, or leave distill out"
             )
         loss: Any = result["loss"] if isinstance(result, dict) else result
         loss = (1 - self.trick.weight) * loss + self.trick.weight * torch.stack(losses).mean()
@@ -64,7 +70,9 @@ class _Step:
 
 
 class Distill(Trick):
-    """Callback: adds ``distill`` to the loss; the teacher is the network as it was before the first trick."""
+    """Callback: adds ``distill`` to the loss; the teacher is the network as it was before the first
+    trick.
+    """
 
     needs_teacher = True
 
@@ -81,12 +89,17 @@ class Distill(Trick):
         work = workbench_of(pl_module)
         if not pl_module.automatic_optimization:
             raise QatTricksError(
-                f"distill adds to the loss that training_step returns, and {type(pl_module).__name__} optimizes by hand: use "
-                'automatic optimization, or leave distill out with the override "~stages.STAGE.tricks.distill"'
+                "distill adds to the loss that training_step returns, and "
+                f"{type(pl_module).__name__} optimizes by hand: use automatic optimization, or "
+                "leave distill out with the override "
+                '"~stages.STAGE.tricks.distill"'
             )
         if work.teacher is None:
-            raise QatTricksError("distill has no teacher: the network was already quantized when it was first seen")
-        if self._teacher_state is not None:  # a resumed run: the teacher is the one of the run before
+            raise QatTricksError(
+                "distill has no teacher: the network was already quantized when it was first seen"
+            )
+        # a resumed run: the teacher is the one of the run before
+        if self._teacher_state is not None:
             work.teacher.load_state_dict(self._teacher_state)
         work.teacher.to(pl_module.device).eval().requires_grad_(False)
         self._teacher_state = work.teacher.state_dict()
@@ -95,7 +108,9 @@ class Distill(Trick):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         pl_module.__dict__.pop("training_step", None)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
         self.on_fit_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,19 +1,22 @@
 """Cross-layer equalization, with bias absorption.
 
-Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction" (arXiv 1906.04721), sections
-4.1.1 to 4.1.3: channel ``i`` between two layers is scaled by ``1 / s_i`` and back by ``s_i`` with
-``s_i = sqrt(r1_i * r2_i) / r2_i``, where ``r1``, ``r2`` are the channel's largest absolute weights in either layer; then
-``c = max(0, beta - 3 * gamma)`` of a ReLU's input moves into the next layer's bias.
+Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction" (arXiv
+1906.04721), sections 4.1.1 to 4.1.3: channel ``i`` between two layers is scaled by ``1 / s_i`` and
+back by ``s_i`` with ``s_i = sqrt(r1_i * r2_i) / r2_i``, where ``r1``, ``r2`` are the channel's
+largest absolute weights in either layer; then ``c = max(0, beta - 3 * gamma)`` of a ReLU's input
+moves into the next layer's bias.
 
-Where this differs: with images, ``r1`` is the largest value of the channel between the layers, not the largest weight that
-makes it, and ``r2`` is relative to the largest weight of each output channel: weights have a scale an output channel, which
-takes up any factor, while an activation has one for all of its channels (as in Xiao et al. 2023, "SmoothQuant", arXiv
-2211.10438, equation 4, with alpha 1/2). Scaling passes through whatever is positively homogeneous (ReLU, max and average
-pools, flatten), so through ReLU but not through ReLU6, unless ``uncap`` says that ReLU6 may become ReLU; biases are
-absorbed only where the next layer does not pad, since at a padded border the shift would not cancel. With images, a channel
-between a ReLU6 and a depthwise conv is scaled up towards the cap, as far as its largest values leave room: the activation's
-grid is used in full, and the depthwise conv's scale a channel takes it back at no cost. That alone can change the function,
-for images unlike those seen.
+Where this differs: with images, ``r1`` is the largest value of the channel between the layers, not
+the largest weight that makes it, and ``r2`` is relative to the largest weight of each output
+channel: weights have a scale an output channel, which takes up any factor, while an activation has
+one for all of its channels (as in Xiao et al. 2023, "SmoothQuant", arXiv 2211.10438, equation 4,
+with alpha 1/2). Scaling passes through whatever is positively homogeneous (ReLU, max and average
+pools, flatten), so through ReLU but not through ReLU6, unless ``uncap`` says that ReLU6 may become
+ReLU; biases are absorbed only where the next layer does not pad, since at a padded border the shift
+would not cancel. With images, a channel between a ReLU6 and a depthwise conv is scaled up towards
+the cap, as far as its largest values leave room: the activation's grid is used in full, and the
+depthwise conv's scale a channel takes it back at no cost. That alone can change the function, for
+images unlike those seen.
 """
 
 from collections.abc import Sequence
@@ -41,7 +44,9 @@ class Pair:
     first: str
     second: str
     relu: bool
-    flat: int  # how many of the second layer's inputs stem from one channel of the first (flatten before a linear)
+    # how many of the second layer's inputs stem from one channel of the first (flatten before a
+    # linear)
+    flat: int
     between: str  # the node whose channels are scaled
 
 
@@ -53,15 +58,17 @@ def equalize(
     absorb_bias: bool = True,
     uncap: bool = False,
 ) -> list[Pair]:
-    """Equalizes all pairs of ``traced`` in place and returns them; the network's function stays the same, a cap aside.
+    """Equalizes all pairs of ``traced`` in place and returns them; the network's function stays the
+    same, a cap aside.
 
     Args:
         traced: a traced network without quantizers, BatchNorm folded.
-        batches: the network's inputs, that show the ranges of channels; without any, weights alone decide, and channels
-            before a ReLU6 stay as they are.
+        batches: the network's inputs, that show the ranges of channels; without any, weights alone
+            decide, and channels before a ReLU6 stay as they are.
         iterations: how often to sweep over the pairs; chains converge geometrically.
         absorb_bias: also move large biases before a ReLU into the next layer.
-        uncap: let ReLU6 become ReLU, so that the pairs around it can be equalized; this changes the function.
+        uncap: let ReLU6 become ReLU, so that the pairs around it can be equalized; this changes the
+            function.
 
     Raises:
         QatTricksError: iterations below 1.
@@ -69,7 +76,9 @@ def equalize(
     if iterations < 1:
         raise QatTricksError(f"iterations={iterations} is not allowed: give 1 or more")
     if uncap:
-        names = [node.name for node in traced.graph.nodes if n.activation_of(node, traced) == "relu6"]
+        names = [
+            node.name for node in traced.graph.nodes if n.activation_of(node, traced) == "relu6"
+        ]
         uncap_nodes(traced, names)
         spec_of(traced).setdefault("uncapped", []).extend(names)
     pairs, capped = find_pairs(traced), _capped(traced)
@@ -90,25 +99,35 @@ def equalize(
 
 CAP = 6.0
 SPLITS = 8  # parts of the images whose maxima are compared
-TAIL = 6  # how many times the gap between the largest of all and the mean of the parts' maxima images to come may add
+# how many times the gap between the largest of all and the mean of the parts' maxima images to come
+# may add
+TAIL = 6
 
 
 def _capped(traced: fx.GraphModule) -> list[Pair]:
     """The pairs of a layer with a ReLU6 and the depthwise conv after it."""
     pairs = []
     for node in traced.graph.nodes:
-        layer, depthwise = node.all_input_nodes[0] if node.all_input_nodes else node, _depthwise_after(node, traced)
-        if n.activation_of(node, traced) == "relu6" and n.calls_layer(layer, traced) and len(layer.users) == 1 and depthwise:
+        layer, depthwise = (
+            node.all_input_nodes[0] if node.all_input_nodes else node,
+            _depthwise_after(node, traced),
+        )
+        if (
+            n.activation_of(node, traced) == "relu6"
+            and n.calls_layer(layer, traced)
+            and len(layer.users) == 1
+            and depthwise
+        ):
             pairs.append(Pair(str(layer.target), depthwise, True, 1, node.name))
     return pairs
 
 
 def _fill_cap(traced: fx.GraphModule, pair: Pair, largest: Tensor) -> None:
-    """Scales channels between a layer's ReLU6 and a depthwise conv up to the cap, by the ``largest`` of each image,
-    ``[images, C]``.
+    """Scales channels between a layer's ReLU6 and a depthwise conv up to the cap, by the
+    ``largest`` of each image, ``[images, C]``.
 
-    What exceeds the cap later is lost, so that a channel which only some images excite is given room: the more, the more the
-    maxima of parts of the images differ.
+    What exceeds the cap later is lost, so that a channel which only some images excite is given
+    room: the more, the more the maxima of parts of the images differ.
     """
     first, second = layer_at(traced, pair.first), layer_at(traced, pair.second)
     parts = torch.stack([part.amax(0) for part in largest.chunk(SPLITS)])
@@ -121,7 +140,9 @@ def _fill_cap(traced: fx.GraphModule, pair: Pair, largest: Tensor) -> None:
 
 
 def _depthwise_after(node: fx.Node, traced: fx.GraphModule) -> str | None:
-    """The depthwise conv that alone uses ``node``, if need be after a pad; each input channel makes one output channel."""
+    """The depthwise conv that alone uses ``node``, if need be after a pad; each input channel makes
+    one output channel.
+    """
     user = n.only_user(node, lambda user: True)
     if user is not None and user.target is nn.functional.pad and n.is_passthrough(user, traced):
         user = n.only_user(user, lambda user: True)
@@ -132,9 +153,14 @@ def _depthwise_after(node: fx.Node, traced: fx.GraphModule) -> str | None:
     return str(user.target) if is_depthwise and n.is_used_once(user, traced) else None
 
 
-def _channel_maxima(traced: fx.GraphModule, pairs: Sequence[Pair], batches: Sequence[Inputs]) -> dict[str, Tensor]:
-    """The largest absolute value of each image and channel between the layers of ``pairs``, ``[images, C]``, by node."""
-    last = {pair.between: isinstance(layer_at(traced, pair.first), nn.Linear) for pair in pairs}  # whether channels come last
+def _channel_maxima(
+    traced: fx.GraphModule, pairs: Sequence[Pair], batches: Sequence[Inputs]
+) -> dict[str, Tensor]:
+    """The largest absolute value of each image and channel between the layers of ``pairs``,
+    ``[images, C]``, by node.
+    """
+    # whether channels come last
+    last = {pair.between: isinstance(layer_at(traced, pair.first), nn.Linear) for pair in pairs}
     largest: dict[str, list[Tensor]] = {}
 
     class Watch(fx.Interpreter):
@@ -142,7 +168,9 @@ def _channel_maxima(traced: fx.GraphModule, pairs: Sequence[Pair], batches: Sequ
             output = super().run_node(n)
             if n.name in last:
                 values = output.abs().movedim(-1 if last[n.name] else 1, 1)
-                largest.setdefault(n.name, []).append(values.flatten(2).amax(2) if values.dim() > 2 else values)
+                largest.setdefault(n.name, []).append(
+                    values.flatten(2).amax(2) if values.dim() > 2 else values
+                )
             return output
 
     was_training = traced.training
@@ -157,7 +185,11 @@ def find_pairs(traced: fx.GraphModule) -> list[Pair]:
     """The pairs that can be equalized, in the order of the graph."""
     pairs = []
     for node in traced.graph.nodes:
-        if not n.calls_layer(node, traced) or not n.is_used_once(node, traced) or not n.depends_on_images(node):
+        if (
+            not n.calls_layer(node, traced)
+            or not n.is_used_once(node, traced)
+            or not n.depends_on_images(node)
+        ):
             continue
         relu, between, after = False, node, node
         while len(after.users) == 1:
@@ -169,14 +201,33 @@ def find_pairs(traced: fx.GraphModule) -> list[Pair]:
         if n.calls_layer(after, traced) and after is not node and n.is_used_once(after, traced):
             first, second = layer_at(traced, str(node.target)), layer_at(traced, str(after.target))
             inputs = second.weight.shape[1] * getattr(second, "groups", 1)
-            # Flattened behind a conv the values of a channel lie side by side, behind a linear they do not.
+            # Flattened behind a conv the values of a channel lie side by side, behind a linear they
+            # do not.
             flattened = isinstance(second, nn.Linear) and not isinstance(first, nn.Linear)
-            if inputs % first.weight.shape[0] == 0 and (inputs == first.weight.shape[0] or flattened):
-                pairs.append(Pair(str(node.target), str(after.target), relu, inputs // first.weight.shape[0], between.name))
+            if inputs % first.weight.shape[0] == 0 and (
+                inputs == first.weight.shape[0] or flattened
+            ):
+                pairs.append(
+                    Pair(
+                        str(node.target),
+                        str(after.target),
+                        relu,
+                        inputs // first.weight.shape[0],
+                        between.name,
+                    )
+                )
     return pairs
 
 
-_SAFE: set[Any] = {nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Dropout, nn.Dropout2d, nn.Identity, nn.Flatten}
+_SAFE: set[Any] = {
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.Dropout,
+    nn.Dropout2d,
+    nn.Identity,
+    nn.Flatten,
+}
 _SAFE |= {torch.flatten, "flatten"}
 
 
@@ -185,13 +236,17 @@ def _is_channelwise(node: fx.Node, traced: fx.GraphModule) -> bool:
 
 
 def _by_input(weight: Tensor, channels: int, flat: int) -> Tensor:
-    """A view of the second layer's weight as ``[groups, out / groups, in / groups, flat * kernel]`` by input channel."""
+    """A view of the second layer's weight as ``[groups, out / groups, in / groups, flat * kernel]``
+    by input channel.
+    """
     groups = channels * flat // weight.shape[1]
     return weight.view(groups, weight.shape[0] // groups, channels // groups, -1)
 
 
 def _equalize_pair(traced: fx.GraphModule, pair: Pair, largest: dict[str, Tensor]) -> float:
-    """Equalizes one pair, keeps its ``largest`` values, where known, up to date, and returns the largest relative change."""
+    """Equalizes one pair, keeps its ``largest`` values, where known, up to date, and returns the
+    largest relative change.
+    """
     first, second = layer_at(traced, pair.first), layer_at(traced, pair.second)
     channels = first.weight.shape[0]
     by_input = _by_input(second.weight, channels, pair.flat)
@@ -201,9 +256,16 @@ def _equalize_pair(traced: fx.GraphModule, pair: Pair, largest: dict[str, Tensor
         r2 = by_input.abs().amax((1, 3)).flatten()
     else:
         r1 = seen.amax(0) / seen.max().clamp_min(1e-12)
-        r2 = (by_input.abs() / by_input.abs().amax((2, 3), keepdim=True).clamp_min(1e-12)).amax((1, 3)).flatten()
-    # s = r1 / sqrt(r1 * r2): both ranges become sqrt(r1 * r2). Channels that one side does not use stay as they are.
-    scale = torch.where((r1 > 0) & (r2 > 0), (r1 / r2.clamp_min(1e-12)).sqrt(), 1.0).clamp(1e-4, 1e4)
+        r2 = (
+            (by_input.abs() / by_input.abs().amax((2, 3), keepdim=True).clamp_min(1e-12))
+            .amax((1, 3))
+            .flatten()
+        )
+    # s = r1 / sqrt(r1 * r2): both ranges become sqrt(r1 * r2). Channels that one side does not use
+    # stay as they are.
+    scale = torch.where((r1 > 0) & (r2 > 0), (r1 / r2.clamp_min(1e-12)).sqrt(), 1.0).clamp(
+        1e-4, 1e4
+    )
     first.weight.div_(scale.view(-1, *[1] * (first.weight.dim() - 1)))
     if first.bias is not None:
         first.bias.div_(scale)
@@ -219,7 +281,11 @@ def _equalize_pair(traced: fx.GraphModule, pair: Pair, largest: dict[str, Tensor
 def _absorb(traced: fx.GraphModule, pair: Pair) -> None:
     first, second = layer_at(traced, pair.first), layer_at(traced, pair.second)
     statistics = getattr(first, "output_statistics", None)
-    pads = any(p != 0 for p in getattr(second, "padding", (0,))) if not isinstance(second, nn.Linear) else False
+    pads = (
+        any(p != 0 for p in getattr(second, "padding", (0,)))
+        if not isinstance(second, nn.Linear)
+        else False
+    )
     if not pair.relu or statistics is None or pads or first.bias is None or second.bias is None:
         return
     mean, std = statistics
@@ -238,12 +304,22 @@ class Equalize(Trick):
     after = ("fold_batchnorm",)
 
     def __init__(
-        self, iterations: int = 20, absorb_bias: bool = True, uncap: bool = False, num_images: int = 128
+        self,
+        iterations: int = 20,
+        absorb_bias: bool = True,
+        uncap: bool = False,
+        num_images: int = 128,
     ) -> None:
         super().__init__()
         if num_images < 0:
-            raise QatTricksError(f"num_images={num_images} is not allowed: give 0 (weights alone decide) or more")
-        self.settings: dict[str, Any] = {"iterations": iterations, "absorb_bias": absorb_bias, "uncap": uncap}
+            raise QatTricksError(
+                f"num_images={num_images} is not allowed: give 0 (weights alone decide) or more"
+            )
+        self.settings: dict[str, Any] = {
+            "iterations": iterations,
+            "absorb_bias": absorb_bias,
+            "uncap": uncap,
+        }
         self.num_images = num_images
 
     def apply(self, work: Workbench) -> None:

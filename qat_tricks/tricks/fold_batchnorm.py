@@ -1,9 +1,10 @@
 """Fold each BatchNorm into the conv or linear before it.
 
-``w' = w * gamma / sqrt(var + eps)``, ``b' = (b - mean) * gamma / sqrt(var + eps) + beta``
-(Jacob et al. 2018, arXiv 1712.05877, section 3.2). Where this differs: nothing is folded during training; it is done once, on
-the running statistics, so that a training step is the folded network's (about 0.7 of the unfolded one's on MobileNetV2). A
-BatchNorm before its conv, or whose conv has another reader, becomes a depthwise conv of one weight a channel.
+``w' = w * gamma / sqrt(var + eps)``, ``b' = (b - mean) * gamma / sqrt(var + eps) + beta`` (Jacob et
+al. 2018, arXiv 1712.05877, section 3.2). Where this differs: nothing is folded during training; it
+is done once, on the running statistics, so that a training step is the folded network's (about 0.7
+of the unfolded one's on MobileNetV2). A BatchNorm before its conv, or whose conv has another
+reader, becomes a depthwise conv of one weight a channel.
 """
 
 from qat_tricks.graph.fold import batchnorms_to_convs, fold_batchnorm

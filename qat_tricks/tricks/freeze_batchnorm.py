@@ -1,7 +1,8 @@
 """Freeze the BatchNorm statistics of an unfolded network for the last part of QAT.
 
-Krishnamoorthi 2018, "Quantizing deep convolutional networks for efficient inference" (arXiv 1806.08342), section 4.2.2: once
-the statistics hold still, training sees the normalization that will be folded for inference.
+Krishnamoorthi 2018, "Quantizing deep convolutional networks for efficient inference" (arXiv
+1806.08342), section 4.2.2: once the statistics hold still, training sees the normalization that
+will be folded for inference.
 """
 
 from typing import Any
@@ -24,7 +25,9 @@ def freeze_batchnorm(traced: fx.GraphModule) -> int:
     """
     norms = [module for module in traced.modules() if isinstance(module, BATCHNORMS)]
     if not norms:
-        raise QatTricksError("no BatchNorm is left to freeze: leave out fold_batchnorm, or leave out this trick")
+        raise QatTricksError(
+            "no BatchNorm is left to freeze: leave out fold_batchnorm, or leave out this trick"
+        )
     for norm in norms:
         norm.eval()
     return len(norms)
@@ -43,6 +46,8 @@ class FreezeBatchnorm(Trick):
         freeze_batchnorm(work.network)
         work.network.train(work.network.training)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if progress(trainer) >= self.start:
             freeze_batchnorm(workbench_of(pl_module).network)

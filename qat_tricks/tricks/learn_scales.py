@@ -1,12 +1,12 @@
 """Learn the scales together with the weights.
 
-Esser et al. 2020, "Learned Step Size Quantization" (arXiv 1902.08153): the gradient is in ``numerics.fake_quantize``; here the
-scales, begun at the calibrated range, become trainable and reach the user's optimizer in a group of their own, without
-weight decay.
+Esser et al. 2020, "Learned Step Size Quantization" (arXiv 1902.08153): the gradient is in
+``numerics.fake_quantize``; here the scales, begun at the calibrated range, become trainable and
+reach the user's optimizer in a group of their own, without weight decay.
 
-Where this differs: weights of 5 and more bits keep the scale that follows their largest value. Nothing clips there, so
-there is nothing to learn, and their backward costs nothing. The scale of the network's input stays as calibrated: the
-images do not change.
+Where this differs: weights of 5 and more bits keep the scale that follows their largest value.
+Nothing clips there, so there is nothing to learn, and their backward costs nothing. The scale of
+the network's input stays as calibrated: the images do not change.
 """
 
 from typing import Any
@@ -34,13 +34,17 @@ def learn_scales(traced: fx.GraphModule) -> list[nn.Parameter]:
     """
     quantizers = activation_quantizers(traced)
     if not quantizers or not all(q.is_calibrated for q in quantizers.values()):
-        raise QatTricksError("scales can be learned only from a range: quantize and calibrate first")
+        raise QatTricksError(
+            "scales can be learned only from a range: quantize and calibrate first"
+        )
     spec = spec_of(traced)
     scales = []
     of_inputs = {
         str(node.target)
         for node in traced.graph.nodes
-        if node.op == "call_module" and node.all_input_nodes and node.all_input_nodes[0].op == "placeholder"
+        if node.op == "call_module"
+        and node.all_input_nodes
+        and node.all_input_nodes[0].op == "placeholder"
     }
     for name, quantizer in quantizers.items():
         if name not in of_inputs:
@@ -56,42 +60,67 @@ def learn_scales(traced: fx.GraphModule) -> list[nn.Parameter]:
 
 
 def give_scales_own_group(
-    optimizer: torch.optim.Optimizer, scales: list[nn.Parameter], schedulers: list[Any], lr_factor: float | None
+    optimizer: torch.optim.Optimizer,
+    scales: list[nn.Parameter],
+    schedulers: list[Any],
+    lr_factor: float | None,
 ) -> None:
-    """Moves the ``scales`` that ``optimizer`` holds out of its groups into new ones without weight decay.
+    """Moves the ``scales`` that ``optimizer`` holds out of its groups into new ones without weight
+    decay.
 
-    Each new group copies the settings of the group it leaves, so that schedulers treat both alike; what a scheduler keeps
-    a group (base learning rates and the like) is continued for the new group.
+    Each new group copies the settings of the group it leaves, so that schedulers treat both alike;
+    what a scheduler keeps a group (base learning rates and the like) is continued for the new
+    group.
 
     Args:
         optimizer: with or without the scales among its parameters.
         scales: parameters to move.
         schedulers: the optimizer's learning rate schedulers.
-        lr_factor: the scales' learning rate over their old group's; None: 1 for SGD, else 0.01 (an adaptive optimizer steps
-            by the learning rate itself, and scales are of the order of 0.01).
+        lr_factor: the scales' learning rate over their old group's; None: 1 for SGD, else 0.01 (an
+            adaptive optimizer steps by the learning rate itself, and scales are of the order of
+            0.01).
     """
     if isinstance(optimizer, torch.optim.LBFGS):
         return  # it has one group and no weight decay
-    factor = lr_factor if lr_factor is not None else 1.0 if isinstance(optimizer, torch.optim.SGD) else 0.01
+    factor = (
+        lr_factor
+        if lr_factor is not None
+        else 1.0
+        if isinstance(optimizer, torch.optim.SGD)
+        else 0.01
+    )
     own = {id(scale) for scale in scales}
     for index, group in enumerate(list(optimizer.param_groups)):
-        settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        settings = {
+            key: value for key, value in group.items() if key not in ("params", "param_names")
+        }
         moved = take_out(group, own)
         if not moved["params"]:
             continue
         for key in _RATES & settings.keys():
             settings[key] = settings[key] * factor
-        own_settings = {"weight_decay": 0.0, "name": "scales", "of_group": index, "lr_factor": factor}
+        own_settings = {
+            "weight_decay": 0.0,
+            "name": "scales",
+            "of_group": index,
+            "lr_factor": factor,
+        }
         optimizer.param_groups.append({**settings, **moved, **own_settings})
         for scheduler in _flatten(schedulers):
             for key, values in vars(scheduler).items():
-                if isinstance(values, list) and len(values) == len(optimizer.param_groups) - 1 and key in _PER_GROUP:
+                if (
+                    isinstance(values, list)
+                    and len(values) == len(optimizer.param_groups) - 1
+                    and key in _PER_GROUP
+                ):
                     is_rate = isinstance(values[index], float) and "momentum" not in key
                     values.append(values[index] * factor if is_rate else values[index])
 
 
 def rates_with_scales(rates: float | list[float], optimizer: torch.optim.Optimizer) -> list[float]:
-    """Learning rates, one for all groups or for each that the user has made, as one for each group: scales keep their share."""
+    """Learning rates, one for all groups or for each that the user has made, as one for each group:
+    scales keep their share.
+    """
     groups = optimizer.param_groups
     of_scales = [group for group in groups if "lr_factor" in group]
     given = rates if isinstance(rates, list) else [rates] * (len(groups) - len(of_scales))
@@ -102,17 +131,31 @@ def rates_with_scales(rates: float | list[float], optimizer: torch.optim.Optimiz
 
 _RATES = {"lr", "initial_lr", "max_lr", "min_lr", "swa_lr"}  # of a group
 # What a scheduler keeps for each group.
-_PER_GROUP = {"base_lrs", "lr_lambdas", "min_lrs", "max_lrs", "_last_lr", "base_momentums", "max_momentums"}
+_PER_GROUP = {
+    "base_lrs",
+    "lr_lambdas",
+    "min_lrs",
+    "max_lrs",
+    "_last_lr",
+    "base_momentums",
+    "max_momentums",
+}
 
 
 def _flatten(schedulers: list[Any]) -> list[Any]:
     """The schedulers, and those inside a SequentialLR or ChainedScheduler."""
-    return [s for outer in schedulers for s in (outer, *_flatten(getattr(outer, "_schedulers", [])))]
+    return [
+        s for outer in schedulers for s in (outer, *_flatten(getattr(outer, "_schedulers", [])))
+    ]
 
 
 def first_not_finite(traced: fx.GraphModule) -> str | None:
-    """The first parameter of ``traced``, in the order of its calls and scales before all others, with NaN or infinity."""
-    called = dict.fromkeys(str(node.target) for node in traced.graph.nodes if node.op == "call_module")
+    """The first parameter of ``traced``, in the order of its calls and scales before all others,
+    with NaN or infinity.
+    """
+    called = dict.fromkeys(
+        str(node.target) for node in traced.graph.nodes if node.op == "call_module"
+    )
     bad = [
         (kind, name)
         for name in called
@@ -132,7 +175,10 @@ class LearnScales(Trick):
     def __init__(self, lr_factor: float | None = None) -> None:
         super().__init__()
         if lr_factor is not None and lr_factor <= 0:
-            raise QatTricksError(f"lr_factor={lr_factor} is not allowed: give a number above 0, or null for the default")
+            raise QatTricksError(
+                f"lr_factor={lr_factor} is not allowed: give a number above 0, or null for the "
+                "default"
+            )
         self.lr_factor = lr_factor
         self._handles: list[Any] = []
 
@@ -142,31 +188,44 @@ class LearnScales(Trick):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         network = workbench_of(pl_module).network
-        of_activations = [q.scale for q in activation_quantizers(network).values() if q.scale.requires_grad]
-        of_weights = [layer.weight_quantizer.scale for layer in layers(network).values() if layer.weight_quantizer is not None]
+        of_activations = [
+            q.scale for q in activation_quantizers(network).values() if q.scale.requires_grad
+        ]
+        of_weights = [
+            layer.weight_quantizer.scale
+            for layer in layers(network).values()
+            if layer.weight_quantizer is not None
+        ]
         scales = of_activations + [scale for scale in of_weights if scale is not None]
         take_in(trainer.optimizers, network, scales)
         configs = trainer.lr_scheduler_configs
         for optimizer in trainer.optimizers:
-            schedulers = [c.scheduler for c in configs if getattr(c.scheduler, "optimizer", None) is optimizer]
+            schedulers = [
+                c.scheduler for c in configs if getattr(c.scheduler, "optimizer", None) is optimizer
+            ]
             give_scales_own_group(optimizer, scales, schedulers, self.lr_factor)
 
         def as_of_one_batch(gradient: Tensor) -> Tensor:
-            # LSQ's factor is that of the batch a process sees at a time; the batch of a step is that of all of them.
+            # LSQ's factor is that of the batch a process sees at a time; the batch of a step is
+            # that of all of them.
             return gradient * (trainer.world_size * trainer.accumulate_grad_batches) ** -0.5
 
         self._handles = [scale.register_hook(as_of_one_batch) for scale in of_activations]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, StochasticWeightAveraging):  # it would give all groups one rate when its epoch comes
+            # it would give all groups one rate when its epoch comes
+            if isinstance(callback, StochasticWeightAveraging):
                 callback._swa_lrs = rates_with_scales(callback._swa_lrs, trainer.optimizers[0])
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._let_go()
-        settle_scales(workbench_of(pl_module).network)  # after callbacks that average have put their scales in
+        # after callbacks that average have put their scales in
+        settle_scales(workbench_of(pl_module).network)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
         self._let_go()
 
     def _let_go(self) -> None:
@@ -174,17 +233,27 @@ class LearnScales(Trick):
             handle.remove()
         self._handles.clear()
 
-    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        # Before this step has spread what is no number to all parameters. To look at it a GPU must be waited for.
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
+    ) -> None:
+        # Before this step has spread what is no number to all parameters. To look at it a GPU must
+        # be waited for.
         every = 1 if loss.device.type == "cpu" else max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if trainer.fit_loop.epoch_loop.batch_idx % every or bool(torch.isfinite(loss).all()):
             return
         first = first_not_finite(workbench_of(pl_module).network)
         if first is None and trainer.precision == "16-mixed":
             return  # an overflow, after which the loss scaler tries a smaller factor
-        cause = "all weights and scales are finite" if first is None else f"{first} is no finite number"
-        rates = ", ".join(f"{group['lr']:.3g}" for optimizer in trainer.optimizers for group in optimizer.param_groups)
+        cause = (
+            "all weights and scales are finite" if first is None else f"{first} is no finite number"
+        )
+        rates = ", ".join(
+            f"{group['lr']:.3g}"
+            for optimizer in trainer.optimizers
+            for group in optimizer.param_groups
+        )
         raise QatTricksError(
-            f"the loss is {float(loss.detach())} in step {trainer.global_step}: {cause}; lower the learning rate ({rates}), "
-            "clip gradients (gradient_clip_val), or look for such numbers in the images; then resume from a checkpoint"
+            f"the loss is {float(loss.detach())} in step {trainer.global_step}: {cause}; lower the "
+            f"learning rate ({rates}), clip gradients (gradient_clip_val), or look for such "
+            "numbers in the images; then resume from a checkpoint"
         )

@@ -1,11 +1,13 @@
 """Prune weights, progressively: four independent choices, each a small function.
 
-* schedule: cubic, ``s_t = s_f + (s_i - s_f) * (1 - (t - t_0) / (t_1 - t_0))^3`` (Zhu and Gupta 2017, "To prune, or not to
-  prune", arXiv 1710.01878, equation 1);
+* schedule: cubic, ``s_t = s_f + (s_i - s_f) * (1 - (t - t_0) / (t_1 - t_0))^3`` (Zhu and Gupta
+  2017, "To prune, or not to prune", arXiv 1710.01878, equation 1);
 * criterion: magnitude (Han et al. 2015, arXiv 1506.02626);
-* granularity: single weights, or 2:4 (two of every four along the input channels, Mishra et al. 2021, arXiv 2104.08378);
-* scope: each layer alike, or global, where all weights compete after each layer's are divided by their root mean square
-  (without which a layer's scale, not its use, would decide: folding and equalization change scales freely).
+* granularity: single weights, or 2:4 (two of every four along the input channels, Mishra et al.
+  2021, arXiv 2104.08378);
+* scope: each layer alike, or global, where all weights compete after each layer's are divided by
+  their root mean square (without which a layer's scale, not its use, would decide: folding and
+  equalization change scales freely).
 
 A pruned weight stays pruned: masks only grow, and pruned weights are set to exactly zero.
 """
@@ -32,8 +34,12 @@ SCOPES = ("layer", "global")
 GRANULARITIES = ("weight", "2:4")
 
 
-def cubic_schedule(progress: float, *, initial: float, final: float, start: float, end: float) -> float:
-    """The sparsity at ``progress`` of the training: ``initial`` until ``start``, ``final`` from ``end`` on."""
+def cubic_schedule(
+    progress: float, *, initial: float, final: float, start: float, end: float
+) -> float:
+    """The sparsity at ``progress`` of the training: ``initial`` until ``start``, ``final`` from
+    ``end`` on.
+    """
     if progress >= end:
         return final
     if progress <= start:
@@ -43,22 +49,33 @@ def cubic_schedule(progress: float, *, initial: float, final: float, start: floa
 
 
 def magnitude(layer: Layer) -> Tensor:
-    """The criterion: the absolute value of each weight, in units of the layer's root mean square; pruned ones at 0."""
+    """The criterion: the absolute value of each weight, in units of the layer's root mean square;
+    pruned ones at 0.
+    """
     weight = layer.masked_weight().detach().float()
     return weight.abs() / weight.square().mean().sqrt().clamp_min(1e-12)
 
 
-def prunable(traced: fx.GraphModule, granularity: str, include: Sequence[str], exclude: Sequence[str]) -> dict[str, Layer]:
+def prunable(
+    traced: fx.GraphModule, granularity: str, include: Sequence[str], exclude: Sequence[str]
+) -> dict[str, Layer]:
     """The convs and linears that ``prune`` prunes, by name, made ready to carry a mask.
 
     Raises:
         QatTricksError: a pattern matches no layer, or no layer is left.
     """
     factors = spec_of(traced).get("convs", [])  # BatchNorms once: a weight less is a channel less
-    modules = {name: module for name, module in traced.named_modules() if is_layer(module) and name not in factors}
+    modules = {
+        name: module
+        for name, module in traced.named_modules()
+        if is_layer(module) and name not in factors
+    }
     for pattern in [*include, *exclude]:
         if not any(fnmatchcase(name, pattern) for name in modules):
-            raise QatTricksError(f'pattern "{pattern}" matches no conv or linear layer: {did_you_mean(pattern, modules)}')
+            raise QatTricksError(
+                f'pattern "{pattern}" matches no conv or linear layer: '
+                f"{did_you_mean(pattern, modules)}"
+            )
     chosen = {
         name: as_layer(module)
         for name, module in modules.items()
@@ -67,7 +84,10 @@ def prunable(traced: fx.GraphModule, granularity: str, include: Sequence[str], e
         and (granularity != "2:4" or module.weight.shape[1] % 4 == 0)
     }
     if not chosen:
-        raise QatTricksError(f"no layer is left to prune (granularity {granularity}): widen include or narrow exclude")
+        raise QatTricksError(
+            f"no layer is left to prune (granularity {granularity}): widen include or narrow "
+            "exclude"
+        )
     for name, layer in chosen.items():
         if layer.weight_mask is None:
             layer.weight_mask = torch.ones_like(layer.weight)
@@ -85,14 +105,15 @@ def prune(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
 ) -> float:
-    """Prunes ``traced`` in place to ``sparsity`` and returns the sparsity reached, of all weights of the chosen layers.
+    """Prunes ``traced`` in place to ``sparsity`` and returns the sparsity reached, of all weights
+    of the chosen layers.
 
     Args:
         traced: a traced network, quantized or not.
         sparsity: the share of zeros among the weights of the chosen layers, in [0, 1); rounded up.
         scope: ``layer``: each layer alike; ``global``: one ranking of all weights.
-        granularity: ``weight``, or ``2:4`` with a sparsity of at most 0.5 (layers whose input channels are no multiple of
-            four are left dense).
+        granularity: ``weight``, or ``2:4`` with a sparsity of at most 0.5 (layers whose input
+            channels are no multiple of four are left dense).
         include, exclude: name patterns (``fnmatch``) of layers.
 
     Raises:
@@ -110,7 +131,9 @@ def prune(
         count = math.ceil(sparsity * flat.numel() - 1e-9)
         keep = torch.ones_like(flat)
         keep[flat.argsort(stable=True)[:count]] = 0  # a full order: ties can never change the count
-        for name, part in zip(names, keep.split([scores[name].numel() for name in names]), strict=True):
+        for name, part in zip(
+            names, keep.split([scores[name].numel() for name in names]), strict=True
+        ):
             layer = chosen[name]
             assert layer.weight_mask is not None
             layer.weight_mask.mul_(part.view_as(layer.weight_mask))
@@ -121,7 +144,9 @@ def prune(
 def sparsity_of(pruned: Iterable[Layer]) -> float:
     """The share of zeros in the masks of ``pruned``."""
     masks = [layer.weight_mask for layer in pruned if layer.weight_mask is not None]
-    return 1 - sum(float(mask.sum()) for mask in masks) / max(1, sum(mask.numel() for mask in masks))
+    return 1 - sum(float(mask.sum()) for mask in masks) / max(
+        1, sum(mask.numel() for mask in masks)
+    )
 
 
 def _protect_two_of_four(score: Tensor) -> None:
@@ -141,17 +166,23 @@ def check_settings(sparsity: float, scope: str, granularity: str) -> None:
     if scope not in SCOPES:
         problems.append(f'unknown scope "{scope}": {did_you_mean(scope, SCOPES)}')
     if granularity not in GRANULARITIES:
-        problems.append(f'unknown granularity "{granularity}": {did_you_mean(granularity, GRANULARITIES)}')
+        problems.append(
+            f'unknown granularity "{granularity}": {did_you_mean(granularity, GRANULARITIES)}'
+        )
     if granularity == "2:4" and sparsity > 0.5:
-        problems.append(f"sparsity={sparsity} is not possible with 2:4: give 0.5, or granularity=weight")
+        problems.append(
+            f"sparsity={sparsity} is not possible with 2:4: give 0.5, or granularity=weight"
+        )
     if problems:
         raise QatTricksError("; ".join(problems))
 
 
 class Prune(Trick):
-    """Callback: raises the sparsity from ``initial`` to ``sparsity`` between the fractions ``start`` and ``end`` of the fit.
+    """Callback: raises the sparsity from ``initial`` to ``sparsity`` between the fractions
+    ``start`` and ``end`` of the fit.
 
-    Without training it prunes at once. ``updates`` is how many times the masks are renewed between ``start`` and ``end``.
+    Without training it prunes at once. ``updates`` is how many times the masks are renewed between
+    ``start`` and ``end``.
     """
 
     after = ("fold_batchnorm", "equalize")
@@ -175,8 +206,9 @@ class Prune(Trick):
         self.start, self.end = check_fraction("start", start), check_fraction("end", end)
         if start > end or initial > sparsity or updates < 1:
             raise QatTricksError(
-                f"start={start}, end={end}, initial={initial}, sparsity={sparsity}, updates={updates}: "
-                "start must not be after end, initial not above sparsity, updates at least 1"
+                f"start={start}, end={end}, initial={initial}, sparsity={sparsity}, "
+                f"updates={updates}: start must not be after end, initial not above sparsity, "
+                "updates at least 1"
             )
         self.choice: dict[str, Any] = {
             "scope": scope, "granularity": granularity, "include": tuple(include), "exclude": tuple(exclude),
@@ -187,7 +219,9 @@ class Prune(Trick):
     def apply(self, work: Workbench) -> None:
         prune(work.network, self.initial if work.trains else self.sparsity, **self.choice)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if self._update(workbench_of(pl_module), progress(trainer)):
             pl_module.log("sparsity", self.reached, batch_size=1)
 
@@ -195,8 +229,8 @@ class Prune(Trick):
         self._update(workbench_of(pl_module), progress(trainer))
         if self.done < self.updates:
             rank_zero_warn(
-                f"training ended before the pruning schedule did: sparsity is {self.reached:.3f}, not yet {self.sparsity}; "
-                "train longer or lower end"
+                f"training ended before the pruning schedule did: sparsity is {self.reached:.3f}, "
+                f"not yet {self.sparsity}; train longer or lower end"
             )
         super().on_train_end(trainer, pl_module)
 
@@ -209,7 +243,9 @@ class Prune(Trick):
             return False
         self.done = due
         at = self.start + ramp * due / self.updates if due < self.updates else self.end
-        target = cubic_schedule(at, initial=self.initial, final=self.sparsity, start=self.start, end=self.end)
+        target = cubic_schedule(
+            at, initial=self.initial, final=self.sparsity, start=self.start, end=self.end
+        )
         self.reached = prune(work.network, target, **self.choice)
         return True
 

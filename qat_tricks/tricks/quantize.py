@@ -1,7 +1,8 @@
 """Place quantizers where integer kernels have them; weights get their scales at once.
 
-Weights of 5 and more bits take the scale of their largest value, and it goes on following the weight. Below that, rounding
-is so coarse that clipping pays: each channel takes the scale of least squared error.
+Weights of 5 and more bits take the scale of their largest value, and it goes on following the
+weight. Below that, rounding is so coarse that clipping pays: each channel takes the scale of least
+squared error.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,9 +33,11 @@ def quantize(
     overrides: Mapping[str, Mapping[str, int]] | None = None,
     activations: str | None = None,
 ) -> fx.GraphModule:
-    """Places quantizers (see ``place_quantizers`` for the arguments and errors); activations then await ``calibrate``.
+    """Places quantizers (see ``place_quantizers`` for the arguments and errors); activations then
+    await ``calibrate``.
 
-    Where some inputs of ``traced`` are integers that meet others in a sum or product, ``note_integers`` comes first.
+    Where some inputs of ``traced`` are integers that meet others in a sum or product,
+    ``note_integers`` comes first.
     """
     place_quantizers(
         traced,
@@ -47,7 +50,10 @@ def quantize(
         activations=activations,
     )
     for name, layer in layers(traced).items():
-        if layer.weight_quantizer is not None and layer.weight_quantizer.scheme.bits <= OWN_SCALE_BITS:
+        if (
+            layer.weight_quantizer is not None
+            and layer.weight_quantizer.scheme.bits <= OWN_SCALE_BITS
+        ):
             layer.weight_quantizer.fit_mse(layer.masked_weight())
             spec_of(traced)["layers"][name]["scale"] = True
     return traced

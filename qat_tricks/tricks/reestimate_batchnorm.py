@@ -1,7 +1,8 @@
 """Estimate the BatchNorm statistics of an unfolded network anew, with its quantizers on.
 
-Nagel et al. 2022, "Overcoming Oscillations in Quantization-Aware Training" (arXiv 2203.11086), section 5.1: oscillating
-weights leave running statistics that fit none of the networks they averaged over.
+Nagel et al. 2022, "Overcoming Oscillations in Quantization-Aware Training" (arXiv 2203.11086),
+section 5.1: oscillating weights leave running statistics that fit none of the networks they
+averaged over.
 """
 
 from collections.abc import Sequence
@@ -22,16 +23,24 @@ from qat_tricks.workbench import Workbench
 
 @torch.no_grad()
 def reestimate_batchnorm(traced: fx.GraphModule, batches: Sequence[Inputs]) -> fx.GraphModule:
-    """Replaces running means and variances by their plain average over ``batches`` (the network's inputs), in place.
+    """Replaces running means and variances by their plain average over ``batches`` (the network's
+    inputs), in place.
 
     Raises:
         QatTricksError: no batches, or no BatchNorm is left unfolded.
     """
-    norms = [m for m in traced.modules() if isinstance(m, BATCHNORMS) and m.running_mean is not None]
+    norms = [
+        m for m in traced.modules() if isinstance(m, BATCHNORMS) and m.running_mean is not None
+    ]
     if not norms:
-        raise QatTricksError("no BatchNorm is left to re-estimate: leave out fold_batchnorm, or leave out this trick")
+        raise QatTricksError(
+            "no BatchNorm is left to re-estimate: leave out fold_batchnorm, or leave out this trick"
+        )
     if not batches:
-        raise QatTricksError("there are no images to re-estimate BatchNorm on: give a loader that yields at least one batch")
+        raise QatTricksError(
+            "there are no images to re-estimate BatchNorm on: give a loader that yields at least "
+            "one batch"
+        )
     was_training, momenta = traced.training, [norm.momentum for norm in norms]
     traced.eval()
     for norm in norms:
@@ -46,7 +55,9 @@ def reestimate_batchnorm(traced: fx.GraphModule, batches: Sequence[Inputs]) -> f
 
 
 class ReestimateBatchnorm(Trick):
-    """Callback: at once where nothing is trained, else at the end of the last epoch, before its checkpoint is written."""
+    """Callback: at once where nothing is trained, else at the end of the last epoch, before its
+    checkpoint is written.
+    """
 
     after = ("quantize", "calibrate", "correct_weights", "correct_bias")
 
@@ -58,7 +69,9 @@ class ReestimateBatchnorm(Trick):
         if not work.trains:
             reestimate_batchnorm(work.network, work.batches(self.num_images))
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_epoch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
+    ) -> None:
         if trainer.current_epoch + 1 == trainer.max_epochs:
             work = workbench_of(pl_module)
             reestimate_batchnorm(work.network, work.batches(self.num_images))

@@ -1,13 +1,14 @@
 """Choose where each activation is clipped by what that does to the logits.
 
-A range estimator weighs all values of a tensor alike, yet clipping errs the same way in every position and adds up on the
-way to the logits, where rounding errors cancel. To first order, quantizing a tensor ``x`` changes the log-likelihood of a
-label by ``g · (Q(x) - x)`` with ``g`` its gradient; averaged over labels that the float network itself would draw, the square
-of this is the loss of the Fisher information: Li et al. 2021, "BRECQ" (arXiv 2102.05426), equations 5 to 9.
+A range estimator weighs all values of a tensor alike, yet clipping errs the same way in every
+position and adds up on the way to the logits, where rounding errors cancel. To first order,
+quantizing a tensor ``x`` changes the log-likelihood of a label by ``g · (Q(x) - x)`` with ``g`` its
+gradient; averaged over labels that the float network itself would draw, the square of this is the
+loss of the Fisher information: Li et al. 2021, "BRECQ" (arXiv 2102.05426), equations 5 to 9.
 
-Where this differs: errors are summed over a tensor with their signs before they are squared (BRECQ keeps the diagonal, which
-loses that clipping adds up and rounding does not), and one histogram of gradients by value, an image and a tensor, serves
-all ranges that are tried.
+Where this differs: errors are summed over a tensor with their signs before they are squared (BRECQ
+keeps the diagonal, which loses that clipping adds up and rounding does not), and one histogram of
+gradients by value, an image and a tensor, serves all ranges that are tried.
 """
 
 from collections.abc import Sequence
@@ -26,17 +27,22 @@ from qat_tricks.workbench import Workbench, logits_of
 
 BINS = 4096  # of a histogram: 16 for each step of 8 bits
 CHUNK = 8  # images whose gradients are held at a time
-# Ends of a range are tried from so far inside to a little outside of the calibrated ones; the latter first, so that it stays
-# where nothing is better.
+# Ends of a range are tried from so far inside to a little outside of the calibrated ones; the
+# latter first, so that it stays where nothing is better.
 FACTORS = (1.0, *(step / 100 for step in range(20, 109, 2) if step != 100))
 
 
-def tune_ranges(traced: fx.GraphModule, batches: Sequence[Inputs], *, seed: int = 0) -> fx.GraphModule:
-    """Sets every activation quantizer of ``traced`` to the range, within the calibrated one, that changes the logits least.
+def tune_ranges(
+    traced: fx.GraphModule, batches: Sequence[Inputs], *, seed: int = 0
+) -> fx.GraphModule:
+    """Sets every activation quantizer of ``traced`` to the range, within the calibrated one, that
+    changes the logits least.
 
     Args:
-        traced: a quantized network, calibrated (with ``minmax``: what calibration clipped stays clipped).
-        batches: what the network takes, each: images ``[N, C, H, W]``, or a tuple with a tensor for each input.
+        traced: a quantized network, calibrated (with ``minmax``: what calibration clipped stays
+            clipped).
+        batches: what the network takes, each: images ``[N, C, H, W]``, or a tuple with a tensor for
+            each input.
         seed: of the labels drawn.
 
     Raises:
@@ -44,9 +50,13 @@ def tune_ranges(traced: fx.GraphModule, batches: Sequence[Inputs], *, seed: int 
     """
     quantizers = activation_quantizers(traced)
     if not quantizers or not all(quantizer.is_calibrated for quantizer in quantizers.values()):
-        raise QatTricksError("there are no calibrated ranges to tune: quantize and calibrate the network first")
+        raise QatTricksError(
+            "there are no calibrated ranges to tune: quantize and calibrate the network first"
+        )
     if not batches:
-        raise QatTricksError("there are no images to tune ranges on: give a loader that yields at least one batch")
+        raise QatTricksError(
+            "there are no images to tune ranges on: give a loader that yields at least one batch"
+        )
     was_training = traced.training
     trainable = [parameter for parameter in traced.parameters() if parameter.requires_grad]
     histograms = [_GradientHistogram(quantizer) for quantizer in quantizers.values()]
@@ -54,7 +64,11 @@ def tune_ranges(traced: fx.GraphModule, batches: Sequence[Inputs], *, seed: int 
     traced.eval().requires_grad_(False)  # the gradients of activations alone
     try:
         with float_mode(traced), torch.inference_mode(False), torch.enable_grad():
-            chunks = [chunk for batch in batches for chunk in zip(*(part.split(CHUNK) for part in tensors(batch)), strict=True)]
+            chunks = [
+                chunk
+                for batch in batches
+                for chunk in zip(*(part.split(CHUNK) for part in tensors(batch)), strict=True)
+            ]
             for chunk in track(chunks, "tune ranges"):
                 logits = logits_of(run(traced, each(chunk, Tensor.clone))).flatten(1)
                 likelihoods = logits.log_softmax(1)
@@ -87,18 +101,27 @@ class _GradientHistogram:
         if not output.requires_grad:  # nothing before it does
             output = output.requires_grad_().clone()
         images = len(output)
-        bins = ((output.detach() - self.first) / self.width).long().clamp_(0, BINS - 1).reshape(images, -1)
+        bins = (
+            ((output.detach() - self.first) / self.width)
+            .long()
+            .clamp_(0, BINS - 1)
+            .reshape(images, -1)
+        )
         bins += BINS * torch.arange(images, device=bins.device).view(-1, 1)
 
         def add(gradient: Tensor) -> None:
             sums = torch.zeros(images * BINS, device=gradient.device)
-            self.sums.append(sums.index_add_(0, bins.flatten(), gradient.flatten()).view(images, BINS))
+            self.sums.append(
+                sums.index_add_(0, bins.flatten(), gradient.flatten()).view(images, BINS)
+            )
 
         output.register_hook(add)
         return output
 
     def tune(self) -> None:
-        """Tries one end of the range after the other, twice: they interact only through the step between them."""
+        """Tries one end of the range after the other, twice: they interact only through the step
+        between them.
+        """
         sums = torch.cat(self.sums).double().cpu()
         centers = self.first + self.width * (torch.arange(BINS, dtype=torch.float64) + 0.5)
         if self.quantizer.scheme.symmetric:  # one end follows from the other
@@ -112,12 +135,16 @@ class _GradientHistogram:
                 low = self._best(sums, centers, [(factor, high) for factor in FACTORS])[0]
         self.quantizer.set_range(self.low * low, self.high * high)
 
-    def _best(self, sums: Tensor, centers: Tensor, factors: list[tuple[float, float]]) -> tuple[float, float]:
+    def _best(
+        self, sums: Tensor, centers: Tensor, factors: list[tuple[float, float]]
+    ) -> tuple[float, float]:
         scheme = self.quantizer.scheme
         errors = []
         for low, high in factors:
             scale, zero_point = scheme.qparams(self.low * low, self.high * high)
-            steps = torch.round(centers / scale).clamp_(scheme.qmin - zero_point, scheme.qmax - zero_point)
+            steps = torch.round(centers / scale).clamp_(
+                scheme.qmin - zero_point, scheme.qmax - zero_point
+            )
             errors.append(steps.mul_(scale).sub_(centers))
         return factors[int((sums @ torch.stack(errors, 1)).square().sum(0).argmin())]
 

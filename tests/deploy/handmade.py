@@ -36,7 +36,9 @@ def qdq_layer(
     zero_point: int = 0,
     **metadata: str,
 ) -> Path:
-    """Saves a conv or linear layer with an int8 weight [out, in, ...] and uint8 activations of scale 0.01."""
+    """Saves a conv or linear layer with an int8 weight [out, in, ...] and uint8 activations of
+    scale 0.01.
+    """
     out, depth = weight.shape[:2]
     scale = np.full(out, 0.01, np.float32) if per_channel else np.array(0.01, np.float32)
     zeros = np.full(scale.shape, zero_point, np.int8)
@@ -68,11 +70,15 @@ def qdq_layer(
         ]
     else:
         nodes[-1].output[0] = "y"
-    return save(path, nodes, inits, ["batch", depth] if linear else ["batch", depth, 8, 8], **metadata)
+    return save(
+        path, nodes, inits, ["batch", depth] if linear else ["batch", depth, 8, 8], **metadata
+    )
 
 
 def float_conv(path: Path, weight: np.ndarray, *, groups: int = 1) -> Path:
     """Saves a float convolution with a weight [out, in / groups, k, k] on images of 8 by 8."""
     pads = [weight.shape[2] // 2] * 4
     node = helper.make_node("Conv", ["x", "w"], ["y"], "conv", group=groups, pads=pads)
-    return save(path, [node], {"w": weight.astype(np.float32)}, ["batch", weight.shape[1] * groups, 8, 8])
+    return save(
+        path, [node], {"w": weight.astype(np.float32)}, ["batch", weight.shape[1] * groups, 8, 8]
+    )

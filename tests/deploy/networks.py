@@ -1,4 +1,6 @@
-"""Small networks, each with one thing that integer kernels make hard, and the way to a calibrated one."""
+"""Small networks, each with one thing that integer kernels make hard, and the way to a calibrated
+one.
+"""
 
 from typing import Any
 
@@ -14,7 +16,9 @@ from qat_tricks.tricks.quantize import quantize
 
 def conv(into: int, out: int, kernel: int = 3, **settings: Any) -> nn.Sequential:
     settings = {"padding": kernel // 2, **settings}
-    return nn.Sequential(nn.Conv2d(into, out, kernel, bias=False, **settings), nn.BatchNorm2d(out), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(into, out, kernel, bias=False, **settings), nn.BatchNorm2d(out), nn.ReLU()
+    )
 
 
 class Residual(nn.Module):
@@ -37,7 +41,11 @@ class ShortcutOfZeros(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.a, self.b = conv(3, 8), conv(8, 16, stride=2), nn.Conv2d(16, 16, 3, padding=1)
+        self.stem, self.a, self.b = (
+            conv(3, 8),
+            conv(8, 16, stride=2),
+            nn.Conv2d(16, 16, 3, padding=1),
+        )
         self.fc = nn.Linear(16, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,12 +84,18 @@ class Concatenated(nn.Module):
 
 
 class PartlyRectified(nn.Module):
-    """A concat of which one part comes from a ReLU and the other does not; nearest neighbours between."""
+    """A concat of which one part comes from a ReLU and the other does not; nearest neighbours
+    between.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.a, self.b = conv(3, 8, stride=2), conv(8, 8, stride=2), nn.Conv2d(8, 8, 1)
-        self.up, self.last, self.fc = nn.Upsample(scale_factor=2, mode="nearest"), conv(16, 16), nn.Linear(16, 5)
+        self.up, self.last, self.fc = (
+            nn.Upsample(scale_factor=2, mode="nearest"),
+            conv(16, 16),
+            nn.Linear(16, 5),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
@@ -161,7 +175,9 @@ def images(count: int = 16) -> Tensor:
 
 
 def seeded(kind: type[nn.Module]) -> nn.Module:
-    """A network with weights of a fixed seed and BatchNorm statistics of ``images``, in evaluation mode."""
+    """A network with weights of a fixed seed and BatchNorm statistics of ``images``, in evaluation
+    mode.
+    """
     torch.manual_seed(0)
     network = kind()
     with torch.no_grad():

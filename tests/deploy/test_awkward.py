@@ -1,4 +1,6 @@
-"""Networks as people write them: each is quantized by ``int8_ptq``, exported, and run as it was simulated."""
+"""Networks as people write them: each is quantized by ``int8_ptq``, exported, and run as it was
+simulated.
+"""
 
 import copy
 
@@ -24,7 +26,11 @@ class Head(nn.Module):
 
     def __init__(self, *between: nn.Module, channels: int = 8) -> None:
         super().__init__()
-        self.stem, self.between, self.last = conv(3, 8, stride=2), nn.Sequential(*between), conv(channels, 16)
+        self.stem, self.between, self.last = (
+            conv(3, 8, stride=2),
+            nn.Sequential(*between),
+            conv(channels, 16),
+        )
         self.fc = nn.Linear(16, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,17 +49,29 @@ class BeforeConv(Head):
 
 class WithoutAffine(Head):
     def __init__(self) -> None:
-        super().__init__(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8, affine=False), nn.ReLU())
+        super().__init__(
+            nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8, affine=False), nn.ReLU()
+        )
 
 
 class GroupedAndDilated(Head):
     def __init__(self) -> None:
-        super().__init__(nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=4), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=(0, 1)))
+        super().__init__(
+            nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=4),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, padding=(0, 1)),
+        )
 
 
 class Dropped(Head):
     def __init__(self) -> None:
-        super().__init__(nn.Conv2d(8, 8, 1), nn.Dropout2d(0.5), nn.ReLU(), StochasticDepth(0.5, "row"), nn.Identity())
+        super().__init__(
+            nn.Conv2d(8, 8, 1),
+            nn.Dropout2d(0.5),
+            nn.ReLU(),
+            StochasticDepth(0.5, "row"),
+            nn.Identity(),
+        )
 
 
 class TwoReaders(nn.Module):
@@ -61,7 +79,11 @@ class TwoReaders(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.bn, self.branch = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+        self.conv, self.bn, self.branch = (
+            nn.Conv2d(3, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.Conv2d(8, 8, 3, padding=1),
+        )
         self.fc = nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,7 +110,10 @@ class Functional(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kernel, self.shift = nn.Parameter(torch.randn(8, 3, 3, 3) / 5), nn.Parameter(torch.zeros(8))
+        self.kernel, self.shift = (
+            nn.Parameter(torch.randn(8, 3, 3, 3) / 5),
+            nn.Parameter(torch.zeros(8)),
+        )
         self.matrix = nn.Parameter(torch.randn(5, 8))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,7 +126,12 @@ class ChannelsLast(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.mix, self.last, self.fc = conv(3, 8), nn.Linear(8, 16), nn.Conv2d(16, 8, 1), nn.Linear(8, 5)
+        self.stem, self.mix, self.last, self.fc = (
+            conv(3, 8),
+            nn.Linear(8, 16),
+            nn.Conv2d(16, 8, 1),
+            nn.Linear(8, 5),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.mix(self.stem(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
@@ -109,7 +139,9 @@ class ChannelsLast(nn.Module):
 
 
 class Positions(nn.Module):
-    """Coordinates made of the shape alone, as in EdgeNeXt, in the type of the weight of the conv that takes them."""
+    """Coordinates made of the shape alone, as in EdgeNeXt, in the type of the weight of the conv
+    that takes them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,9 +149,16 @@ class Positions(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
-        counted = ~torch.zeros((x.shape[0], x.shape[2], x.shape[3])).to(device=x.device, dtype=torch.bool)
-        rows, columns = counted.cumsum(1, dtype=torch.float32), counted.cumsum(2, dtype=torch.float32)
-        at = torch.stack([rows / (rows[:, -1:] + 1e-6), columns.sin()], 1).to(self.place.weight.dtype)
+        counted = ~torch.zeros((x.shape[0], x.shape[2], x.shape[3])).to(
+            device=x.device, dtype=torch.bool
+        )
+        rows, columns = (
+            counted.cumsum(1, dtype=torch.float32),
+            counted.cumsum(2, dtype=torch.float32),
+        )
+        at = torch.stack([rows / (rows[:, -1:] + 1e-6), columns.sin()], 1).to(
+            self.place.weight.dtype
+        )
         return self.fc(F.relu(x + self.place(at)).mean([2, 3]))
 
 
@@ -136,7 +175,11 @@ class Windowed(nn.Module):
 
     def __init__(self, kind: type[nn.Module] = ShiftedWindowAttention) -> None:
         super().__init__()
-        self.stem, self.attention, self.fc = conv(3, 8, stride=4), kind(8, [3, 3], [1, 1], 2), nn.Linear(8, 5)
+        self.stem, self.attention, self.fc = (
+            conv(3, 8, stride=4),
+            kind(8, [3, 3], [1, 1], 2),
+            nn.Linear(8, 5),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x).permute(0, 2, 3, 1)
@@ -180,7 +223,17 @@ def test_layers_that_share_a_weight_still_do(tmp_path):
 
 @pytest.mark.parametrize(
     "activation",
-    [nn.SiLU(), nn.Hardswish(), nn.GELU(), nn.LeakyReLU(0.1), nn.PReLU(8), nn.Sigmoid(), nn.Tanh(), nn.ELU(), nn.Mish()],
+    [
+        nn.SiLU(),
+        nn.Hardswish(),
+        nn.GELU(),
+        nn.LeakyReLU(0.1),
+        nn.PReLU(8),
+        nn.Sigmoid(),
+        nn.Tanh(),
+        nn.ELU(),
+        nn.Mish(),
+    ],
     ids=lambda activation: type(activation).__name__,
 )
 def test_other_activations_stay_in_float_between_integer_layers_and_are_named(activation, tmp_path):
@@ -190,14 +243,18 @@ def test_other_activations_stay_in_float_between_integer_layers_and_are_named(ac
     _, path, report = deployed(net.eval(), tmp_path)
     assert report.sqnr_db > 40
     assert integer_coverage(path, (3, 32, 32)).coverage == 1.0
-    assert [row.operation for row in forecast(net, images(1)).in_float] == [type(activation).__name__]
+    assert [row.operation for row in forecast(net, images(1)).in_float] == [
+        type(activation).__name__
+    ]
 
 
 class Unfoldable(Head):
     """A BatchNorm that always takes the statistics of its batch."""
 
     def __init__(self) -> None:
-        super().__init__(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU())
+        super().__init__(
+            nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU()
+        )
 
 
 def test_a_batchnorm_without_running_statistics_stays_in_float(tmp_path):
@@ -211,7 +268,9 @@ def test_a_batchnorm_without_running_statistics_stays_in_float(tmp_path):
 
 class Transposed(Head):
     def __init__(self) -> None:
-        super().__init__(nn.ConvTranspose2d(8, 8, 2, stride=2, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        super().__init__(
+            nn.ConvTranspose2d(8, 8, 2, stride=2, bias=False), nn.BatchNorm2d(8), nn.ReLU()
+        )
 
 
 def test_a_transposed_conv_stays_in_float_and_is_named(tmp_path):
@@ -230,15 +289,26 @@ class Outputs(nn.Module):
 
     def __init__(self, container: type = tuple) -> None:
         super().__init__()
-        self.container, self.stem, self.aux, self.fc = container, conv(3, 8), nn.Linear(8, 3), nn.Linear(8, 5)
+        self.container, self.stem, self.aux, self.fc = (
+            container,
+            conv(3, 8),
+            nn.Linear(8, 3),
+            nn.Linear(8, 5),
+        )
 
     def forward(self, x: Tensor) -> object:
         x = self.stem(x).mean([2, 3])
         logits, aux = self.fc(x), self.aux(x)
-        return {"features": aux, "logits": logits} if self.container is dict else self.container([logits, aux])
+        return (
+            {"features": aux, "logits": logits}
+            if self.container is dict
+            else self.container([logits, aux])
+        )
 
 
-@pytest.mark.parametrize(("container", "second"), [(tuple, "output_1"), (list, "output_1"), (dict, "features")])
+@pytest.mark.parametrize(
+    ("container", "second"), [(tuple, "output_1"), (list, "output_1"), (dict, "features")]
+)
 def test_of_several_outputs_the_logits_come_first(container, second, tmp_path):
     torch.manual_seed(0)
     net = Outputs(container)
@@ -257,11 +327,13 @@ def test_channels_last_changes_nothing(tmp_path):
     net = seeded(AfterActivation)
     plain = qat_tricks.quantize(net, [images(64)])
     last = qat_tricks.quantize(
-        copy.deepcopy(net).to(memory_format=torch.channels_last), [images(64).to(memory_format=torch.channels_last)]
+        copy.deepcopy(net).to(memory_format=torch.channels_last),
+        [images(64).to(memory_format=torch.channels_last)],
     )
     for name, layer in layers(plain).items():
         same = torch.isclose(layers(last)[name].weight, layer.weight, rtol=1e-4, atol=1e-5)
-        assert same.float().mean() > 0.99  # one that lies between two integers may be rounded otherwise
+        # one that lies between two integers may be rounded otherwise
+        assert same.float().mean() > 0.99
     torch.testing.assert_close(last(images(4)), plain(images(4)), rtol=0, atol=0.05)
     report = qat_tricks.export_onnx(last, tmp_path / "model.onnx", images(2), images=[images(16)])
     assert report.sqnr_db > 40
@@ -280,7 +352,9 @@ class Untraceable(nn.Module):
 
 class PartlyUntraceable(Head):
     def __init__(self) -> None:
-        super().__init__(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), Untraceable(), nn.Conv2d(8, 8, 1))
+        super().__init__(
+            nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), Untraceable(), nn.Conv2d(8, 8, 1)
+        )
 
 
 def test_a_part_that_cannot_be_traced_is_named_and_can_be_kept_whole(tmp_path):
@@ -294,7 +368,9 @@ def test_a_part_that_cannot_be_traced_is_named_and_can_be_kept_whole(tmp_path):
     assert (quantized(images(64)) - expected).square().mean() < 0.01 * expected.square().mean()
     assert set(layers(quantized)) == {"stem.0", "between.0", "between.3", "last.0", "fc"}
     seen = forecast(net, images(1), whole=["between.2"])
-    assert [(row.name, row.reason, row.macs) for row in seen.in_float] == [("between.2", "kept whole", 16 * 16 * 8 * 8)]
+    assert [(row.name, row.reason, row.macs) for row in seen.in_float] == [
+        ("between.2", "kept whole", 16 * 16 * 8 * 8)
+    ]
     rebuilt = rebuild(seeded(PartlyUntraceable), spec_of(quantized)).eval()
     rebuilt.load_state_dict(quantized.state_dict())
     assert torch.equal(rebuilt(images(4)), quantized(images(4)))

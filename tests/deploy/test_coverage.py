@@ -12,7 +12,9 @@ F32 = np.float32
 
 
 def test_a_quantized_convolution_is_integer(tmp_path):
-    report = integer_coverage(qdq_layer(tmp_path / "m.onnx", np.ones((16, 4, 3, 3), np.int8)), (4, 8, 8))
+    report = integer_coverage(
+        qdq_layer(tmp_path / "m.onnx", np.ones((16, 4, 3, 3), np.int8)), (4, 8, 8)
+    )
     assert report.coverage == 1.0
     assert report.total_macs == report.integer_macs == 8 * 8 * 16 * 4 * 9
     assert [kernel.op_type for kernel in report.kernels] == ["QLinearConv"]
@@ -44,7 +46,9 @@ def test_float_convolutions_count_their_own_channels_only(tmp_path, channels, gr
 
 
 def test_the_share_of_a_mixed_network_is_by_macs(tmp_path):
-    """A quantized convolution of 4 to 8 channels, then a float one of 8 to 2, fused with its activation."""
+    """A quantized convolution of 4 to 8 channels, then a float one of 8 to 2, fused with its
+    activation.
+    """
     inits = {
         "w": np.ones((8, 4, 3, 3), np.int8),
         "v": np.ones((2, 8, 1, 1), F32),
@@ -62,10 +66,15 @@ def test_the_share_of_a_mixed_network_is_by_macs(tmp_path):
         helper.make_node("Conv", ["ad", "v"], ["b"], "second"),
         helper.make_node("Relu", ["b"], ["y"]),
     ]
-    report = integer_coverage(save(tmp_path / "m.onnx", nodes, inits, ["batch", 4, 8, 8]), (4, 8, 8))
+    report = integer_coverage(
+        save(tmp_path / "m.onnx", nodes, inits, ["batch", 4, 8, 8]), (4, 8, 8)
+    )
     first, second = 36 * 8 * 4 * 9, 36 * 2 * 8
     assert report.coverage == pytest.approx(first / (first + second))
-    assert {kernel.macs: kernel.integer for kernel in report.kernels} == {first: True, second: False}
+    assert {kernel.macs: kernel.integer for kernel in report.kernels} == {
+        first: True,
+        second: False,
+    }
 
 
 def test_transposed_convolutions_and_products_with_weights_count(tmp_path):
@@ -74,7 +83,9 @@ def test_transposed_convolutions_and_products_with_weights_count(tmp_path):
         helper.make_node("ConvTranspose", ["x", "w"], ["a"], strides=[2, 2]),
         helper.make_node("MatMul", ["a", "v"], ["y"]),
     ]
-    report = integer_coverage(save(tmp_path / "m.onnx", nodes, inits, ["batch", 4, 8, 8]), (4, 8, 8))
+    report = integer_coverage(
+        save(tmp_path / "m.onnx", nodes, inits, ["batch", 4, 8, 8]), (4, 8, 8)
+    )
     assert sorted(kernel.macs for kernel in report.kernels) == [4 * 64 * 6 * 4, 6 * 16 * 5 * 16]
 
 
@@ -85,7 +96,9 @@ def test_products_of_activations_do_not_count(tmp_path):
         helper.make_node("Transpose", ["x"], ["t"], perm=[0, 1, 3, 2]),
         helper.make_node("MatMul", ["a", "t"], ["y"]),
     ]
-    report = integer_coverage(save(tmp_path / "m.onnx", nodes, inits, ["batch", 2, 8, 8]), (2, 8, 8))
+    report = integer_coverage(
+        save(tmp_path / "m.onnx", nodes, inits, ["batch", 2, 8, 8]), (2, 8, 8)
+    )
     assert [kernel.macs for kernel in report.kernels] == [2 * 8 * 8 * 8]
 
 
@@ -106,6 +119,8 @@ def test_a_kernel_unknown_here_is_an_error(tmp_path, monkeypatch):
 
 
 def test_a_network_without_weights_is_an_error(tmp_path):
-    path = save(tmp_path / "m.onnx", [helper.make_node("Relu", ["x"], ["y"])], {}, ["batch", 2, 8, 8])
+    path = save(
+        tmp_path / "m.onnx", [helper.make_node("Relu", ["x"], ["y"])], {}, ["batch", 2, 8, 8]
+    )
     with pytest.raises(QatTricksError, match="no conv or linear"):
         integer_coverage(path, (2, 8, 8))

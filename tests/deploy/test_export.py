@@ -32,7 +32,9 @@ INTEGER = {
 
 
 def initializers(path):
-    return {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
+    return {
+        tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer
+    }
 
 
 def properties(path):
@@ -76,7 +78,8 @@ def test_nothing_but_integer_kernels_between_the_two_ends(kind, exported, tmp_pa
     assert integer_coverage(path, SHAPE).coverage == 1.0
     ran = [node.op_type for node in optimized(path, tmp_path)]
     assert ran.count("QuantizeLinear") == 1  # of the images
-    assert ran.count("DequantizeLinear") == ("QGemm" not in ran)  # of the logits, where no linear yields them
+    # of the logits, where no linear yields them
+    assert ran.count("DequantizeLinear") == ("QGemm" not in ran)
     assert set(ran) - {"QuantizeLinear", "DequantizeLinear"} <= INTEGER
 
 
@@ -89,7 +92,9 @@ def test_float_operations_stand_between_integer_layers(kind, exported):
 
 def test_padding_on_one_side_becomes_the_convs_own(exported):
     nodes = onnx.load(exported(networks.PaddedOnOneSide)[0]).graph.node
-    attributes = [attribute for node in nodes if node.op_type == "Conv" for attribute in node.attribute]
+    attributes = [
+        attribute for node in nodes if node.op_type == "Conv" for attribute in node.attribute
+    ]
     pads = [list(attribute.ints) for attribute in attributes if attribute.name == "pads"]
     assert pads == [[0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0]]
     assert "Pad" not in {node.op_type for node in nodes}
@@ -109,7 +114,10 @@ def test_metadata_travels_and_paths_do_not(exported):
 
 
 def test_the_file_holds_the_integers_of_the_simulation(tmp_path):
-    network, path = quantized(networks.Residual, overrides={"b": {"weight_bits": 4}}), tmp_path / "model.onnx"
+    network, path = (
+        quantized(networks.Residual, overrides={"b": {"weight_bits": 4}}),
+        tmp_path / "model.onnx",
+    )
     export_onnx(network, path, images(1))
     stored = initializers(path)
     for name, layer in layers(network).items():
@@ -125,12 +133,17 @@ def test_the_file_holds_the_integers_of_the_simulation(tmp_path):
         np.testing.assert_allclose(bias, simulated, rtol=1e-6, atol=1e-3)
     assert np.abs(stored["b.weight"]).max() == 7
     assert np.abs(stored["a.0.weight"]).max() == 127
-    assert max(v.ndim for v in stored.values() if v.dtype == np.float32) == 1  # no float weight is left
+    # no float weight is left
+    assert max(v.ndim for v in stored.values() if v.dtype == np.float32) == 1
 
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_below_8_bits_values_stay_exact_in_8_bit_containers(bits, tmp_path):
-    settings = {"weight_bits": bits, "activation_bits": bits, "first_last_bits": 8 if bits > 2 else None}
+    settings = {
+        "weight_bits": bits,
+        "activation_bits": bits,
+        "first_last_bits": 8 if bits > 2 else None,
+    }
     network, path = quantized(networks.Residual, **settings), tmp_path / "model.onnx"
     for quantizer in activation_quantizers(network).values():
         quantizer.set_range(-0.5, 0.7)  # clips much
@@ -158,7 +171,9 @@ def test_the_network_is_left_as_it_was(tmp_path):
     report = export_onnx(network, tmp_path / "m.onnx", images(3))
     assert report.sqnr_db > 38  # the BatchNorms left unfolded for training are folded in the file
     assert integer_coverage(tmp_path / "m.onnx", SHAPE).coverage == 1.0
-    assert "BatchNormalization" not in {node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node}
+    assert "BatchNormalization" not in {
+        node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node
+    }
     assert network.code == code
     assert [module.training for module in network.modules()] == modes
     assert network.state_dict().keys() == state.keys()
@@ -174,7 +189,9 @@ def test_pruned_weights_are_exact_zeros_and_excluded_layers_float(tmp_path):
     effective = [layer.effective_weight() for layer in layers(network).values()]
     assert export_onnx(network, path, images(3)).sqnr_db > 40
     zeros = sum(int((weight == 0).sum()) for weight in effective)
-    assert weight_sparsity(path) == pytest.approx(zeros / sum(weight.numel() for weight in effective))
+    assert weight_sparsity(path) == pytest.approx(
+        zeros / sum(weight.numel() for weight in effective)
+    )
     stored = initializers(path)
     assert stored["b.weight"].dtype == np.int8
     assert sum(v.dtype == np.float32 and v.ndim == 4 for v in stored.values()) == 2

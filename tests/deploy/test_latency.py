@@ -21,9 +21,16 @@ def test_more_work_takes_longer(tmp_path):
     assert all(0 < t["p50"] <= t["p95"] <= t["p99"] for t in times.values())
 
 
-def test_throughput_is_the_images_of_all_runs_over_their_time_at_each_combination(tmp_path, monkeypatch):
+def test_throughput_is_the_images_of_all_runs_over_their_time_at_each_combination(
+    tmp_path, monkeypatch
+):
     paths = {"a": float_conv(tmp_path / "m.onnx", np.ones((4, 3, 3, 3)))}
-    settings = {"image_shape": (3, 8, 8), "batch_sizes": [2, 4], "thread_counts": [1, 2], "seconds": 0.01}
+    settings = {
+        "image_shape": (3, 8, 8),
+        "batch_sizes": [2, 4],
+        "thread_counts": [1, 2],
+        "seconds": 0.01,
+    }
     rows = measure_throughput(paths, **settings)
     assert [(row["threads"], row["batch_size"]) for row in rows] == [(1, 2), (1, 4), (2, 2), (2, 4)]
     assert all(row["a"] > 0 for row in rows)
@@ -41,7 +48,9 @@ def test_each_file_is_opened_and_the_middle_time_told(tmp_path, monkeypatch):
 def test_time_is_bounded(tmp_path):
     path = float_conv(tmp_path / "m.onnx", np.ones((64, 64, 3, 3)))
     start = time.perf_counter()
-    times = measure_latency({"m": path}, image_shape=(64, 8, 8), threads=1, runs=10**6, max_seconds=0.3)
+    times = measure_latency(
+        {"m": path}, image_shape=(64, 8, 8), threads=1, runs=10**6, max_seconds=0.3
+    )
     assert times["m"]["p50"] > 0
     assert time.perf_counter() - start < 5
 
@@ -64,4 +73,6 @@ def test_every_network_is_timed_even_without_time(tmp_path):
 def test_bad_settings_are_refused(tmp_path, paths, settings, message):
     path = float_conv(tmp_path / "m.onnx", np.ones((4, 3, 3, 3)))
     with pytest.raises(QatTricksError, match=message):
-        measure_latency(dict.fromkeys(paths, path), **{"image_shape": (3, 8, 8), "threads": 1} | settings)
+        measure_latency(
+            dict.fromkeys(paths, path), **{"image_shape": (3, 8, 8), "threads": 1} | settings
+        )

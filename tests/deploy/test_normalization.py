@@ -34,7 +34,9 @@ def path(tmp_path):
 
 @pytest.mark.parametrize("settings", [SETTINGS, LARGE], ids=["0..1", "0..255"])
 def test_pixels_give_the_logits_of_normalized_images(path, settings):
-    floats = [open_network(path, threads=1).prepare(normalized)() for _, normalized in batches(settings)]
+    floats = [
+        open_network(path, threads=1).prepare(normalized)() for _, normalized in batches(settings)
+    ]
     found = build_in_normalization(path, batches(settings), **settings)
     assert (found["max_abs_error"], found["images"]) == (0, 16)
     network = open_network(path, threads=1)

@@ -1,4 +1,6 @@
-"""OpenVINO runs the same file: nearly the same logits, in integers, and bad input refused in one line."""
+"""OpenVINO runs the same file: nearly the same logits, in integers, and bad input refused in one
+line.
+"""
 
 import numpy as np
 import pytest
@@ -23,17 +25,28 @@ def test_a_residual_network_runs_in_integers_and_agrees_with_onnx_runtime(activa
     export_onnx(quantized(Residual, activations=activations), tmp_path / "m.onnx", images()[:2])
     network, x = opened(tmp_path / "m.onnx"), images().numpy()
     assert network.integer_layers == 1
-    assert (network.spec.name, network.spec.shape, network.spec.dtype) == ("images", (None, 3, 32, 32), np.float32)
-    found = compare_logits([(opened(tmp_path / "m.onnx", "onnxruntime").prepare(x)(), network.prepare(x)())])
+    assert (network.spec.name, network.spec.shape, network.spec.dtype) == (
+        "images",
+        (None, 3, 32, 32),
+        np.float32,
+    )
+    found = compare_logits(
+        [(opened(tmp_path / "m.onnx", "onnxruntime").prepare(x)(), network.prepare(x)())]
+    )
     assert found["top1_agreement"] == 1
     assert found["sqnr_db"] > 30
 
 
 def test_what_is_float_stays_float32(tmp_path):
     path = float_conv(tmp_path / "m.onnx", np.random.default_rng(0).standard_normal((4, 3, 3, 3)))
-    network, x = opened(path), np.random.default_rng(1).standard_normal((2, 3, 8, 8)).astype(np.float32)
+    network, x = (
+        opened(path),
+        np.random.default_rng(1).standard_normal((2, 3, 8, 8)).astype(np.float32),
+    )
     assert network.integer_layers == 0
-    np.testing.assert_allclose(network.prepare(x)(), opened(path, "onnxruntime").prepare(x)(), atol=1e-4)
+    np.testing.assert_allclose(
+        network.prepare(x)(), opened(path, "onnxruntime").prepare(x)(), atol=1e-4
+    )
 
 
 def test_a_result_outlives_the_next_run(tmp_path):

@@ -28,7 +28,9 @@ WEIGHT = np.diag([1.0, 2.0, 4.0]).reshape(3, 3, 1, 1)
 @pytest.mark.parametrize(("factor", "decibels"), [(2.0, 6.0206), (1.01, 40.0864), (-1.0, -6.0206)])
 def test_sqnr_of_a_scaled_network(tmp_path, factor, decibels):
     batch = torch.rand(4, 3, 8, 8)
-    report = measure_parity(float_conv(tmp_path / "m.onnx", WEIGHT), Scaled(WEIGHT, factor), [batch])
+    report = measure_parity(
+        float_conv(tmp_path / "m.onnx", WEIGHT), Scaled(WEIGHT, factor), [batch]
+    )
     assert report.sqnr_db == pytest.approx(decibels, abs=1e-2)
     logits = nn.functional.conv2d(batch, torch.from_numpy(WEIGHT).float())
     assert report.max_abs_error == pytest.approx(float(logits.max()) * abs(1 - factor), rel=1e-4)

@@ -1,4 +1,6 @@
-"""Signed activations, affine and symmetric: what is simulated is what runs, and TensorRT's layout of the file."""
+"""Signed activations, affine and symmetric: what is simulated is what runs, and TensorRT's layout
+of the file.
+"""
 
 import networks
 import numpy as np
@@ -25,12 +27,18 @@ SIGNED = ("signed_affine", "signed_symmetric")
 
 
 class Everything(nn.Module):
-    """ReLU, ReLU6, a residual add, two concats, one of which only one part comes from a ReLU, and three pools."""
+    """ReLU, ReLU6, a residual add, two concats, one of which only one part comes from a ReLU, and
+    three pools.
+    """
 
     def __init__(self):
         super().__init__()
         self.stem, self.pool = conv(3, 8, stride=2), nn.MaxPool2d(2)
-        self.a, self.b, self.shortcut = conv(8, 16), nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(8, 16, 1)
+        self.a, self.b, self.shortcut = (
+            conv(8, 16),
+            nn.Conv2d(16, 16, 3, padding=1),
+            nn.Conv2d(8, 16, 1),
+        )
         self.six, self.left, self.right = nn.Conv2d(16, 8, 1), conv(8, 8), nn.Conv2d(8, 8, 1)
         self.last, self.fc = conv(24, 16), nn.Linear(16, 5)
         nn.init.normal_(self.six.weight, std=2.0)  # some values exceed the cap
@@ -45,15 +53,25 @@ class Everything(nn.Module):
 
 @pytest.fixture
 def int8_kernels(monkeypatch):
-    """Sessions in which ONNX Runtime keeps int8 activations on x86, as it does by itself on ARM: slowly, but in integers."""
+    """Sessions in which ONNX Runtime keeps int8 activations on x86, as it does by itself on ARM:
+    slowly, but in integers.
+    """
     monkeypatch.setattr(session, "SESSION_CONFIG", {"session.qdqisint8allowed": "1"})
 
 
 @pytest.mark.parametrize("activations", SIGNED)
 @pytest.mark.parametrize("bits", [8, 4])
-def test_integer_kernels_run_to_the_last_bit_as_simulated(activations, bits, int8_kernels, tmp_path):
+def test_integer_kernels_run_to_the_last_bit_as_simulated(
+    activations, bits, int8_kernels, tmp_path
+):
     # Weights of 7 bits: products of two int8 are exact on processors without VNNI too.
-    network = quantized(Everything, activations=activations, activation_bits=bits, weight_bits=7, first_last_bits=None)
+    network = quantized(
+        Everything,
+        activations=activations,
+        activation_bits=bits,
+        weight_bits=7,
+        first_last_bits=None,
+    )
     report = export_onnx(network, tmp_path / "m.onnx", images(2), images=[images(16)])
     assert integer_coverage(tmp_path / "m.onnx", SHAPE).coverage == 1.0
     assert {row.name for row in report.layers if row.differing} == set()
@@ -61,10 +79,14 @@ def test_integer_kernels_run_to_the_last_bit_as_simulated(activations, bits, int
 
 
 def assert_begins_with_rare_roundings(report):
-    """The first tensor to differ, if any, does so in less than a value in thousands: float sums round it to the other side."""
+    """The first tensor to differ, if any, does so in less than a value in thousands: float sums
+    round it to the other side.
+    """
     assert report.top1_agreement == 1.0
     assert report.sqnr_db > 40
-    differing = [row.differing for row in sorted(report.layers, key=lambda row: row.place) if row.differing]
+    differing = [
+        row.differing for row in sorted(report.layers, key=lambda row: row.place) if row.differing
+    ]
     assert not differing or differing[0] < 0.001
 
 
@@ -78,7 +100,9 @@ def test_eight_bits_run_as_simulated_in_an_ordinary_session(activations, tmp_pat
 
 def test_a_symmetric_grid_does_not_stand_in_for_its_relu_by_saturating(tmp_path):
     """Without its Clips the file is another network."""
-    export_onnx(quantized(Everything, activations="signed_symmetric"), tmp_path / "m.onnx", images(2))
+    export_onnx(
+        quantized(Everything, activations="signed_symmetric"), tmp_path / "m.onnx", images(2)
+    )
     model = onnx.load(tmp_path / "m.onnx")
     expected = run_batch(open_session(tmp_path / "m.onnx"), images(8).numpy())
     clips = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Clip"}
@@ -86,7 +110,9 @@ def test_a_symmetric_grid_does_not_stand_in_for_its_relu_by_saturating(tmp_path)
     for node in model.graph.node:
         node.input[:] = [clips.get(name, name) for name in node.input]
     onnx.save(model, tmp_path / "m.onnx")
-    assert not np.allclose(run_batch(open_session(tmp_path / "m.onnx"), images(8).numpy()), expected, atol=0.05)
+    assert not np.allclose(
+        run_batch(open_session(tmp_path / "m.onnx"), images(8).numpy()), expected, atol=0.05
+    )
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +120,11 @@ def for_tensorrt(tmp_path_factory):
     """A network, its file in TensorRT's layout, and its parity."""
     path = tmp_path_factory.mktemp("tensorrt") / "m.onnx"
     network = quantized(Everything, activations="signed_symmetric")
-    return network, path, export_onnx(network, path, images(2), images=[images(16)], layout="tensorrt")
+    return (
+        network,
+        path,
+        export_onnx(network, path, images(2), images=[images(16)], layout="tensorrt"),
+    )
 
 
 def test_the_file_for_tensorrt_holds_what_its_parser_reads(for_tensorrt):
@@ -103,7 +133,8 @@ def test_the_file_for_tensorrt_holds_what_its_parser_reads(for_tensorrt):
     onnx.checker.check_model(model, full_check=True)
     assert model.opset_import[0].version == 18
     values = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    assert {array.dtype.name for array in values.values()} <= {"int8", "float32", "int64"}  # no uint8, no int32
+    # no uint8, no int32
+    assert {array.dtype.name for array in values.values()} <= {"int8", "float32", "int64"}
     producers = {name: node for node in model.graph.node for name in node.output}
     rectified = 0
     for node in model.graph.node:
@@ -124,23 +155,36 @@ def test_the_file_for_tensorrt_holds_what_its_parser_reads(for_tensorrt):
     entries = spec_of(network)["activations"].values()
     assert rectified == sum(len(entry["nodes"]) for entry in entries if entry["activation"]) == 6
     for name, layer in layers(network).items():
-        np.testing.assert_allclose(values[f"{name}.bias"], layer.effective_bias().detach().numpy(), rtol=1e-6)
+        np.testing.assert_allclose(
+            values[f"{name}.bias"], layer.effective_bias().detach().numpy(), rtol=1e-6
+        )
 
 
 def test_both_layouts_are_the_same_network(for_tensorrt, tmp_path):
     network, path, report = for_tensorrt
     assert_begins_with_rare_roundings(report)
     export_onnx(network, tmp_path / "m.onnx", images(2))
-    runs = [run_batch(open_session(file, optimize=False), images(16).numpy()) for file in (path, tmp_path / "m.onnx")]
+    runs = [
+        run_batch(open_session(file, optimize=False), images(16).numpy())
+        for file in (path, tmp_path / "m.onnx")
+    ]
     np.testing.assert_allclose(*runs, atol=0.01 * np.abs(runs[0]).max())
 
 
 @pytest.mark.parametrize(
     ("settings", "export", "told"),
     [
-        ({}, {"layout": "tensorrt"}, "is unsigned affine with 8 bits, .* activations=signed_symmetric"),
+        (
+            {},
+            {"layout": "tensorrt"},
+            "is unsigned affine with 8 bits, .* activations=signed_symmetric",
+        ),
         ({"activations": "signed_affine"}, {"layout": "tensorrt"}, "is signed affine with 8 bits"),
-        ({"activations": "signed_symmetric", "activation_bits": 4}, {"layout": "tensorrt"}, "signed symmetric with 4 bits"),
+        (
+            {"activations": "signed_symmetric", "activation_bits": 4},
+            {"layout": "tensorrt"},
+            "signed symmetric with 4 bits",
+        ),
         ({}, {"layout": "tensorflow"}, 'unknown layout "tensorflow": did you mean "tensorrt"'),
         ({}, {"opset": 17}, "opset=17 is not supported: give 18 or newer"),
     ],
@@ -159,8 +203,15 @@ def test_symmetric_scales_learn_in_a_trainer_and_come_back_from_a_checkpoint(tmp
     run = trainer(qat_tricks.recipe("int8_qat", [symmetric]), max_epochs=1)
     run.fit(lit, datamodule=Data())
     before, after = (activation_quantizers(module.backbone) for module in (begun, lit))
-    assert all(quantizer.scheme.symmetric and quantizer.scheme.signed and quantizer.offset == 0 for quantizer in after.values())
-    learned = {after[name].activation for name in after if not torch.equal(after[name].scale, before[name].scale)}
+    assert all(
+        quantizer.scheme.symmetric and quantizer.scheme.signed and quantizer.offset == 0
+        for quantizer in after.values()
+    )
+    learned = {
+        after[name].activation
+        for name in after
+        if not torch.equal(after[name].scale, before[name].scale)
+    }
     assert learned == {None, "relu", "relu6"}
 
     save_checkpoint(lit, tmp_path / "m.ckpt")
@@ -169,6 +220,8 @@ def test_symmetric_scales_learn_in_a_trainer_and_come_back_from_a_checkpoint(tmp
     with torch.no_grad():
         assert torch.equal(loaded.eval()(x), lit.eval()(x))
     assert spec_of(loaded.backbone)["activations"] == spec_of(lit.backbone)["activations"]
-    report = export_onnx(loaded.backbone, tmp_path / "m.onnx", x[:2] * 0.5, images=[x * 0.5], layout="tensorrt")
+    report = export_onnx(
+        loaded.backbone, tmp_path / "m.onnx", x[:2] * 0.5, images=[x * 0.5], layout="tensorrt"
+    )
     assert report.top1_agreement == 1.0
     assert report.sqnr_db > 40

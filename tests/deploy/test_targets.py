@@ -8,7 +8,13 @@ from handmade import qdq_layer
 
 from qat_tricks.deploy import runtimes
 from qat_tricks.deploy.qdq import LAYOUTS
-from qat_tricks.deploy.targets import DEFAULT_TARGET, TARGETS, check_opset, check_target, fit_to_target
+from qat_tricks.deploy.targets import (
+    DEFAULT_TARGET,
+    TARGETS,
+    check_opset,
+    check_target,
+    fit_to_target,
+)
 from qat_tricks.errors import QatTricksError
 from qat_tricks.numerics.scheme import ACTIVATIONS
 from qat_tricks.tricks.quantize import Quantize
@@ -28,7 +34,9 @@ def test_weights_of_seven_bits_leave_activations_alone_where_they_can():
     assert fitted(weight_bits=4, activation_bits=4) == (4, 4, 7)
     assert fitted(weight_bits=4, first_last_bits=None) == (4, 8, None)
     assert fitted(weight_bits=6, first_last_bits=6) == (6, 8, 6)
-    after = fit_to_target(Quantize(overrides={"a": {"weight_bits": 8, "activation_bits": 8}}).settings, NO_VNNI)
+    after = fit_to_target(
+        Quantize(overrides={"a": {"weight_bits": 8, "activation_bits": 8}}).settings, NO_VNNI
+    )
     assert after["overrides"] == {"a": {"weight_bits": 7, "activation_bits": 8}}
 
 
@@ -41,7 +49,9 @@ def test_a_target_sets_the_activations_unless_they_are_given(name):
         if kind in target.activations:
             assert fit_to_target(settings, target)["activations"] == kind
         else:
-            with pytest.raises(QatTricksError, match=f"activations={kind} is not for this target: {target.because}"):
+            with pytest.raises(
+                QatTricksError, match=f"activations={kind} is not for this target: {target.because}"
+            ):
                 fit_to_target(settings, target)
     assert target.because or set(target.activations) == set(ACTIVATIONS)
     assert target.layout in LAYOUTS
@@ -52,24 +62,34 @@ def test_a_target_sets_the_activations_unless_they_are_given(name):
     [
         ({"activation_bits": 4}, "quantize.activation_bits gives activations 4 bits"),
         ({"first_last_bits": 6}, "quantize.first_last_bits gives activations 6 bits"),
-        ({"overrides": {"a": {"activation_bits": 5}}}, 'quantize.overrides."a" gives activations 5 bits'),
+        (
+            {"overrides": {"a": {"activation_bits": 5}}},
+            'quantize.overrides."a" gives activations 5 bits',
+        ),
     ],
 )
 def test_tensorrt_has_no_activations_below_eight_bits(settings, told):
     with pytest.raises(QatTricksError, match=f"{told}, and TensorRT takes int8 activations"):
         fit_to_target(Quantize(**settings).settings, TARGETS["tensorrt"])
     low_weights = Quantize(weight_bits=4, overrides={"a": {"weight_bits": 3}}).settings
-    assert fit_to_target(low_weights, TARGETS["tensorrt"]) == {**low_weights, "activations": "signed_symmetric"}
+    assert fit_to_target(low_weights, TARGETS["tensorrt"]) == {
+        **low_weights,
+        "activations": "signed_symmetric",
+    }
 
 
 def test_a_target_that_cannot_read_an_opset_says_so():
     check_opset("tensorrt", 24)
     check_opset(DEFAULT_TARGET, 25)
-    with pytest.raises(QatTricksError, match=r"export\.opset=25 is too new for target=tensorrt: give 24 or less"):
+    with pytest.raises(
+        QatTricksError, match=r"export\.opset=25 is too new for target=tensorrt: give 24 or less"
+    ):
         check_opset("tensorrt", 25)
 
 
-@pytest.mark.parametrize("name", [name for name, target in TARGETS.items() if target.max_weight_bits == 8])
+@pytest.mark.parametrize(
+    "name", [name for name, target in TARGETS.items() if target.max_weight_bits == 8]
+)
 def test_other_targets_change_no_bits(name):
     assert fitted(TARGETS[name]) == (8, 8, 8)
 
@@ -84,7 +104,9 @@ def test_what_cannot_be_had_is_refused_with_the_reason(monkeypatch):
     with pytest.raises(QatTricksError, match='did you mean "openvino_cpu"'):
         check_target("openvino")
     monkeypatch.setattr(runtimes, "find_spec", lambda name: None)
-    with pytest.raises(QatTricksError, match=r'"openvino" is not installed: pip install "qat_tricks\[openvino\]"'):
+    with pytest.raises(
+        QatTricksError, match=r'"openvino" is not installed: pip install "qat_tricks\[openvino\]"'
+    ):
         check_target("openvino_cpu")
 
 
@@ -92,7 +114,9 @@ def test_a_runtime_is_known_and_installed_or_refused(monkeypatch, tmp_path):
     path = qdq_layer(tmp_path / "m.onnx", np.ones((4, 3, 3, 3), np.int8))
     assert runtimes.installed_runtimes()[0] == "onnxruntime"
     assert re.fullmatch(r"\d+(\.\d+)+", runtimes.runtime_version("onnxruntime"))
-    with pytest.raises(QatTricksError, match='unknown runtime "onnxrt": did you mean "onnxruntime"'):
+    with pytest.raises(
+        QatTricksError, match='unknown runtime "onnxrt": did you mean "onnxruntime"'
+    ):
         runtimes.open_network(path, threads=1, runtime="onnxrt")
     monkeypatch.setattr(runtimes, "find_spec", lambda name: None if name == "openvino" else name)
     assert runtimes.installed_runtimes() == ["onnxruntime"]

@@ -101,7 +101,9 @@ def test_without_stated_bits_the_file_is_what_the_weights_need(tmp_path):
 
 @pytest.mark.parametrize("text", ['{"ww": 4}', '{"w": "four"}', '{"w": 0}', "[4]", "four"])
 def test_bits_that_say_nothing_true_are_refused(tmp_path, text):
-    path = qdq_layer(tmp_path / "m.onnx", np.ones((16, 8, 3, 3), np.int8), **{WEIGHT_BITS_KEY: text})
+    path = qdq_layer(
+        tmp_path / "m.onnx", np.ones((16, 8, 3, 3), np.int8), **{WEIGHT_BITS_KEY: text}
+    )
     with pytest.raises(QatTricksError, match="weight_bits"):
         weight_size(path)
 
@@ -110,7 +112,9 @@ def test_external_data_counts_and_its_absence_is_an_error(tmp_path):
     path = float_conv(tmp_path / "m.onnx", np.ones((16, 8, 3, 3)))
     inside = file_bytes(path)
     model = onnx.load(str(path))
-    onnx.save(model, str(path), save_as_external_data=True, location="m.onnx.data", size_threshold=0)
+    onnx.save(
+        model, str(path), save_as_external_data=True, location="m.onnx.data", size_threshold=0
+    )
     assert path.stat().st_size < inside <= file_bytes(path)
     (tmp_path / "m.onnx.data").unlink()
     with pytest.raises(QatTricksError, match=r"m\.onnx"):

@@ -11,7 +11,13 @@ def metrics(accuracy: float) -> Metrics:
     """Metrics of a given accuracy."""
     predictions = torch.zeros(4, dtype=torch.long)
     return Metrics(
-        accuracy=accuracy, top5=0.99, f1=accuracy, ece=0.01, nll=0.1, seconds=1.5, predictions=predictions
+        accuracy=accuracy,
+        top5=0.99,
+        f1=accuracy,
+        ece=0.01,
+        nll=0.1,
+        seconds=1.5,
+        predictions=predictions,
     )
 
 
@@ -19,7 +25,9 @@ def report(
     recipe: str = "int8_ptq", *, accuracy: float = 0.98, scale: float = 1.0, **changes: Any
 ) -> dict[str, Any]:
     """A complete report; ``scale`` multiplies what the int8 network costs."""
-    stages = [{"name": name, **metrics(a).as_dict()} for name, a in [("fp32", 0.985), ("onnx", accuracy)]]
+    stages = [
+        {"name": name, **metrics(a).as_dict()} for name, a in [("fp32", 0.985), ("onnx", accuracy)]
+    ]
     return {
         "recipe": recipe,
         "model": "resnet20",
@@ -30,7 +38,10 @@ def report(
         "size_bytes": {"fp32": 1_100_000, "int8": int(310_000 * scale)},
         "sparsity": 0.5,
         "int8_coverage": 1.0,
-        "latency_ms": {"fp32": {"p50": 1.2, "p95": 1.9}, "int8": {"p50": 0.6 * scale, "p95": 0.9 * scale}},
+        "latency_ms": {
+            "fp32": {"p50": 1.2, "p95": 1.9},
+            "int8": {"p50": 0.6 * scale, "p95": 0.9 * scale},
+        },
         "batch_size": 1,
         "threads": 2,
         "memory_mib": {"fp32": 71.0, "int8": 64.0},

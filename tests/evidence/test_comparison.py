@@ -33,7 +33,11 @@ def test_every_job_has_its_row_in_order(sweep):
     assert [row["recipe"] for row in rows] == ["int8_ptq", "int8_qat", "", "int8_prune50"]
     assert [row["error"] for row in rows] == ["", "", "the loader is empty", ""]
     assert float(rows[0]["drop_points"]) == pytest.approx(1.0)
-    assert int(rows[3]["size_bytes_int8"]) < int(rows[0]["size_bytes_int8"]) < int(rows[0]["size_bytes_fp32"])
+    assert (
+        int(rows[3]["size_bytes_int8"])
+        < int(rows[0]["size_bytes_int8"])
+        < int(rows[0]["size_bytes_fp32"])
+    )
     assert float(rows[0]["latency_p50_ms_int8"]) == 0.6
     assert rows[2]["accuracy_onnx"] == ""
 

@@ -1,4 +1,6 @@
-"""Evaluating what a run wrote: in each runtime, without Lightning, and never under another preprocessing unawares."""
+"""Evaluating what a run wrote: in each runtime, without Lightning, and never under another
+preprocessing unawares.
+"""
 
 import json
 import os
@@ -22,8 +24,20 @@ from qat_tricks.lightning import load_checkpoint
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["measure.runs=5", "measure.threads=1"]
-EVALUATE = [*QUICK, "measure.batch_sizes=[1,3]", "measure.thread_counts=[1]", "measure.point_seconds=0.01"]
-TRAIN = ["recipe=int8_ptq", "data=fake", "model=custom", "model.factory=nets.SmallNet", "baseline.epochs=2", *QUICK]
+EVALUATE = [
+    *QUICK,
+    "measure.batch_sizes=[1,3]",
+    "measure.thread_counts=[1]",
+    "measure.point_seconds=0.01",
+]
+TRAIN = [
+    "recipe=int8_ptq",
+    "data=fake",
+    "model=custom",
+    "model.factory=nets.SmallNet",
+    "baseline.epochs=2",
+    *QUICK,
+]
 
 
 def compose(name, overrides):
@@ -41,7 +55,9 @@ def run(folder, *overrides):
 
 
 def evaluate(artifact, folder, *overrides):
-    return evaluate_artifact(compose("evaluate", [f"artifact={artifact}", f"folder={folder}", *EVALUATE, *overrides]))
+    return evaluate_artifact(
+        compose("evaluate", [f"artifact={artifact}", f"folder={folder}", *EVALUATE, *overrides])
+    )
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +78,9 @@ def pixels(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """The images that the runs were tested on, as files, and the overrides that read them in the runs' own way."""
+    """The images that the runs were tested on, as files, and the overrides that read them in the
+    runs' own way.
+    """
     root = tmp_path_factory.mktemp("images")
     data = build_data("fake")
     data.setup()
@@ -72,7 +90,9 @@ def folders(tmp_path_factory):
             path = root / part / f"class{label}" / f"{index:03}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-    same = [f"data.{key}=[{value},{value},{value}]" for key, value in (("mean", 0.5), ("std", 0.25))]
+    same = [
+        f"data.{key}=[{value},{value},{value}]" for key, value in (("mean", 0.5), ("std", 0.25))
+    ]
     return ["data=imagefolder", f"data.root={root}", "data.resize=[16,16]", "data.crop=null", *same]
 
 
@@ -84,14 +104,29 @@ evaluate(sys.argv[1:])
 absent = {"pytorch_lightning", "lightning_fabric", "wandb", "onnxscript", "qat_tricks.lightning", "qat_tricks.recipes"}
 print(sorted(absent & set(sys.modules)))
 """
-    command = [sys.executable, "-c", code, f"artifact={ran / 'model.onnx'}", f"folder={tmp_path}", *EVALUATE]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        f"artifact={ran / 'model.onnx'}",
+        f"folder={tmp_path}",
+        *EVALUATE,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1] == "[]"
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["stages"][-1]["accuracy"] == json.loads((ran / "report.json").read_text())["stages"][-1]["accuracy"]
+    assert (
+        report["stages"][-1]["accuracy"]
+        == json.loads((ran / "report.json").read_text())["stages"][-1]["accuracy"]
+    )
     for file in ("fp32", "int8"):
-        assert 0 < report["latency_ms"][file]["p50"] <= report["latency_ms"][file]["p95"] <= report["latency_ms"][file]["p99"]
+        assert (
+            0
+            < report["latency_ms"][file]["p50"]
+            <= report["latency_ms"][file]["p95"]
+            <= report["latency_ms"][file]["p99"]
+        )
         assert report["load_ms"][file] > 0
     points = [(row["runtime"], row["threads"], row["batch_size"]) for row in report["throughput"]]
     assert points[:2] == [("onnxruntime", 1, 1), ("onnxruntime", 1, 3)]
@@ -109,7 +144,10 @@ def test_a_checkpoint_is_exported_with_what_it_says_of_itself(ran, tmp_path):
     assert report["runtimes"]["onnxruntime"]["parity"] == report["parity"]
     assert report["parity"]["against"] == "simulated"
     assert [stage["name"] for stage in report["stages"]] == ["fp32", "simulated", "onnx"]
-    assert load_artifact(tmp_path / "model.onnx").preprocessing == load_artifact(ran / "model.onnx").preprocessing
+    assert (
+        load_artifact(tmp_path / "model.onnx").preprocessing
+        == load_artifact(ran / "model.onnx").preprocessing
+    )
     saved = load_checkpoint(ran / "model.ckpt")["hyper_parameters"]["preprocessing"]
     assert saved == report["preprocessing"] == build_data("fake").preprocessing.described()
 
@@ -128,7 +166,8 @@ def test_another_preprocessing_is_refused_field_by_field(ran, folders, tmp_path)
 def test_an_allowed_change_is_measured_beside_the_networks_own(ran, folders, tmp_path):
     allowed = [*folders, "allow_preprocessing_change=true"]
     own = evaluate(ran / "model.onnx", tmp_path / "own")["stages"][-1]["accuracy"]
-    same = evaluate(ran / "model.onnx", tmp_path / "same", *allowed)  # resized to the size that they have
+    # resized to the size that they have
+    same = evaluate(ran / "model.onnx", tmp_path / "same", *allowed)
     assert same["stages"][-1]["accuracy"] == same["preprocessing_change"]["accuracy"] == own
     assert same["preprocessing_change"]["agreement"] == 1
     other = evaluate(ran / "model.onnx", tmp_path / "other", *allowed, "data.mean=[3,3,3]")
@@ -136,12 +175,16 @@ def test_an_allowed_change_is_measured_beside_the_networks_own(ran, folders, tmp
     assert other["preprocessing_change"]["accuracy"] < own
     assert other["preprocessing"]["mean"] == [0.5] * 3
     assert other["preprocessing_change"]["preprocessing"]["mean"] == [3.0] * 3
-    assert "mean: [0.5, 0.5, 0.5] → [3.0, 3.0, 3.0]" in (tmp_path / "other" / "report.md").read_text()
+    assert (
+        "mean: [0.5, 0.5, 0.5] → [3.0, 3.0, 3.0]" in (tmp_path / "other" / "report.md").read_text()
+    )
 
 
 def test_a_float_network_of_another_preprocessing_is_no_reference(ran, tmp_path):
     other = tmp_path / "other.onnx"
-    described = Preprocessing.from_dict({**build_data("fake").preprocessing.as_dict(), "mean": [0.4] * 3}).described()
+    described = Preprocessing.from_dict(
+        {**build_data("fake").preprocessing.as_dict(), "mean": [0.4] * 3}
+    ).described()
     _rewrite(ran / "model_fp32.onnx", other, described)
     with pytest.raises(QatTricksError, match=r"other\.onnx was made with \(mean: \[0\.4"):
         evaluate(ran / "model.onnx", tmp_path, f"float={other}")
@@ -198,7 +241,9 @@ def test_a_target_without_vnni_gets_weights_that_cannot_saturate(tmp_path):
     from onnx import numpy_helper
 
     model = onnx.load(tmp_path / "model.onnx")
-    weights = [numpy_helper.to_array(t) for t in model.graph.initializer if t.name.endswith(".weight")]
+    weights = [
+        numpy_helper.to_array(t) for t in model.graph.initializer if t.name.endswith(".weight")
+    ]
     assert len(weights) > 4
     assert max(int(np.abs(weight.astype(int)).max()) for weight in weights) == 63
     assert report["target"] == "onnxruntime_cpu_no_vnni"

@@ -14,7 +14,9 @@ from qat_tricks.evidence.ledger import Ledger, LedgerRow, check_drop
 @pytest.fixture
 def ledger():
     ledger = Ledger()
-    ledger.add(LedgerRow(name="fp32", before=None, after=metrics(0.98), seconds=10.0, size_bytes=1_100_000))
+    ledger.add(
+        LedgerRow(name="fp32", before=None, after=metrics(0.98), seconds=10.0, size_bytes=1_100_000)
+    )
     ledger.add(
         LedgerRow(
             name="prune",
@@ -42,7 +44,11 @@ def printed(ledger, width=200):
 
 def test_drops_are_from_the_float_stage_not_from_the_one_before(ledger):
     assert [row["drop_points"] for row in ledger.rows()] == pytest.approx([0, 3, -1])
-    assert [row["before"] and row["before"]["accuracy"] for row in ledger.rows()] == [None, 0.98, 0.95]
+    assert [row["before"] and row["before"]["accuracy"] for row in ledger.rows()] == [
+        None,
+        0.98,
+        0.95,
+    ]
 
 
 def test_what_is_written_reads_back(ledger, tmp_path):
@@ -57,17 +63,28 @@ def test_the_table_has_a_row_a_stage_and_no_invented_figures(ledger):
     assert list(lines) == ["fp32", "prune", "tune"]
     assert "98.00%" in lines["fp32"]
     assert all(
-        part in lines["prune"] for part in ("95.00%", " 3.00", "310.0 kB", "0.610 ms", "50.00%", "20.0 s")
+        part in lines["prune"]
+        for part in ("95.00%", " 3.00", "310.0 kB", "0.610 ms", "50.00%", "20.0 s")
     )
     assert lines["tune"].split().count("-") == 3
 
 
 def test_the_widest_row_fits_a_terminal():
     ledger = Ledger()
-    costs = {"size_bytes": 553_430_000, "latency_ms": {"p50": 123.45, "p95": 150.0}, "sparsity": 0.5}
+    costs = {
+        "size_bytes": 553_430_000,
+        "latency_ms": {"p50": 123.45, "p95": 150.0},
+        "sparsity": 0.5,
+    }
     ledger.add(LedgerRow(name="fp32", before=None, after=metrics(1.0), seconds=1809.7, **costs))
-    ledger.add(LedgerRow(name="reconstruct8", before=metrics(1.0), after=metrics(0.0), seconds=12345.6, **costs))
-    ledger.add(LedgerRow(name="prune_qat", before=metrics(0.0), after=metrics(1.0), seconds=99.94, **costs))
+    ledger.add(
+        LedgerRow(
+            name="reconstruct8", before=metrics(1.0), after=metrics(0.0), seconds=12345.6, **costs
+        )
+    )
+    ledger.add(
+        LedgerRow(name="prune_qat", before=metrics(0.0), after=metrics(1.0), seconds=99.94, **costs)
+    )
     lines = printed(ledger, width=80)
     assert list(lines) == ["fp32", "reconstruct8", "prune_qat"]
     cells = " ".join(lines["reconstruct8"].split())

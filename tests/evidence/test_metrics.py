@@ -22,7 +22,9 @@ def _loader(answers: list[int], labels: list[int], batch: int = 3) -> list[tuple
 
 def test_figures_of_a_known_confusion():
     """Class 0: 3 images, 2 right. Class 1: 1 image, right, and one false alarm."""
-    measured = evaluate_classifier(_oracle(3, 0.0 + math.log(8)), _loader([0, 0, 1, 1], [0, 0, 0, 1]), 3)
+    measured = evaluate_classifier(
+        _oracle(3, 0.0 + math.log(8)), _loader([0, 0, 1, 1], [0, 0, 0, 1]), 3
+    )
     assert measured.accuracy == pytest.approx(3 / 4)
     assert measured.f1 == pytest.approx((4 / 5 + 2 / 3) / 2)
     assert measured.ece == pytest.approx(abs(8 / 10 - 3 / 4), abs=1e-6)
@@ -33,9 +35,14 @@ def test_figures_of_a_known_confusion():
 
 def test_batches_do_not_change_the_figures():
     generator = torch.Generator().manual_seed(0)
-    logits, labels = torch.randn(50, 7, generator=generator), torch.randint(7, (50,), generator=generator)
+    logits, labels = (
+        torch.randn(50, 7, generator=generator),
+        torch.randint(7, (50,), generator=generator),
+    )
     once, often = (
-        evaluate_classifier(lambda x: x, list(zip(logits.split(n), labels.split(n), strict=True)), 7)
+        evaluate_classifier(
+            lambda x: x, list(zip(logits.split(n), labels.split(n), strict=True)), 7
+        )
         for n in (50, 3)
     )
     for key, value in once.as_dict().items():

@@ -50,7 +50,11 @@ def test_every_figure_reaches_the_reader(tmp_path):
 
 
 def test_what_was_not_measured_is_never_zero(tmp_path):
-    unknown = dict.fromkeys(REQUIRED_KEYS) | {"recipe": "int8_ptq", "model": "resnet20", "data": "digits"}
+    unknown = dict.fromkeys(REQUIRED_KEYS) | {
+        "recipe": "int8_ptq",
+        "model": "resnet20",
+        "data": "digits",
+    }
     keys = ("accuracy", "top5", "f1", "ece", "nll", "seconds")
     unknown["stages"] = [{"name": "onnx", **dict.fromkeys(keys)}]
     write_report(tmp_path, unknown)
@@ -61,12 +65,18 @@ def test_what_was_not_measured_is_never_zero(tmp_path):
     assert not any(
         character.isdigit()
         for line in tables
-        for character in line.replace("top-5", "").replace("top-1", "").replace("p50", "").replace("p95", "").replace("p99", "")
+        for character in line.replace("top-5", "")
+        .replace("top-1", "")
+        .replace("p50", "")
+        .replace("p95", "")
+        .replace("p99", "")
     )
 
 
 def test_figures_that_are_not_finite_stay_json(tmp_path):
-    write_report(tmp_path, report(parity={"top1_agreement": 1.0, "max_abs_error": 0.0, "sqnr_db": math.inf}))
+    write_report(
+        tmp_path, report(parity={"top1_agreement": 1.0, "max_abs_error": 0.0, "sqnr_db": math.inf})
+    )
     assert json.loads((tmp_path / "report.json").read_text())["parity"]["sqnr_db"] is None
 
 

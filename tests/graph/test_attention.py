@@ -50,7 +50,6 @@ def test_dropout_of_attention_follows_the_mode():
     assert not torch.equal(traced.train()(tokens()), traced(tokens()))
 
 
-
 def test_attention_whose_weights_are_read_stays_whole():
     net = Encoder(need_weights=True).eval()
     traced = trace(net)
@@ -86,18 +85,25 @@ def test_attention_in_windows_stays_the_function_it_was(kind, shift, size):
     net = Windows(kind, list(shift)).eval()
     traced = trace(net)
     expected = net(fields(*size)).detach()
-    torch.testing.assert_close(traced(fields(*size)), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(
+        traced(fields(*size)), expected, rtol=0, atol=1e-5 * float(expected.abs().max())
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bias", [True, False])
 def test_projections_in_windows_are_layers_under_their_own_names(kind, bias):
     net = Windows(kind, [2, 1], qkv_bias=bias, proj_bias=bias).eval()
-    keys = net.state_dict().keys() - {"attention.relative_coords_table", "attention.relative_position_index"}
+    keys = net.state_dict().keys() - {
+        "attention.relative_coords_table",
+        "attention.relative_position_index",
+    }
     traced = quantize(trace(net))
-    # Not what makes V2's position bias, which depends on no image; nor are the scores that it is added to.
+    # Not what makes V2's position bias, which depends on no image; nor are the scores that it is
+    # added to.
     assert set(spec_of(traced)["layers"]) == {"attention.qkv", "attention.proj", "fc"}
-    assert len(spec_of(traced)["activations"]) == 5  # the input, query with key and value, what is mixed, projected and added
+    # the input, query with key and value, what is mixed, projected and added
+    assert len(spec_of(traced)["activations"]) == 5
     calibrate(traced, [fields(8, 9)]).eval()
     assert traced.get_submodule("attention.qkv").weight is net.attention.qkv.weight
     assert keys <= traced.state_dict().keys()
@@ -116,6 +122,13 @@ def test_dropout_in_windows_follows_the_mode(setting):
 def test_attention_in_windows_can_be_kept_whole():
     net = Windows(ShiftedWindowAttention, [2, 1]).eval()
     traced = trace(net, whole=["attention"])
-    assert [name for name, module in traced.named_modules() if is_layer(module)] == ["attention.qkv", "attention.proj", "fc"]
-    assert [str(node.target) for node in traced.graph.nodes if node.op == "call_module"] == ["attention", "fc"]
+    assert [name for name, module in traced.named_modules() if is_layer(module)] == [
+        "attention.qkv",
+        "attention.proj",
+        "fc",
+    ]
+    assert [str(node.target) for node in traced.graph.nodes if node.op == "call_module"] == [
+        "attention",
+        "fc",
+    ]
     assert torch.equal(traced(fields(8, 9)), net(fields(8, 9)))

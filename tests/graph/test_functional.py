@@ -28,7 +28,10 @@ class Net(nn.Module):
         super().__init__()
         self.same = SamePadded(1, 4, 3, stride=2)
         self.twice = Standardized(4, 4, 3)
-        self.kernel, self.matrix = nn.Parameter(torch.randn(4, 2, 1, 1)), nn.Parameter(torch.randn(5, 4))
+        self.kernel, self.matrix = (
+            nn.Parameter(torch.randn(4, 2, 1, 1)),
+            nn.Parameter(torch.randn(5, 4)),
+        )
 
     def forward(self, x):
         x = self.twice(F.relu(self.twice(self.same(x))))
@@ -93,7 +96,16 @@ class NormAct(nn.BatchNorm2d):
 
     def forward(self, x):
         torch._assert(x.ndim == 4, f"expected 4D input (got {x.ndim}D input)")
-        x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps)
+        x = F.batch_norm(
+            x,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.training,
+            self.momentum,
+            self.eps,
+        )
         return self.act(x)
 
 
@@ -116,7 +128,8 @@ def test_a_batchnorm_written_out_is_folded_and_follows_the_mode():
     before = traced.get_submodule("bn").running_mean.clone()
     traced.train()(images(seed=3) + 1)
     assert not torch.equal(traced.get_submodule("bn").running_mean, before)
-    assert traced.get_submodule("bn").num_batches_tracked == 1  # the user's own forward does not count
+    # the user's own forward does not count
+    assert traced.get_submodule("bn").num_batches_tracked == 1
     expected = traced.eval()(images())
     assert fold_batchnorm(traced) == [("conv", "bn")]
     torch.testing.assert_close(traced(images()), expected)

@@ -5,7 +5,14 @@ from nets import images, small_net
 from torch import nn
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph import activation_quantizers, float_mode, layers, place_quantizers, spec_of, trace
+from qat_tricks.graph import (
+    activation_quantizers,
+    float_mode,
+    layers,
+    place_quantizers,
+    spec_of,
+    trace,
+)
 
 
 def _placed(net=None, **settings):
@@ -20,7 +27,9 @@ def test_float_mode_is_the_float_function():
 
 def test_points_are_where_integer_kernels_have_them():
     activations = spec_of(_placed())["activations"]
-    points = {node: entry["activation"] for entry in activations.values() for node in entry["nodes"]}
+    points = {
+        node: entry["activation"] for entry in activations.values() for node in entry["nodes"]
+    }
     assert points == {
         "x": None,  # the image
         "stem_2": "relu",
@@ -50,7 +59,10 @@ class MixedConcat(nn.Module):
 
 def test_a_concat_of_relus_and_others_has_a_grid_of_its_own():
     traced = _placed(MixedConcat())
-    found = {name: (entry["activation"], entry["nodes"]) for name, entry in spec_of(traced)["activations"].items()}
+    found = {
+        name: (entry["activation"], entry["nodes"])
+        for name, entry in spec_of(traced)["activations"].items()
+    }
     assert found == {
         "x": (None, ["x"]),
         "relu": ("relu", ["relu"]),  # stands in for the ReLU, as the conv's kernel needs it
@@ -92,12 +104,23 @@ def test_first_and_last_layer_stay_at_eight_bits():
 
 
 def test_include_exclude_and_overrides():
-    traced = _placed(include=["block.*", "left", "right"], exclude=["block.conv2"], overrides={"le*": {"weight_bits": 3}})
-    bits = {name: layer.weight_quantizer.scheme.bits for name, layer in layers(traced).items() if layer.weight_quantizer}
+    traced = _placed(
+        include=["block.*", "left", "right"],
+        exclude=["block.conv2"],
+        overrides={"le*": {"weight_bits": 3}},
+    )
+    bits = {
+        name: layer.weight_quantizer.scheme.bits
+        for name, layer in layers(traced).items()
+        if layer.weight_quantizer
+    }
     assert bits == {"block.conv1": 8, "left": 3, "right": 8}
 
 
-@pytest.mark.parametrize("settings", [{"include": ["stm*"]}, {"exclude": ["stm*"]}, {"overrides": {"stm*": {"weight_bits": 4}}}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"include": ["stm*"]}, {"exclude": ["stm*"]}, {"overrides": {"stm*": {"weight_bits": 4}}}],
+)
 def test_a_pattern_that_matches_nothing_is_an_error(settings):
     with pytest.raises(QatTricksError, match=r'"stm\*" matches no'):
         _placed(**settings)
@@ -113,15 +136,22 @@ def test_nothing_left_is_an_error():
         _placed(exclude=["*"])
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "squeezenet1_1", "googlenet", "densenet121", "shufflenet_v2_x1_0"])
+@pytest.mark.parametrize(
+    "name",
+    ["resnet18", "mobilenet_v2", "squeezenet1_1", "googlenet", "densenet121", "shufflenet_v2_x1_0"],
+)
 def test_every_layer_of_common_networks_has_a_quantized_input(name):
-    net = getattr(torchvision.models, name)(num_classes=10, **({"init_weights": False} if name == "googlenet" else {})).eval()
+    net = getattr(torchvision.models, name)(
+        num_classes=10, **({"init_weights": False} if name == "googlenet" else {})
+    ).eval()
     traced = _placed(net)
     assert all(layer.input_quantizer for layer in layers(traced).values())
     x = torch.randn(1, 3, 64, 64)
     with float_mode(traced), torch.no_grad():
         expected = net(x)
-        torch.testing.assert_close(traced(x), expected if torch.is_tensor(expected) else expected[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            traced(x), expected if torch.is_tensor(expected) else expected[0], rtol=1e-4, atol=1e-5
+        )
     assert len(activation_quantizers(traced)) == len(spec_of(traced)["activations"])
 
 

@@ -22,12 +22,18 @@ class Function(nn.Module):
         self.head = nn.Conv2d(4 * branches, 3, 1)
 
     def forward(self, x):
-        x = torch.cat([stem(x) for stem in self.stems], 1) if len(self.stems) > 1 else self.stems[0](x)
+        x = (
+            torch.cat([stem(x) for stem in self.stems], 1)
+            if len(self.stems) > 1
+            else self.stems[0](x)
+        )
         return self.head(self.function(x)).mean((2, 3))
 
 
 def into_the_middle(network, function):
-    """Puts one value that ``function`` can have between two steps; returns its quantizer's name, that, and all these values."""
+    """Puts one value that ``function`` can have between two steps; returns its quantizer's name,
+    that, and all these values.
+    """
     quantizers = [*activation_quantizers(network).items()]
     before = [quantizer for name, quantizer in quantizers if "stems" in name]
     name, quantizer = quantizers[1 + len(before)]
@@ -43,7 +49,9 @@ def distance(values, scale):
     return float(((steps - steps.floor() - 0.5).abs() / (MARGIN * (steps.abs() + 1))).min())
 
 
-@pytest.mark.parametrize("function", [nn.SiLU(), nn.Hardswish(), F.gelu, torch.sigmoid, lambda x: F.relu6(x + 3) / 6])
+@pytest.mark.parametrize(
+    "function", [nn.SiLU(), nn.Hardswish(), F.gelu, torch.sigmoid, lambda x: F.relu6(x + 3) / 6]
+)
 @pytest.mark.parametrize("branches", [1, 2])
 def test_no_value_of_a_function_stays_between_two_steps(function, branches):
     torch.manual_seed(0)

@@ -14,7 +14,11 @@ from qat_tricks.tricks import learn_scales, prune
 
 @pytest.mark.parametrize(
     ("overrides", "pruned"),
-    [((), False), (("stages.ptq.tricks.quantize.weight_bits=3",), True), (("stages.ptq.tricks.equalize.uncap=true",), True)],
+    [
+        ((), False),
+        (("stages.ptq.tricks.quantize.weight_bits=3",), True),
+        (("stages.ptq.tricks.equalize.uncap=true",), True),
+    ],
     ids=["int8", "w3-pruned", "uncapped-pruned"],
 )
 def test_rebuilt_network_loads_strictly_and_computes_the_same(overrides, pruned):

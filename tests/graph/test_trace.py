@@ -28,7 +28,9 @@ class Branching(nn.Module):
 
 
 def test_line_of_the_users_code_is_named():
-    with pytest.raises(QatTricksError, match=r'test_trace.py:\d+ "if x.sum\(\) > 0:  # the culprit"'):
+    with pytest.raises(
+        QatTricksError, match=r'test_trace.py:\d+ "if x.sum\(\) > 0:  # the culprit"'
+    ):
         trace(Branching())
 
 

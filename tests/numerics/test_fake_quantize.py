@@ -18,7 +18,9 @@ def test_per_channel_affine_equals_core_pytorch():
     x = torch.randn(6, 4)
     scheme = Scheme(bits=4, per_channel=True)
     scale, zero_point = torch.rand(6, 1) * 0.2 + 0.05, torch.arange(6)[:, None]
-    expected = torch.fake_quantize_per_channel_affine(x, scale.flatten(), zero_point.flatten().int(), 0, 0, 15)
+    expected = torch.fake_quantize_per_channel_affine(
+        x, scale.flatten(), zero_point.flatten().int(), 0, 0, 15
+    )
     torch.testing.assert_close(fake_quantize(x, scale, zero_point, scheme), expected)
 
 
@@ -32,7 +34,12 @@ def _lsq_reference(x, scale, low, high):
 
 @pytest.mark.parametrize(
     ("scheme", "zero_point", "shape"),
-    [(Scheme(bits=4), 0, []), (Scheme(bits=4), 5, []), (Scheme(bits=8), 100, []), (weight_scheme(4), 0, [6, 1, 1])],
+    [
+        (Scheme(bits=4), 0, []),
+        (Scheme(bits=4), 5, []),
+        (Scheme(bits=8), 100, []),
+        (weight_scheme(4), 0, [6, 1, 1]),
+    ],
     ids=["relu-u4", "affine-u4", "affine-u8", "weight-s4"],
 )
 def test_gradients_are_lsqs(scheme, zero_point, shape):
@@ -42,7 +49,9 @@ def test_gradients_are_lsqs(scheme, zero_point, shape):
     theirs = [x.clone().requires_grad_(), scale.clone().requires_grad_()]
     weights = torch.randn_like(x)
     (fake_quantize(*ours, zero_point, scheme) * weights).sum().backward()
-    (_lsq_reference(*theirs, scheme.qmin - zero_point, scheme.qmax - zero_point) * weights).sum().backward()
+    (
+        _lsq_reference(*theirs, scheme.qmin - zero_point, scheme.qmax - zero_point) * weights
+    ).sum().backward()
     for mine, reference in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine.grad, reference.grad, rtol=1e-3, atol=1e-4)
 

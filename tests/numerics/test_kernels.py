@@ -17,11 +17,17 @@ def _grid(low, high, scheme=None):
 
 
 def _integers(values, grid):
-    return (torch.round(values / grid.scale) + grid.zero_point).to(torch.int8 if grid.scheme.signed else torch.uint8)
+    return (torch.round(values / grid.scale) + grid.zero_point).to(
+        torch.int8 if grid.scheme.signed else torch.uint8
+    )
 
 
 def _run(op, domain, inputs, feed):
-    initializers = [helper.make_tensor(name, *value) for name, value in inputs.items() if isinstance(value, tuple)]
+    initializers = [
+        helper.make_tensor(name, *value)
+        for name, value in inputs.items()
+        if isinstance(value, tuple)
+    ]
     kind = helper.np_dtype_to_tensor_dtype(next(iter(feed.values())).dtype)
     values = [helper.make_tensor_value_info(name, kind, feed[name].shape) for name in feed]
     node = helper.make_node(op, list(inputs), ["out"], domain=domain)
@@ -41,13 +47,18 @@ def _scalar(quantizer):
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize(
-    ("op", "kernel", "function"), [("QLinearAdd", kernels.add, torch.add), ("QLinearMul", kernels.multiply, torch.mul)]
+    ("op", "kernel", "function"),
+    [("QLinearAdd", kernels.add, torch.add), ("QLinearMul", kernels.multiply, torch.mul)],
 )
-@pytest.mark.parametrize("scheme", [Scheme(**signs) for signs in ACTIVATIONS.values()], ids=ACTIVATIONS)
+@pytest.mark.parametrize(
+    "scheme", [Scheme(**signs) for signs in ACTIVATIONS.values()], ids=ACTIVATIONS
+)
 def test_adds_and_products_differ_nowhere(op, kernel, function, seed, scheme):
     ends = np.random.default_rng(seed).uniform(1, 60, (3, 2))
     x_grid, y_grid, out_grid = (_grid(-low, high, scheme) for low, high in ends.tolist())
-    every = torch.arange(scheme.qmin, scheme.qmax + 1).to(torch.int8 if scheme.signed else torch.uint8)
+    every = torch.arange(scheme.qmin, scheme.qmax + 1).to(
+        torch.int8 if scheme.signed else torch.uint8
+    )
     qx, qy = (q.flatten().contiguous() for q in torch.meshgrid(every, every, indexing="ij"))
     x, y = ((q.float() - grid.zero_point) * grid.scale for q, grid in ((qx, x_grid), (qy, y_grid)))
     with torch.no_grad():
@@ -56,20 +67,31 @@ def test_adds_and_products_differ_nowhere(op, kernel, function, seed, scheme):
     inputs = {"x": None, "sx": sx, "zx": zx, "y": None, "sy": sy, "zy": zy, "so": so, "zo": zo}
     run = _run(op, "com.microsoft", inputs, {"x": qx.numpy(), "y": qy.numpy()})
     naive = _integers(out_grid(function(x, y)).detach(), out_grid)
-    # Kernels of other processors fuse other products: there, at most as many differ as without all this.
+    # Kernels of other processors fuse other products: there, at most as many differ as without all
+    # this.
     differing = int((torch.from_numpy(run) != simulated).sum())
     assert differing == 0 or differing <= int((torch.from_numpy(run) != naive).sum())
 
 
 @pytest.mark.parametrize("side", [1, 2, 7, 14])
 @pytest.mark.parametrize("keepdim", [False, True])
-@pytest.mark.parametrize("scheme", [Scheme(**signs) for signs in ACTIVATIONS.values()], ids=ACTIVATIONS)
+@pytest.mark.parametrize(
+    "scheme", [Scheme(**signs) for signs in ACTIVATIONS.values()], ids=ACTIVATIONS
+)
 def test_means_differ_nowhere(side, keepdim, scheme):
     random = np.random.default_rng(side)
-    for same in (False, True):  # on one grid, averages lie in the middle between two steps most often
-        x_grid, out_grid = (_grid(*ends, scheme) for ends in random.uniform((-60, 1), (-1, 60), (2, 2)).tolist())
+    # on one grid, averages lie in the middle between two steps most often
+    for same in (False, True):
+        x_grid, out_grid = (
+            _grid(*ends, scheme) for ends in random.uniform((-60, 1), (-1, 60), (2, 2)).tolist()
+        )
         out_grid = x_grid if same else out_grid
-        integers = random.integers(scheme.qmin, scheme.qmax + 1, (8, 128, side, side), np.int8 if scheme.signed else np.uint8)
+        integers = random.integers(
+            scheme.qmin,
+            scheme.qmax + 1,
+            (8, 128, side, side),
+            np.int8 if scheme.signed else np.uint8,
+        )
         x = (torch.from_numpy(integers).float() - x_grid.zero_point) * x_grid.scale.detach()
         with torch.no_grad():
             simulated = _integers(kernels.mean(x, x_grid, out_grid, keepdim=keepdim), out_grid)

@@ -47,11 +47,15 @@ def test_gradients_behind_a_relu_are_those_of_relu_then_fake_quant():
         x = torch.linspace(-5, 5, 1999).requires_grad_()
         quantizer = _symmetric(activation, 0.0, 3.0)
         quantizer.scale.requires_grad_()
-        (quantizer(x if activation else torch.relu(x)) * torch.linspace(1, 2, 1999)).sum().backward()
+        (
+            quantizer(x if activation else torch.relu(x)) * torch.linspace(1, 2, 1999)
+        ).sum().backward()
         gradients.append((x.grad, quantizer.scale.grad))
     assert torch.equal(gradients[0][0], gradients[1][0])
     # LSQ's factor knows how far a grid reaches: 128 steps below, 127 above.
-    assert float(gradients[0][1]) == pytest.approx(float(gradients[1][1]) * (128 / 127) ** 0.5, rel=1e-4)
+    assert float(gradients[0][1]) == pytest.approx(
+        float(gradients[1][1]) * (128 / 127) ** 0.5, rel=1e-4
+    )
 
 
 def test_the_cap_of_relu6_is_the_end_of_a_symmetric_grid():

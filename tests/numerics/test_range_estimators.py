@@ -16,7 +16,11 @@ def _range(name, *batches, scheme=Scheme()):  # noqa: B008
 
 def _error(x, bounds, scheme):
     scale, zero_point = scheme.qparams(*bounds)
-    return (torch.fake_quantize_per_tensor_affine(x, scale, zero_point, scheme.qmin, scheme.qmax) - x).square().mean()
+    return (
+        (torch.fake_quantize_per_tensor_affine(x, scale, zero_point, scheme.qmin, scheme.qmax) - x)
+        .square()
+        .mean()
+    )
 
 
 def test_minmax_is_the_extremes_of_all_batches():
@@ -50,7 +54,10 @@ def test_merged_estimators_answer_as_one_that_saw_it_all(name):
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_mse_is_no_worse_than_minmax_and_others(bits):
     scheme = Scheme(bits=bits)
-    errors = {name: _error(HEAVY_TAILED, _range(name, HEAVY_TAILED, scheme=scheme), scheme) for name in ESTIMATORS}
+    errors = {
+        name: _error(HEAVY_TAILED, _range(name, HEAVY_TAILED, scheme=scheme), scheme)
+        for name in ESTIMATORS
+    }
     assert errors["mse"] <= 1.02 * min(errors.values()), errors
     assert errors["mse"] < errors["minmax"] * (0.8 if bits < 8 else 1)
 

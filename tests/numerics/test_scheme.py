@@ -24,7 +24,10 @@ def test_narrow_range_needs_a_symmetric_signed_grid():
         Scheme(narrow_range=True)
 
 
-@pytest.mark.parametrize("scheme", [Scheme(bits=b, symmetric=s, signed=g) for b in (2, 4, 8) for s in (0, 1) for g in (0, 1)])
+@pytest.mark.parametrize(
+    "scheme",
+    [Scheme(bits=b, symmetric=s, signed=g) for b in (2, 4, 8) for s in (0, 1) for g in (0, 1)],
+)
 @pytest.mark.parametrize(("low", "high"), [(-1.0, 3.0), (0.5, 2.0), (-3.0, -1.0), (0.0, 0.0)])
 def test_range_is_covered_and_zero_is_exact(scheme, low, high):
     scale, zero_point = scheme.qparams(low, high)

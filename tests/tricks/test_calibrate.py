@@ -43,7 +43,9 @@ def test_errors():
 
 
 class Stream(nn.Module):
-    """Two residual branches on a stream without activation functions; each writes the image into a channel of its own."""
+    """Two residual branches on a stream without activation functions; each writes the image into a
+    channel of its own.
+    """
 
     def __init__(self, gain=1.0):
         super().__init__()
@@ -69,7 +71,12 @@ def test_tensors_that_are_added_share_a_range_where_that_rounds_less():
     assert set(spec) == {"x", "stem", "relu", "relu_1", "mean"}
     apart = calibrate(quantize(trace(Stream(gain=50.0))), [images()])
     assert spec_of(apart)["activations"]["stem"]["nodes"] == ["stem"]
-    assert "add" in spec_of(calibrate(quantize(trace(Stream())), [images()], share_residuals=False))["activations"]
+    assert (
+        "add"
+        in spec_of(calibrate(quantize(trace(Stream())), [images()], share_residuals=False))[
+            "activations"
+        ]
+    )
 
 
 def test_an_add_on_one_grid_rounds_nothing_and_the_spec_rebuilds_it():

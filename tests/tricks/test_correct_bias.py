@@ -23,10 +23,14 @@ def _means(network, x):
     seen: dict[str, torch.Tensor] = {}
     hooks = [
         module.register_forward_hook(
-            lambda m, i, o, name=name: seen.update({name: o.detach().transpose(1, -1).flatten(0, -2).mean(0)})
+            lambda m, i, o, name=name: seen.update(
+                {name: o.detach().transpose(1, -1).flatten(0, -2).mean(0)}
+            )
         )
         for name, module in network.named_modules()
-        if hasattr(module, "weight") and module.weight is not None and not list(module.children())[1:]
+        if hasattr(module, "weight")
+        and module.weight is not None
+        and not list(module.children())[1:]
     ]
     network.eval()(x)
     for hook in hooks:
@@ -40,7 +44,11 @@ def test_channel_means_match_float_on_the_images_seen():
     expected = _means(reference, x)
 
     def error():
-        return sum(float((mean - expected[name]).abs().mean()) for name, mean in _means(traced, x).items() if name in expected)
+        return sum(
+            float((mean - expected[name]).abs().mean())
+            for name, mean in _means(traced, x).items()
+            if name in expected
+        )
 
     before = error()
     correct_bias(traced, reference, list(x.split(16)))
@@ -59,7 +67,9 @@ def test_only_biases_change():
     traced, reference = _coarse()
     before = {key: value.clone() for key, value in traced.state_dict().items()}
     correct_bias(traced, reference, [images()])
-    changed = {key for key, value in traced.state_dict().items() if not torch.equal(value, before[key])}
+    changed = {
+        key for key, value in traced.state_dict().items() if not torch.equal(value, before[key])
+    }
     assert changed
     assert all(key.endswith(".bias") for key in changed)
 

@@ -14,8 +14,14 @@ def test_mean_and_spread_come_nearer(bits):
     floats = {name: layer.weight.detach().clone() for name, layer in layers(traced).items()}
 
     def errors(statistic):
-        pairs = [(layer.effective_weight().detach(), floats[name]) for name, layer in layers(traced).items()]
-        return sum(float((statistic(one.flatten(1)) - statistic(other.flatten(1))).abs().sum()) for one, other in pairs)
+        pairs = [
+            (layer.effective_weight().detach(), floats[name])
+            for name, layer in layers(traced).items()
+        ]
+        return sum(
+            float((statistic(one.flatten(1)) - statistic(other.flatten(1))).abs().sum())
+            for one, other in pairs
+        )
 
     means, spreads = errors(lambda w: w.mean(1)), errors(lambda w: w.std(1))
     correct_weights(traced)
@@ -39,7 +45,11 @@ def test_a_constant_input_gives_nearly_the_float_output():
     expected = torch.nn.functional.conv2d(x, layer.weight).detach()
 
     def error():
-        return float((torch.nn.functional.conv2d(x, layer.effective_weight()).detach() - expected).abs().max())
+        return float(
+            (torch.nn.functional.conv2d(x, layer.effective_weight()).detach() - expected)
+            .abs()
+            .max()
+        )
 
     before = error()
     correct_weights(traced)
@@ -50,7 +60,10 @@ def test_pruned_weights_stay_zero():
     traced = quantize(trace(small_net()), weight_bits=4)
     prune(traced, 0.5)
     correct_weights(traced)
-    assert all((layer.effective_weight()[layer.weight_mask == 0] == 0).all() for layer in layers(traced).values())
+    assert all(
+        (layer.effective_weight()[layer.weight_mask == 0] == 0).all()
+        for layer in layers(traced).values()
+    )
 
 
 def test_without_quantized_weights_it_says_so():

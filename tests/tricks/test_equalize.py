@@ -10,7 +10,9 @@ from qat_tricks.tricks.equalize import find_pairs
 
 
 class Chain(nn.Sequential):
-    """Pointwise, depthwise, grouped and linear layers with channels of very different ranges between them."""
+    """Pointwise, depthwise, grouped and linear layers with channels of very different ranges
+    between them.
+    """
 
     def __init__(self):
         torch.manual_seed(0)
@@ -32,7 +34,11 @@ def _ranges(first, second):
 def test_function_stays():
     traced = trace(Chain().eval())
     pairs = equalize(traced)
-    assert [(p.first, p.second, p.flat) for p in pairs] == [("0", "2", 1), ("2", "5", 1), ("5", "8", 9)]
+    assert [(p.first, p.second, p.flat) for p in pairs] == [
+        ("0", "2", 1),
+        ("2", "5", 1),
+        ("5", "8", 9),
+    ]
     torch.testing.assert_close(traced(images()), Chain()(images()), rtol=1e-4, atol=1e-4)
 
 
@@ -94,22 +100,30 @@ def test_a_channel_that_few_images_excite_is_given_room():
     net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU6(), nn.Conv2d(2, 2, 3, groups=2))
     with torch.no_grad():
         net[0].weight.fill_(0.1)
-        net[0].bias.copy_(torch.tensor([0.0, -0.1]))  # the second channel sees little more than outliers
+        # the second channel sees little more than outliers
+        net[0].bias.copy_(torch.tensor([0.0, -0.1]))
     few, many = images(64), images(512, seed=7)
     expected = net(many)
     equalize(trace(net), [few])
     torch.testing.assert_close(net(many), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("last", [nn.Linear(8, 5), nn.Sequential(nn.Flatten(), nn.Linear(64, 5))], ids=["tokens", "flattened"])
+@pytest.mark.parametrize(
+    "last",
+    [nn.Linear(8, 5), nn.Sequential(nn.Flatten(), nn.Linear(64, 5))],
+    ids=["tokens", "flattened"],
+)
 def test_channels_of_linears_on_tokens_are_the_last_dimension(last):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), last).eval()
-    tokens = torch.randn(16, 8, 6)  # as many tokens as channels: to mistake one for the other would go unseen
+    # as many tokens as channels: to mistake one for the other would go unseen
+    tokens = torch.randn(16, 8, 6)
     expected, before = net(tokens).detach(), torch.relu(net[0](tokens)).amax((0, 1)).detach()
     pairs = equalize(trace(net), [tokens])
     torch.testing.assert_close(net(tokens), expected, rtol=1e-4, atol=1e-5)
-    assert [(pair.first, pair.second) for pair in pairs] == ([("0", "2")] if isinstance(last, nn.Linear) else [])
+    assert [(pair.first, pair.second) for pair in pairs] == (
+        [("0", "2")] if isinstance(last, nn.Linear) else []
+    )
     if pairs:
         after = torch.relu(net[0](tokens)).amax((0, 1)).detach()
         by_input = net[2].weight.abs() / net[2].weight.abs().amax(1, keepdim=True)

@@ -43,7 +43,9 @@ def test_masks_survive():
     expected = traced(images())
     fold_batchnorm(traced)
     torch.testing.assert_close(traced(images()), expected, rtol=1e-4, atol=1e-5)
-    assert all((layer.masked_weight() == 0).float().mean() >= 0.5 for layer in layers(traced).values())
+    assert all(
+        (layer.masked_weight() == 0).float().mean() >= 0.5 for layer in layers(traced).values()
+    )
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -77,7 +79,11 @@ class Rows(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.linear, self.bn, self.head = nn.Linear(8, 6, bias=False), nn.BatchNorm1d(6), nn.Linear(6, 4)
+        self.linear, self.bn, self.head = (
+            nn.Linear(8, 6, bias=False),
+            nn.BatchNorm1d(6),
+            nn.Linear(6, 4),
+        )
 
     def forward(self, x):
         x = self.linear(x.flatten(1, 2))
@@ -85,7 +91,9 @@ class Rows(nn.Module):
 
 
 def with_statistics(net):
-    """The network in evaluation mode, its BatchNorms with statistics and gains that are not trivial."""
+    """The network in evaluation mode, its BatchNorms with statistics and gains that are not
+    trivial.
+    """
     torch.manual_seed(0)
     for batch in range(20):
         net(images(seed=batch))
@@ -109,7 +117,9 @@ def test_a_batchnorm_behind_what_moves_channels_together_is_folded(network, pair
     spec = spec_of(quantize(net, [images()]))
     again = rebuild(network(), spec)
     assert not hasattr(again, "bn")
-    assert {name for name, _ in again.named_parameters() if name.endswith("bias")} >= {f"{layer}.bias" for layer, _ in pairs}
+    assert {name for name, _ in again.named_parameters() if name.endswith("bias")} >= {
+        f"{layer}.bias" for layer, _ in pairs
+    }
 
 
 class PreActivation(nn.Module):
@@ -117,7 +127,11 @@ class PreActivation(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem, self.bn, self.conv = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1)
+        self.stem, self.bn, self.conv = (
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.BatchNorm2d(4),
+            nn.Conv2d(4, 4, 3, padding=1),
+        )
         self.alone, self.first = nn.BatchNorm2d(4, affine=False), nn.BatchNorm2d(1)
         self.head = nn.Linear(4, 4)
 
@@ -136,14 +150,16 @@ def test_a_batchnorm_on_integers_becomes_a_depthwise_conv():
     torch.testing.assert_close(traced(images()), expected, rtol=1e-4, atol=1e-5)
     assert isinstance(traced.first, nn.BatchNorm2d)
     prune(traced, 0.5)
-    assert layers(traced).keys() == {"stem", "conv", "head"}  # which carry masks; a weight less would be a channel less
+    # which carry masks; a weight less would be a channel less
+    assert layers(traced).keys() == {"stem", "conv", "head"}
 
     quantized = quantize(net, [images()])
     for name in ("bn", "alone"):
         layer = layers(quantized)[name]
         assert layer.input_quantizer
         weight = layer.weight.flatten()
-        torch.testing.assert_close(layer.effective_weight().flatten(), weight, rtol=1e-6, atol=0)  # one weight a channel fits
+        # one weight a channel fits
+        torch.testing.assert_close(layer.effective_weight().flatten(), weight, rtol=1e-6, atol=0)
     again = rebuild(PreActivation(), spec_of(quantized))
     again.load_state_dict(quantized.state_dict(), strict=True)
     assert torch.equal(again.eval()(images()), quantized(images()))

@@ -12,7 +12,9 @@ from qat_tricks.tricks.quantize import Quantize
 @pytest.mark.parametrize(("bits", "own"), [(8, False), (5, False), (4, True), (2, True)])
 def test_low_bit_weights_have_scales_of_their_own(bits, own):
     traced = quantize(trace(small_net()), weight_bits=bits, first_last_bits=None)
-    assert all((layer.weight_quantizer.scale is not None) == own for layer in layers(traced).values())
+    assert all(
+        (layer.weight_quantizer.scale is not None) == own for layer in layers(traced).values()
+    )
 
 
 @pytest.mark.parametrize("bits", [1, 9])
@@ -25,9 +27,15 @@ def test_more_bits_are_closer_to_float():
     errors = []
     for bits in (2, 4, 8):
         quantized = qat_tricks.quantize(
-            small_net(), [images(64)], overrides=[f"stages.ptq.tricks.quantize.{k}_bits={bits}" for k in ("weight", "activation")]
+            small_net(),
+            [images(64)],
+            overrides=[
+                f"stages.ptq.tricks.quantize.{k}_bits={bits}" for k in ("weight", "activation")
+            ],
         )
-        errors.append(float((quantized(images(64, seed=3)) - small_net()(images(64, seed=3))).square().mean()))
+        errors.append(
+            float((quantized(images(64, seed=3)) - small_net()(images(64, seed=3))).square().mean())
+        )
     assert errors[0] > 2 * errors[1] > 8 * errors[2]
 
 
@@ -41,7 +49,12 @@ def test_the_network_handed_in_stays_as_it_was():
 
 @pytest.mark.parametrize(
     ("loader", "message"),
-    [([], "empty"), ([images() * torch.nan], "NaN"), ([["no image"]], "holds no images"), ([torch.arange(3)], "holds no images")],
+    [
+        ([], "empty"),
+        ([images() * torch.nan], "NaN"),
+        ([["no image"]], "holds no images"),
+        ([torch.arange(3)], "holds no images"),
+    ],
 )
 def test_loaders_that_cannot_be_calibrated_on(loader, message):
     with pytest.raises(QatTricksError, match=message):
@@ -51,6 +64,8 @@ def test_loaders_that_cannot_be_calibrated_on(loader, message):
 def test_a_recipe_that_trains_is_refused():
     with pytest.raises(QatTricksError, match="needs a trainer"):
         qat_tricks.quantize(small_net(), [images()], recipe="int8_qat")
-    pruned = qat_tricks.quantize(small_net(), [images()], "int8_prune50", ["stages.prune_qat.epochs=0"])
+    pruned = qat_tricks.quantize(
+        small_net(), [images()], "int8_prune50", ["stages.prune_qat.epochs=0"]
+    )
     weights = torch.cat([layer.effective_weight().flatten() for layer in layers(pruned).values()])
     assert (weights == 0).float().mean() >= 0.5

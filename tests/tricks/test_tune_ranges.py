@@ -44,7 +44,9 @@ def test_low_bits_follow_the_float_network_more_closely():
         calibrate(traced, [images(128)], estimator="minmax")
         if tuned:
             tune_ranges(traced, [images(128)])
-        errors.append((traced(images(256, seed=3)) - small_net()(images(256, seed=3))).square().mean().item())
+        errors.append(
+            (traced(images(256, seed=3)) - small_net()(images(256, seed=3))).square().mean().item()
+        )
     assert errors[1] < 0.9 * errors[0]
 
 
@@ -55,7 +57,9 @@ def test_nothing_but_ranges_changes():
     with torch.inference_mode():
         tune_ranges(traced, [images(3), images(20)])
     assert traced.training
-    assert [name for name, parameter in traced.named_parameters() if parameter.requires_grad] == trainable
+    assert [
+        name for name, parameter in traced.named_parameters() if parameter.requires_grad
+    ] == trainable
     assert all(parameter.grad is None for parameter in traced.parameters())
     for key, value in traced.state_dict().items():
         assert key.startswith("activation_quantizers") or torch.equal(value, before[key])
