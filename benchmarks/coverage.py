@@ -31,7 +31,7 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.forecast import forecast
 from qat_tricks.graph import spec_of, trace
 from qat_tricks.graph.nodes import BATCHNORMS
-from qat_tricks.models import build_model
+from qat_tricks.models.build import build_model
 from qat_tricks.tricks import fold_batchnorm
 from qat_tricks.tricks.equalize import find_pairs
 

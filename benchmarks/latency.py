@@ -25,7 +25,7 @@ from torchvision.datasets import ImageFolder
 
 import qat_tricks
 from qat_tricks.deploy.latency import measure_latency
-from qat_tricks.models import build_model
+from qat_tricks.models.build import build_model
 
 NETWORKS = ("resnet50", "mobilenet_v2")
 BATCHES = (1, 16)

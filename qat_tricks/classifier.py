@@ -8,7 +8,7 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn import functional as F
 
-from qat_tricks.models import build_model
+from qat_tricks.models.build import build_model
 
 
 class Classifier(pl.LightningModule):

@@ -75,7 +75,7 @@ def _parse(arguments: Sequence[str]) -> Namespace:
 
 
 def _register_models(overrides: Sequence[str]) -> None:
-    from qat_tricks.models import register_models, register_timm_models
+    from qat_tricks.models.build import register_models, register_timm_models
 
     register_models()
     if any(line.startswith("model=") and "timm/" in line for line in overrides):

@@ -20,7 +20,7 @@ from qat_tricks.config import (
     recipe_of,
 )
 from qat_tricks.errors import QatTricksError
-from qat_tricks.models import register_models
+from qat_tricks.models.build import register_models
 from qat_tricks.recipes import options
 from qat_tricks.tricks.quantize import Quantize
 

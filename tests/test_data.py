@@ -20,7 +20,7 @@ from qat_tricks.data.images import random_flip, random_shift
 from qat_tricks.data.lightning import ImageDataModule
 from qat_tricks.data.splits import balanced_subset, stratified_split
 from qat_tricks.errors import QatTricksError
-from qat_tricks.models import build_model
+from qat_tricks.models.build import build_model
 
 CONF = Path(__file__).parents[1] / "conf" / "data"
 

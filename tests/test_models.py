@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.models import build_model, model_names, register_models, register_timm_models
+from qat_tricks.models.build import build_model, model_names, register_models, register_timm_models
 
 CONF = Path(__file__).parents[1] / "conf"
 

@@ -323,7 +323,7 @@ def test_evaluate_and_train_refuse_them_in_one_line(deployed):
         QatTricksError, match=r"model.onnx takes 2 inputs \(crop, whole\), and the data sets"
     ):
         load_artifact(path)
-    from qat_tricks.models import build_model
+    from qat_tricks.models.build import build_model
 
     with pytest.raises(
         QatTricksError, match=r"network of 2 inputs \(crop, whole\), and the data sets"

@@ -20,7 +20,7 @@ from qat_tricks.deploy.session import open_session, run_batch
 from qat_tricks.deploy.weights import WEIGHT_BITS_KEY, weight_size, weight_sparsity
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import activation_quantizers, as_layer, layers, trace
-from qat_tricks.models import build_model
+from qat_tricks.models.build import build_model
 from qat_tricks.ptq import quantize
 
 SHAPE = (3, 32, 32)
