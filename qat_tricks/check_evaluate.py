@@ -10,8 +10,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qat_tricks.binding import Problems, bind, make, unknown_keys
-from qat_tricks.compose import one_line
+from qat_tricks.settings.binding import Problems, bind, make, unknown_keys
+from qat_tricks.settings.compose import one_line
 from qat_tricks.config import DeviceMeasure
 from qat_tricks.data import build_data, data_builder
 from qat_tricks.deploy.runtimes import check_runtimes

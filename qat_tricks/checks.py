@@ -10,9 +10,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 
-from qat_tricks.binding import Problems, bind, make
+from qat_tricks.settings.binding import Problems, bind, make
 from qat_tricks.check_evaluate import check_data, sections
-from qat_tricks.compose import one_line
+from qat_tricks.settings.compose import one_line
 from qat_tricks.config import Baseline, Export, Measure, Optimizer, recipe_of
 from qat_tricks.deploy.targets import check_opset
 from qat_tricks.errors import QatTricksError, did_you_mean

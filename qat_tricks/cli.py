@@ -37,7 +37,7 @@ def _run(name: str, job: Callable[[DictConfig], None], arguments: Sequence[str] 
     try:
         if arguments is not None:
             sys.argv = [f"{name}.py", *arguments]
-        from qat_tricks.compose import config_dir
+        from qat_tricks.settings.compose import config_dir
         from qat_tricks.preflight import (
             preflight,
         )  # loads torch: an interrupt meanwhile is an interrupt, not a traceback

@@ -11,9 +11,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qat_tricks.binding import Problems
+from qat_tricks.settings.binding import Problems
 from qat_tricks.check_evaluate import check_evaluate, check_folder
-from qat_tricks.compose import Composer, one_line
+from qat_tricks.settings.compose import Composer, one_line
 from qat_tricks.config import evaluation_folder
 from qat_tricks.errors import QatTricksError
 

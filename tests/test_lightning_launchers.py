@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qat_tricks.compose import Composer
+from qat_tricks.settings.compose import Composer
 
 TESTS = Path(__file__).parent
 SWEEP = (

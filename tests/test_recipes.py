@@ -4,7 +4,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from qat_tricks.compose import config_dir
+from qat_tricks.settings.compose import config_dir
 from qat_tricks.errors import QatTricksError
 from qat_tricks.recipes import (
     check_recipe,

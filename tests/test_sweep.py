@@ -13,7 +13,7 @@ from pytorch_lightning import seed_everything
 
 import qat_tricks.job
 from qat_tricks import cli
-from qat_tricks.compose import Composer
+from qat_tricks.settings.compose import Composer
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.report import write_report
 from qat_tricks.isolation import isolated

@@ -12,7 +12,7 @@ PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import qat_tricks
-from qat_tricks.compose import config_dir
+from qat_tricks.settings.compose import config_dir
 print(qat_tricks.__file__, config_dir())
 print(len(qat_tricks.recipe("int8_ptq")))
 """

@@ -14,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from qat_tricks.compose import Composer
+from qat_tricks.settings.compose import Composer
 from qat_tricks.data import Preprocessing, build_data
 from qat_tricks.deploy.session import input_spec, open_session
 from qat_tricks.errors import QatTricksError
