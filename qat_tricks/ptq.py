@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.recipes import Recipe, Stage, load_recipe
-from qat_tricks.workbench import Workbench
+from qat_tricks.graph.workbench import Workbench
 
 
 def quantize(
@@ -20,7 +20,7 @@ def quantize(
         net: a float classifier that ``torch.fx`` can trace.
         loader: yields training images: tensors ``[N, C, H, W]``, or tuples or mappings that begin
             with one; for a network with several inputs a tuple of tensors, or tuples that begin
-            with one (see ``qat_tricks.inputs``).
+            with one (see ``qat_tricks.graph.inputs``).
         recipe: a recipe without training; of one that trains, the tricks before the training are
             not enough, and it is refused.
         overrides: Hydra overrides of the recipe.

@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 from torch import Tensor, distributed
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.inputs import Inputs, batch_size, each
+from qat_tricks.graph.inputs import Inputs, batch_size, each
 
 PATIENCE = timedelta(days=1000)  # with which the others wait while rank zero measures
 

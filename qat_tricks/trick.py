@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 from qat_tricks.errors import QatTricksError
 from qat_tricks.optimizers import renew_parameters
 from qat_tricks.random_state import restore_random_state
-from qat_tricks.workbench import Workbench
+from qat_tricks.graph.workbench import Workbench
 
 
 class Trick(pl.Callback):

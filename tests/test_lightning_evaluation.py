@@ -14,7 +14,7 @@ from qat_tricks.graph import activation_quantizers
 from qat_tricks.ptq import do_stage
 from qat_tricks.recipes import load_recipe
 from qat_tricks.stages import calibration_images
-from qat_tricks.workbench import Workbench
+from qat_tricks.graph.workbench import Workbench
 
 UNFOLDED = [
     "~stages.ptq.tricks.fold_batchnorm",

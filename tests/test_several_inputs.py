@@ -34,7 +34,7 @@ from qat_tricks.graph import (
     spec_of,
     trace,
 )
-from qat_tricks.inputs import inputs_of
+from qat_tricks.graph.inputs import inputs_of
 from qat_tricks.ranks import _first
 from qat_tricks.tricks import (
     Calibrate,

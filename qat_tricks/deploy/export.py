@@ -29,8 +29,8 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.files import replacing
 from qat_tricks.graph.fold import fold_batchnorm
 from qat_tricks.graph.layers import activation_quantizers, layers
-from qat_tricks.inputs import Inputs, each, first, input_names, inputs_of, on_cpu, tensors
-from qat_tricks.workbench import logits_of
+from qat_tricks.graph.inputs import Inputs, each, first, input_names, inputs_of, on_cpu, tensors
+from qat_tricks.graph.workbench import logits_of
 
 INPUT, OUTPUT = "images", "logits"
 LAYER_IMAGES = 8  # of those that parity is measured on: each layer's values are held

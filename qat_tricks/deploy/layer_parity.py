@@ -20,7 +20,7 @@ from qat_tricks.deploy.onnx_passes import QUANTIZED
 from qat_tricks.deploy.session import feed, input_specs, open_session
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.trace import module_of
-from qat_tricks.inputs import Inputs, tensors
+from qat_tricks.graph.inputs import Inputs, tensors
 from qat_tricks.numerics import ActivationQuantizer
 
 

@@ -12,8 +12,8 @@ from torch import nn
 from qat_tricks.deploy.compare import compare_logits
 from qat_tricks.deploy.session import open_session, run_batch
 from qat_tricks.errors import QatTricksError
-from qat_tricks.inputs import input_names, inputs_of, on_cpu, run, tensors
-from qat_tricks.workbench import logits_of
+from qat_tricks.graph.inputs import input_names, inputs_of, on_cpu, run, tensors
+from qat_tricks.graph.workbench import logits_of
 
 if TYPE_CHECKING:
     from qat_tricks.deploy.layer_parity import LayerParity

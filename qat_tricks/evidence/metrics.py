@@ -19,7 +19,7 @@ from torchmetrics.classification import (
 )
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.inputs import Inputs, run
+from qat_tricks.graph.inputs import Inputs, run
 
 
 @dataclass(frozen=True, kw_only=True)

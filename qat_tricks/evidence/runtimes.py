@@ -14,7 +14,7 @@ from qat_tricks.deploy.latency import measure_latency, measure_load
 from qat_tricks.deploy.runtimes import open_network, runtime_version
 from qat_tricks.deploy.session import Shapes
 from qat_tricks.errors import QatTricksError
-from qat_tricks.inputs import Inputs, run
+from qat_tricks.graph.inputs import Inputs, run
 
 PARITY_BATCHES = 8  # on which a runtime is compared with the reference
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from qat_tricks.graph.nodes import INTEGERS
-from qat_tricks.inputs import Inputs, first, tensors
+from qat_tricks.graph.inputs import Inputs, first, tensors
 
 
 @torch.no_grad()

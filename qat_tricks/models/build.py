@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat_tricks.errors import QatTricksError, did_you_mean
-from qat_tricks.inputs import input_names
+from qat_tricks.graph.inputs import input_names
 
 CIFAR_RESNETS = {"resnet20": 3, "resnet56": 9}  # blocks a layer
 TIMM = "timm/"

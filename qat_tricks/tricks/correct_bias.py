@@ -18,10 +18,10 @@ from torch import Tensor, fx
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.layers import Layer, unrounded_sums
 from qat_tricks.graph.trace import module_of
-from qat_tricks.inputs import Inputs, tensors
+from qat_tricks.graph.inputs import Inputs, tensors
 from qat_tricks.progress import track
 from qat_tricks.trick import Trick, check_num_images
-from qat_tricks.workbench import Workbench
+from qat_tricks.graph.workbench import Workbench
 
 
 @torch.no_grad()

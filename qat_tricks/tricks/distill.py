@@ -16,7 +16,7 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.lightning import workbench_of
 from qat_tricks.training import check_fraction
 from qat_tricks.trick import Trick
-from qat_tricks.workbench import logits_of
+from qat_tricks.graph.workbench import logits_of
 
 
 def distill(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:

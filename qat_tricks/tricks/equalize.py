@@ -31,10 +31,10 @@ from qat_tricks.graph import nodes as n
 from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.spec import uncap as uncap_nodes
 from qat_tricks.graph.trace import layer_at
-from qat_tricks.inputs import Inputs, tensors
+from qat_tricks.graph.inputs import Inputs, tensors
 from qat_tricks.progress import track
 from qat_tricks.trick import Trick
-from qat_tricks.workbench import Workbench
+from qat_tricks.graph.workbench import Workbench
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from qat_tricks.graph.nodes import BATCHNORMS
 from qat_tricks.lightning import workbench_of
 from qat_tricks.training import check_fraction, progress
 from qat_tricks.trick import Trick
-from qat_tricks.workbench import Workbench
+from qat_tricks.graph.workbench import Workbench
 
 
 def freeze_batchnorm(traced: fx.GraphModule) -> int:

@@ -18,12 +18,12 @@ from torch import Tensor, fx, nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.layers import activation_quantizers, layers
-from qat_tricks.graph.settle import settle_scales
+from qat_tricks.graph.near_ties import settle_scales
 from qat_tricks.graph.spec import QUANTIZERS, spec_of
 from qat_tricks.lightning import workbench_of
 from qat_tricks.optimizers import take_in, take_out
 from qat_tricks.trick import Trick
-from qat_tricks.workbench import Workbench
+from qat_tricks.graph.workbench import Workbench
 
 
 def learn_scales(traced: fx.GraphModule) -> list[nn.Parameter]:

@@ -28,7 +28,7 @@ from qat_tricks.graph.spec import spec_of
 from qat_tricks.lightning import workbench_of
 from qat_tricks.training import check_fraction, progress
 from qat_tricks.trick import Trick
-from qat_tricks.workbench import Workbench
+from qat_tricks.graph.workbench import Workbench
 
 SCOPES = ("layer", "global")
 GRANULARITIES = ("weight", "2:4")

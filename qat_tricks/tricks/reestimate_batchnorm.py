@@ -14,11 +14,11 @@ from torch import fx
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.nodes import BATCHNORMS
-from qat_tricks.inputs import Inputs, run
+from qat_tricks.graph.inputs import Inputs, run
 from qat_tricks.lightning import workbench_of
 from qat_tricks.progress import track
 from qat_tricks.trick import Trick, check_num_images
-from qat_tricks.workbench import Workbench
+from qat_tricks.graph.workbench import Workbench
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import qat_tricks
 from qat_tricks.graph import activation_quantizers
-from qat_tricks.graph.settle import MARGIN, STEP, TRIES, settle_scales
+from qat_tricks.graph.near_ties import MARGIN, STEP, TRIES, settle_scales
 from qat_tricks.ptq import quantize
 
 
