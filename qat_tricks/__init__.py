@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qat_tricks.deploy.export import export_onnx
     from qat_tricks.errors import QatTricksError
-    from qat_tricks.lightning import load_from_checkpoint
+    from qat_tricks.trainer.session import load_from_checkpoint
     from qat_tricks.ptq import quantize
     from qat_tricks.recipes import recipe
     from qat_tricks.stages import run_stages

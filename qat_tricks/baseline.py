@@ -18,7 +18,7 @@ from qat_tricks.classifier import Classifier
 from qat_tricks.errors import QatTricksError
 from qat_tricks.files import write_tensors
 from qat_tricks.models.build import build_model
-from qat_tricks.ranks import Ranks
+from qat_tricks.trainer.ranks import Ranks
 
 
 def cache_dir() -> Path:

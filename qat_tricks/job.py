@@ -34,9 +34,9 @@ from qat_tricks.evidence.metrics import Metrics, agreement, evaluate_classifier
 from qat_tricks.evidence.report import REQUIRED_KEYS, write_report
 from qat_tricks.evidence.runtimes import Predict, check_parity, measure_runtime, parity, predictor
 from qat_tricks.forecast import Forecast, forecast
-from qat_tricks.lightning import save_checkpoint
+from qat_tricks.trainer.session import save_checkpoint
 from qat_tricks.loggers import log_report
-from qat_tricks.ranks import Ranks
+from qat_tricks.trainer.ranks import Ranks
 from qat_tricks.recipes import Recipe, Stage
 from qat_tricks.stages import run_stages
 from qat_tricks.tricks.quantize import Quantize

@@ -13,8 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 from qat_tricks.settings.binding import make, unknown_keys
 from qat_tricks.settings.compose import Composer, config_dir, one_line
 from qat_tricks.errors import QatTricksError, did_you_mean
-from qat_tricks.order import check_order
-from qat_tricks.trick import Trick
+from qat_tricks.trainer.order import check_order
+from qat_tricks.trainer.trick import Trick
 
 RECIPE_KEYS = {"name", "network", "whole", "stages"}
 
@@ -90,7 +90,7 @@ def trick_class(name: str, target: str | None = None) -> type[Trick]:
         ) from error
     if not (isinstance(kind, type) and issubclass(kind, Trick)):
         raise QatTricksError(
-            f'trick "{name}": _target_ {target} is no trick: derive it from qat_tricks.trick.Trick'
+            f'trick "{name}": _target_ {target} is no trick: derive it from qat_tricks.trainer.trick.Trick'
         )
     return kind
 

@@ -10,7 +10,7 @@ from torch import nn
 import qat_tricks
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import activation_quantizers, layers, spec_of
-from qat_tricks.lightning import find_network, save_checkpoint
+from qat_tricks.trainer.session import find_network, save_checkpoint
 
 
 def _same_state(a, b):

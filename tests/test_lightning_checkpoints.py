@@ -20,7 +20,7 @@ from pytorch_lightning.callbacks import (
 import qat_tricks
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import activation_quantizers, layers, spec_of
-from qat_tricks.lightning import save_checkpoint
+from qat_tricks.trainer.session import save_checkpoint
 from qat_tricks.tricks.prune import sparsity_of
 
 needs_averaging = pytest.mark.skipif(

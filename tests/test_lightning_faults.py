@@ -22,7 +22,7 @@ from qat_tricks.classifier import Classifier
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.report import read_report
 from qat_tricks.graph import spec_of
-from qat_tricks.lightning import save_checkpoint
+from qat_tricks.trainer.session import save_checkpoint
 from qat_tricks.tricks import LearnScales
 
 

@@ -35,7 +35,7 @@ from qat_tricks.graph import (
     trace,
 )
 from qat_tricks.graph.inputs import inputs_of
-from qat_tricks.ranks import _first
+from qat_tricks.trainer.ranks import _first
 from qat_tricks.tricks import (
     Calibrate,
     calibrate,

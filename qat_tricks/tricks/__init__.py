@@ -3,7 +3,7 @@
 The registry is the Hydra group ``conf/trick``: a trick that is in no import here works as well.
 """
 
-from qat_tricks.trick import Trick
+from qat_tricks.trainer.trick import Trick
 from qat_tricks.tricks.calibrate import Calibrate, calibrate
 from qat_tricks.tricks.correct_bias import CorrectBias, correct_bias
 from qat_tricks.tricks.correct_weights import CorrectWeights, correct_weights

@@ -19,7 +19,7 @@ from qat_tricks.graph.spec import QUANTIZERS, share_quantizer, spec_of
 from qat_tricks.graph.inputs import Inputs, run
 from qat_tricks.numerics import ActivationQuantizer, RangeEstimator, make_estimator
 from qat_tricks.progress import track
-from qat_tricks.trick import Trick, check_num_images
+from qat_tricks.trainer.trick import Trick, check_num_images
 from qat_tricks.graph.workbench import Workbench
 
 

@@ -20,7 +20,7 @@ from qat_tricks.graph.layers import Layer, unrounded_sums
 from qat_tricks.graph.trace import module_of
 from qat_tricks.graph.inputs import Inputs, tensors
 from qat_tricks.progress import track
-from qat_tricks.trick import Trick, check_num_images
+from qat_tricks.trainer.trick import Trick, check_num_images
 from qat_tricks.graph.workbench import Workbench
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.layers import Layer, layers
-from qat_tricks.trick import Trick
+from qat_tricks.trainer.trick import Trick
 from qat_tricks.graph.workbench import Workbench
 
 

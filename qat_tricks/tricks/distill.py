@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.lightning import workbench_of
-from qat_tricks.training import check_fraction
-from qat_tricks.trick import Trick
+from qat_tricks.trainer.session import workbench_of
+from qat_tricks.trainer.schedule import check_fraction
+from qat_tricks.trainer.trick import Trick
 from qat_tricks.graph.workbench import logits_of
 
 

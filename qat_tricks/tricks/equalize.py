@@ -33,7 +33,7 @@ from qat_tricks.graph.spec import uncap as uncap_nodes
 from qat_tricks.graph.trace import layer_at
 from qat_tricks.graph.inputs import Inputs, tensors
 from qat_tricks.progress import track
-from qat_tricks.trick import Trick
+from qat_tricks.trainer.trick import Trick
 from qat_tricks.graph.workbench import Workbench
 
 

@@ -8,7 +8,7 @@ reader, becomes a depthwise conv of one weight a channel.
 """
 
 from qat_tricks.graph.fold import batchnorms_to_convs, fold_batchnorm
-from qat_tricks.trick import Trick
+from qat_tricks.trainer.trick import Trick
 from qat_tricks.graph.workbench import Workbench
 
 __all__ = ["FoldBatchnorm", "batchnorms_to_convs", "fold_batchnorm"]

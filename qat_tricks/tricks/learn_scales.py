@@ -20,9 +20,9 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.layers import activation_quantizers, layers
 from qat_tricks.graph.near_ties import settle_scales
 from qat_tricks.graph.spec import QUANTIZERS, spec_of
-from qat_tricks.lightning import workbench_of
-from qat_tricks.optimizers import take_in, take_out
-from qat_tricks.trick import Trick
+from qat_tricks.trainer.session import workbench_of
+from qat_tricks.trainer.optimizers import take_in, take_out
+from qat_tricks.trainer.trick import Trick
 from qat_tricks.graph.workbench import Workbench
 
 

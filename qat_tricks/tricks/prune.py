@@ -25,9 +25,9 @@ from torch import Tensor, fx
 from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.graph.layers import Layer, as_layer, is_layer
 from qat_tricks.graph.spec import spec_of
-from qat_tricks.lightning import workbench_of
-from qat_tricks.training import check_fraction, progress
-from qat_tricks.trick import Trick
+from qat_tricks.trainer.session import workbench_of
+from qat_tricks.trainer.schedule import check_fraction, progress
+from qat_tricks.trainer.trick import Trick
 from qat_tricks.graph.workbench import Workbench
 
 SCOPES = ("layer", "global")

@@ -15,9 +15,9 @@ from torch import fx
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.nodes import BATCHNORMS
 from qat_tricks.graph.inputs import Inputs, run
-from qat_tricks.lightning import workbench_of
+from qat_tricks.trainer.session import workbench_of
 from qat_tricks.progress import track
-from qat_tricks.trick import Trick, check_num_images
+from qat_tricks.trainer.trick import Trick, check_num_images
 from qat_tricks.graph.workbench import Workbench
 
 

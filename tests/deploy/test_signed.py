@@ -20,7 +20,7 @@ from qat_tricks.deploy.export import export_onnx
 from qat_tricks.deploy.session import open_session, run_batch
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import activation_quantizers, layers, spec_of
-from qat_tricks.lightning import save_checkpoint
+from qat_tricks.trainer.session import save_checkpoint
 
 SHAPE = (3, 32, 32)
 SIGNED = ("signed_affine", "signed_symmetric")

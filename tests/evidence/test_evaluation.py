@@ -20,7 +20,7 @@ from qat_tricks.deploy.session import input_spec, open_session
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.evaluation import evaluate_artifact, load_artifact
 from qat_tricks.job import run_job
-from qat_tricks.lightning import load_checkpoint
+from qat_tricks.trainer.session import load_checkpoint
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["measure.runs=5", "measure.threads=1"]
@@ -101,7 +101,7 @@ def test_an_onnx_file_is_measured_without_lightning_or_loggers(ran, tmp_path):
 import sys
 from qat_tricks.cli import evaluate
 evaluate(sys.argv[1:])
-absent = {"pytorch_lightning", "lightning_fabric", "wandb", "onnxscript", "qat_tricks.lightning", "qat_tricks.recipes"}
+absent = {"pytorch_lightning", "lightning_fabric", "wandb", "onnxscript", "qat_tricks.trainer.session", "qat_tricks.recipes"}
 print(sorted(absent & set(sys.modules)))
 """
     command = [

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from qat_tricks.errors import QatTricksError
 
 if TYPE_CHECKING:
-    from qat_tricks.trick import Trick
+    from qat_tricks.trainer.trick import Trick
 
 
 def check_order(tricks: Sequence["Trick"], done: Sequence[str] = ()) -> None:

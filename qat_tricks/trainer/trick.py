@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 import pytorch_lightning as pl
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.optimizers import renew_parameters
-from qat_tricks.random_state import restore_random_state
+from qat_tricks.trainer.optimizers import renew_parameters
+from qat_tricks.trainer.random_state import restore_random_state
 from qat_tricks.graph.workbench import Workbench
 
 
@@ -46,7 +46,7 @@ class Trick(pl.Callback):
         """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        from qat_tricks.lightning import attach, synchronize
+        from qat_tricks.trainer.session import attach, synchronize
 
         work = attach(self, trainer, pl_module)
         if self.do(work):
@@ -62,7 +62,7 @@ class Trick(pl.Callback):
         return True
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        from qat_tricks.lightning import workbench_of
+        from qat_tricks.trainer.session import workbench_of
 
         work = workbench_of(pl_module)
         renew_parameters(trainer.optimizers, work.network, work.parameters_before)
@@ -70,7 +70,7 @@ class Trick(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        from qat_tricks.lightning import CHECKPOINT_KEY, is_mid_epoch
+        from qat_tricks.trainer.session import CHECKPOINT_KEY, is_mid_epoch
 
         state = checkpoint.get(CHECKPOINT_KEY, {}).get("random_state")
         if trainer.state.fn == "fit" and state is not None:
@@ -95,7 +95,7 @@ class Trick(pl.Callback):
 
     @staticmethod
     def _keep_grids(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        from qat_tricks.lightning import keep_grids
+        from qat_tricks.trainer.session import keep_grids
 
         keep_grids(trainer, pl_module)
 
