@@ -24,7 +24,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 import qat_tricks
-from qat_tricks.deploy.latency import measure_latency
+from qat_tricks.deploy.cost.latency import measure_latency
 from qat_tricks.models.build import build_model
 
 NETWORKS = ("resnet50", "mobilenet_v2")

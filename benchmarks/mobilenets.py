@@ -22,7 +22,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 import qat_tricks
-from qat_tricks.deploy.session import open_session, run_batch
+from qat_tricks.deploy.runtimes.session import open_session, run_batch
 
 TRANSFORM = transforms.Compose(
     [

@@ -22,18 +22,18 @@ from qat_tricks.data import ImageData, build_data
 from qat_tricks.data.lightning import ImageDataModule
 from qat_tricks.data.module import Batches
 from qat_tricks.deploy.export import export_onnx
-from qat_tricks.deploy.latency import measure_latency
+from qat_tricks.deploy.cost.latency import measure_latency
 from qat_tricks.deploy.normalization import BUILT_IN, build_in_normalization
-from qat_tricks.deploy.runtimes import REFERENCE
+from qat_tricks.deploy.runtimes.registry import REFERENCE
 from qat_tricks.deploy.targets import check_target
-from qat_tricks.deploy.weights import file_bytes, weight_sparsity
+from qat_tricks.deploy.cost.weights import file_bytes, weight_sparsity
 from qat_tricks.errors import QatTricksError
-from qat_tricks.evidence.device import measure_device
+from qat_tricks.deploy.cost.device import measure_device
 from qat_tricks.evidence.ledger import Ledger, LedgerRow, check_drop
 from qat_tricks.evidence.metrics import Metrics, agreement, evaluate_classifier
 from qat_tricks.evidence.report import REQUIRED_KEYS, write_report
-from qat_tricks.evidence.runtimes import Predict, check_parity, measure_runtime, parity, predictor
-from qat_tricks.forecast import Forecast, forecast
+from qat_tricks.deploy.parity.runtimes import Predict, check_parity, measure_runtime, parity, predictor
+from qat_tricks.deploy.cost.forecast import Forecast, forecast
 from qat_tricks.trainer.session import save_checkpoint
 from qat_tricks.loggers import log_report
 from qat_tricks.trainer.ranks import Ranks

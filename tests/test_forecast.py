@@ -10,10 +10,10 @@ sys.path.insert(0, str(Path(__file__).parent / "deploy"))
 import networks
 
 from qat_tricks import cli
-from qat_tricks.deploy.coverage import integer_coverage
+from qat_tricks.deploy.cost.coverage import integer_coverage
 from qat_tricks.deploy.export import export_onnx
 from qat_tricks.errors import QatTricksError
-from qat_tricks.forecast import forecast
+from qat_tricks.deploy.cost.forecast import forecast
 from qat_tricks.graph import trace
 from qat_tricks.tricks import calibrate, quantize
 

@@ -15,16 +15,16 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import qat_tricks
-from qat_tricks.deploy.coverage import integer_coverage
-from qat_tricks.deploy.latency import measure_latency
-from qat_tricks.deploy.runtimes import open_network
-from qat_tricks.deploy.session import input_specs, open_session, random_batch, run_batch
+from qat_tricks.deploy.cost.coverage import integer_coverage
+from qat_tricks.deploy.cost.latency import measure_latency
+from qat_tricks.deploy.runtimes.registry import open_network
+from qat_tricks.deploy.runtimes.session import input_specs, open_session, random_batch, run_batch
 from qat_tricks.errors import QatTricksError
-from qat_tricks.evidence.device import measure_device
+from qat_tricks.deploy.cost.device import measure_device
 from qat_tricks.evidence.evaluation import load_artifact
 from qat_tricks.evidence.metrics import evaluate_classifier
-from qat_tricks.evidence.runtimes import parity, predictor
-from qat_tricks.forecast import forecast
+from qat_tricks.deploy.parity.runtimes import parity, predictor
+from qat_tricks.deploy.cost.forecast import forecast
 from qat_tricks.graph import (
     activation_quantizers,
     float_mode,

@@ -17,14 +17,14 @@ from onnx import helper
 from torch import Tensor, fx, nn
 from torch.utils._pytree import MappingKey, tree_flatten_with_path
 
-from qat_tricks.deploy.compare import agrees
-from qat_tricks.deploy.layer_parity import measure_layer_parity
-from qat_tricks.deploy.onnx_passes import COPY, name_quantized, tidy
-from qat_tricks.deploy.parity import ParityReport, measure_parity
+from qat_tricks.deploy.parity.logits import agrees
+from qat_tricks.deploy.parity.layers import measure_layer_parity
+from qat_tricks.deploy.passes import COPY, name_quantized, tidy
+from qat_tricks.deploy.parity.network import ParityReport, measure_parity
 from qat_tricks.deploy.qdq import LAYOUTS, Emitted, to_qdq
-from qat_tricks.deploy.session import one_line
+from qat_tricks.deploy.runtimes.session import one_line
 from qat_tricks.deploy.targets import OPSET
-from qat_tricks.deploy.weights import WEIGHT_BITS_KEY
+from qat_tricks.deploy.cost.weights import WEIGHT_BITS_KEY
 from qat_tricks.errors import QatTricksError
 from qat_tricks.files import replacing
 from qat_tricks.graph.fold import fold_batchnorm

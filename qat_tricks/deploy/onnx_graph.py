@@ -6,7 +6,7 @@ from pathlib import Path
 import onnx
 from onnx import inliner
 
-from qat_tricks.deploy.session import one_line
+from qat_tricks.deploy.runtimes.session import one_line
 from qat_tricks.errors import QatTricksError
 
 

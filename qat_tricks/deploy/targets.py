@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qat_tricks.deploy.runtimes import check_runtimes
+from qat_tricks.deploy.runtimes.registry import check_runtimes
 from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.numerics.scheme import ACTIVATIONS
 

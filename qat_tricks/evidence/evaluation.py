@@ -16,21 +16,21 @@ from torch import nn
 from qat_tricks.config import evaluation_folder, timing
 from qat_tricks.data import ImageData, Preprocessing, build_data
 from qat_tricks.data.module import Batches
-from qat_tricks.deploy.latency import measure_throughput
+from qat_tricks.deploy.cost.latency import measure_throughput
 from qat_tricks.deploy.normalization import BUILT_IN
-from qat_tricks.deploy.runtimes import (
+from qat_tricks.deploy.runtimes.registry import (
     REFERENCE,
     check_runtimes,
     installed_runtimes,
     runtime_version,
 )
-from qat_tricks.deploy.session import open_session
+from qat_tricks.deploy.runtimes.session import open_session
 from qat_tricks.errors import QatTricksError
-from qat_tricks.evidence.device import measure_device
+from qat_tricks.deploy.cost.device import measure_device
 from qat_tricks.evidence.ledger import Ledger, LedgerRow
 from qat_tricks.evidence.metrics import Metrics, agreement, evaluate_classifier
 from qat_tricks.evidence.report import write_report
-from qat_tricks.evidence.runtimes import Predict, measure_runtime, parity, predictor
+from qat_tricks.deploy.parity.runtimes import Predict, measure_runtime, parity, predictor
 
 _PREFIX = "qat_tricks."
 _SAID = ("recipe", "model", "data", "preprocessing")

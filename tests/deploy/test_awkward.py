@@ -14,10 +14,10 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedW
 from torchvision.ops import StochasticDepth
 
 import qat_tricks
-from qat_tricks.deploy.coverage import integer_coverage
-from qat_tricks.deploy.session import open_session
+from qat_tricks.deploy.cost.coverage import integer_coverage
+from qat_tricks.deploy.runtimes.session import open_session
 from qat_tricks.errors import QatTricksError
-from qat_tricks.forecast import forecast
+from qat_tricks.deploy.cost.forecast import forecast
 from qat_tricks.graph import layers, rebuild, spec_of
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qat_tricks.deploy.compare import LARGEST_SQNR_DB, compare_logits
+from qat_tricks.deploy.parity.logits import LARGEST_SQNR_DB, compare_logits
 from qat_tricks.errors import QatTricksError
 
 LOGITS = np.array([[3.0, 0, 0], [0, 3, 0], [0, 0, 3], [3, 0, 0]])

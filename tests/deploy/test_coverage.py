@@ -5,7 +5,7 @@ import pytest
 from handmade import float_conv, qdq_layer, save
 from onnx import helper
 
-from qat_tricks.deploy.coverage import integer_coverage
+from qat_tricks.deploy.cost.coverage import integer_coverage
 from qat_tricks.errors import QatTricksError
 
 F32 = np.float32
@@ -110,7 +110,7 @@ def test_work_that_cannot_be_counted_is_an_error(tmp_path):
 
 
 def test_a_kernel_unknown_here_is_an_error(tmp_path, monkeypatch):
-    from qat_tricks.deploy import coverage
+    from qat_tricks.deploy.cost import coverage
 
     monkeypatch.delitem(coverage._OPERATORS, "QLinearConv")
     path = qdq_layer(tmp_path / "m.onnx", np.ones((16, 4, 3, 3), np.int8))

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from handmade import float_conv
 
-from qat_tricks.deploy import latency
-from qat_tricks.deploy.latency import MIN_RUNS, measure_latency, measure_load, measure_throughput
+from qat_tricks.deploy.cost import latency
+from qat_tricks.deploy.cost.latency import MIN_RUNS, measure_latency, measure_load, measure_throughput
 from qat_tricks.errors import QatTricksError
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from handmade import float_conv, qdq_layer
 
-from qat_tricks.deploy.memory import peak_memory_mib
+from qat_tricks.deploy.cost.memory import peak_memory_mib
 from qat_tricks.errors import QatTricksError
 
 

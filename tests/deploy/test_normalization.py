@@ -9,7 +9,7 @@ from networks import Residual, images, quantized
 from qat_tricks.data import Preprocessing
 from qat_tricks.deploy.export import export_onnx
 from qat_tricks.deploy.normalization import build_in_normalization
-from qat_tricks.deploy.runtimes import open_network
+from qat_tricks.deploy.runtimes.registry import open_network
 from qat_tricks.errors import QatTricksError
 
 SETTINGS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

@@ -7,9 +7,9 @@ import pytest
 from handmade import float_conv, qdq_layer
 from networks import Residual, images, quantized
 
-from qat_tricks.deploy.compare import compare_logits
+from qat_tricks.deploy.parity.logits import compare_logits
 from qat_tricks.deploy.export import export_onnx
-from qat_tricks.deploy.runtimes import open_network
+from qat_tricks.deploy.runtimes.registry import open_network
 from qat_tricks.errors import QatTricksError
 from qat_tricks.numerics.scheme import ACTIVATIONS
 

@@ -6,8 +6,8 @@ import torch
 from handmade import float_conv
 from torch import nn
 
-from qat_tricks.deploy.compare import LARGEST_SQNR_DB
-from qat_tricks.deploy.parity import measure_parity
+from qat_tricks.deploy.parity.logits import LARGEST_SQNR_DB
+from qat_tricks.deploy.parity.network import measure_parity
 from qat_tricks.errors import QatTricksError
 
 

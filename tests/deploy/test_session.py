@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from handmade import float_conv, qdq_layer
 
-from qat_tricks.deploy.session import InputSpec, input_spec, open_session, random_inputs, run_batch
+from qat_tricks.deploy.runtimes.session import InputSpec, input_spec, open_session, random_inputs, run_batch
 from qat_tricks.errors import QatTricksError
 
 

@@ -14,10 +14,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import qat_tricks
-from qat_tricks.deploy import session
-from qat_tricks.deploy.coverage import integer_coverage
+from qat_tricks.deploy.runtimes import session
+from qat_tricks.deploy.cost.coverage import integer_coverage
 from qat_tricks.deploy.export import export_onnx
-from qat_tricks.deploy.session import open_session, run_batch
+from qat_tricks.deploy.runtimes.session import open_session, run_batch
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import activation_quantizers, layers, spec_of
 from qat_tricks.trainer.session import save_checkpoint

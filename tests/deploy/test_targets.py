@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from handmade import qdq_layer
 
-from qat_tricks.deploy import runtimes
+from qat_tricks.deploy.runtimes import registry as runtimes
 from qat_tricks.deploy.qdq import LAYOUTS
 from qat_tricks.deploy.targets import (
     DEFAULT_TARGET,

@@ -8,7 +8,7 @@ import pytest
 from handmade import float_conv, qdq_layer, save
 from onnx import helper
 
-from qat_tricks.deploy.weights import WEIGHT_BITS_KEY, file_bytes, weight_size, weight_sparsity
+from qat_tricks.deploy.cost.weights import WEIGHT_BITS_KEY, file_bytes, weight_size, weight_sparsity
 from qat_tricks.errors import QatTricksError
 
 F32 = np.float32

@@ -16,7 +16,7 @@ from PIL import Image
 
 from qat_tricks.settings.compose import Composer
 from qat_tricks.data import Preprocessing, build_data
-from qat_tricks.deploy.session import input_spec, open_session
+from qat_tricks.deploy.runtimes.session import input_spec, open_session
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.evaluation import evaluate_artifact, load_artifact
 from qat_tricks.job import run_job

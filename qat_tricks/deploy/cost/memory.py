@@ -6,7 +6,7 @@ import sys
 from os import PathLike
 from pathlib import Path
 
-from qat_tricks.deploy.session import (
+from qat_tricks.deploy.runtimes.session import (
     SESSION_CONFIG,
     Shapes,
     batch_shapes,

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from qat_tricks.deploy.session import InputSpec, feed, input_specs, open_session
+from qat_tricks.deploy.runtimes.session import InputSpec, feed, input_specs, open_session
 from qat_tricks.errors import QatTricksError, did_you_mean
 
 REFERENCE = "onnxruntime"
@@ -69,7 +69,7 @@ def open_network(path: str | PathLike[str], *, threads: int, runtime: str = REFE
     check_runtimes([runtime])
     if runtime == REFERENCE:
         return OnnxRuntimeNetwork(path, threads=threads)
-    from qat_tricks.deploy.openvino import OpenvinoNetwork
+    from qat_tricks.deploy.runtimes.openvino import OpenvinoNetwork
 
     return OpenvinoNetwork(path, threads=threads)
 

@@ -5,11 +5,11 @@ in integers.
 from pathlib import Path
 from typing import Any
 
-from qat_tricks.deploy.coverage import integer_coverage
-from qat_tricks.deploy.latency import measure_latency, measure_load
-from qat_tricks.deploy.memory import peak_memory_mib
-from qat_tricks.deploy.session import Shapes
-from qat_tricks.deploy.weights import file_bytes, weight_size, weight_sparsity
+from qat_tricks.deploy.cost.coverage import integer_coverage
+from qat_tricks.deploy.cost.latency import measure_latency, measure_load
+from qat_tricks.deploy.cost.memory import peak_memory_mib
+from qat_tricks.deploy.runtimes.session import Shapes
+from qat_tricks.deploy.cost.weights import file_bytes, weight_size, weight_sparsity
 
 
 def measure_device(

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from qat_tricks.deploy.compare import compare_logits
-from qat_tricks.deploy.session import open_session, run_batch
+from qat_tricks.deploy.parity.logits import compare_logits
+from qat_tricks.deploy.runtimes.session import open_session, run_batch
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.inputs import input_names, inputs_of, on_cpu, run, tensors
 from qat_tricks.graph.workbench import logits_of
 
 if TYPE_CHECKING:
-    from qat_tricks.deploy.layer_parity import LayerParity
+    from qat_tricks.deploy.parity.layers import LayerParity
 
 
 @dataclass(frozen=True, kw_only=True)

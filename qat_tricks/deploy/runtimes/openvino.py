@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from qat_tricks.deploy.runtimes import Network
-from qat_tricks.deploy.session import InputSpec, feed, one_line
+from qat_tricks.deploy.runtimes.registry import Network
+from qat_tricks.deploy.runtimes.session import InputSpec, feed, one_line
 from qat_tricks.errors import QatTricksError
 
 _LAYERS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")

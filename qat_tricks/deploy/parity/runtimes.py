@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from qat_tricks.config import timing
-from qat_tricks.deploy.compare import agrees, compare_logits
-from qat_tricks.deploy.latency import measure_latency, measure_load
-from qat_tricks.deploy.runtimes import open_network, runtime_version
-from qat_tricks.deploy.session import Shapes
+from qat_tricks.deploy.parity.logits import agrees, compare_logits
+from qat_tricks.deploy.cost.latency import measure_latency, measure_load
+from qat_tricks.deploy.runtimes.registry import open_network, runtime_version
+from qat_tricks.deploy.runtimes.session import Shapes
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.inputs import Inputs, run
 
