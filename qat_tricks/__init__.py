@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from qat_tricks.deploy.export import export_onnx
     from qat_tricks.errors import QatTricksError
     from qat_tricks.trainer.session import load_from_checkpoint
-    from qat_tricks.ptq import quantize
-    from qat_tricks.recipes import recipe
-    from qat_tricks.stages import run_stages
+    from qat_tricks.recipes.ptq import quantize
+    from qat_tricks.recipes.recipe import recipe
+    from qat_tricks.recipes.stages import run_stages
 
 __version__ = "0.1.0"
 __all__ = [

@@ -19,7 +19,7 @@ from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.isolation import isolated
 from qat_tricks.loggers import LoggerOptions
 from qat_tricks.models.build import build_model, model_names, register_models
-from qat_tricks.recipes import options
+from qat_tricks.recipes.recipe import options
 
 OF_THE_JOB = (
     "self",

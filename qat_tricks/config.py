@@ -14,7 +14,7 @@ from qat_tricks.deploy.targets import OPSET, check_target, fit_to_target
 from qat_tricks.errors import QatTricksError
 
 if TYPE_CHECKING:
-    from qat_tricks.recipes import Recipe
+    from qat_tricks.recipes.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +153,7 @@ def recipe_of(config: DictConfig) -> "Recipe":
         QatTricksError: all that is wrong with the three.
     """
     # these load Lightning, which an evaluation does without
-    from qat_tricks.recipes import check_recipe
+    from qat_tricks.recipes.recipe import check_recipe
     from qat_tricks.tricks.quantize import Quantize
 
     problems = Problems()

@@ -37,8 +37,8 @@ from qat_tricks.deploy.cost.forecast import Forecast, forecast
 from qat_tricks.trainer.session import save_checkpoint
 from qat_tricks.loggers import log_report
 from qat_tricks.trainer.ranks import Ranks
-from qat_tricks.recipes import Recipe, Stage
-from qat_tricks.stages import run_stages
+from qat_tricks.recipes.recipe import Recipe, Stage
+from qat_tricks.recipes.stages import run_stages
 from qat_tricks.tricks.quantize import Quantize
 
 PARITY_IMAGES = 512  # images on which each export is compared with its simulation

@@ -21,7 +21,7 @@ from qat_tricks.config import (
 )
 from qat_tricks.errors import QatTricksError
 from qat_tricks.models.build import register_models
-from qat_tricks.recipes import options
+from qat_tricks.recipes.recipe import options
 from qat_tricks.tricks.quantize import Quantize
 
 SHIPPED = sorted(config_dir().rglob("*.yaml"))

@@ -12,7 +12,7 @@ from nets import images, small_net
 from omegaconf import OmegaConf
 
 import qat_tricks
-from qat_tricks import recipes
+from qat_tricks.recipes import recipe as recipes
 from qat_tricks.graph import layers
 
 ROOT = Path(__file__).parents[1]

@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader
 
 import qat_tricks
 from qat_tricks.graph import activation_quantizers
-from qat_tricks.ptq import do_stage
-from qat_tricks.recipes import load_recipe
-from qat_tricks.stages import calibration_images
+from qat_tricks.recipes.ptq import do_stage
+from qat_tricks.recipes.recipe import load_recipe
+from qat_tricks.recipes.stages import calibration_images
 from qat_tricks.graph.workbench import Workbench
 
 UNFOLDED = [

@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 
 from qat_tricks.settings.compose import config_dir
 from qat_tricks.errors import QatTricksError
-from qat_tricks.recipes import (
+from qat_tricks.recipes.recipe import (
     check_recipe,
     load_recipe,
     make_trick,

@@ -46,7 +46,7 @@ def working_order(tricks: Sequence["Trick"], done: Sequence[str] = ()) -> list[s
     """The names of ``tricks``, and of those they require, with the least change of order such that
     all can work.
     """
-    from qat_tricks.recipes import trick_class
+    from qat_tricks.recipes.recipe import trick_class
 
     known = {trick.name: type(trick) for trick in tricks}
     ordered: list[str] = []

@@ -21,7 +21,7 @@ from qat_tricks.deploy.cost.weights import WEIGHT_BITS_KEY, weight_size, weight_
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import activation_quantizers, as_layer, layers, trace
 from qat_tricks.models.build import build_model
-from qat_tricks.ptq import quantize
+from qat_tricks.recipes.ptq import quantize
 
 SHAPE = (3, 32, 32)
 INTEGER = {

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import qat_tricks
 from qat_tricks.graph import activation_quantizers
 from qat_tricks.graph.near_ties import MARGIN, STEP, TRIES, settle_scales
-from qat_tricks.ptq import quantize
+from qat_tricks.recipes.ptq import quantize
 
 
 class Function(nn.Module):

@@ -8,7 +8,7 @@ from torch import nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import rebuild, spec_of, trace
-from qat_tricks.ptq import quantize
+from qat_tricks.recipes.ptq import quantize
 from qat_tricks.tricks import learn_scales, prune
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from qat_tricks.graph import layers, rebuild, spec_of, trace
 from qat_tricks.graph.nodes import BATCHNORMS
-from qat_tricks.ptq import quantize
+from qat_tricks.recipes.ptq import quantize
 from qat_tricks.tricks import batchnorms_to_convs, fold_batchnorm, prune
 
 

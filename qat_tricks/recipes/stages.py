@@ -10,9 +10,9 @@ from torch import nn
 
 from qat_tricks.graph.inputs import Inputs, input_names, inputs_of
 from qat_tricks.trainer.session import attach_workbench, find_network
-from qat_tricks.ptq import do_stage
+from qat_tricks.recipes.ptq import do_stage
 from qat_tricks.trainer.ranks import loaded_once
-from qat_tricks.recipes import Recipe, Stage, load_recipe
+from qat_tricks.recipes.recipe import Recipe, Stage, load_recipe
 from qat_tricks.graph.workbench import Workbench
 
 AfterStage = Callable[[Stage, nn.Module], None]

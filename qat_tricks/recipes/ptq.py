@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx, nn
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.recipes import Recipe, Stage, load_recipe
+from qat_tricks.recipes.recipe import Recipe, Stage, load_recipe
 from qat_tricks.graph.workbench import Workbench
 
 
