@@ -66,9 +66,9 @@ def _run(name: str, job: Callable[[DictConfig], None], arguments: Sequence[str] 
 def _train_job(config: DictConfig) -> None:
     """Runs one job; in a sweep one that fails leaves ``error.json``, and the others go on."""
     from qat_tricks.evidence.files import write_json
-    from qat_tricks.isolation import free_memory, isolated
-    from qat_tricks.job import run_job
-    from qat_tricks.loggers import finish_logger, make_logger
+    from qat_tricks.jobs.isolation import free_memory, isolated
+    from qat_tricks.jobs.train import run_job
+    from qat_tricks.jobs.loggers import finish_logger, make_logger
     from qat_tricks.quiet import quiet
 
     quiet()  # in a process of its own, where a launcher started one
@@ -113,7 +113,7 @@ def _train_job(config: DictConfig) -> None:
 def _preflight_job(config: DictConfig) -> None:
     from rich.console import Console
 
-    from qat_tricks.job import foresee
+    from qat_tricks.jobs.train import foresee
 
     _say(f"{config.recipe.name}: {config.model.name} on {config.data.name}, nothing is trained")
     try:
@@ -124,8 +124,8 @@ def _preflight_job(config: DictConfig) -> None:
 
 
 def _evaluate_job(config: DictConfig) -> None:
-    from qat_tricks.config import evaluation_folder
-    from qat_tricks.evidence.evaluation import evaluate_artifact
+    from qat_tricks.jobs.config import evaluation_folder
+    from qat_tricks.jobs.evaluate import evaluate_artifact
 
     _say(f"evaluate {config.artifact}, into {_short(evaluation_folder(config))}")
     try:

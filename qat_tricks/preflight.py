@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from qat_tricks.settings.binding import Problems
 from qat_tricks.check_evaluate import check_evaluate, check_folder
 from qat_tricks.settings.compose import Composer, one_line
-from qat_tricks.config import evaluation_folder
+from qat_tricks.jobs.config import evaluation_folder
 from qat_tricks.errors import QatTricksError
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from evidence.samples import report
 
-import qat_tricks.job
+import qat_tricks.jobs.train
 from qat_tricks import cli
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.report import write_report
@@ -24,7 +24,7 @@ def ran(tmp_path, monkeypatch):
         configs.append(config)
         write_report(folder, report(config.recipe.name))
 
-    monkeypatch.setattr(qat_tricks.job, "run_job", run_job)
+    monkeypatch.setattr(qat_tricks.jobs.train, "run_job", run_job)
     monkeypatch.chdir(tmp_path)
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
@@ -224,7 +224,7 @@ def test_what_ends_a_job_decides_the_exit_status(ran, monkeypatch, capsys, failu
     def run_job(config, folder, logger):
         raise failure
 
-    monkeypatch.setattr(qat_tricks.job, "run_job", run_job)
+    monkeypatch.setattr(qat_tricks.jobs.train, "run_job", run_job)
     assert status(cli.train, "logger=none") == expected
     assert capsys.readouterr().err == told
 
@@ -236,7 +236,7 @@ def test_lightnings_own_exit_when_interrupted_is_an_interrupt(ran, monkeypatch, 
         except KeyboardInterrupt:
             sys.exit(1)
 
-    monkeypatch.setattr(qat_tricks.job, "run_job", run_job)
+    monkeypatch.setattr(qat_tricks.jobs.train, "run_job", run_job)
     assert status(cli.train, "logger=none") == 130
 
 
@@ -244,7 +244,7 @@ def test_a_bug_keeps_its_traceback(ran, monkeypatch, capsys):
     def run_job(config, folder, logger):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(qat_tricks.job, "run_job", run_job)
+    monkeypatch.setattr(qat_tricks.jobs.train, "run_job", run_job)
     assert status(cli.train, "logger=none") == 1
     told = capsys.readouterr().err
     assert "Traceback" in told

@@ -17,7 +17,7 @@ from torchvision.datasets import CIFAR10
 
 from qat_tricks.data import Preprocessing, build_data, check_labels, data_builder, data_names
 from qat_tricks.data.images import random_flip, random_shift
-from qat_tricks.data.lightning import ImageDataModule
+from qat_tricks.jobs.datamodule import ImageDataModule
 from qat_tricks.data.splits import balanced_subset, stratified_split
 from qat_tricks.errors import QatTricksError
 from qat_tricks.models.build import build_model

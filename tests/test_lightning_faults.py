@@ -18,7 +18,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 import qat_tricks
 from qat_tricks import cli
-from qat_tricks.classifier import Classifier
+from qat_tricks.jobs.classifier import Classifier
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.report import read_report
 from qat_tricks.graph import spec_of

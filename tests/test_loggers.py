@@ -7,10 +7,10 @@ from evidence.samples import report
 from omegaconf import OmegaConf
 from pytorch_lightning.loggers import CSVLogger, WandbLogger
 
-from qat_tricks import loggers
+from qat_tricks.jobs import loggers
 from qat_tricks.settings.compose import Composer
 from qat_tricks.evidence.report import write_report
-from qat_tricks.loggers import finish_logger, log_report, make_logger, report_metrics
+from qat_tricks.jobs.loggers import finish_logger, log_report, make_logger, report_metrics
 
 
 def config(*overrides):

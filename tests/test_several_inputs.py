@@ -21,7 +21,7 @@ from qat_tricks.deploy.runtimes.registry import open_network
 from qat_tricks.deploy.runtimes.session import input_specs, open_session, random_batch, run_batch
 from qat_tricks.errors import QatTricksError
 from qat_tricks.deploy.cost.device import measure_device
-from qat_tricks.evidence.evaluation import load_artifact
+from qat_tricks.jobs.evaluate import load_artifact
 from qat_tricks.evidence.metrics import evaluate_classifier
 from qat_tricks.deploy.parity.runtimes import parity, predictor
 from qat_tricks.deploy.cost.forecast import forecast

@@ -11,13 +11,13 @@ import wandb_file
 from evidence.samples import report
 from pytorch_lightning import seed_everything
 
-import qat_tricks.job
+import qat_tricks.jobs.train
 from qat_tricks import cli
 from qat_tricks.settings.compose import Composer
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.report import write_report
-from qat_tricks.isolation import isolated
-from qat_tricks.loggers import log_report
+from qat_tricks.jobs.isolation import isolated
+from qat_tricks.jobs.loggers import log_report
 from qat_tricks.sweep import compare_jobs
 
 
@@ -48,7 +48,7 @@ def jobs(tmp_path, monkeypatch):
         log_report(logger, written, folder)
         return written
 
-    monkeypatch.setattr(qat_tricks.job, "run_job", run_job)
+    monkeypatch.setattr(qat_tricks.jobs.train, "run_job", run_job)
     monkeypatch.chdir(tmp_path)
     return seen
 

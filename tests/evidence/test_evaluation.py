@@ -18,8 +18,8 @@ from qat_tricks.settings.compose import Composer
 from qat_tricks.data import Preprocessing, build_data
 from qat_tricks.deploy.runtimes.session import input_spec, open_session
 from qat_tricks.errors import QatTricksError
-from qat_tricks.evidence.evaluation import evaluate_artifact, load_artifact
-from qat_tricks.job import run_job
+from qat_tricks.jobs.evaluate import evaluate_artifact, load_artifact
+from qat_tricks.jobs.train import run_job
 from qat_tricks.trainer.session import load_checkpoint
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat_tricks.config import timing
+from qat_tricks.jobs.config import timing
 from qat_tricks.deploy.parity.logits import agrees, compare_logits
 from qat_tricks.deploy.cost.latency import measure_latency, measure_load
 from qat_tricks.deploy.runtimes.registry import open_network, runtime_version
@@ -41,7 +41,7 @@ def measure_runtime(
         runtime: its name.
         paths: ONNX files.
         image_shape: channels, height, width; of networks with several inputs one shape for each.
-        measure: the settings of ``qat_tricks.config.Measure``.
+        measure: the settings of ``qat_tricks.jobs.config.Measure``.
 
     Returns:
         ``version``, ``latency_ms``, ``load_ms`` and ``int8_layers``, the share of convs and linears

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import nn
 
-from qat_tricks.config import evaluation_folder, timing
+from qat_tricks.jobs.config import evaluation_folder, timing
 from qat_tricks.data import ImageData, Preprocessing, build_data
 from qat_tricks.data.module import Batches
 from qat_tricks.deploy.cost.latency import measure_throughput
@@ -178,7 +178,7 @@ def load_artifact(path: Path) -> Artifact:
         QatTricksError: it is missing, damaged, or was not written by a run.
     """
     if path.suffix == ".ckpt":
-        from qat_tricks.evidence.checkpoint import describe, load_classifier  # loads Lightning
+        from qat_tricks.jobs.checkpoint import describe, load_classifier  # loads Lightning
 
         module = load_classifier(path)
         return _artifact(path, describe(module), module=module)
@@ -219,7 +219,7 @@ def _artifact(path: Path, described: dict[str, Any], **more: Any) -> Artifact:
 
 
 def _export(artifact: Artifact, path: Path, shape: tuple[int, int, int]) -> Artifact:
-    from qat_tricks.evidence.checkpoint import describe, export_classifier  # loads Lightning
+    from qat_tricks.jobs.checkpoint import describe, export_classifier  # loads Lightning
 
     export_classifier(artifact.module, path, describe(artifact.module), shape)
     return load_artifact(path)

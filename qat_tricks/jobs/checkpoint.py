@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qat_tricks.classifier import Classifier
+from qat_tricks.jobs.classifier import Classifier
 from qat_tricks.data import build_data
 from qat_tricks.deploy.export import export_onnx
 from qat_tricks.errors import QatTricksError
