@@ -1,6 +1,6 @@
 """Evaluates what a run wrote: ``python evaluate.py artifact=PATH``, a .onnx or .ckpt."""
 
-from qat_tricks.cli import evaluate
+from qat_tricks.cli.main import evaluate
 
 if __name__ == "__main__":
     evaluate()

@@ -2,7 +2,7 @@
 settings.
 """
 
-from qat_tricks.cli import train
+from qat_tricks.cli.main import train
 
 if __name__ == "__main__":
     train()

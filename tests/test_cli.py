@@ -8,7 +8,7 @@ import pytest
 from evidence.samples import report
 
 import qat_tricks.jobs.train
-from qat_tricks import cli
+from qat_tricks.cli import main as cli
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.report import write_report
 

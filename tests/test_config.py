@@ -6,8 +6,8 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from qat_tricks.check_evaluate import check_evaluate, check_folder
-from qat_tricks.checks import check_one_process, check_train
+from qat_tricks.cli.check_evaluate import check_evaluate, check_folder
+from qat_tricks.cli.check_train import check_one_process, check_train
 from qat_tricks.settings.compose import Composer, config_dir
 from qat_tricks.jobs.config import (
     Baseline,

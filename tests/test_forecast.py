@@ -9,7 +9,7 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention
 sys.path.insert(0, str(Path(__file__).parent / "deploy"))
 import networks
 
-from qat_tricks import cli
+from qat_tricks.cli import main as cli
 from qat_tricks.deploy.cost.coverage import integer_coverage
 from qat_tricks.deploy.export import export_onnx
 from qat_tricks.errors import QatTricksError

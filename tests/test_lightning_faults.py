@@ -17,7 +17,7 @@ from nets import images
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 import qat_tricks
-from qat_tricks import cli
+from qat_tricks.cli import main as cli
 from qat_tricks.jobs.classifier import Classifier
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.report import read_report

@@ -12,13 +12,13 @@ from evidence.samples import report
 from pytorch_lightning import seed_everything
 
 import qat_tricks.jobs.train
-from qat_tricks import cli
+from qat_tricks.cli import main as cli
 from qat_tricks.settings.compose import Composer
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.report import write_report
 from qat_tricks.jobs.isolation import isolated
 from qat_tricks.jobs.loggers import log_report
-from qat_tricks.sweep import compare_jobs
+from qat_tricks.cli.sweep import compare_jobs
 
 
 @pytest.fixture

@@ -99,7 +99,7 @@ def folders(tmp_path_factory):
 def test_an_onnx_file_is_measured_without_lightning_or_loggers(ran, tmp_path):
     code = """
 import sys
-from qat_tricks.cli import evaluate
+from qat_tricks.cli.main import evaluate
 evaluate(sys.argv[1:])
 absent = {"pytorch_lightning", "lightning_fabric", "wandb", "onnxscript", "qat_tricks.trainer.session", "qat_tricks.recipes.recipe"}
 print(sorted(absent & set(sys.modules)))

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 
 from qat_tricks.settings.binding import Problems, bind, make
-from qat_tricks.check_evaluate import check_data, sections
+from qat_tricks.cli.check_evaluate import check_data, sections
 from qat_tricks.settings.compose import one_line
 from qat_tricks.jobs.config import Baseline, Export, Measure, Optimizer, recipe_of
 from qat_tricks.deploy.targets import check_opset

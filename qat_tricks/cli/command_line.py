@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qat_tricks.settings.binding import Problems
-from qat_tricks.check_evaluate import check_evaluate, check_folder
+from qat_tricks.cli.check_evaluate import check_evaluate, check_folder
 from qat_tricks.settings.compose import Composer, one_line
 from qat_tricks.jobs.config import evaluation_folder
 from qat_tricks.errors import QatTricksError
@@ -102,7 +102,7 @@ def _problems(name: str, parsed: Namespace) -> list[str]:
             problems.of(lambda: _check_paths(config, "hydra.run.dir"))
         return problems.found
     # loads Lightning, which an evaluation does without
-    from qat_tricks.checks import check_one_process, check_train
+    from qat_tricks.cli.check_train import check_one_process, check_train
 
     if not sweep:
         problems.of(lambda: check_train(config))

@@ -38,13 +38,13 @@ def _run(name: str, job: Callable[[DictConfig], None], arguments: Sequence[str] 
         if arguments is not None:
             sys.argv = [f"{name}.py", *arguments]
         from qat_tricks.settings.compose import config_dir
-        from qat_tricks.preflight import (
+        from qat_tricks.cli.command_line import (
             preflight,
         )  # loads torch: an interrupt meanwhile is an interrupt, not a traceback
-        from qat_tricks.quiet import quiet
+        from qat_tricks.cli.quiet import quiet
 
         if name == "train":
-            import qat_tricks.checks  # noqa: F401 - loads Lightning, which sets up the loggers that quiet() silences
+            import qat_tricks.cli.check_train  # noqa: F401 - loads Lightning, which sets up the loggers that quiet() silences
 
         quiet()
         sys.argv = [sys.argv[0], *preflight(name, sys.argv[1:])]
@@ -69,7 +69,7 @@ def _train_job(config: DictConfig) -> None:
     from qat_tricks.jobs.isolation import free_memory, isolated
     from qat_tricks.jobs.train import run_job
     from qat_tricks.jobs.loggers import finish_logger, make_logger
-    from qat_tricks.quiet import quiet
+    from qat_tricks.cli.quiet import quiet
 
     quiet()  # in a process of its own, where a launcher started one
     if config.preflight:
