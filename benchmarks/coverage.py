@@ -27,8 +27,8 @@ from torchvision.datasets import ImageFolder
 
 import qat_tricks
 from qat_tricks.deploy.cost.coverage import integer_coverage
-from qat_tricks.errors import QatTricksError
 from qat_tricks.deploy.cost.forecast import forecast
+from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import spec_of, trace
 from qat_tricks.graph.nodes import BATCHNORMS
 from qat_tricks.models.build import build_model

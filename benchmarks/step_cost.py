@@ -18,9 +18,9 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
+from qat_tricks.graph.workbench import Workbench
 from qat_tricks.recipes.ptq import do_stage
 from qat_tricks.recipes.recipe import load_recipe
-from qat_tricks.graph.workbench import Workbench
 
 BARS = {"mobilenet_v2": 1.3, "resnet18": 1.4}
 

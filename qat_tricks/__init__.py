@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qat_tricks.deploy.export import export_onnx
     from qat_tricks.errors import QatTricksError
-    from qat_tricks.trainer.session import load_from_checkpoint
     from qat_tricks.recipes.ptq import quantize
     from qat_tricks.recipes.recipe import recipe
     from qat_tricks.recipes.stages import run_stages
+    from qat_tricks.trainer.session import load_from_checkpoint
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,10 +26,10 @@ __all__ = [
 _HOME = {
     "QatTricksError": "errors",
     "export_onnx": "deploy.export",
-    "load_from_checkpoint": "lightning",
-    "quantize": "ptq",
-    "recipe": "recipes",
-    "run_stages": "stages",
+    "load_from_checkpoint": "trainer.session",
+    "quantize": "recipes.ptq",
+    "recipe": "recipes.recipe",
+    "run_stages": "recipes.stages",
 }
 
 

@@ -1,12 +1,9 @@
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 os.environ["WANDB_MODE"] = "offline"
-sys.path.insert(0, str(Path(__file__).parent))  # for nets.py
 
 
 def pytest_configure(config):

@@ -2,20 +2,18 @@
 
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from lit import Data, Lit, loader
-from nets import images, small_net
 from omegaconf import OmegaConf
 
 import qat_tricks
-from qat_tricks.recipes import recipe as recipes
 from qat_tricks.graph import layers
-
-ROOT = Path(__file__).parents[1]
+from qat_tricks.recipes import recipe as recipes
+from tests.helpers import ROOT
+from tests.helpers.lit import Data, Lit, loader
+from tests.helpers.nets import images, small_net
 
 
 def _block(file, language):

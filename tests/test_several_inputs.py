@@ -5,26 +5,22 @@ import copy
 import numpy as np
 import onnx
 import pytest
-import several
 import torch
-from lit import differences, trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
-from several import KINDS, FlatLit, Gated, Lit, Siamese, Tokens, TwoImages, inputs, loader, network
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import qat_tricks
 from qat_tricks.deploy.cost.coverage import integer_coverage
+from qat_tricks.deploy.cost.device import measure_device
+from qat_tricks.deploy.cost.forecast import forecast
 from qat_tricks.deploy.cost.latency import measure_latency
+from qat_tricks.deploy.parity.runtimes import parity, predictor
 from qat_tricks.deploy.runtimes.registry import open_network
 from qat_tricks.deploy.runtimes.session import input_specs, open_session, random_batch, run_batch
 from qat_tricks.errors import QatTricksError
-from qat_tricks.deploy.cost.device import measure_device
-from qat_tricks.jobs.evaluate import load_artifact
 from qat_tricks.evidence.metrics import evaluate_classifier
-from qat_tricks.deploy.parity.runtimes import parity, predictor
-from qat_tricks.deploy.cost.forecast import forecast
 from qat_tricks.graph import (
     activation_quantizers,
     float_mode,
@@ -35,6 +31,7 @@ from qat_tricks.graph import (
     trace,
 )
 from qat_tricks.graph.inputs import inputs_of
+from qat_tricks.jobs.evaluate import load_artifact
 from qat_tricks.trainer.ranks import _first
 from qat_tricks.tricks import (
     Calibrate,
@@ -43,6 +40,20 @@ from qat_tricks.tricks import (
     quantize,
     reestimate_batchnorm,
     tune_ranges,
+)
+from tests.helpers import several
+from tests.helpers.lit import differences, trainer
+from tests.helpers.several import (
+    KINDS,
+    FlatLit,
+    Gated,
+    Lit,
+    Siamese,
+    Tokens,
+    TwoImages,
+    inputs,
+    loader,
+    network,
 )
 
 NAMES = {

@@ -10,12 +10,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qat_tricks.settings.binding import Problems, bind, make, unknown_keys
-from qat_tricks.settings.compose import one_line
-from qat_tricks.jobs.config import DeviceMeasure
 from qat_tricks.data import build_data, data_builder
 from qat_tricks.deploy.runtimes.registry import check_runtimes
 from qat_tricks.errors import QatTricksError
+from qat_tricks.jobs.config import DeviceMeasure
+from qat_tricks.settings.binding import Problems, bind, make, unknown_keys
+from qat_tricks.settings.compose import one_line
 
 
 def check_evaluate(config: DictConfig) -> None:

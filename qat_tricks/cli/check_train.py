@@ -10,16 +10,16 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 
-from qat_tricks.settings.binding import Problems, bind, make
 from qat_tricks.cli.check_evaluate import check_data, sections
-from qat_tricks.settings.compose import one_line
-from qat_tricks.jobs.config import Baseline, Export, Measure, Optimizer, recipe_of
 from qat_tricks.deploy.targets import check_opset
 from qat_tricks.errors import QatTricksError, did_you_mean
+from qat_tricks.jobs.config import Baseline, Export, Measure, Optimizer, recipe_of
 from qat_tricks.jobs.isolation import isolated
 from qat_tricks.jobs.loggers import LoggerOptions
 from qat_tricks.models.build import build_model, model_names, register_models
 from qat_tricks.recipes.recipe import options
+from qat_tricks.settings.binding import Problems, bind, make
+from qat_tricks.settings.compose import one_line
 
 OF_THE_JOB = (
     "self",

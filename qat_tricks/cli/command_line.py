@@ -11,11 +11,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qat_tricks.settings.binding import Problems
 from qat_tricks.cli.check_evaluate import check_evaluate, check_folder
-from qat_tricks.settings.compose import Composer, one_line
-from qat_tricks.jobs.config import evaluation_folder
 from qat_tricks.errors import QatTricksError
+from qat_tricks.jobs.config import evaluation_folder
+from qat_tricks.settings.binding import Problems
+from qat_tricks.settings.compose import Composer, one_line
 
 
 def preflight(name: str, arguments: Sequence[str]) -> list[str]:

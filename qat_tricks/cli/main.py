@@ -37,11 +37,11 @@ def _run(name: str, job: Callable[[DictConfig], None], arguments: Sequence[str] 
     try:
         if arguments is not None:
             sys.argv = [f"{name}.py", *arguments]
-        from qat_tricks.settings.compose import config_dir
         from qat_tricks.cli.command_line import (
             preflight,
         )  # loads torch: an interrupt meanwhile is an interrupt, not a traceback
         from qat_tricks.cli.quiet import quiet
+        from qat_tricks.settings.compose import config_dir
 
         if name == "train":
             import qat_tricks.cli.check_train  # noqa: F401 - loads Lightning, which sets up the loggers that quiet() silences
@@ -65,11 +65,11 @@ def _run(name: str, job: Callable[[DictConfig], None], arguments: Sequence[str] 
 
 def _train_job(config: DictConfig) -> None:
     """Runs one job; in a sweep one that fails leaves ``error.json``, and the others go on."""
+    from qat_tricks.cli.quiet import quiet
     from qat_tricks.evidence.files import write_json
     from qat_tricks.jobs.isolation import free_memory, isolated
-    from qat_tricks.jobs.train import run_job
     from qat_tricks.jobs.loggers import finish_logger, make_logger
-    from qat_tricks.cli.quiet import quiet
+    from qat_tricks.jobs.train import run_job
 
     quiet()  # in a process of its own, where a launcher started one
     if config.preflight:

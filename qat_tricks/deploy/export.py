@@ -17,19 +17,19 @@ from onnx import helper
 from torch import Tensor, fx, nn
 from torch.utils._pytree import MappingKey, tree_flatten_with_path
 
-from qat_tricks.deploy.parity.logits import agrees
+from qat_tricks.deploy.cost.weights import WEIGHT_BITS_KEY
 from qat_tricks.deploy.parity.layers import measure_layer_parity
-from qat_tricks.deploy.passes import COPY, name_quantized, tidy
+from qat_tricks.deploy.parity.logits import agrees
 from qat_tricks.deploy.parity.network import ParityReport, measure_parity
+from qat_tricks.deploy.passes import COPY, name_quantized, tidy
 from qat_tricks.deploy.qdq import LAYOUTS, Emitted, to_qdq
 from qat_tricks.deploy.runtimes.session import one_line
 from qat_tricks.deploy.targets import OPSET
-from qat_tricks.deploy.cost.weights import WEIGHT_BITS_KEY
 from qat_tricks.errors import QatTricksError
 from qat_tricks.files import replacing
 from qat_tricks.graph.fold import fold_batchnorm
-from qat_tricks.graph.layers import activation_quantizers, layers
 from qat_tricks.graph.inputs import Inputs, each, first, input_names, inputs_of, on_cpu, tensors
+from qat_tricks.graph.layers import activation_quantizers, layers
 from qat_tricks.graph.workbench import logits_of
 
 INPUT, OUTPUT = "images", "logits"

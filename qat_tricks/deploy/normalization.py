@@ -13,8 +13,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from qat_tricks.deploy.parity.logits import compare_logits
 from qat_tricks.deploy.onnx_graph import load_model
+from qat_tricks.deploy.parity.logits import compare_logits
 from qat_tricks.deploy.runtimes.registry import open_network
 from qat_tricks.errors import QatTricksError
 from qat_tricks.files import replacing

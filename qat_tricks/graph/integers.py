@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qat_tricks.graph.nodes import INTEGERS
 from qat_tricks.graph.inputs import Inputs, first, tensors
+from qat_tricks.graph.nodes import INTEGERS
 
 
 @torch.no_grad()

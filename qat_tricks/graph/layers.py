@@ -13,7 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from qat_tricks.numerics import ActivationQuantizer, WeightQuantizer, kernels
+from qat_tricks.numerics import ActivationQuantizer, WeightQuantizer
+from qat_tricks.numerics import integer_kernels as kernels
 
 
 class Layer(nn.Module):

@@ -8,9 +8,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from qat_tricks.errors import QatTricksError
+from qat_tricks.graph.inputs import (
+    Inputs,
+    are_finite,
+    batch_size,
+    each,
+    first,
+    input_names,
+    inputs_of,
+)
 from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.trace import trace
-from qat_tricks.graph.inputs import Inputs, are_finite, batch_size, each, first, input_names, inputs_of
 
 
 class Workbench:

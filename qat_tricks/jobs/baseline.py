@@ -14,9 +14,9 @@ from platformdirs import user_cache_dir
 from rich.console import Console
 
 from qat_tricks import __version__
-from qat_tricks.jobs.classifier import Classifier
 from qat_tricks.errors import QatTricksError
 from qat_tricks.files import write_tensors
+from qat_tricks.jobs.classifier import Classifier
 from qat_tricks.models.build import build_model
 from qat_tricks.trainer.ranks import Ranks
 

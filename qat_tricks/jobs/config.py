@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from qat_tricks.settings.binding import Problems, make
 from qat_tricks.deploy.cost.latency import MIN_RUNS
 from qat_tricks.deploy.targets import OPSET, check_target, fit_to_target
 from qat_tricks.errors import QatTricksError
+from qat_tricks.settings.binding import Problems, make
 
 if TYPE_CHECKING:
     from qat_tricks.recipes.recipe import Recipe

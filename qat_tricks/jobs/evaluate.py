@@ -13,11 +13,12 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import nn
 
-from qat_tricks.jobs.config import evaluation_folder, timing
 from qat_tricks.data import ImageData, Preprocessing, build_data
 from qat_tricks.data.module import Batches
+from qat_tricks.deploy.cost.device import measure_device
 from qat_tricks.deploy.cost.latency import measure_throughput
 from qat_tricks.deploy.normalization import BUILT_IN
+from qat_tricks.deploy.parity.runtimes import Predict, measure_runtime, parity, predictor
 from qat_tricks.deploy.runtimes.registry import (
     REFERENCE,
     check_runtimes,
@@ -26,11 +27,10 @@ from qat_tricks.deploy.runtimes.registry import (
 )
 from qat_tricks.deploy.runtimes.session import open_session
 from qat_tricks.errors import QatTricksError
-from qat_tricks.deploy.cost.device import measure_device
 from qat_tricks.evidence.ledger import Ledger, LedgerRow
 from qat_tricks.evidence.metrics import Metrics, agreement, evaluate_classifier
 from qat_tricks.evidence.report import write_report
-from qat_tricks.deploy.parity.runtimes import Predict, measure_runtime, parity, predictor
+from qat_tricks.jobs.config import evaluation_folder, timing
 
 _PREFIX = "qat_tricks."
 _SAID = ("recipe", "model", "data", "preprocessing")

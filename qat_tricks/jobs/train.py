@@ -15,30 +15,36 @@ from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 from torch import nn
 
-from qat_tricks.jobs.baseline import prepare_baseline
-from qat_tricks.jobs.classifier import Classifier
-from qat_tricks.jobs.config import recipe_of, timing
 from qat_tricks.data import ImageData, build_data
-from qat_tricks.jobs.datamodule import ImageDataModule
 from qat_tricks.data.module import Batches
-from qat_tricks.deploy.export import export_onnx
+from qat_tricks.deploy.cost.device import measure_device
+from qat_tricks.deploy.cost.forecast import Forecast, forecast
 from qat_tricks.deploy.cost.latency import measure_latency
+from qat_tricks.deploy.cost.weights import file_bytes, weight_sparsity
+from qat_tricks.deploy.export import export_onnx
 from qat_tricks.deploy.normalization import BUILT_IN, build_in_normalization
+from qat_tricks.deploy.parity.runtimes import (
+    Predict,
+    check_parity,
+    measure_runtime,
+    parity,
+    predictor,
+)
 from qat_tricks.deploy.runtimes.registry import REFERENCE
 from qat_tricks.deploy.targets import check_target
-from qat_tricks.deploy.cost.weights import file_bytes, weight_sparsity
 from qat_tricks.errors import QatTricksError
-from qat_tricks.deploy.cost.device import measure_device
 from qat_tricks.evidence.ledger import Ledger, LedgerRow, check_drop
 from qat_tricks.evidence.metrics import Metrics, agreement, evaluate_classifier
 from qat_tricks.evidence.report import REQUIRED_KEYS, write_report
-from qat_tricks.deploy.parity.runtimes import Predict, check_parity, measure_runtime, parity, predictor
-from qat_tricks.deploy.cost.forecast import Forecast, forecast
-from qat_tricks.trainer.session import save_checkpoint
+from qat_tricks.jobs.baseline import prepare_baseline
+from qat_tricks.jobs.classifier import Classifier
+from qat_tricks.jobs.config import recipe_of, timing
+from qat_tricks.jobs.datamodule import ImageDataModule
 from qat_tricks.jobs.loggers import log_report
-from qat_tricks.trainer.ranks import Ranks
 from qat_tricks.recipes.recipe import Recipe, Stage
 from qat_tricks.recipes.stages import run_stages
+from qat_tricks.trainer.ranks import Ranks
+from qat_tricks.trainer.session import save_checkpoint
 from qat_tricks.tricks.quantize import Quantize
 
 PARITY_IMAGES = 512  # images on which each export is compared with its simulation

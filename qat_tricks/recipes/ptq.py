@@ -7,8 +7,8 @@ from typing import Any
 from torch import fx, nn
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.recipes.recipe import Recipe, Stage, load_recipe
 from qat_tricks.graph.workbench import Workbench
+from qat_tricks.recipes.recipe import Recipe, Stage, load_recipe
 
 
 def quantize(

@@ -10,9 +10,9 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.settings.binding import make, unknown_keys
 from qat_tricks.settings.compose import Composer, config_dir, one_line
-from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.trainer.order import check_order
 from qat_tricks.trainer.trick import Trick
 

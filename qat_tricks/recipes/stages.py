@@ -9,11 +9,11 @@ import pytorch_lightning as pl
 from torch import nn
 
 from qat_tricks.graph.inputs import Inputs, input_names, inputs_of
-from qat_tricks.trainer.session import attach_workbench, find_network
-from qat_tricks.recipes.ptq import do_stage
-from qat_tricks.trainer.ranks import loaded_once
-from qat_tricks.recipes.recipe import Recipe, Stage, load_recipe
 from qat_tricks.graph.workbench import Workbench
+from qat_tricks.recipes.ptq import do_stage
+from qat_tricks.recipes.recipe import Recipe, Stage, load_recipe
+from qat_tricks.trainer.ranks import loaded_once
+from qat_tricks.trainer.session import attach_workbench, find_network
 
 AfterStage = Callable[[Stage, nn.Module], None]
 

@@ -34,8 +34,9 @@ def config_dir() -> Path:
     """The folder of the YAML files: beside the package in a checkout, inside it in an installed
     wheel.
     """
-    inside = Path(__file__).parent / "conf"
-    return (inside if inside.is_dir() else Path(__file__).parents[1] / "conf").absolute()
+    package = Path(__file__).parents[1]
+    inside = package / "conf"
+    return (inside if inside.is_dir() else package.parent / "conf").absolute()
 
 
 class Composition(NamedTuple):

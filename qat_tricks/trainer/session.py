@@ -22,14 +22,14 @@ from torch import nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.files import write_tensors
+from qat_tricks.graph.inputs import Inputs, input_names, inputs_of, is_nested, tensors
 from qat_tricks.graph.layers import is_layer
 from qat_tricks.graph.spec import rebuild, spec_of
-from qat_tricks.graph.inputs import Inputs, input_names, inputs_of, is_nested, tensors
+from qat_tricks.graph.workbench import Workbench
 from qat_tricks.trainer.order import check_order
 from qat_tricks.trainer.random_state import random_state
 from qat_tricks.trainer.ranks import loaded_once
 from qat_tricks.trainer.trick import Trick
-from qat_tricks.graph.workbench import Workbench
 
 CHECKPOINT_KEY = "qat_tricks"
 _ATTRIBUTE = "_qat_tricks_workbench"

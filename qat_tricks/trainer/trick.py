@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 import pytorch_lightning as pl
 
 from qat_tricks.errors import QatTricksError
+from qat_tricks.graph.workbench import Workbench
 from qat_tricks.trainer.optimizers import renew_parameters
 from qat_tricks.trainer.random_state import restore_random_state
-from qat_tricks.graph.workbench import Workbench
 
 
 class Trick(pl.Callback):

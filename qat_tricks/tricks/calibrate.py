@@ -13,14 +13,14 @@ import torch
 from torch import fx
 
 from qat_tricks.errors import QatTricksError
+from qat_tricks.graph.inputs import Inputs, run
 from qat_tricks.graph.layers import Add, activation_quantizers, float_mode
 from qat_tricks.graph.near_ties import settle_scales
 from qat_tricks.graph.spec import QUANTIZERS, share_quantizer, spec_of
-from qat_tricks.graph.inputs import Inputs, run
+from qat_tricks.graph.workbench import Workbench
 from qat_tricks.numerics import ActivationQuantizer, RangeEstimator, make_estimator
 from qat_tricks.progress import track
 from qat_tricks.trainer.trick import Trick, check_num_images
-from qat_tricks.graph.workbench import Workbench
 
 
 @torch.no_grad()

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, fx
 
 from qat_tricks.errors import QatTricksError
+from qat_tricks.graph.inputs import Inputs, tensors
 from qat_tricks.graph.layers import Layer, unrounded_sums
 from qat_tricks.graph.trace import module_of
-from qat_tricks.graph.inputs import Inputs, tensors
+from qat_tricks.graph.workbench import Workbench
 from qat_tricks.progress import track
 from qat_tricks.trainer.trick import Trick, check_num_images
-from qat_tricks.graph.workbench import Workbench
 
 
 @torch.no_grad()

@@ -16,8 +16,8 @@ from torch import Tensor, fx
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.layers import Layer, layers
-from qat_tricks.trainer.trick import Trick
 from qat_tricks.graph.workbench import Workbench
+from qat_tricks.trainer.trick import Trick
 
 
 @torch.no_grad()

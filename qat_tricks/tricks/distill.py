@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.trainer.session import workbench_of
-from qat_tricks.trainer.schedule import check_fraction
-from qat_tricks.trainer.trick import Trick
 from qat_tricks.graph.workbench import logits_of
+from qat_tricks.trainer.schedule import check_fraction
+from qat_tricks.trainer.session import workbench_of
+from qat_tricks.trainer.trick import Trick
 
 
 def distill(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:

@@ -8,8 +8,8 @@ reader, becomes a depthwise conv of one weight a channel.
 """
 
 from qat_tricks.graph.fold import batchnorms_to_convs, fold_batchnorm
-from qat_tricks.trainer.trick import Trick
 from qat_tricks.graph.workbench import Workbench
+from qat_tricks.trainer.trick import Trick
 
 __all__ = ["FoldBatchnorm", "batchnorms_to_convs", "fold_batchnorm"]
 

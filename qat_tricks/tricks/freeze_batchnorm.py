@@ -12,10 +12,10 @@ from torch import fx
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.nodes import BATCHNORMS
-from qat_tricks.trainer.session import workbench_of
-from qat_tricks.trainer.schedule import check_fraction, progress
-from qat_tricks.trainer.trick import Trick
 from qat_tricks.graph.workbench import Workbench
+from qat_tricks.trainer.schedule import check_fraction, progress
+from qat_tricks.trainer.session import workbench_of
+from qat_tricks.trainer.trick import Trick
 
 
 def freeze_batchnorm(traced: fx.GraphModule) -> int:

@@ -20,10 +20,10 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.layers import activation_quantizers, layers
 from qat_tricks.graph.near_ties import settle_scales
 from qat_tricks.graph.spec import QUANTIZERS, spec_of
-from qat_tricks.trainer.session import workbench_of
-from qat_tricks.trainer.optimizers import take_in, take_out
-from qat_tricks.trainer.trick import Trick
 from qat_tricks.graph.workbench import Workbench
+from qat_tricks.trainer.optimizers import take_in, take_out
+from qat_tricks.trainer.session import workbench_of
+from qat_tricks.trainer.trick import Trick
 
 
 def learn_scales(traced: fx.GraphModule) -> list[nn.Parameter]:

@@ -25,10 +25,10 @@ from torch import Tensor, fx
 from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.graph.layers import Layer, as_layer, is_layer
 from qat_tricks.graph.spec import spec_of
-from qat_tricks.trainer.session import workbench_of
-from qat_tricks.trainer.schedule import check_fraction, progress
-from qat_tricks.trainer.trick import Trick
 from qat_tricks.graph.workbench import Workbench
+from qat_tricks.trainer.schedule import check_fraction, progress
+from qat_tricks.trainer.session import workbench_of
+from qat_tricks.trainer.trick import Trick
 
 SCOPES = ("layer", "global")
 GRANULARITIES = ("weight", "2:4")

@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import fx
 
+from qat_tricks.graph.inputs import input_names
 from qat_tricks.graph.integers import note_integers
 from qat_tricks.graph.layers import layers
 from qat_tricks.graph.place import place_quantizers
 from qat_tricks.graph.spec import spec_of
-from qat_tricks.graph.inputs import input_names
+from qat_tricks.graph.workbench import Workbench
 from qat_tricks.numerics.scheme import activation_scheme, weight_scheme
 from qat_tricks.trainer.trick import Trick
-from qat_tricks.graph.workbench import Workbench
 
 OWN_SCALE_BITS = 4  # weights of so many bits or fewer have a scale of their own
 

@@ -13,12 +13,12 @@ import torch
 from torch import fx
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph.nodes import BATCHNORMS
 from qat_tricks.graph.inputs import Inputs, run
-from qat_tricks.trainer.session import workbench_of
-from qat_tricks.progress import track
-from qat_tricks.trainer.trick import Trick, check_num_images
+from qat_tricks.graph.nodes import BATCHNORMS
 from qat_tricks.graph.workbench import Workbench
+from qat_tricks.progress import track
+from qat_tricks.trainer.session import workbench_of
+from qat_tricks.trainer.trick import Trick, check_num_images
 
 
 @torch.no_grad()

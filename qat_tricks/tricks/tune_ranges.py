@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, fx
 
 from qat_tricks.errors import QatTricksError
+from qat_tricks.graph.inputs import Inputs, each, run, tensors
 from qat_tricks.graph.layers import activation_quantizers, float_mode
 from qat_tricks.graph.near_ties import settle_scales
-from qat_tricks.graph.inputs import Inputs, each, run, tensors
+from qat_tricks.graph.workbench import Workbench, logits_of
 from qat_tricks.numerics import ActivationQuantizer
 from qat_tricks.progress import track
 from qat_tricks.trainer.trick import Trick, check_num_images
-from qat_tricks.graph.workbench import Workbench, logits_of
 
 BINS = 4096  # of a histogram: 16 for each step of 8 bits
 CHUNK = 8  # images whose gradients are held at a time

@@ -7,7 +7,6 @@ import copy
 import onnx
 import pytest
 import torch
-from networks import conv, images, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
@@ -15,10 +14,11 @@ from torchvision.ops import StochasticDepth
 
 import qat_tricks
 from qat_tricks.deploy.cost.coverage import integer_coverage
+from qat_tricks.deploy.cost.forecast import forecast
 from qat_tricks.deploy.runtimes.session import open_session
 from qat_tricks.errors import QatTricksError
-from qat_tricks.deploy.cost.forecast import forecast
 from qat_tricks.graph import layers, rebuild, spec_of
+from tests.helpers.networks import conv, images, seeded
 
 
 class Head(nn.Module):

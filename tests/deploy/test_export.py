@@ -4,24 +4,24 @@ import copy
 import json
 from functools import cache
 
-import networks
 import numpy as np
 import onnx
 import pytest
 import torch
-from networks import images, quantized, seeded
 from onnx import numpy_helper
 from torch import nn
 
 from qat_tricks.deploy.cost.coverage import integer_coverage
+from qat_tricks.deploy.cost.weights import WEIGHT_BITS_KEY, weight_size, weight_sparsity
 from qat_tricks.deploy.export import export_onnx
 from qat_tricks.deploy.parity.network import measure_parity
 from qat_tricks.deploy.runtimes.session import open_session, run_batch
-from qat_tricks.deploy.cost.weights import WEIGHT_BITS_KEY, weight_size, weight_sparsity
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import activation_quantizers, as_layer, layers, trace
 from qat_tricks.models.build import build_model
 from qat_tricks.recipes.ptq import quantize
+from tests.helpers import networks
+from tests.helpers.networks import images, quantized, seeded
 
 SHAPE = (3, 32, 32)
 INTEGER = {

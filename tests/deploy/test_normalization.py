@@ -4,13 +4,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from networks import Residual, images, quantized
 
 from qat_tricks.data import Preprocessing
 from qat_tricks.deploy.export import export_onnx
 from qat_tricks.deploy.normalization import build_in_normalization
 from qat_tricks.deploy.runtimes.registry import open_network
 from qat_tricks.errors import QatTricksError
+from tests.helpers.networks import Residual, images, quantized
 
 SETTINGS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 LARGE = {"mean": (120.0, 110.0, 100.0), "std": (60.0, 50.0, 40.0), "scale": "0..255"}

@@ -2,25 +2,25 @@
 of the file.
 """
 
-import networks
 import numpy as np
 import onnx
 import pytest
 import torch
-from lit import Data, Lit, loader, trainer
-from networks import conv, images, quantized
 from onnx import numpy_helper
 from torch import nn
 from torch.nn import functional as F
 
 import qat_tricks
-from qat_tricks.deploy.runtimes import session
 from qat_tricks.deploy.cost.coverage import integer_coverage
 from qat_tricks.deploy.export import export_onnx
+from qat_tricks.deploy.runtimes import session
 from qat_tricks.deploy.runtimes.session import open_session, run_batch
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import activation_quantizers, layers, spec_of
 from qat_tricks.trainer.session import save_checkpoint
+from tests.helpers import networks
+from tests.helpers.lit import Data, Lit, loader, trainer
+from tests.helpers.networks import conv, images, quantized
 
 SHAPE = (3, 32, 32)
 SIGNED = ("signed_affine", "signed_symmetric")

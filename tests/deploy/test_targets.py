@@ -4,10 +4,9 @@ import re
 
 import numpy as np
 import pytest
-from handmade import qdq_layer
 
-from qat_tricks.deploy.runtimes import registry as runtimes
 from qat_tricks.deploy.qdq import LAYOUTS
+from qat_tricks.deploy.runtimes import registry as runtimes
 from qat_tricks.deploy.targets import (
     DEFAULT_TARGET,
     TARGETS,
@@ -18,6 +17,7 @@ from qat_tricks.deploy.targets import (
 from qat_tricks.errors import QatTricksError
 from qat_tricks.numerics.scheme import ACTIVATIONS
 from qat_tricks.tricks.quantize import Quantize
+from tests.helpers.handmade import qdq_layer
 
 NO_VNNI = TARGETS["onnxruntime_cpu_no_vnni"]
 

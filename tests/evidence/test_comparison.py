@@ -8,12 +8,12 @@ import pytest
 from matplotlib import image
 from matplotlib.text import Text
 from rich.console import Console
-from samples import report
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence import comparison_plot
 from qat_tricks.evidence.comparison import comparison_rows, comparison_table, write_comparison
 from qat_tricks.evidence.report import write_report
+from tests.helpers.samples import report
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ import json
 
 import pytest
 from rich.console import Console
-from samples import metrics
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.ledger import Ledger, LedgerRow, check_drop
+from tests.helpers.samples import metrics
 
 
 @pytest.fixture

@@ -4,10 +4,10 @@ import json
 import math
 
 import pytest
-from samples import report
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.report import REQUIRED_KEYS, environment, read_report, write_report
+from tests.helpers.samples import report
 
 
 def test_what_is_written_reads_back_with_the_environment(tmp_path):

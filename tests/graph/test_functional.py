@@ -1,11 +1,11 @@
 import pytest
 import torch
-from nets import images
 from torch import nn
 from torch.nn import functional as F
 
 from qat_tricks.graph import is_layer, rebuild, spec_of, trace
 from qat_tricks.tricks import calibrate, fold_batchnorm, quantize
+from tests.helpers.nets import images
 
 
 class SamePadded(nn.Conv2d):

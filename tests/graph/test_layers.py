@@ -1,8 +1,8 @@
 import torch
-from nets import images, small_net
 
 from qat_tricks.graph import as_layer, layers, place_quantizers, trace
 from qat_tricks.tricks import calibrate, fold_batchnorm
+from tests.helpers.nets import images, small_net
 
 
 def _quantized():

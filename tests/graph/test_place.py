@@ -1,7 +1,6 @@
 import pytest
 import torch
 import torchvision
-from nets import images, small_net
 from torch import nn
 
 from qat_tricks.errors import QatTricksError
@@ -13,6 +12,7 @@ from qat_tricks.graph import (
     spec_of,
     trace,
 )
+from tests.helpers.nets import images, small_net
 
 
 def _placed(net=None, **settings):

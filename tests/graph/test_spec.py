@@ -3,13 +3,13 @@ import io
 
 import pytest
 import torch
-from nets import images, small_net
 from torch import nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import rebuild, spec_of, trace
 from qat_tricks.recipes.ptq import quantize
 from qat_tricks.tricks import learn_scales, prune
+from tests.helpers.nets import images, small_net
 
 
 @pytest.mark.parametrize(

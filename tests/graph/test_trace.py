@@ -1,10 +1,10 @@
 import pytest
 import torch
-from nets import images, small_net
 from torch import nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import trace
+from tests.helpers.nets import images, small_net
 
 
 def test_function_and_names_stay():

@@ -2,13 +2,13 @@ import copy
 
 import pytest
 import torch
-from nets import images, small_net
 from torch import nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import activation_quantizers, rebuild, spec_of, trace
 from qat_tricks.numerics import ESTIMATORS
 from qat_tricks.tricks import calibrate, quantize
+from tests.helpers.nets import images, small_net
 
 
 @pytest.mark.parametrize("estimator", sorted(ESTIMATORS))

@@ -2,12 +2,12 @@ import copy
 
 import pytest
 import torch
-from nets import images, small_net
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import trace
 from qat_tricks.tricks import calibrate, correct_bias, fold_batchnorm, quantize
 from qat_tricks.tricks.correct_bias import _certain
+from tests.helpers.nets import images, small_net
 
 
 def _coarse():

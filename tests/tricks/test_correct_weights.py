@@ -1,11 +1,11 @@
 import pytest
 import torch
-from nets import small_net
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import layers, trace
 from qat_tricks.tricks import correct_weights, prune, quantize
 from qat_tricks.tricks.correct_weights import _balance
+from tests.helpers.nets import small_net
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -1,12 +1,12 @@
 import pytest
 import torch
-from nets import images, small_net
 from torch import nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import trace
 from qat_tricks.tricks import equalize, fold_batchnorm
 from qat_tricks.tricks.equalize import find_pairs
+from tests.helpers.nets import images, small_net
 
 
 class Chain(nn.Sequential):

@@ -2,13 +2,13 @@ import copy
 
 import pytest
 import torch
-from nets import images, small_net
 from torch import nn
 
 from qat_tricks.graph import layers, rebuild, spec_of, trace
 from qat_tricks.graph.nodes import BATCHNORMS
 from qat_tricks.recipes.ptq import quantize
 from qat_tricks.tricks import batchnorms_to_convs, fold_batchnorm, prune
+from tests.helpers.nets import images, small_net
 
 
 def test_function_stays_and_no_batchnorm_is_left():

@@ -1,12 +1,12 @@
 import pytest
 import torch
-from nets import small_net
 from torch import nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import layers, trace
 from qat_tricks.tricks import prune
 from qat_tricks.tricks.prune import Prune, cubic_schedule
+from tests.helpers.nets import small_net
 
 
 def _zeros(layer):

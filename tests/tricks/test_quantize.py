@@ -1,12 +1,12 @@
 import pytest
 import torch
-from nets import images, small_net
 
 import qat_tricks
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import layers, trace
 from qat_tricks.tricks import quantize
 from qat_tricks.tricks.quantize import Quantize
+from tests.helpers.nets import images, small_net
 
 
 @pytest.mark.parametrize(("bits", "own"), [(8, False), (5, False), (4, True), (2, True)])

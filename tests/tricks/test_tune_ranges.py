@@ -1,12 +1,12 @@
 import pytest
 import torch
-from nets import images, small_net
 from torch import nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import activation_quantizers, trace
 from qat_tricks.numerics.scheme import ACTIVATIONS
 from qat_tricks.tricks import calibrate, quantize, tune_ranges
+from tests.helpers.nets import images, small_net
 
 
 class Outlier(nn.Module):

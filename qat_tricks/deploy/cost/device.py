@@ -8,8 +8,8 @@ from typing import Any
 from qat_tricks.deploy.cost.coverage import integer_coverage
 from qat_tricks.deploy.cost.latency import measure_latency, measure_load
 from qat_tricks.deploy.cost.memory import peak_memory_mib
-from qat_tricks.deploy.runtimes.session import Shapes
 from qat_tricks.deploy.cost.weights import file_bytes, weight_size, weight_sparsity
+from qat_tricks.deploy.runtimes.session import Shapes
 
 
 def measure_device(

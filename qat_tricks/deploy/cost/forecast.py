@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.fold import batchnorms_to_convs, fold_batchnorm
+from qat_tricks.graph.inputs import Inputs, first, input_names, tensors
 from qat_tricks.graph.integers import note_integers
 from qat_tricks.graph.layers import Elementwise, Layer, float_mode
 from qat_tricks.graph.place import place_quantizers
 from qat_tricks.graph.trace import module_of, trace
-from qat_tricks.graph.inputs import Inputs, first, input_names, tensors
 from qat_tricks.numerics import ActivationQuantizer
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

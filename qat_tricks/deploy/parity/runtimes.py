@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat_tricks.jobs.config import timing
-from qat_tricks.deploy.parity.logits import agrees, compare_logits
 from qat_tricks.deploy.cost.latency import measure_latency, measure_load
+from qat_tricks.deploy.parity.logits import agrees, compare_logits
 from qat_tricks.deploy.runtimes.registry import open_network, runtime_version
 from qat_tricks.deploy.runtimes.session import Shapes
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.inputs import Inputs, run
+from qat_tricks.jobs.config import timing
 
 PARITY_BATCHES = 8  # on which a runtime is compared with the reference
 

@@ -1,0 +1,82 @@
+"""Sessions: exact integer products on any processor, and bad files refused in one line."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from qat_tricks.deploy.runtimes.session import (
+    InputSpec,
+    input_spec,
+    open_session,
+    random_inputs,
+    run_batch,
+)
+from qat_tricks.errors import QatTricksError
+from tests.helpers.handmade import float_conv, qdq_layer
+
+
+@pytest.mark.parametrize("per_channel", [True, False], ids=["per-channel", "per-tensor"])
+@pytest.mark.parametrize("linear", [True, False], ids=["linear", "conv"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_largest_products_do_not_saturate(tmp_path, per_channel, linear, sign):
+    shape = (16, 64) if linear else (16, 64, 3, 3)
+    weight = np.full(shape, sign * 127, np.int8)
+    path = qdq_layer(tmp_path / "m.onnx", weight, linear=linear, per_channel=per_channel)
+    images = np.full((1, 64) if linear else (1, 64, 8, 8), 2.55, np.float32)
+    written = run_batch(open_session(path, optimize=False), images)
+    np.testing.assert_allclose(run_batch(open_session(path), images), written, rtol=1e-5)
+
+
+def test_input_spec_tells_the_dynamic_batch_from_the_fixed_image(tmp_path):
+    spec = input_spec(open_session(float_conv(tmp_path / "m.onnx", np.ones((4, 3, 3, 3)))))
+    assert (spec.name, spec.shape, spec.dtype) == ("x", (None, 3, 8, 8), np.float32)
+
+
+def test_random_pixels_fill_their_range():
+    spec = InputSpec(name="x", shape=(None, 3, 8, 8), dtype=np.dtype(np.uint8))
+    given = random_inputs(spec, (3, 8, 8), 8)
+    assert (given.dtype, given.min(), given.max()) == (np.uint8, 0, 255)
+
+
+def test_images_of_another_shape_are_refused(tmp_path):
+    session = open_session(float_conv(tmp_path / "m.onnx", np.ones((4, 3, 3, 3))))
+    assert run_batch(session, np.ones((5, 3, 8, 8))).shape == (5, 4, 8, 8)
+    with pytest.raises(QatTricksError, match=r"\(5, 1, 8, 8\).*\(any, 3, 8, 8\)"):
+        run_batch(session, np.ones((5, 1, 8, 8)))
+
+
+def test_threads_reach_the_session(tmp_path):
+    path = float_conv(tmp_path / "m.onnx", np.ones((4, 3, 3, 3)))
+    assert open_session(path, threads=2).get_session_options().intra_op_num_threads == 2
+    with pytest.raises(QatTricksError, match="threads is 0"):
+        open_session(path, threads=0)
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "text", "folder"])
+def test_a_file_that_is_no_network_is_one_line(tmp_path, damage):
+    path = float_conv(tmp_path / "m.onnx", np.ones((4, 3, 3, 3)))
+    whole = path.read_bytes()
+    path.unlink()
+    match damage:
+        case "empty":
+            path.touch()
+        case "truncated":
+            path.write_bytes(whole[: len(whole) // 2])
+        case "text":
+            path.write_text("this is a poem")
+        case "folder":
+            path.mkdir()
+    with pytest.raises(QatTricksError, match=r"m\.onnx") as caught:
+        open_session(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_measuring_needs_no_torch():
+    modules = ", ".join(
+        f"qat_tricks.deploy.{m}" for m in ("session", "latency", "memory", "coverage", "weights")
+    )
+    code = f"import sys; sys.modules['torch'] = None; import {modules}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

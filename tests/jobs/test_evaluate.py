@@ -1,0 +1,259 @@
+"""Evaluating what a run wrote: in each runtime, without Lightning, and never under another
+preprocessing unawares.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+from qat_tricks.data import Preprocessing, build_data
+from qat_tricks.deploy.runtimes.session import input_spec, open_session
+from qat_tricks.errors import QatTricksError
+from qat_tricks.jobs.evaluate import evaluate_artifact, load_artifact
+from qat_tricks.jobs.train import run_job
+from qat_tricks.settings.compose import Composer
+from qat_tricks.trainer.session import load_checkpoint
+from tests.helpers import ROOT
+
+QUICK = ["measure.runs=5", "measure.threads=1"]
+EVALUATE = [
+    *QUICK,
+    "measure.batch_sizes=[1,3]",
+    "measure.thread_counts=[1]",
+    "measure.point_seconds=0.01",
+]
+TRAIN = [
+    "recipe=int8_ptq",
+    "data=fake",
+    "model=custom",
+    "model.factory=tests.helpers.nets.SmallNet",
+    "baseline.epochs=2",
+    *QUICK,
+]
+
+
+def compose(name, overrides):
+    config, problems = Composer(name).compose(overrides)
+    assert not problems, problems
+    OmegaConf.set_struct(config, False)
+    del config.hydra
+    return config
+
+
+def run(folder, *overrides):
+    os.environ["QAT_TRICKS_CACHE"] = str(folder / "cache")
+    config = compose("train", [*TRAIN, "trainer.enable_progress_bar=false", *overrides])
+    return run_job(config, folder)
+
+
+def evaluate(artifact, folder, *overrides):
+    return evaluate_artifact(
+        compose("evaluate", [f"artifact={artifact}", f"folder={folder}", *EVALUATE, *overrides])
+    )
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """The folder of a run."""
+    folder = tmp_path_factory.mktemp("run")
+    run(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pixels(tmp_path_factory):
+    """The folder of a run whose files normalize pixels themselves."""
+    folder = tmp_path_factory.mktemp("pixels")
+    run(folder, "export.normalize=true")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The images that the runs were tested on, as files, and the overrides that read them in the
+    runs' own way.
+    """
+    root = tmp_path_factory.mktemp("images")
+    data = build_data("fake")
+    data.setup()
+    images, labels = data.splits.pixels.batch(range(64))
+    for part in ("train", "val"):
+        for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+            path = root / part / f"class{label}" / f"{index:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    same = [
+        f"data.{key}=[{value},{value},{value}]" for key, value in (("mean", 0.5), ("std", 0.25))
+    ]
+    return ["data=imagefolder", f"data.root={root}", "data.resize=[16,16]", "data.crop=null", *same]
+
+
+def test_an_onnx_file_is_measured_without_lightning_or_loggers(ran, tmp_path):
+    code = """
+import sys
+from qat_tricks.cli.main import evaluate
+evaluate(sys.argv[1:])
+absent = {"pytorch_lightning", "lightning_fabric", "wandb", "onnxscript", "qat_tricks.trainer.session", "qat_tricks.recipes.recipe"}
+print(sorted(absent & set(sys.modules)))
+"""
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        f"artifact={ran / 'model.onnx'}",
+        f"folder={tmp_path}",
+        *EVALUATE,
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == "[]"
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (
+        report["stages"][-1]["accuracy"]
+        == json.loads((ran / "report.json").read_text())["stages"][-1]["accuracy"]
+    )
+    for file in ("fp32", "int8"):
+        assert (
+            0
+            < report["latency_ms"][file]["p50"]
+            <= report["latency_ms"][file]["p95"]
+            <= report["latency_ms"][file]["p99"]
+        )
+        assert report["load_ms"][file] > 0
+    points = [(row["runtime"], row["threads"], row["batch_size"]) for row in report["throughput"]]
+    assert points[:2] == [("onnxruntime", 1, 1), ("onnxruntime", 1, 3)]
+    assert all(row["fp32"] > 0 and row["int8"] > 0 for row in report["throughput"])
+    text = (tmp_path / "report.md").read_text()
+    assert "| onnxruntime | 1 | 3 |" in text
+    assert "| latency p99 |" in text
+    assert "| time to open |" in text
+
+
+def test_a_checkpoint_is_exported_with_what_it_says_of_itself(ran, tmp_path):
+    report = evaluate(ran / "model.ckpt", tmp_path)
+    assert report["parity"]["top1_agreement"] == 1
+    assert report["parity"]["max_abs_error"] < 1e-5
+    assert report["runtimes"]["onnxruntime"]["parity"] == report["parity"]
+    assert report["parity"]["against"] == "simulated"
+    assert [stage["name"] for stage in report["stages"]] == ["fp32", "simulated", "onnx"]
+    assert (
+        load_artifact(tmp_path / "model.onnx").preprocessing
+        == load_artifact(ran / "model.onnx").preprocessing
+    )
+    saved = load_checkpoint(ran / "model.ckpt")["hyper_parameters"]["preprocessing"]
+    assert saved == report["preprocessing"] == build_data("fake").preprocessing.described()
+
+
+def test_another_preprocessing_is_refused_field_by_field(ran, folders, tmp_path):
+    with pytest.raises(QatTricksError) as caught:
+        evaluate(ran / "model.onnx", tmp_path, *folders, "data.scale=0..255")
+    told = str(caught.value)
+    assert "resize: None → [16, 16]" in told
+    assert "scale: 0..1 → 0..255" in told
+    assert "mean" not in told
+    assert "allow_preprocessing_change=true" in told
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_an_allowed_change_is_measured_beside_the_networks_own(ran, folders, tmp_path):
+    allowed = [*folders, "allow_preprocessing_change=true"]
+    own = evaluate(ran / "model.onnx", tmp_path / "own")["stages"][-1]["accuracy"]
+    # resized to the size that they have
+    same = evaluate(ran / "model.onnx", tmp_path / "same", *allowed)
+    assert same["stages"][-1]["accuracy"] == same["preprocessing_change"]["accuracy"] == own
+    assert same["preprocessing_change"]["agreement"] == 1
+    other = evaluate(ran / "model.onnx", tmp_path / "other", *allowed, "data.mean=[3,3,3]")
+    assert other["stages"][-1]["accuracy"] == own
+    assert other["preprocessing_change"]["accuracy"] < own
+    assert other["preprocessing"]["mean"] == [0.5] * 3
+    assert other["preprocessing_change"]["preprocessing"]["mean"] == [3.0] * 3
+    assert (
+        "mean: [0.5, 0.5, 0.5] → [3.0, 3.0, 3.0]" in (tmp_path / "other" / "report.md").read_text()
+    )
+
+
+def test_a_float_network_of_another_preprocessing_is_no_reference(ran, tmp_path):
+    other = tmp_path / "other.onnx"
+    described = Preprocessing.from_dict(
+        {**build_data("fake").preprocessing.as_dict(), "mean": [0.4] * 3}
+    ).described()
+    _rewrite(ran / "model_fp32.onnx", other, described)
+    with pytest.raises(QatTricksError, match=r"other\.onnx was made with \(mean: \[0\.4"):
+        evaluate(ran / "model.onnx", tmp_path, f"float={other}")
+    _rewrite(ran / "model_fp32.onnx", other, {**described, "mean": [0.3] * 3})
+    with pytest.raises(QatTricksError, match="changed by hand"):
+        load_artifact(other)
+
+
+def test_files_that_normalize_take_pixels_and_give_the_same(ran, pixels, tmp_path):
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (ran, pixels)]
+    for file in ("model.onnx", "model_fp32.onnx"):
+        assert input_spec(open_session(pixels / file)).dtype == np.uint8
+    for key in ("accuracy", "nll", "ece"):
+        assert reports[0]["stages"][-1][key] == reports[1]["stages"][-1][key]
+    assert reports[1]["int8_coverage"] == reports[0]["int8_coverage"]
+    assert (reports[0]["normalization"], reports[1]["normalization"]) == ("outside", "built in")
+    report = evaluate(pixels / "model.onnx", tmp_path)
+    assert report["stages"][-1]["nll"] == reports[0]["stages"][-1]["nll"]
+    assert report["agreement"] == reports[0]["agreement"]
+    assert "takes uint8 pixels" in (tmp_path / "report.md").read_text()
+
+
+def test_a_network_that_normalizes_minds_the_geometry_alone(pixels, folders, tmp_path):
+    with pytest.raises(QatTricksError, match=r"made with \(resize: None → \[16, 16\]\)"):
+        evaluate(pixels / "model.onnx", tmp_path, *folders, "data.mean=[3,3,3]")
+
+
+def test_openvino_stands_beside_onnx_runtime(ran, pixels, tmp_path):
+    pytest.importorskip("openvino")
+    for folder in (ran, pixels):
+        report = evaluate(folder / "model.onnx", tmp_path, "runtimes=[onnxruntime,openvino]")
+        found = report["runtimes"]["openvino"]
+        assert report["runtimes"]["onnxruntime"]["parity"]["sqnr_db"] == 200
+        assert found["parity"]["top1_agreement"] >= 0.95
+        assert found["parity"]["sqnr_db"] > 20
+        assert found["int8_layers"] > 0.5
+        assert abs(found["accuracy"] - report["stages"][-1]["accuracy"]) < 0.05
+        assert {row["runtime"] for row in report["throughput"]} == {"onnxruntime", "openvino"}
+        assert "| openvino 20" in (tmp_path / "report.md").read_text()
+
+
+def test_a_target_runs_the_file_in_its_runtime(tmp_path):
+    pytest.importorskip("openvino")
+    report = run(tmp_path, "target=openvino_cpu")
+    assert list(report["runtimes"]) == ["openvino"]
+    assert report["runtimes"]["openvino"]["parity"]["against"] == "onnxruntime"
+    assert "`openvino_cpu`: OpenVINO on x86 with VNNI" in (tmp_path / "report.md").read_text()
+    assert report["runtimes"]["openvino"]["parity"]["top1_agreement"] >= 0.95
+
+
+def test_a_target_without_vnni_gets_weights_that_cannot_saturate(tmp_path):
+    report = run(tmp_path, "target=onnxruntime_cpu_no_vnni", "baseline.epochs=1")
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(tmp_path / "model.onnx")
+    weights = [
+        numpy_helper.to_array(t) for t in model.graph.initializer if t.name.endswith(".weight")
+    ]
+    assert len(weights) > 4
+    assert max(int(np.abs(weight.astype(int)).max()) for weight in weights) == 63
+    assert report["target"] == "onnxruntime_cpu_no_vnni"
+    assert torch.isfinite(torch.tensor(report["parity"]["sqnr_db"]))
+
+
+def _rewrite(path, to, preprocessing):
+    import onnx
+
+    model = onnx.load(path)
+    for entry in model.metadata_props:
+        if entry.key == "qat_tricks.preprocessing":
+            entry.value = json.dumps(preprocessing)
+    onnx.save(model, to)
