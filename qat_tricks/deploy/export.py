@@ -28,7 +28,15 @@ from qat_tricks.deploy.targets import OPSET
 from qat_tricks.errors import QatTricksError
 from qat_tricks.files import replacing
 from qat_tricks.graph.fold import fold_batchnorm
-from qat_tricks.graph.inputs import Inputs, each, first, input_names, inputs_of, on_cpu, tensors
+from qat_tricks.graph.inputs import (
+    Inputs,
+    as_tensors,
+    first_images,
+    input_names,
+    inputs_of,
+    map_tensors,
+    on_cpu,
+)
 from qat_tricks.graph.layers import activation_quantizers, layers
 from qat_tricks.graph.workbench import logits_of
 
@@ -84,7 +92,7 @@ def export_onnx(
         raise QatTricksError(f"opset={opset} is not supported: give {OPSET} or newer")
     names = input_names(network)
     example = inputs_of(example, names)
-    for values in tensors(example):
+    for values in as_tensors(example):
         if values.numel() == 0 or (len(names) < 2 and values.dim() < 2):
             raise QatTricksError(
                 f"the example's shape is {tuple(values.shape)}: give at least one image, [N, C, H, "
@@ -115,7 +123,7 @@ def export_onnx(
         _check(report, min_top1_agreement, min_sqnr_db)
         if any(quantizer.enabled for quantizer in activation_quantizers(simulated).values()):
             assert isinstance(simulated, fx.GraphModule)
-            few = on_cpu(first(inputs_of(batches[0], names), LAYER_IMAGES))
+            few = on_cpu(first_images(inputs_of(batches[0], names), LAYER_IMAGES))
             report = replace(report, layers=tuple(measure_layer_parity(draft, simulated, few)))
     return report
 
@@ -136,7 +144,7 @@ def _to_onnx(
             )
         layer.weight.data, layer.weight_mask = layer.masked_weight().data, None
     # of a batch of one, its size would be frozen
-    pair = tensors(each(example, lambda values: torch.cat([values[:1]] * 2)))
+    pair = as_tensors(map_tensors(example, lambda values: torch.cat([values[:1]] * 2)))
     try:
         with _quiet():
             outputs = _output_names(network(*pair))

@@ -24,7 +24,8 @@ from torch.nn import functional as F
 
 from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.graph import nodes as n
-from qat_tricks.graph.layers import Elementwise, Layer, Mean, activation_quantizers
+from qat_tricks.graph.integer_ops import Elementwise, Mean
+from qat_tricks.graph.layers import Layer, activation_quantizers
 from qat_tricks.graph.trace import module_of
 from qat_tricks.numerics import ActivationQuantizer
 

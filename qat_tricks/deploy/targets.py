@@ -67,7 +67,7 @@ TARGETS: Mapping[str, Target] = {
 }
 
 
-def check_target(name: Any) -> Target:
+def target_named(name: Any) -> Target:
     """The target called ``name``.
 
     Raises:
@@ -82,7 +82,7 @@ def check_target(name: Any) -> Target:
 
 def check_opset(name: Any, opset: int) -> None:
     """Raises QatTricksError if the target called ``name`` cannot read files of ``opset``."""
-    newest = check_target(name).newest_opset
+    newest = target_named(name).newest_opset
     if newest is not None and opset > newest:
         raise QatTricksError(
             f"export.opset={opset} is too new for target={name}: give {newest} or less"

@@ -19,7 +19,7 @@ from torchmetrics.classification import (
 )
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph.inputs import Inputs, run
+from qat_tricks.graph.inputs import Inputs, call_network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ def evaluate_classifier(
     for index, (inputs, labels) in enumerate(_batches(loader, description)):
         _check_labels(labels, num_classes, index)
         with torch.no_grad():
-            logits = run(predict, inputs).detach().float().cpu()
+            logits = call_network(predict, inputs).detach().float().cpu()
         labels = labels.cpu()
         _check_logits(logits, len(labels), num_classes, index)
         metrics.update(logits.softmax(dim=1), labels)

@@ -3,14 +3,8 @@ Lightning.
 """
 
 from qat_tricks.graph.integers import note_integers
-from qat_tricks.graph.layers import (
-    Layer,
-    activation_quantizers,
-    as_layer,
-    float_mode,
-    is_layer,
-    layers,
-)
+from qat_tricks.graph.layers import Layer, activation_quantizers, as_layer, is_layer, layers
+from qat_tricks.graph.modes import float_mode
 from qat_tricks.graph.place import place_quantizers
 from qat_tricks.graph.spec import rebuild, spec_of
 from qat_tricks.graph.trace import trace

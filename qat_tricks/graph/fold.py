@@ -50,7 +50,7 @@ def batchnorms_to_convs(traced: fx.GraphModule) -> list[str]:
     """
     names = [str(node.target) for node in traced.graph.nodes if _takes_integers(node, traced)]
     for name in names:
-        factor, mean, beta, gamma = _as_line(layer_at(traced, name))
+        factor, mean, beta, gamma = _affine_of(layer_at(traced, name))
         conv = batchnorm_to_conv(traced, name)
         conv.weight.copy_(factor.view(conv.weight.shape))
         assert conv.bias is not None
@@ -81,7 +81,7 @@ def _takes_integers(node: fx.Node, traced: fx.GraphModule) -> bool:
     return n.calls_layer(source, traced) or n.is_integer_op(source, traced)
 
 
-def _as_line(
+def _affine_of(
     batchnorm: Any, channels: slice = slice(None)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What a BatchNorm multiplies ``channels`` by, their mean, and its ``beta`` and ``gamma``, in
@@ -97,7 +97,7 @@ def _as_line(
 
 @torch.no_grad()
 def _fold(layer: Any, batchnorm: Any, channels: slice) -> None:
-    factor, mean, beta, gamma = _as_line(batchnorm, channels)
+    factor, mean, beta, gamma = _affine_of(batchnorm, channels)
     per_channel = factor.view(-1, *[1] * (layer.weight.dim() - 1))
     layer.weight.copy_(layer.weight.double() * per_channel)
     layer.bias.copy_((layer.bias.double() - mean) * factor + beta)

@@ -86,22 +86,22 @@ def _images_of(batch: Any) -> Tensor:
     )
 
 
-def tensors(inputs: Inputs) -> tuple[Tensor, ...]:
+def as_tensors(inputs: Inputs) -> tuple[Tensor, ...]:
     """The inputs as a tuple, also where there is one alone."""
     return (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
 
 
-def run(network: Callable[..., Any], inputs: Inputs) -> Any:
+def call_network(network: Callable[..., Any], inputs: Inputs) -> Any:
     """What ``network`` yields for ``inputs``."""
-    return network(*tensors(inputs))
+    return network(*as_tensors(inputs))
 
 
 def batch_size(inputs: Inputs) -> int:
     """How many images the inputs are of."""
-    return len(tensors(inputs)[0])
+    return len(as_tensors(inputs)[0])
 
 
-def each(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
+def map_tensors(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
     """The inputs, each of them changed."""
     return (
         change(inputs) if isinstance(inputs, Tensor) else tuple(change(values) for values in inputs)
@@ -112,17 +112,17 @@ def on_cpu(inputs: Inputs) -> Inputs:
     """The inputs as an exported file takes them: on the CPU, in float32 unless they are integers or
     truth values.
     """
-    return each(
+    return map_tensors(
         inputs,
         lambda values: (values.float() if values.is_floating_point() else values).detach().cpu(),
     )
 
 
-def first(inputs: Inputs, count: int) -> Inputs:
+def first_images(inputs: Inputs, count: int) -> Inputs:
     """The inputs of the first ``count`` images."""
-    return each(inputs, lambda values: values[:count])
+    return map_tensors(inputs, lambda values: values[:count])
 
 
 def are_finite(inputs: Inputs) -> bool:
     """Whether no value is NaN or infinite."""
-    return all(bool(torch.isfinite(values).all()) for values in tensors(inputs))
+    return all(bool(torch.isfinite(values).all()) for values in as_tensors(inputs))

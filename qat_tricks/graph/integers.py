@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qat_tricks.graph.inputs import Inputs, first, tensors
+from qat_tricks.graph.inputs import Inputs, as_tensors, first_images
 from qat_tricks.graph.nodes import INTEGERS
 
 
@@ -17,7 +17,7 @@ def note_integers(traced: fx.GraphModule, inputs: Inputs) -> fx.GraphModule:
     ``inputs`` show which.
     """
     was_training = traced.training
-    _Notes(traced.eval()).run(*tensors(first(inputs, 2)))
+    _Notes(traced.eval()).run(*as_tensors(first_images(inputs, 2)))
     return traced.train(was_training)
 
 

@@ -5,10 +5,7 @@ A layer is turned in place (its class changes, the object and its parameters sta
 reference the user holds, an optimizer's or another attribute's, stays good.
 """
 
-import operator
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +43,7 @@ class Layer(nn.Module):
         """
         before, after = self.calls[call] if len(self.calls) > 0 else (None, None)
         differentiable = self.training or torch.is_grad_enabled()
-        if self.is_quantizing and before is not None and is_on(before) and not differentiable:
+        if self.is_quantizing and before is not None and before.is_on and not differentiable:
             return self._integer_forward(input, before, after)
         return self._compute(input, self.effective_weight(), self.effective_bias(before))
 
@@ -70,7 +67,7 @@ class Layer(nn.Module):
         out = self._compute(torch.round(input / input_scale), weight, bias)
         step = (scale * input_scale).flatten()
         step = step if self.output_axis == -1 else step.view(-1, *[1] * (out.dim() - 2))
-        if self.rounds and after is not None and is_on(after):
+        if self.rounds and after is not None and after.is_on:
             return kernels.requantize(out, step, after)
         return out * step
 
@@ -109,7 +106,7 @@ class Layer(nn.Module):
     def has_input_scale(self) -> bool:
         """Whether the layer's input is on a grid, and which one is known."""
         # bool() of a tuple: torch 2.11 cannot compile
-        return len(self.input_quantizer) > 0 and is_on(self.input_quantizer[0])
+        return len(self.input_quantizer) > 0 and self.input_quantizer[0].is_on
 
     def weight_scale(self, weight: Tensor) -> Tensor:
         """The weight's scale in evaluation and export, shape ``[1, .., C, .., 1]``.
@@ -162,69 +159,6 @@ class Linear(Layer, nn.Linear):  # type: ignore[misc]
         return nn.functional.linear(input, weight, bias)
 
 
-class Kernel(nn.Module):
-    """What in evaluation, between calibrated grids, is computed as the integer kernel does it.
-
-    Attributes:
-        quantizers: of the inputs and of the output; a tuple, so that they are not registered as
-            children.
-    """
-
-    def __init__(self, *quantizers: ActivationQuantizer) -> None:
-        super().__init__()
-        self.quantizers = quantizers
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether the kernel's own arithmetic is wanted now, and all grids are there."""
-        return not (self.training or torch.is_grad_enabled()) and all(map(is_on, self.quantizers))
-
-
-class Elementwise(Kernel):
-    """Two tensors into one."""
-
-    function: Callable[[Any, Any], Any]
-    kernel: Callable[..., Tensor]
-    broadcasts: bool  # whether the kernel computes the same where the shapes differ
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        if self.is_exact and (self.broadcasts or x.shape == y.shape):
-            return self.kernel(x, y, *self.quantizers)
-        return self.function(x, y)
-
-
-class Add(Elementwise):
-    """A residual add."""
-
-    function, kernel, broadcasts = staticmethod(operator.add), staticmethod(kernels.add), False
-
-
-class Mul(Elementwise):
-    """A product of two activations, such as squeeze-and-excite's."""
-
-    function, kernel, broadcasts = staticmethod(operator.mul), staticmethod(kernels.multiply), True
-
-
-class Mean(Kernel):
-    """An average over positions."""
-
-    def __init__(
-        self, dims: tuple[int, ...], keepdim: bool, *quantizers: ActivationQuantizer
-    ) -> None:
-        super().__init__(*quantizers)
-        self.dims, self.keepdim = dims, keepdim
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.is_exact and x.dim() == 4:
-            return kernels.mean(x, *self.quantizers, keepdim=self.keepdim)
-        return x.mean(self.dims, keepdim=self.keepdim)
-
-
-def is_on(quantizer: ActivationQuantizer) -> bool:
-    """Whether what passes ``quantizer`` is on its grid."""
-    return quantizer.enabled and quantizer.is_calibrated
-
-
 LAYER_OF: dict[type[nn.Module], type[Layer]] = {
     nn.Conv1d: Conv1d,
     nn.Conv2d: Conv2d,
@@ -265,36 +199,3 @@ def activation_quantizers(network: nn.Module) -> dict[str, ActivationQuantizer]:
         for name, module in network.named_modules()
         if isinstance(module, ActivationQuantizer)
     }
-
-
-@contextmanager
-def unrounded_sums(network: nn.Module) -> Iterator[None]:
-    """Within it the layers of ``network`` hand out their sums as they are, for a quantizer to
-    round.
-    """
-    quantized = list(layers(network).values())
-    try:
-        for layer in quantized:
-            layer.rounds = False
-        yield
-    finally:
-        for layer in quantized:
-            layer.rounds = True
-
-
-@contextmanager
-def float_mode(network: nn.Module) -> Iterator[None]:
-    """Within it every quantizer of ``network`` lets its values through as they are: the float
-    function, masks applied.
-    """
-    quantizers = [
-        m for m in network.modules() if isinstance(m, (ActivationQuantizer, WeightQuantizer))
-    ]
-    was_enabled = [quantizer.enabled for quantizer in quantizers]
-    try:
-        for quantizer in quantizers:
-            quantizer.enabled = False
-        yield
-    finally:
-        for quantizer, enabled in zip(quantizers, was_enabled, strict=True):
-            quantizer.enabled = enabled

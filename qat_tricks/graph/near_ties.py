@@ -31,7 +31,7 @@ _FUNCTIONS: set[Any] = {
 
 
 @torch.no_grad()
-def settle_scales(traced: fx.GraphModule) -> list[str]:
+def avoid_rounding_ties(traced: fx.GraphModule) -> list[str]:
     """Changes, by at most ``STEP * TRIES``, each scale at which a runtime could round a function's
     value otherwise.
 

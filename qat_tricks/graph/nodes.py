@@ -9,7 +9,8 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from qat_tricks.graph.attention import from_windows, to_windows
-from qat_tricks.graph.layers import Add, Elementwise, Mean, Mul, is_layer
+from qat_tricks.graph.integer_ops import Add, Elementwise, Mean, Mul
+from qat_tricks.graph.layers import is_layer
 from qat_tricks.graph.trace import layer_at, module_of
 from qat_tricks.numerics import ActivationQuantizer
 

@@ -27,7 +27,8 @@ from torch import fx, nn
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.functional import install
-from qat_tricks.graph.layers import Layer, Mean, as_layer
+from qat_tricks.graph.integer_ops import Mean
+from qat_tricks.graph.layers import Layer, as_layer
 from qat_tricks.graph.trace import replace_with_module, trace
 from qat_tricks.numerics import ActivationQuantizer, Scheme, WeightQuantizer
 

@@ -12,10 +12,10 @@ from qat_tricks.graph.inputs import (
     Inputs,
     are_finite,
     batch_size,
-    each,
-    first,
+    first_images,
     input_names,
     inputs_of,
+    map_tensors,
 )
 from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.trace import trace
@@ -69,12 +69,12 @@ class Workbench:
         batches: list[Inputs] = []
         missing = num_images
         for batch in self.loader(num_images):
-            inputs = first(inputs_of(batch, names), missing)
+            inputs = first_images(inputs_of(batch, names), missing)
             if not are_finite(inputs):
                 raise QatTricksError(
                     "the calibration loader yields NaN or infinite pixels: check its transforms"
                 )
-            batches.append(each(inputs, lambda values: values.to(device)))
+            batches.append(map_tensors(inputs, lambda values: values.to(device)))
             missing -= batch_size(inputs)
             if missing <= 0:
                 break

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from qat_tricks.deploy.cost.latency import MIN_RUNS
-from qat_tricks.deploy.targets import OPSET, check_target, fit_to_target
+from qat_tricks.deploy.targets import OPSET, fit_to_target, target_named
 from qat_tricks.errors import QatTricksError
 from qat_tricks.settings.binding import Problems, make
 
@@ -153,15 +153,15 @@ def recipe_of(config: DictConfig) -> "Recipe":
         QatTricksError: all that is wrong with the three.
     """
     # these load Lightning, which an evaluation does without
-    from qat_tricks.recipes.recipe import check_recipe
+    from qat_tricks.recipes.recipe import build_recipe
     from qat_tricks.tricks.quantize import Quantize
 
     problems = Problems()
     override = problems.of(
         lambda: make("stage", StageOverride, OmegaConf.to_container(config.stage))
     )  # type: ignore[arg-type]
-    recipe = problems.of(lambda: check_recipe(config.recipe))
-    target = problems.of(lambda: check_target(config.target))
+    recipe = problems.of(lambda: build_recipe(config.recipe))
+    target = problems.of(lambda: target_named(config.target))
     problems.report()
     assert override is not None
     assert recipe is not None

@@ -31,7 +31,7 @@ from qat_tricks.deploy.parity.runtimes import (
     predictor,
 )
 from qat_tricks.deploy.runtimes.registry import REFERENCE
-from qat_tricks.deploy.targets import check_target
+from qat_tricks.deploy.targets import target_named
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.ledger import Ledger, LedgerRow, check_drop
 from qat_tricks.evidence.metrics import Metrics, agreement, evaluate_classifier
@@ -222,7 +222,7 @@ class _Run:
             metadata=self._metadata(),
             min_top1_agreement=self.config.measure.min_top1_agreement,
             opset=self.config.export.opset,
-            layout=check_target(self.config.target).layout,
+            layout=target_named(self.config.target).layout,
         ).as_dict()
         if self.config.export.normalize:
             self._build_in_normalization(path)
@@ -367,7 +367,7 @@ class _Run:
         """What the target's runtime makes of the file, where it is another than ONNX Runtime; it
         has to make the same.
         """
-        name, measure = check_target(self.config.target).runtime, self.config.measure
+        name, measure = target_named(self.config.target).runtime, self.config.measure
         if name == REFERENCE:
             return {}
         found = parity(

@@ -57,6 +57,11 @@ class ActivationQuantizer(nn.Module):
         return self._zero_point is not None
 
     @property
+    def is_on(self) -> bool:
+        """Whether what passes is put on the grid."""
+        return self.enabled and self.is_calibrated
+
+    @property
     def offset(self) -> int:
         """The zero point as a number: reading the buffer would wait for the device, and break a
         compiled graph.

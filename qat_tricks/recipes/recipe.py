@@ -113,7 +113,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     inside = [_in_recipe(override) for override in overrides]
     config, problems = Composer("train").compose([f"recipe={name}", *inside])
     try:
-        loaded = check_recipe(config.recipe)
+        loaded = build_recipe(config.recipe)
     except QatTricksError as error:
         problems.append(str(error))
     if problems:
@@ -127,7 +127,7 @@ def _in_recipe(override: str) -> str:
     return override if key.startswith("recipe.") or "@recipe." in key else f"{mark}recipe.{key}"
 
 
-def check_recipe(config: DictConfig | Mapping[str, Any]) -> Recipe:
+def build_recipe(config: DictConfig | Mapping[str, Any]) -> Recipe:
     """Builds a recipe's stages and tricks from its composed config, every key bound to what takes
     it.
 

@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 from torch import Tensor, distributed
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph.inputs import Inputs, batch_size, each
+from qat_tricks.graph.inputs import Inputs, batch_size, map_tensors
 
 PATIENCE = timedelta(days=1000)  # with which the others wait while rank zero measures
 
@@ -93,7 +93,7 @@ def loaded_once(load: Callable[[int], Iterable[Inputs]], num_images: int) -> Ite
 def _first(batches: Iterable[Inputs], num_images: int) -> list[Inputs]:
     taken: list[Inputs] = []
     for inputs in batches:
-        taken.append(each(inputs, Tensor.cpu))
+        taken.append(map_tensors(inputs, Tensor.cpu))
         if sum(map(batch_size, taken)) >= num_images:
             break
     return taken

@@ -22,7 +22,7 @@ from torch import nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.files import write_tensors
-from qat_tricks.graph.inputs import Inputs, input_names, inputs_of, is_nested, tensors
+from qat_tricks.graph.inputs import Inputs, as_tensors, input_names, inputs_of, is_nested
 from qat_tricks.graph.layers import is_layer
 from qat_tricks.graph.spec import rebuild, spec_of
 from qat_tricks.graph.workbench import Workbench
@@ -403,7 +403,7 @@ def _module_inputs(batch: Any, required: Sequence[str], names: Sequence[str]) ->
     """
     if len(required) == 1 and (len(names) > 1 or is_nested(batch)):
         return (batch[0] if isinstance(batch, (list, tuple)) else batch,)
-    return tensors(inputs_of(batch, required or names))
+    return as_tensors(inputs_of(batch, required or names))
 
 
 def _training_loader(

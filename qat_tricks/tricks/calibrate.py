@@ -13,9 +13,11 @@ import torch
 from torch import fx
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph.inputs import Inputs, run
-from qat_tricks.graph.layers import Add, activation_quantizers, float_mode
-from qat_tricks.graph.near_ties import settle_scales
+from qat_tricks.graph.inputs import Inputs, call_network
+from qat_tricks.graph.integer_ops import Add
+from qat_tricks.graph.layers import activation_quantizers
+from qat_tricks.graph.modes import float_mode
+from qat_tricks.graph.near_ties import avoid_rounding_ties
 from qat_tricks.graph.spec import QUANTIZERS, share_quantizer, spec_of
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.numerics import ActivationQuantizer, RangeEstimator, make_estimator
@@ -60,7 +62,7 @@ def calibrate(
             quantizer.observer = observer
         with float_mode(traced):
             for batch in track(batches, "calibrate"):
-                run(traced, batch)
+                call_network(traced, batch)
     finally:
         for quantizer in quantizers.values():
             quantizer.observer = None
@@ -69,7 +71,7 @@ def calibrate(
         quantizer.set_range(*observer.range(quantizer.scheme))
     if share_residuals:
         _share_residuals(traced, observers)
-    settle_scales(traced)
+    avoid_rounding_ties(traced)
     return traced
 
 

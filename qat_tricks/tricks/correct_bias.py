@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, fx
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph.inputs import Inputs, tensors
-from qat_tricks.graph.layers import Layer, unrounded_sums
+from qat_tricks.graph.inputs import Inputs, as_tensors
+from qat_tricks.graph.layers import Layer
+from qat_tricks.graph.modes import unrounded_sums
 from qat_tricks.graph.trace import module_of
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.progress import track
@@ -97,7 +98,7 @@ class _Stream:
     def __init__(self, traced: fx.GraphModule, batches: Sequence[Inputs]) -> None:
         self.interpreter = [fx.Interpreter(traced) for _ in batches]
         for interpreter, batch in zip(self.interpreter, batches, strict=True):
-            interpreter.args_iter = iter(tensors(batch))
+            interpreter.args_iter = iter(as_tensors(batch))
         self.nodes = iter(traced.graph.nodes)
 
     def advance(self) -> list[Tensor]:

@@ -28,7 +28,7 @@ from torch import Tensor, fx, nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import nodes as n
-from qat_tricks.graph.inputs import Inputs, tensors
+from qat_tricks.graph.inputs import Inputs, as_tensors
 from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.spec import uncap as uncap_nodes
 from qat_tricks.graph.trace import layer_at
@@ -176,7 +176,7 @@ def _channel_maxima(
     was_training = traced.training
     traced.eval()
     for batch in track(batches if pairs else [], "equalize"):
-        Watch(traced).run(*tensors(batch))
+        Watch(traced).run(*as_tensors(batch))
     traced.train(was_training)
     return {name: torch.cat(parts) for name, parts in largest.items()}
 

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.layers import activation_quantizers, layers
-from qat_tricks.graph.near_ties import settle_scales
+from qat_tricks.graph.near_ties import avoid_rounding_ties
 from qat_tricks.graph.spec import QUANTIZERS, spec_of
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.trainer.optimizers import take_in, take_out
@@ -221,7 +221,7 @@ class LearnScales(Trick):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._let_go()
         # after callbacks that average have put their scales in
-        settle_scales(workbench_of(pl_module).network)
+        avoid_rounding_ties(workbench_of(pl_module).network)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException

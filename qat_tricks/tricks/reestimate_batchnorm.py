@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph.inputs import Inputs, run
+from qat_tricks.graph.inputs import Inputs, call_network
 from qat_tricks.graph.nodes import BATCHNORMS
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.progress import track
@@ -48,7 +48,7 @@ def reestimate_batchnorm(traced: fx.GraphModule, batches: Sequence[Inputs]) -> f
         norm.momentum = None  # a cumulative average
         norm.train()
     for batch in track(batches, "re-estimate BatchNorm"):
-        run(traced, batch)
+        call_network(traced, batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return traced.train(was_training)

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, fx
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph.inputs import Inputs, each, run, tensors
-from qat_tricks.graph.layers import activation_quantizers, float_mode
-from qat_tricks.graph.near_ties import settle_scales
+from qat_tricks.graph.inputs import Inputs, as_tensors, call_network, map_tensors
+from qat_tricks.graph.layers import activation_quantizers
+from qat_tricks.graph.modes import float_mode
+from qat_tricks.graph.near_ties import avoid_rounding_ties
 from qat_tricks.graph.workbench import Workbench, logits_of
 from qat_tricks.numerics import ActivationQuantizer
 from qat_tricks.progress import track
@@ -67,10 +68,12 @@ def tune_ranges(
             chunks = [
                 chunk
                 for batch in batches
-                for chunk in zip(*(part.split(CHUNK) for part in tensors(batch)), strict=True)
+                for chunk in zip(*(part.split(CHUNK) for part in as_tensors(batch)), strict=True)
             ]
             for chunk in track(chunks, "tune ranges"):
-                logits = logits_of(run(traced, each(chunk, Tensor.clone))).flatten(1)
+                logits = logits_of(call_network(traced, map_tensors(chunk, Tensor.clone))).flatten(
+                    1
+                )
                 likelihoods = logits.log_softmax(1)
                 labels = torch.multinomial(likelihoods.detach().exp().cpu(), 1, generator=generator)
                 likelihoods.gather(1, labels.to(logits.device)).sum().backward()
@@ -82,7 +85,7 @@ def tune_ranges(
         traced.train(was_training)
     for histogram in histograms:
         histogram.tune()
-    settle_scales(traced)
+    avoid_rounding_ties(traced)
     return traced
 
 

@@ -11,8 +11,8 @@ from qat_tricks.deploy.targets import (
     DEFAULT_TARGET,
     TARGETS,
     check_opset,
-    check_target,
     fit_to_target,
+    target_named,
 )
 from qat_tricks.errors import QatTricksError
 from qat_tricks.numerics.scheme import ACTIVATIONS
@@ -100,14 +100,14 @@ def test_seven_bits_are_what_sixteen_bit_sums_of_two_products_hold():
 
 
 def test_what_cannot_be_had_is_refused_with_the_reason(monkeypatch):
-    assert check_target(DEFAULT_TARGET).runtime == "onnxruntime"
+    assert target_named(DEFAULT_TARGET).runtime == "onnxruntime"
     with pytest.raises(QatTricksError, match='did you mean "openvino_cpu"'):
-        check_target("openvino")
+        target_named("openvino")
     monkeypatch.setattr(runtimes, "find_spec", lambda name: None)
     with pytest.raises(
         QatTricksError, match=r'"openvino" is not installed: pip install "qat_tricks\[openvino\]"'
     ):
-        check_target("openvino_cpu")
+        target_named("openvino_cpu")
 
 
 def test_a_runtime_is_known_and_installed_or_refused(monkeypatch, tmp_path):

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import qat_tricks
 from qat_tricks.graph import activation_quantizers
-from qat_tricks.graph.near_ties import MARGIN, STEP, TRIES, settle_scales
+from qat_tricks.graph.near_ties import MARGIN, STEP, TRIES, avoid_rounding_ties
 from qat_tricks.recipes.ptq import quantize
 from tests.helpers.lit import Lit, loader, trainer
 from tests.helpers.nets import images, small_net
@@ -56,21 +56,21 @@ def distance(values, scale):
 def test_no_value_of_a_function_stays_between_two_steps(function, branches):
     torch.manual_seed(0)
     network = quantize(Function(function, branches).eval(), [images()])
-    assert settle_scales(network) == []  # it is settled when it is calibrated
+    assert avoid_rounding_ties(network) == []  # it is settled when it is calibrated
     name, quantizer, values = into_the_middle(network, function)
     unsettled = quantizer.scale.clone()
     assert distance(values, unsettled) < 1
-    assert settle_scales(network) == [name]
+    assert avoid_rounding_ties(network) == [name]
     assert distance(values, quantizer.scale) >= 1
     assert abs(quantizer.scale / unsettled - 1) <= STEP * TRIES
-    assert settle_scales(network) == []
+    assert avoid_rounding_ties(network) == []
 
 
 def test_other_scales_stay():
     network = quantize(small_net().eval(), [images()])
     for quantizer in activation_quantizers(network).values():
         quantizer.scale.data *= 1.037
-    assert settle_scales(network) == []
+    assert avoid_rounding_ties(network) == []
 
 
 def test_learned_scales_are_settled_when_the_fit_ends():
@@ -81,7 +81,7 @@ def test_learned_scales_are_settled_when_the_fit_ends():
     class Unsettle(pl.Callback):
         def on_train_end(self, trainer, pl_module):
             into_the_middle(pl_module.backbone, F.silu)
-            assert settle_scales(copy.deepcopy(pl_module.backbone)) != []
+            assert avoid_rounding_ties(copy.deepcopy(pl_module.backbone)) != []
 
     trainer([*qat_tricks.recipe("int8_qat"), Unsettle()], max_epochs=1).fit(lit, loader(32))
-    assert settle_scales(lit.backbone) == []
+    assert avoid_rounding_ties(lit.backbone) == []

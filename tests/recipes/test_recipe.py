@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.recipes.recipe import (
-    check_recipe,
+    build_recipe,
     load_recipe,
     make_trick,
     options,
@@ -119,7 +119,7 @@ def test_an_order_that_cannot_work_is_refused_with_one_that_can():
     with pytest.raises(
         QatTricksError, match="an order that works: fold_batchnorm, quantize, calibrate"
     ):
-        check_recipe({"name": "mine", "stages": {"ptq": {"tricks": tricks}}})
+        build_recipe({"name": "mine", "stages": {"ptq": {"tricks": tricks}}})
     assert "calibrate needs quantize before it" in refusal(
         "int8_ptq", "~stages.ptq.tricks.quantize"
     )
@@ -158,7 +158,7 @@ def test_an_order_that_cannot_work_is_refused_with_one_that_can():
 )
 def test_what_merging_lets_through_in_a_recipe_file_is_refused(mine, told):
     with pytest.raises(QatTricksError) as caught:
-        check_recipe(OmegaConf.create({"name": "mine", "stages": {}, **mine}))
+        build_recipe(OmegaConf.create({"name": "mine", "stages": {}, **mine}))
     assert told in str(caught.value)
 
 

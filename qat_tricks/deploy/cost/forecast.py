@@ -17,9 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.fold import batchnorms_to_convs, fold_batchnorm
-from qat_tricks.graph.inputs import Inputs, first, input_names, tensors
+from qat_tricks.graph.inputs import Inputs, as_tensors, first_images, input_names
+from qat_tricks.graph.integer_ops import Elementwise
 from qat_tricks.graph.integers import note_integers
-from qat_tricks.graph.layers import Elementwise, Layer, float_mode
+from qat_tricks.graph.layers import Layer
+from qat_tricks.graph.modes import float_mode
 from qat_tricks.graph.place import place_quantizers
 from qat_tricks.graph.trace import module_of, trace
 from qat_tricks.numerics import ActivationQuantizer
@@ -106,7 +108,7 @@ def forecast(
     torch.backends.mha.set_fastpath_enabled(False)  # one operation that hides its products
     try:
         with float_mode(traced):
-            run.run(*tensors(first(images, 1)))
+            run.run(*as_tensors(first_images(images, 1)))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     integer = total = 0

@@ -19,7 +19,7 @@ from qat_tricks.deploy.parity.logits import decibels
 from qat_tricks.deploy.passes import QUANTIZED
 from qat_tricks.deploy.runtimes.session import feed, input_specs, open_session
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph.inputs import Inputs, tensors
+from qat_tricks.graph.inputs import Inputs, as_tensors
 from qat_tricks.graph.trace import module_of
 from qat_tricks.numerics import ActivationQuantizer
 
@@ -57,7 +57,7 @@ def measure_layer_parity(
         QatTricksError: the file has none of the network's quantized tensors.
     """
     simulated = _Recorder(network)
-    simulated.run(*tensors(inputs))
+    simulated.run(*as_tensors(inputs))
     grids, run = _run(path, inputs)
     rows = []
     for place, (name, (values, quantizer)) in enumerate(simulated.quantized.items()):
@@ -127,6 +127,6 @@ def _run(
         probe = Path(folder) / "probe.onnx"
         onnx.save(model, str(probe))
         session = open_session(probe, threads=torch.get_num_threads())
-        given = feed(input_specs(session), [values.numpy() for values in tensors(inputs)])
+        given = feed(input_specs(session), [values.numpy() for values in as_tensors(inputs)])
         run = session.run(shown, given) if grids else []
     return grids, dict(zip(grids, run, strict=True))

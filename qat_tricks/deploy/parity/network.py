@@ -12,7 +12,7 @@ from torch import nn
 from qat_tricks.deploy.parity.logits import compare_logits
 from qat_tricks.deploy.runtimes.session import open_session, run_batch
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph.inputs import input_names, inputs_of, on_cpu, run, tensors
+from qat_tricks.graph.inputs import as_tensors, call_network, input_names, inputs_of, on_cpu
 from qat_tricks.graph.workbench import logits_of
 
 if TYPE_CHECKING:
@@ -55,8 +55,8 @@ def measure_parity(
     def pairs() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for batch in batches:
             inputs = on_cpu(inputs_of(batch, names))
-            simulated = logits_of(run(network, inputs)).numpy()
-            real = run_batch(session, *(values.numpy() for values in tensors(inputs)))
+            simulated = logits_of(call_network(network, inputs)).numpy()
+            real = run_batch(session, *(values.numpy() for values in as_tensors(inputs)))
             if simulated.shape != real.shape:
                 raise QatTricksError(
                     f"the network yields {simulated.shape}, its ONNX file {real.shape}: it is "

@@ -13,7 +13,7 @@ from qat_tricks.deploy.parity.logits import agrees, compare_logits
 from qat_tricks.deploy.runtimes.registry import open_network, runtime_version
 from qat_tricks.deploy.runtimes.session import Shapes
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph.inputs import Inputs, run
+from qat_tricks.graph.inputs import Inputs, call_network
 from qat_tricks.jobs.config import timing
 
 PARITY_BATCHES = 8  # on which a runtime is compared with the reference
@@ -71,7 +71,8 @@ def parity(
     batches = islice(loader, PARITY_BATCHES)
     with torch.no_grad():
         found = compare_logits(
-            (run(reference, inputs).numpy(), run(predict, inputs).numpy()) for inputs, _ in batches
+            (call_network(reference, inputs).numpy(), call_network(predict, inputs).numpy())
+            for inputs, _ in batches
         )
     return {**found, "against": against}
 
