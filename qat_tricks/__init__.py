@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qat_tricks.deploy.export import export_onnx
     from qat_tricks.errors import QatTricksError
+    from qat_tricks.recipes.callbacks import Recipe, recipe
     from qat_tricks.recipes.ptq import quantize
-    from qat_tricks.recipes.recipe import recipe
     from qat_tricks.recipes.stages import run_stages
-    from qat_tricks.trainer.session import load_from_checkpoint
+    from qat_tricks.trainer.checkpoints import load_from_checkpoint
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,10 +25,11 @@ __all__ = [
 
 _HOME = {
     "QatTricksError": "errors",
+    "Recipe": "recipes.callbacks",
     "export_onnx": "deploy.export",
-    "load_from_checkpoint": "trainer.session",
+    "load_from_checkpoint": "trainer.checkpoints",
     "quantize": "recipes.ptq",
-    "recipe": "recipes.recipe",
+    "recipe": "recipes.callbacks",
     "run_stages": "recipes.stages",
 }
 

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 import qat_tricks
 from qat_tricks.graph import layers
-from qat_tricks.recipes import recipe as recipes
+from qat_tricks.settings.config_dir import config_dir
 from tests.helpers import ROOT
 from tests.helpers.lit import Data, Lit, loader
 from tests.helpers.nets import images, small_net
@@ -58,14 +58,14 @@ def toy_trick(tmp_path, monkeypatch):
     package, conf = tmp_path / "tricks", tmp_path / "conf"
     package.mkdir()
     (package / "my_trick.py").write_text(_block("CONTRIBUTING.md", "python"))
-    for path in recipes.config_dir().rglob("*.yaml"):
-        copy = conf / path.relative_to(recipes.config_dir())
+    for path in config_dir().rglob("*.yaml"):
+        copy = conf / path.relative_to(config_dir())
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(path.read_text())
     (conf / "trick" / "my_trick.yaml").write_text(_block("CONTRIBUTING.md", "yaml"))
     monkeypatch.setattr(qat_tricks.tricks, "__path__", [*qat_tricks.tricks.__path__, str(package)])
     for module in [
-        m for m in sys.modules.values() if getattr(m, "config_dir", None) is recipes.config_dir
+        m for m in sys.modules.values() if getattr(m, "config_dir", None) is config_dir
     ]:
         monkeypatch.setattr(module, "config_dir", lambda: conf)
     yield
@@ -74,7 +74,7 @@ def toy_trick(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("toy_trick")
 def test_a_trick_in_three_files():
-    assert OmegaConf.load(recipes.config_dir() / "trick" / "my_trick.yaml").my_trick.factor == 1.0
+    assert OmegaConf.load(config_dir() / "trick" / "my_trick.yaml").my_trick.factor == 1.0
     added = "+trick@recipe.stages.ptq.tricks=my_trick"
     plain = qat_tricks.quantize(small_net(), [images()])
     same = qat_tricks.quantize(small_net(), [images()], overrides=[added])

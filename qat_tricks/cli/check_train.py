@@ -4,11 +4,9 @@ written or trained.
 
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
-from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 
 from qat_tricks.cli.check_evaluate import check_data, sections
 from qat_tricks.deploy.targets import check_opset
@@ -17,9 +15,10 @@ from qat_tricks.jobs.config import Baseline, Export, Measure, Optimizer, recipe_
 from qat_tricks.jobs.isolation import isolated
 from qat_tricks.jobs.loggers import LoggerOptions
 from qat_tricks.models.build import build_model, model_names, register_models
-from qat_tricks.recipes.recipe import options
+from qat_tricks.recipes.registry import options
 from qat_tricks.settings.binding import Problems, bind, make
 from qat_tricks.settings.compose import one_line
+from qat_tricks.trainer.framework import default_package
 
 OF_THE_JOB = (
     "self",
@@ -30,7 +29,7 @@ OF_THE_JOB = (
     "enable_checkpointing",
     "default_root_dir",
 )
-"""Arguments of ``pl.Trainer`` that a job decides itself."""
+"""Arguments of ``Trainer`` that a job decides itself."""
 
 
 def check_train(config: DictConfig) -> None:
@@ -111,6 +110,7 @@ def _check_model(model: dict[str, Any]) -> None:
 
 
 def _check_trainer(trainer: dict[str, Any]) -> None:
+    package = default_package()
     problems = [
         f"trainer.{key} is decided by the recipe and the job: see baseline.epochs, stage.epochs "
         "and logger"
@@ -118,17 +118,17 @@ def _check_trainer(trainer: dict[str, Any]) -> None:
         if key in OF_THE_JOB
     ]
     others = {key: value for key, value in trainer.items() if key not in OF_THE_JOB}
-    problems += bind("trainer", pl.Trainer.__init__, others, without=OF_THE_JOB)
+    problems += bind("trainer", package.Trainer.__init__, others, without=OF_THE_JOB)
     if problems:
         raise QatTricksError("; ".join(problems))
     try:
         with isolated():
-            launcher = pl.Trainer(
+            launcher = package.Trainer(
                 **trainer, logger=False, enable_checkpointing=False, max_epochs=1
             ).strategy.launcher
     except Exception as error:  # Lightning raises many kinds for what it cannot have
         raise QatTricksError(f"trainer: {one_line(error)}") from error
-    if not isinstance(launcher, _SubprocessScriptLauncher | None):
+    if not isinstance(launcher, package.strategies.launchers._SubprocessScriptLauncher | None):
         raise QatTricksError(
             f"trainer.strategy={trainer['strategy']} trains in processes that hand back weights "
             "alone, and tricks change the network's structure: give ddp"

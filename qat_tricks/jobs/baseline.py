@@ -5,9 +5,8 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 from platformdirs import user_cache_dir
@@ -18,7 +17,13 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.files import write_tensors
 from qat_tricks.jobs.classifier import Classifier
 from qat_tricks.models.build import build_model
+from qat_tricks.trainer.framework import default_package
 from qat_tricks.trainer.ranks import Ranks
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+else:
+    pl = default_package()
 
 
 def cache_dir() -> Path:

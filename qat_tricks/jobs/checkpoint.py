@@ -12,7 +12,7 @@ from qat_tricks.data import build_data
 from qat_tricks.deploy.export import export_onnx
 from qat_tricks.errors import QatTricksError
 from qat_tricks.jobs.classifier import Classifier
-from qat_tricks.trainer.session import load_from_checkpoint
+from qat_tricks.trainer.checkpoints import load_from_checkpoint
 
 PREFIX = "qat_tricks."
 

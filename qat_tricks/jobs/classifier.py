@@ -1,14 +1,18 @@
 """The LightningModule that ``train.py`` trains; users bring their own."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn import functional as F
 
 from qat_tricks.models.build import build_model
+from qat_tricks.trainer.framework import default_package
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+else:
+    pl = default_package()
 
 
 class Classifier(pl.LightningModule):
@@ -62,7 +66,7 @@ class Classifier(pl.LightningModule):
             sync_dist=True,
         )
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
+    def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(
             self.parameters(),
             lr=self.lr,

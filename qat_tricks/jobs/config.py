@@ -14,7 +14,7 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.settings.binding import Problems, make
 
 if TYPE_CHECKING:
-    from qat_tricks.recipes.recipe import Recipe
+    from qat_tricks.recipes.recipe import StagedRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +145,7 @@ def _allow(settings: Any, **rules: tuple[bool, str]) -> None:
         raise QatTricksError("; ".join(problems))
 
 
-def recipe_of(config: DictConfig) -> "Recipe":
+def recipe_of(config: DictConfig) -> "StagedRecipe":
     """The recipe of a composed config, fitted to its target, with ``stage.epochs``, ``.lr`` and
     ``.max_drop`` in its stages.
 

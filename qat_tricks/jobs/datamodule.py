@@ -1,8 +1,14 @@
 """The Lightning data module around ``ImageData``."""
 
-import pytorch_lightning as pl
+from typing import TYPE_CHECKING
 
 from qat_tricks.data.module import Batches, ImageData
+from qat_tricks.trainer.framework import default_package
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+else:
+    pl = default_package()
 
 
 class ImageDataModule(pl.LightningDataModule):

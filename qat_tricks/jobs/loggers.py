@@ -9,15 +9,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from netrc import NetrcParseError, netrc
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import wandb
+from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from qat_tricks.errors import QatTricksError, did_you_mean
+from qat_tricks.trainer.framework import default_package
+
+if TYPE_CHECKING:
+    from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
+else:
+    CSVLogger, Logger, WandbLogger = (
+        getattr(default_package().loggers, name) for name in ("CSVLogger", "Logger", "WandbLogger")
+    )
 
 NAMES = ("wandb", "csv", "none")
 FILES = ("report.json", "report.md", "model.onnx")

@@ -8,10 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 from torch import nn
 
@@ -41,10 +40,11 @@ from qat_tricks.jobs.classifier import Classifier
 from qat_tricks.jobs.config import recipe_of, timing
 from qat_tricks.jobs.datamodule import ImageDataModule
 from qat_tricks.jobs.loggers import log_report
-from qat_tricks.recipes.recipe import Recipe, Stage
+from qat_tricks.recipes.recipe import Stage, StagedRecipe
 from qat_tricks.recipes.stages import run_stages
+from qat_tricks.trainer.checkpoints import save_checkpoint
+from qat_tricks.trainer.framework import default_package
 from qat_tricks.trainer.ranks import Ranks
-from qat_tricks.trainer.session import save_checkpoint
 from qat_tricks.tricks.quantize import Quantize
 
 PARITY_IMAGES = 512  # images on which each export is compared with its simulation
@@ -67,8 +67,9 @@ def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[st
         QatTricksError: bad input, a stage that loses more than it may, or an export that does not
             run as simulated.
     """
+    package = default_package()
     torch.set_num_threads(config.measure.threads)
-    pl.seed_everything(config.seed, workers=True, verbose=False)
+    package.seed_everything(config.seed, workers=True, verbose=False)
     recipe = recipe_of(config)
     data = build_data(**OmegaConf.to_container(config.data, resolve=True))  # type: ignore[arg-type]
     data.prepare_data()
@@ -78,7 +79,7 @@ def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[st
     _check_classes(module.network, data)
 
     datamodule = ImageDataModule(data)
-    ranks = Ranks(trainer)
+    ranks = Ranks(package.Trainer(enable_checkpointing=False, **trainer).strategy)
     run = _Run(config, folder, recipe, data, module)
 
     def after_stage(stage: Stage, network: nn.Module) -> None:
@@ -121,7 +122,7 @@ def foresee(config: DictConfig) -> Forecast:
     data.setup()
     network = _classifier(config, data).network
     return forecast(
-        network, torch.zeros(1, data.in_channels, *data.image_size), settings[-1], recipe.whole
+        network, torch.zeros(1, data.in_channels, *data.image_size), settings[-1], recipe.untraced
     )
 
 
@@ -158,7 +159,12 @@ class _Run:
     """What a run has measured so far."""
 
     def __init__(
-        self, config: DictConfig, folder: Path, recipe: Recipe, data: ImageData, module: Classifier
+        self,
+        config: DictConfig,
+        folder: Path,
+        recipe: StagedRecipe,
+        data: ImageData,
+        module: Classifier,
     ) -> None:
         self.config, self.folder, self.recipe, self.data, self.module = (
             config,

@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.workbench import Workbench
-from qat_tricks.recipes.recipe import Recipe, Stage, load_recipe
+from qat_tricks.recipes.recipe import load_recipe
 
 
 def quantize(
@@ -16,36 +16,30 @@ def quantize(
 ) -> fx.GraphModule:
     """Returns a quantized copy of ``net``, in evaluation mode; ``net`` itself stays as it is.
 
+    Neither Lightning nor W&B is imported, and Hydra only where there are overrides.
+
     Args:
         net: a float classifier that ``torch.fx`` can trace.
         loader: yields training images: tensors ``[N, C, H, W]``, or tuples or mappings that begin
             with one; for a network with several inputs a tuple of tensors, or tuples that begin
             with one (see ``qat_tricks.graph.inputs``).
-        recipe: a recipe without training; of one that trains, the tricks before the training are
-            not enough, and it is refused.
+        recipe: a recipe without training; one that trains is refused, for the tricks before its
+            training are not enough.
         overrides: Hydra overrides of the recipe.
 
     Raises:
         QatTricksError: an unknown recipe or setting, a network that cannot be traced, a loader that
             is empty, yields NaN or too few inputs.
     """
-    loaded: Recipe = load_recipe(recipe, overrides)
-    training = [stage.name for stage in loaded.stages if stage.epochs > 0]
-    if training:
+    loaded = load_recipe(recipe, overrides)
+    if loaded.training:
+        names = ", ".join(stage.name for stage in loaded.training)
         raise QatTricksError(
-            f'recipe "{recipe}" trains ({", ".join(training)}), which needs a trainer: pass '
-            f'qat_tricks.recipe("{recipe}") to '
-            "pl.Trainer(callbacks=…), or set its epochs to 0"
+            f'recipe "{recipe}" trains ({names}), which needs a trainer: pass '
+            f'qat_tricks.recipe("{recipe}") to Trainer(callbacks=…), or set its epochs to 0'
         )
-    work = Workbench(copy.deepcopy(net).eval(), lambda num_images: loader, whole=loaded.whole)
+    float_copy = copy.deepcopy(net).eval()
+    work = Workbench(float_copy, lambda num_images: loader, whole=loaded.untraced)
     for stage in loaded.stages:
-        do_stage(stage, work)
+        stage.apply(work)
     return work.network.eval()
-
-
-def do_stage(stage: Stage, work: Workbench) -> None:
-    """Does the tricks of a stage without training."""
-    work.applied.clear()
-    for trick in stage.tricks:
-        trick.do(work)
-    work.drop_reference()

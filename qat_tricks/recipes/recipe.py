@@ -3,16 +3,17 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
-import pytorch_lightning as pl
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
 from qat_tricks.errors import QatTricksError, did_you_mean
-from qat_tricks.settings.binding import make, unknown_keys
-from qat_tricks.settings.compose import Composer, config_dir, one_line
+from qat_tricks.graph.workbench import Workbench
+from qat_tricks.recipes.registry import make_trick, options
+from qat_tricks.settings.binding import Problems, make, unknown_keys
+from qat_tricks.settings.config_dir import config_dir
+from qat_tricks.settings.plain import as_plain
+from qat_tricks.settings.shipped import NeedsHydraError, compose_recipe
 from qat_tricks.trainer.order import check_order
 from qat_tricks.trainer.trick import Trick
 
@@ -25,7 +26,7 @@ class Stage:
 
     name: str
     tricks: list[Trick]
-    epochs: int = 0  # 0: the tricks are done and nothing is trained
+    epochs: int = 0  # 0: the tricks are applied and nothing is trained
     lr: float | None = None  # peak learning rate; None: the trainer's default
     max_drop: float | None = None  # points of accuracy that the stage may cost; None: any number
 
@@ -48,54 +49,35 @@ class Stage:
         if problems:
             raise QatTricksError("; ".join(problems))
 
+    def apply(self, work: Workbench) -> None:
+        """Applies the tricks without training."""
+        work.applied.clear()
+        for trick in self.tricks:
+            trick.apply_once(work)
+        work.drop_reference()
+
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """An ordered list of stages."""
+class StagedRecipe:
+    """An ordered list of stages, as a recipe's YAML and its overrides say."""
 
     name: str
     stages: list[Stage]
-    network: str | None = None
-    whole: tuple[str, ...] = ()  # name patterns of submodules that are not traced through
+    network: str | None = None  # attribute of a LightningModule that holds the network
+    untraced: tuple[str, ...] = ()  # name patterns of submodules that are not traced through
 
     @property
     def tricks(self) -> list[Trick]:
         """The tricks of all stages, in order."""
         return [trick for stage in self.stages for trick in stage.tricks]
 
-
-def options(group: str) -> list[str]:
-    """The names in a config group, such as ``recipe`` or ``trick``."""
-    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
-
-
-def trick_config(name: str) -> dict[str, Any]:
-    """The settings of a trick's YAML, ``_target_`` among them; raises QatTricksError for an unknown
-    trick.
-    """
-    if name not in options("trick"):
-        raise QatTricksError(f'unknown trick "{name}": {did_you_mean(name, options("trick"))}')
-    return OmegaConf.to_container(OmegaConf.load(config_dir() / "trick" / f"{name}.yaml"))[name]  # type: ignore[index,call-overload,return-value]
+    @property
+    def training(self) -> list[Stage]:
+        """The stages that train."""
+        return [stage for stage in self.stages if stage.epochs > 0]
 
 
-def trick_class(name: str, target: str | None = None) -> type[Trick]:
-    """The callback class of a trick, from its ``_target_``."""
-    target = str(target or trick_config(name)["_target_"])
-    module, _, attribute = target.rpartition(".")
-    try:
-        kind = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise QatTricksError(
-            f'trick "{name}": _target_ {target} cannot be imported ({error})'
-        ) from error
-    if not (isinstance(kind, type) and issubclass(kind, Trick)):
-        raise QatTricksError(
-            f'trick "{name}": _target_ {target} is no trick: derive it from qat_tricks.trainer.trick.Trick'
-        )
-    return kind
-
-
-def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> StagedRecipe:
     """Composes a recipe by name.
 
     Args:
@@ -110,131 +92,104 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     if name not in options("recipe"):
         raise QatTricksError(f'unknown recipe "{name}": {did_you_mean(name, options("recipe"))}')
+    problems = Problems()
+    config = _compose(name, overrides, problems)
+    recipe = problems.of(lambda: build_recipe(config))
+    problems.report()
+    assert recipe is not None
+    return recipe
+
+
+def _compose(name: str, overrides: Sequence[str], problems: Problems) -> Any:
+    """The settings of a recipe; overrides that fail are entered in ``problems``."""
+    if not overrides:
+        try:
+            return compose_recipe(name, config_dir())
+        except NeedsHydraError:
+            pass
+    from qat_tricks.settings.compose import Composer  # loads Hydra, which is slow
+
     inside = [_in_recipe(override) for override in overrides]
-    config, problems = Composer("train").compose([f"recipe={name}", *inside])
-    try:
-        loaded = build_recipe(config.recipe)
-    except QatTricksError as error:
-        problems.append(str(error))
-    if problems:
-        raise QatTricksError("; ".join(problems))
-    return loaded
+    config, failures = Composer("train").compose([f"recipe={name}", *inside])
+    problems.found += failures
+    return config.recipe
 
 
 def _in_recipe(override: str) -> str:
     mark = override[: len(override) - len(override.lstrip("+~"))]
     key = override[len(mark) :]
-    return override if key.startswith("recipe.") or "@recipe." in key else f"{mark}recipe.{key}"
+    inside = key.startswith("recipe.") or "@recipe." in key
+    return override if inside else f"{mark}recipe.{key}"
 
 
-def build_recipe(config: DictConfig | Mapping[str, Any]) -> Recipe:
-    """Builds a recipe's stages and tricks from its composed config, every key bound to what takes
-    it.
+def build_recipe(settings: DictConfig | Mapping[str, Any]) -> StagedRecipe:
+    """Builds a recipe's stages and tricks from its composed settings, every key bound to what
+    takes it.
+
+    Args:
+        settings: as a recipe's YAML holds them.
 
     Raises:
         QatTricksError: one line with all that is wrong.
     """
-    try:
-        plain: Any = (
-            OmegaConf.to_container(config, resolve=True)
-            if isinstance(config, DictConfig)
-            else dict(config)
-        )
-    except OmegaConfBaseException as error:
-        raise QatTricksError(f"recipe: {one_line(error)}") from error
-    name, network = plain.get("name", "recipe"), plain.get("network")
-    problems = unknown_keys(f"recipe {name}", plain, RECIPE_KEYS)
-    problems += [
-        f"recipe.{key}={plain[key]!r} is not allowed: give text"
-        for key in ("name", "network")
-        if not _is_text(plain.get(key))
-    ]
-    whole = plain.get("whole") or []
-    if not isinstance(whole, list) or not all(isinstance(pattern, str) for pattern in whole):
-        problems.append(
+    config = as_plain(settings, "recipe") if isinstance(settings, DictConfig) else dict(settings)
+    problems = Problems()
+    name, network, whole = config.get("name", "recipe"), config.get("network"), config.get("whole")
+    problems.found += unknown_keys(f"recipe {name}", config, RECIPE_KEYS)
+    for key in ("name", "network"):
+        if not _is_text(config.get(key)):
+            problems.found.append(f"recipe.{key}={config[key]!r} is not allowed: give text")
+    if not isinstance(whole or [], list) or not all(isinstance(p, str) for p in whole or []):
+        problems.found.append(
             f'recipe.whole={whole!r} is not allowed: give name patterns, such as ["stages.3.*"]'
         )
-        whole = []
+        whole = None
     stages: list[Stage] = []
     done: list[str] = []
-    for stage_name, settings in _mapping("recipe.stages", plain.get("stages"), problems).items():
-        where = f"stage {stage_name}"
-        settings = _mapping(where, settings, problems)
-        chosen = _mapping(f"{where}.tricks", settings.pop("tricks", None), problems)
-        tricks: list[Trick] = []
-        for trick_name, given in chosen.items():
-            try:
-                tricks.append(
-                    make_trick(
-                        trick_name,
-                        _mapping(trick_name, given, problems),
-                        network=network,
-                        whole=whole,
-                    )
-                )
-            except QatTricksError as error:
-                problems.append(f"{where}: {error}")
+    for stage_name, of_stage in _mapping("recipe.stages", config.get("stages"), problems).items():
+        stages += _build_stage(stage_name, of_stage, done, problems)
+    problems.report()
+    return StagedRecipe(name=name, stages=stages, network=network, untraced=tuple(whole or ()))
+
+
+def _build_stage(name: str, settings: Any, done: list[str], problems: Problems) -> list[Stage]:
+    """The stage in a list, or an empty list where something is wrong with it.
+
+    Args:
+        name: of the stage.
+        settings: as the recipe has them.
+        done: names of the tricks of earlier stages; this stage's are added.
+        problems: takes in what is wrong.
+    """
+    where = f"stage {name}"
+    settings = _mapping(where, settings, problems)
+    of_tricks = _mapping(f"{where}.tricks", settings.pop("tricks", None), problems)
+    tricks: list[Trick] = []
+    for trick_name, trick_settings in of_tricks.items():
+        values = _mapping(trick_name, trick_settings, problems)
         try:
-            if len(tricks) == len(chosen):  # else it would miss what could not be made
-                check_order(tricks, done)
+            tricks.append(make_trick(trick_name, values))
         except QatTricksError as error:
-            problems.append(f"{where}: {error}")
-        try:
-            if "name" in settings:
-                raise QatTricksError(f'{where} has no setting "name"')
-            stages.append(make(where, Stage, {"name": stage_name, "tricks": tricks, **settings}))
-        except QatTricksError as error:
-            problems.append(str(error))
-        done += [*chosen, *(trick.name for trick in tricks)]
-    if problems:
-        raise QatTricksError("; ".join(problems))
-    return Recipe(name=name, stages=stages, network=network, whole=tuple(whole))
+            problems.found.append(f"{where}: {error}")
+    try:
+        if len(tricks) == len(of_tricks):  # else the order would lack those that were not made
+            check_order(tricks, done)
+    except QatTricksError as error:
+        problems.found.append(f"{where}: {error}")
+    done += [*of_tricks, *(trick.name for trick in tricks)]
+    if "name" in settings:
+        problems.found.append(f'{where} has no setting "name"')
+        return []
+    stage = problems.of(lambda: make(where, Stage, {"name": name, "tricks": tricks, **settings}))
+    return [] if stage is None else [stage]
 
 
 def _is_text(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value != "")
 
 
-def _mapping(where: str, value: Any, problems: list[str]) -> dict[str, Any]:
+def _mapping(where: str, value: Any, problems: Problems) -> dict[str, Any]:
     if value is None or isinstance(value, Mapping):
         return dict(value or {})
-    problems.append(f"{where}={value!r} is not allowed: give keys with values")
+    problems.found.append(f"{where}={value!r} is not allowed: give keys with values")
     return {}
-
-
-def make_trick(
-    name: str, settings: Mapping[str, Any], *, network: str | None = None, whole: Sequence[str] = ()
-) -> Trick:
-    """Makes a trick's callback; settings that are not given take their value from the trick's YAML.
-
-    Raises:
-        QatTricksError: an unknown trick, setting or value.
-    """
-    target = settings.get("_target_")
-    defaults = {} if target is not None and name not in options("trick") else trick_config(name)
-    arguments = {**defaults, **settings}
-    trick = make(name, trick_class(name, arguments.pop("_target_")), arguments)
-    trick.network_name, trick.whole = network, tuple(whole)
-    return trick
-
-
-def recipe(name: str, overrides: Sequence[str] = ()) -> list[pl.Callback]:
-    """The callbacks of a recipe, for an ordinary ``pl.Trainer``; schedules are fractions of its
-    epochs.
-
-    Args:
-        name: a recipe with at most one stage that trains.
-        overrides: Hydra overrides, such as ``network=backbone`` or
-            ``stages.qat.tricks.distill.weight=0.9``.
-
-    Raises:
-        QatTricksError: an unknown recipe or setting, or a recipe that needs several fits.
-    """
-    loaded = load_recipe(name, overrides)
-    training = [stage.name for stage in loaded.stages if stage.epochs > 0]
-    if len(training) > 1 or any(stage.epochs > 0 for stage in loaded.stages[:-1]):
-        raise QatTricksError(
-            f'recipe "{name}" trains in several stages ({", ".join(training)}) and cannot be one '
-            f'list of callbacks: run it with qat_tricks.run_stages(module, datamodule, "{name}")'
-        )
-    return list(loaded.tricks)

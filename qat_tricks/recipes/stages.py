@@ -1,40 +1,45 @@
-"""Runs the stages of a recipe on a LightningModule: its own tricks and its own fit for each stage."""
+"""Runs the stages of a recipe on a LightningModule, each with its own tricks and its own fit."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
 from torch import nn
 
 from qat_tricks.graph.inputs import Inputs, input_names, inputs_of
 from qat_tricks.graph.workbench import Workbench
-from qat_tricks.recipes.ptq import do_stage
-from qat_tricks.recipes.recipe import Recipe, Stage, load_recipe
+from qat_tricks.recipes.recipe import Stage, StagedRecipe, load_recipe
+from qat_tricks.trainer.calibration_images import datamodule_images
+from qat_tricks.trainer.framework import package_of
+from qat_tricks.trainer.module import attach_workbench, find_network
 from qat_tricks.trainer.ranks import loaded_once
-from qat_tricks.trainer.session import attach_workbench, find_network
+from qat_tricks.trainer.session import Session
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningDataModule, LightningModule
 
 AfterStage = Callable[[Stage, nn.Module], None]
 
 
 def run_stages(
-    module: pl.LightningModule,
-    datamodule: pl.LightningDataModule,
-    recipe: str | Recipe,
+    module: "LightningModule",
+    datamodule: "LightningDataModule",
+    recipe: str | StagedRecipe,
     *,
     trainer: Mapping[str, Any] | None = None,
     after_stage: AfterStage | None = None,
-) -> pl.LightningModule:
-    """Runs every stage of ``recipe``, those that train with a new ``pl.Trainer`` each, and returns
+) -> "LightningModule":
+    """Runs every stage of ``recipe``, those that train with a new ``Trainer`` each, and returns
     ``module``.
 
     Args:
-        module: a trained LightningModule; its network is changed in place. A stage's ``lr`` is set
-            as ``module.lr`` where the module has that attribute; else its own optimizer decides.
+        module: a trained LightningModule, of either Lightning package, which the trainers come
+            from too; its network is changed in place. A stage's ``lr`` is set as ``module.lr``
+            where the module has that attribute; else its own optimizer decides.
         datamodule: gives training images for calibration and for the fits.
         recipe: a recipe, or its name.
-        trainer: arguments of ``pl.Trainer``, without ``max_epochs`` and ``callbacks`` of ours.
+        trainer: arguments of ``Trainer``, without ``max_epochs`` and ``callbacks`` of ours.
         after_stage: called after each stage with the stage and the network; may raise to stop the
             run.
 
@@ -46,29 +51,24 @@ def run_stages(
     settings = {"enable_checkpointing": False, "logger": False, **(trainer or {})}
     extra_callbacks = list(settings.pop("callbacks", None) or [])
     name = find_network(module, recipe.network)
-    teacher = (
-        copy.deepcopy(module.get_submodule(name))
-        if any(t.needs_teacher for t in recipe.tricks)
-        else None
-    )
-    work = attach_workbench(
-        module, Workbench(module.get_submodule(name), teacher=teacher, whole=recipe.whole), name
-    )
+    network = module.get_submodule(name)
+    teacher = copy.deepcopy(network) if any(t.needs_teacher for t in recipe.tricks) else None
+    work = Workbench(network, teacher=teacher, whole=recipe.untraced)
+    attach_workbench(module, work, name)
     for stage in recipe.stages:
         if stage.epochs == 0:
-            work.loader = partial(
-                loaded_once, partial(_calibration_inputs, datamodule, input_names(work.network))
-            )
+            names = input_names(work.network)
+            work.loader = partial(loaded_once, partial(_calibration_inputs, datamodule, names))
             work.trains = False
-            do_stage(stage, work)
+            stage.apply(work)
         else:
             work.applied.clear()
             if stage.lr is not None and hasattr(module, "lr"):
                 module.lr = stage.lr  # type: ignore[assignment]
             module.train()  # Lightning trains a module in the mode it finds it
-            fit = pl.Trainer(
-                max_epochs=stage.epochs, callbacks=[*stage.tricks, *extra_callbacks], **settings
-            )
+            callbacks = [Session(network=name), *stage.tricks, *extra_callbacks]
+            make_trainer = package_of(module).Trainer
+            fit = make_trainer(max_epochs=stage.epochs, callbacks=callbacks, **settings)
             fit.fit(module, datamodule=datamodule)
         if after_stage is not None:
             after_stage(stage, work.network)
@@ -76,16 +76,8 @@ def run_stages(
 
 
 def _calibration_inputs(
-    datamodule: pl.LightningDataModule, names: Sequence[str], num_images: int
+    datamodule: "LightningDataModule", names: Sequence[str], num_images: int
 ) -> Iterator[Inputs]:
-    return (inputs_of(batch, names) for batch in calibration_images(datamodule, num_images))
-
-
-def calibration_images(datamodule: pl.LightningDataModule, num_images: int) -> Iterable[Any]:
-    """Batches of training images of a data module: from its ``calibration_loader`` (without
-    augmentation) if it has one.
-    """
+    """The inputs, called ``names``, of the training images of a data module."""
     datamodule.setup("fit")
-    if hasattr(datamodule, "calibration_loader"):
-        return datamodule.calibration_loader(num_images)
-    return datamodule.train_dataloader()
+    return (inputs_of(batch, names) for batch in datamodule_images(datamodule, num_images))

@@ -25,18 +25,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qat_tricks.errors import QatTricksError, did_you_mean
+from qat_tricks.settings.config_dir import config_dir
+from qat_tricks.settings.plain import one_line
 
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 """What Hydra raises for bad input."""
-
-
-def config_dir() -> Path:
-    """The folder of the YAML files: beside the package in a checkout, inside it in an installed
-    wheel.
-    """
-    package = Path(__file__).parents[1]
-    inside = package / "conf"
-    return (inside if inside.is_dir() else package.parent / "conf").absolute()
 
 
 class Composition(NamedTuple):
@@ -221,15 +214,3 @@ def _paths(node: DictConfig, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key!s}"
             if isinstance(value, DictConfig) and not value._is_none():
                 yield from _paths(value, f"{prefix}{key!s}.")
-
-
-def one_line(error: BaseException) -> str:
-    """The message of ``error``, and of what caused it, on one line, without what only programmers
-    need.
-    """
-    causes = [str(error), *([str(error.__cause__)] if error.__cause__ else [])]
-    parts = (
-        re.split(r"\s+(?:full_key: |Config search path:|Available options in)", cause)[0]
-        for cause in causes
-    )
-    return " ".join(" ".join(parts).split())

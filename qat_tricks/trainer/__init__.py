@@ -1,0 +1,1 @@
+"""All that knows Lightning's trainer: the session of a run, the tricks as callbacks, checkpoints."""

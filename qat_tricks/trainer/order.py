@@ -1,15 +1,27 @@
-"""The order of tricks: refused where it cannot work, with the order that can."""
+"""Checks the order of tricks; the error names an order that works."""
 
+import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from qat_tricks.errors import QatTricksError
 
-if TYPE_CHECKING:
-    from qat_tricks.trainer.trick import Trick
+
+class Ordered(Protocol):
+    """What the order of tricks depends on, of a trick or its class."""
+
+    requires: tuple[type["Ordered"], ...]  # tricks without which it cannot work
+    after: tuple[str, ...]  # names of tricks that must come earlier where a recipe has them
 
 
-def check_order(tricks: Sequence["Trick"], done: Sequence[str] = ()) -> None:
+def trick_name(kind: type) -> str:
+    """The name of a trick's class as its file and its YAML have it: ``FoldBatchnorm`` is
+    ``fold_batchnorm``.
+    """
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
+
+
+def check_order(tricks: Sequence[Ordered], done: Sequence[str] = ()) -> None:
     """Checks that each trick finds before it what it needs.
 
     Args:
@@ -20,21 +32,18 @@ def check_order(tricks: Sequence["Trick"], done: Sequence[str] = ()) -> None:
         QatTricksError: a trick comes twice, before one that it must follow, or without one that it
             requires.
     """
-    names = [trick.name for trick in tricks]
+    names = [trick_name(type(trick)) for trick in tricks]
     problems = []
-    for i, trick in enumerate(tricks):
-        if trick.name in names[:i]:
-            problems.append(f"{trick.name} comes twice")
-        missing = [name for name in trick.requires if name not in (*names, *done)]
+    for i, (name, trick) in enumerate(zip(names, tricks, strict=True)):
+        required = [trick_name(kind) for kind in trick.requires]
+        if name in names[:i]:
+            problems.append(f"{name} comes twice")
+        missing = [earlier for earlier in required if earlier not in (*names, *done)]
         if missing:
-            problems.append(f"{trick.name} needs {' and '.join(missing)} before it")
-        late = [
-            name
-            for name in (*trick.requires, *trick.after)
-            if name in names[i:] and name not in done
-        ]
+            problems.append(f"{name} needs {' and '.join(missing)} before it")
+        late = [e for e in (*required, *trick.after) if e in names[i:] and e not in done]
         if late:
-            problems.append(f"{trick.name} must come after {' and '.join(dict.fromkeys(late))}")
+            problems.append(f"{name} must come after {' and '.join(dict.fromkeys(late))}")
     if problems:
         raise QatTricksError(
             f"these tricks cannot work in the order {', '.join(names)}: {'; '.join(problems)}; "
@@ -42,23 +51,21 @@ def check_order(tricks: Sequence["Trick"], done: Sequence[str] = ()) -> None:
         )
 
 
-def working_order(tricks: Sequence["Trick"], done: Sequence[str] = ()) -> list[str]:
-    """The names of ``tricks``, and of those they require, with the least change of order such that
-    all can work.
+def working_order(tricks: Sequence[Ordered], done: Sequence[str] = ()) -> list[str]:
+    """The names of ``tricks``, and of those they require, in an order in which all can work; it is
+    theirs where that works.
     """
-    from qat_tricks.recipes.recipe import trick_class
-
-    known = {trick.name: type(trick) for trick in tricks}
+    kinds = {trick_name(type(trick)): type(trick) for trick in tricks}
     ordered: list[str] = []
 
-    def visit(name: str) -> None:
+    def visit(kind: type[Ordered]) -> None:
+        name = trick_name(kind)
         if name in ordered or name in done:
             return
-        kind = known.get(name) or trick_class(name)
-        for earlier in (*kind.requires, *(a for a in kind.after if a in known)):
+        for earlier in (*kind.requires, *(kinds[name] for name in kind.after if name in kinds)):
             visit(earlier)
         ordered.append(name)
 
-    for trick in tricks:
-        visit(trick.name)
+    for kind in kinds.values():
+        visit(kind)
     return ordered

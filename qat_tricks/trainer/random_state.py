@@ -3,6 +3,8 @@
 """
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -30,3 +32,13 @@ def restore_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Leaves every generator after the block in the state in which it was before."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        restore_random_state(state)

@@ -3,11 +3,10 @@
 import atexit
 import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any, ParamSpec, TypeVar
 
-import pytorch_lightning as pl
 from torch import Tensor, distributed
 
 from qat_tricks.errors import QatTricksError
@@ -27,11 +26,10 @@ class Ranks:
     zero has found or done, a float baseline in its cache for one, and whether it failed.
 
     Args:
-        trainer: arguments of ``pl.Trainer``.
+        strategy: a trainer's, made as all trainers of the run will be.
     """
 
-    def __init__(self, trainer: Mapping[str, Any]) -> None:
-        strategy = pl.Trainer(enable_checkpointing=False, **trainer).strategy
+    def __init__(self, strategy: Any) -> None:
         self._group: Any = None  # with one process there is none
         if strategy.launcher is not None:
             # none outlives rank zero, whatever ended it

@@ -1,13 +1,15 @@
 """How far a fit has come."""
 
 import math
-
-import pytorch_lightning as pl
+from typing import TYPE_CHECKING
 
 from qat_tricks.errors import QatTricksError
 
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
 
-def total_batches(trainer: pl.Trainer) -> float:
+
+def total_batches(trainer: "Trainer") -> float:
     """How many training batches the fit will have.
 
     Raises:
@@ -30,7 +32,7 @@ def total_batches(trainer: pl.Trainer) -> float:
     return min(ends)
 
 
-def progress(trainer: pl.Trainer) -> float:
+def fit_progress(trainer: "Trainer") -> float:
     """The share of the fit's batches that are done, 0 to 1, also right after a resume, or when
     training has ended.
     """

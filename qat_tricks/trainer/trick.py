@@ -1,59 +1,49 @@
 """The callback that every trick is."""
 
-import re
-from typing import Any, ClassVar
-
-import pytorch_lightning as pl
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.workbench import Workbench
-from qat_tricks.trainer.optimizers import renew_parameters
-from qat_tricks.trainer.random_state import restore_random_state
+from qat_tricks.trainer.framework import Callback, join_if_imported
+from qat_tricks.trainer.order import trick_name
+from qat_tricks.trainer.session import Session
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
 
 
-class Trick(pl.Callback):
+class Trick(Callback):
     """One trick as a Lightning callback.
 
-    A trick is done once, in ``setup`` (or by ``qat_tricks.quantize``, without a trainer), through
-    ``apply``. One that also acts during training uses Lightning's hooks for that, and calls
-    ``super()`` in those that are defined here.
+    A trick is applied once, in the run's ``Session`` (or by ``qat_tricks.quantize``, without a
+    trainer). One that also acts during training uses Lightning's hooks for that.
 
     Attributes:
-        requires: tricks without which this one cannot work; done earlier in this recipe or in a
+        requires: tricks without which this one cannot work, applied earlier in this recipe or in a
             stage before.
-        after: tricks that, where a recipe has them too, must come earlier.
+        after: names of tricks that must come earlier where a recipe has them.
         needs_teacher: whether the float network has to be kept beside the quantized one.
-        network_name: attribute of the LightningModule that holds the network; None finds it.
-        whole: name patterns of its submodules that are not traced through.
     """
 
-    requires: ClassVar[tuple[str, ...]] = ()
+    requires: ClassVar[tuple[type["Trick"], ...]] = ()
     after: ClassVar[tuple[str, ...]] = ()
     needs_teacher: ClassVar[bool] = False
-    network_name: str | None = None
-    whole: tuple[str, ...] = ()
-    # of a run resumed in the middle of an epoch, until it goes on
-    _random_state: dict[str, Any] | None = None
+
+    def __init__(self) -> None:
+        join_if_imported()  # a trick that a user hands to a trainer
 
     @property
     def name(self) -> str:
         """The trick's name, which is its file's and its YAML's."""
-        return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
+        return trick_name(type(self))
 
     def apply(self, work: Workbench) -> None:
-        """Does the trick to ``work.network``; a trick that only acts during training leaves it as
-        it is.
+        """Does the trick to ``work.network``; one that only acts during training changes nothing
+        here.
         """
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        from qat_tricks.trainer.session import attach, synchronize
-
-        work = attach(self, trainer, pl_module)
-        if self.do(work):
-            synchronize(trainer, work)
-
-    def do(self, work: Workbench) -> bool:
-        """Applies the trick unless it has been in this stage; returns whether it did."""
+    def apply_once(self, work: Workbench) -> bool:
+        """Applies the trick unless this stage has done so; returns whether it did."""
         if self.name in work.applied:
             return False
         self.apply(work)
@@ -61,43 +51,16 @@ class Trick(pl.Callback):
         work.history.append(self.name)
         return True
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        from qat_tricks.trainer.session import workbench_of
+    def reset(self) -> None:
+        """Forgets an earlier fit; called before each one, and before a checkpoint is restored."""
 
-        work = workbench_of(pl_module)
-        renew_parameters(trainer.optimizers, work.network, work.parameters_before)
-
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        from qat_tricks.trainer.session import CHECKPOINT_KEY, is_mid_epoch
-
-        state = checkpoint.get(CHECKPOINT_KEY, {}).get("random_state")
-        if trainer.state.fn == "fit" and state is not None:
-            restore_random_state(state)  # an epoch that begins draws its order from here
-            self._random_state = state if is_mid_epoch(checkpoint) else None
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._random_state is not None:  # an epoch that goes on has drawn its order once more
-            restore_random_state(self._random_state)
-            self._random_state = None
-
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._keep_grids(trainer, pl_module)
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        self._keep_grids(trainer, pl_module)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._keep_grids(trainer, pl_module)
-
-    @staticmethod
-    def _keep_grids(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        from qat_tricks.trainer.session import keep_grids
-
-        keep_grids(trainer, pl_module)
+    def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+        """Leaves the work to the run's session; a trick that was given without one adds it."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, Session) for callback in callbacks):
+            session = Session()
+            callbacks.insert(callbacks.index(self), session)
+            session.setup(trainer, pl_module, stage)
 
 
 def check_num_images(num_images: int) -> int:

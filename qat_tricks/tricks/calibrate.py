@@ -23,6 +23,7 @@ from qat_tricks.graph.workbench import Workbench
 from qat_tricks.numerics import ActivationQuantizer, RangeEstimator, make_estimator
 from qat_tricks.progress import track
 from qat_tricks.trainer.trick import Trick, check_num_images
+from qat_tricks.tricks.quantize import Quantize
 
 
 @torch.no_grad()
@@ -123,7 +124,7 @@ def _streams(traced: fx.GraphModule) -> list[tuple[list[ActivationQuantizer], in
 class Calibrate(Trick):
     """Callback of ``calibrate``."""
 
-    requires = ("quantize",)
+    requires = (Quantize,)
 
     def __init__(
         self, estimator: str = "mse", num_images: int = 512, share_residuals: bool = True

@@ -23,6 +23,7 @@ from qat_tricks.graph.trace import module_of
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.progress import track
 from qat_tricks.trainer.trick import Trick, check_num_images
+from qat_tricks.tricks.calibrate import Calibrate
 
 
 @torch.no_grad()
@@ -129,7 +130,7 @@ class _Stream:
 class CorrectBias(Trick):
     """Callback of ``correct_bias``."""
 
-    requires = ("calibrate",)
+    requires = (Calibrate,)
     after = ("tune_ranges", "correct_weights")
 
     def __init__(self, num_images: int = 128) -> None:

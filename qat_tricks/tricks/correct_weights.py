@@ -18,6 +18,7 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.layers import Layer, layers
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.trainer.trick import Trick
+from qat_tricks.tricks.quantize import Quantize
 
 
 @torch.no_grad()
@@ -90,7 +91,7 @@ def _balance(exact: Tensor, steps: Tensor, movable: Tensor) -> Tensor:
 class CorrectWeights(Trick):
     """Callback of ``correct_weights``."""
 
-    requires = ("quantize",)
+    requires = (Quantize,)
 
     def apply(self, work: Workbench) -> None:
         correct_weights(work.network)

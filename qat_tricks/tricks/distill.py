@@ -5,18 +5,20 @@ the loss becomes ``(1 - weight) * loss + weight * T^2 * KL(softmax(teacher / T) 
 T))``.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.workbench import logits_of
+from qat_tricks.trainer.module import workbench_of
 from qat_tricks.trainer.schedule import check_fraction
-from qat_tricks.trainer.session import workbench_of
 from qat_tricks.trainer.trick import Trick
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
 
 
 def distill(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -34,7 +36,7 @@ def distill(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Te
 class _Step:
     """A ``training_step`` that adds the distillation loss to the module's own."""
 
-    def __init__(self, trick: "Distill", pl_module: pl.LightningModule) -> None:
+    def __init__(self, trick: "Distill", pl_module: "LightningModule") -> None:
         self.trick, self.pl_module = trick, pl_module
         # The module's own step, whose signature Lightning reads through this name, as of any
         # decorated function.
@@ -84,8 +86,7 @@ class Distill(Trick):
         self.temperature = temperature
         self._teacher_state: dict[str, Tensor] | None = None
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_fit_start(trainer, pl_module)
+    def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         work = workbench_of(pl_module)
         if not pl_module.automatic_optimization:
             raise QatTricksError(
@@ -105,13 +106,16 @@ class Distill(Trick):
         self._teacher_state = work.teacher.state_dict()
         pl_module.training_step = _Step(self, pl_module)  # type: ignore[method-assign]
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         pl_module.__dict__.pop("training_step", None)
 
     def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+        self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException
     ) -> None:
         self.on_fit_end(trainer, pl_module)
+
+    def reset(self) -> None:
+        self._teacher_state = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"teacher": self._teacher_state}

@@ -5,17 +5,19 @@ Krishnamoorthi 2018, "Quantizing deep convolutional networks for efficient infer
 will be folded for inference.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
 from torch import fx
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.nodes import BATCHNORMS
 from qat_tricks.graph.workbench import Workbench
-from qat_tricks.trainer.schedule import check_fraction, progress
-from qat_tricks.trainer.session import workbench_of
+from qat_tricks.trainer.module import workbench_of
+from qat_tricks.trainer.schedule import check_fraction, fit_progress
 from qat_tricks.trainer.trick import Trick
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
 
 
 def freeze_batchnorm(traced: fx.GraphModule) -> int:
@@ -47,7 +49,7 @@ class FreezeBatchnorm(Trick):
         work.network.train(work.network.training)
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
     ) -> None:
-        if progress(trainer) >= self.start:
+        if fit_progress(trainer) >= self.start:
             freeze_batchnorm(workbench_of(pl_module).network)

@@ -9,11 +9,9 @@ Nothing clips there, so there is nothing to learn, and their backward costs noth
 the network's input stays as calibrated: the images do not change.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import StochasticWeightAveraging
 from torch import Tensor, fx, nn
 
 from qat_tricks.errors import QatTricksError
@@ -21,9 +19,14 @@ from qat_tricks.graph.layers import activation_quantizers, layers
 from qat_tricks.graph.near_ties import avoid_rounding_ties
 from qat_tricks.graph.spec import QUANTIZERS, spec_of
 from qat_tricks.graph.workbench import Workbench
+from qat_tricks.trainer.framework import package_of
+from qat_tricks.trainer.module import workbench_of
 from qat_tricks.trainer.optimizers import take_in, take_out
-from qat_tricks.trainer.session import workbench_of
 from qat_tricks.trainer.trick import Trick
+from qat_tricks.tricks.calibrate import Calibrate
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
 
 
 def learn_scales(traced: fx.GraphModule) -> list[nn.Parameter]:
@@ -169,7 +172,7 @@ def first_not_finite(traced: fx.GraphModule) -> str | None:
 class LearnScales(Trick):
     """Callback of ``learn_scales``."""
 
-    requires = ("calibrate",)
+    requires = (Calibrate,)
     after = ("correct_weights", "correct_bias")
 
     def __init__(self, lr_factor: float | None = None) -> None:
@@ -185,8 +188,7 @@ class LearnScales(Trick):
     def apply(self, work: Workbench) -> None:
         learn_scales(work.network)
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_fit_start(trainer, pl_module)
+    def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         network = workbench_of(pl_module).network
         of_activations = [
             q.scale for q in activation_quantizers(network).values() if q.scale.requires_grad
@@ -212,19 +214,20 @@ class LearnScales(Trick):
 
         self._handles = [scale.register_hook(as_of_one_batch) for scale in of_activations]
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        averaging = package_of(trainer).callbacks.StochasticWeightAveraging
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             # it would give all groups one rate when its epoch comes
-            if isinstance(callback, StochasticWeightAveraging):
+            if isinstance(callback, averaging):
                 callback._swa_lrs = rates_with_scales(callback._swa_lrs, trainer.optimizers[0])
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         self._let_go()
         # after callbacks that average have put their scales in
         avoid_rounding_ties(workbench_of(pl_module).network)
 
     def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+        self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException
     ) -> None:
         self._let_go()
 
@@ -234,7 +237,7 @@ class LearnScales(Trick):
         self._handles.clear()
 
     def on_before_backward(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
+        self, trainer: "Trainer", pl_module: "LightningModule", loss: Tensor
     ) -> None:
         # Before this step has spread what is no number to all parameters. To look at it a GPU must
         # be waited for.

@@ -15,20 +15,23 @@ A pruned weight stays pruned: masks only grow, and pruned weights are set to exa
 import math
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, fx
 
 from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.graph.layers import Layer, as_layer, is_layer
 from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.workbench import Workbench
-from qat_tricks.trainer.schedule import check_fraction, progress
-from qat_tricks.trainer.session import workbench_of
+from qat_tricks.trainer.averaging import keep_grids
+from qat_tricks.trainer.module import workbench_of
+from qat_tricks.trainer.schedule import check_fraction, fit_progress
 from qat_tricks.trainer.trick import Trick
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
 
 SCOPES = ("layer", "global")
 GRANULARITIES = ("weight", "2:4")
@@ -220,19 +223,19 @@ class Prune(Trick):
         prune(work.network, self.initial if work.trains else self.sparsity, **self.choice)
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
     ) -> None:
-        if self._update(workbench_of(pl_module), progress(trainer)):
+        if self._update(workbench_of(pl_module), fit_progress(trainer)):
             pl_module.log("sparsity", self.reached, batch_size=1)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._update(workbench_of(pl_module), progress(trainer))
+    def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        self._update(workbench_of(pl_module), fit_progress(trainer))
         if self.done < self.updates:
             rank_zero_warn(
                 f"training ended before the pruning schedule did: sparsity is {self.reached:.3f}, "
                 f"not yet {self.sparsity}; train longer or lower end"
             )
-        super().on_train_end(trainer, pl_module)
+        keep_grids(trainer, pl_module)  # before a callback that averages puts its masks in
 
     def _update(self, work: Workbench, progress: float) -> bool:
         """Renews the masks if another update is due; returns whether it was."""
@@ -248,6 +251,9 @@ class Prune(Trick):
         )
         self.reached = prune(work.network, target, **self.choice)
         return True
+
+    def reset(self) -> None:
+        self.done, self.reached = 0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return {"done": self.done, "reached": self.reached}

@@ -6,9 +6,8 @@ averaged over.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
 import torch
 from torch import fx
 
@@ -17,8 +16,11 @@ from qat_tricks.graph.inputs import Inputs, call_network
 from qat_tricks.graph.nodes import BATCHNORMS
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.progress import track
-from qat_tricks.trainer.session import workbench_of
+from qat_tricks.trainer.module import workbench_of
 from qat_tricks.trainer.trick import Trick, check_num_images
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
 
 
 @torch.no_grad()
@@ -69,9 +71,7 @@ class ReestimateBatchnorm(Trick):
         if not work.trains:
             reestimate_batchnorm(work.network, work.batches(self.num_images))
 
-    def on_train_epoch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
-    ) -> None:
+    def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule", *_: Any) -> None:
         if trainer.current_epoch + 1 == trainer.max_epochs:
             work = workbench_of(pl_module)
             reestimate_batchnorm(work.network, work.batches(self.num_images))

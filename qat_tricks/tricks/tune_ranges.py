@@ -25,6 +25,7 @@ from qat_tricks.graph.workbench import Workbench, logits_of
 from qat_tricks.numerics import ActivationQuantizer
 from qat_tricks.progress import track
 from qat_tricks.trainer.trick import Trick, check_num_images
+from qat_tricks.tricks.calibrate import Calibrate
 
 BINS = 4096  # of a histogram: 16 for each step of 8 bits
 CHUNK = 8  # images whose gradients are held at a time
@@ -155,7 +156,7 @@ class _GradientHistogram:
 class TuneRanges(Trick):
     """Callback of ``tune_ranges``."""
 
-    requires = ("calibrate",)
+    requires = (Calibrate,)
 
     def __init__(self, num_images: int = 128) -> None:
         super().__init__()

@@ -17,7 +17,7 @@ from qat_tricks.deploy.runtimes import session
 from qat_tricks.deploy.runtimes.session import open_session, run_batch
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import activation_quantizers, layers, spec_of
-from qat_tricks.trainer.session import save_checkpoint
+from qat_tricks.trainer.checkpoints import save_checkpoint
 from tests.helpers import networks
 from tests.helpers.lit import Data, Lit, loader, trainer
 from tests.helpers.networks import conv, images, quantized

@@ -20,7 +20,7 @@ from qat_tricks.jobs.config import (
     recipe_of,
 )
 from qat_tricks.models.build import register_models
-from qat_tricks.recipes.recipe import options
+from qat_tricks.recipes.registry import options
 from qat_tricks.settings.compose import Composer, config_dir
 from qat_tricks.tricks.quantize import Quantize
 

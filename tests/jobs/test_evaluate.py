@@ -19,7 +19,7 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.jobs.evaluate import evaluate_artifact, load_artifact
 from qat_tricks.jobs.train import run_job
 from qat_tricks.settings.compose import Composer
-from qat_tricks.trainer.session import load_checkpoint
+from qat_tricks.trainer.checkpoints import load_checkpoint
 from tests.helpers import ROOT
 
 QUICK = ["measure.runs=5", "measure.threads=1"]

@@ -5,16 +5,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.recipes.recipe import (
-    build_recipe,
-    load_recipe,
-    make_trick,
-    options,
-    recipe,
-    trick_class,
-    trick_config,
-)
-from qat_tricks.settings.compose import config_dir
+from qat_tricks.recipes.callbacks import recipe
+from qat_tricks.recipes.recipe import build_recipe, load_recipe
+from qat_tricks.recipes.registry import make_trick, options, trick_class, trick_config
+from qat_tricks.settings.compose import Composer
+from qat_tricks.settings.config_dir import config_dir
+from qat_tricks.settings.shipped import compose_recipe
 
 TRICKS = options("trick")
 RECIPES = options("recipe")
@@ -61,7 +57,7 @@ def test_overrides_reach_a_trick_and_add_one():
     ptq, qat = loaded.stages
     assert next(trick for trick in ptq.tricks if trick.name == "calibrate").estimator == "kl"
     assert "prune" in [trick.name for trick in qat.tricks]
-    assert {trick.network_name for trick in loaded.tricks} == {"net"}
+    assert loaded.network == "net"
     without = load_recipe("int8_ptq", ["~stages.ptq.tricks.equalize"])
     assert "equalize" not in [trick.name for trick in without.tricks]
 
@@ -166,3 +162,14 @@ def test_several_trainings_are_no_list_of_callbacks():
     assert "learn_scales" in [trick.name for trick in recipe("int8_qat")]
     with pytest.raises(QatTricksError, match="run_stages"):
         recipe("int8_prune50_multistage")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_read_without_hydra_as_hydra_composes_it(name):
+    by_hydra = OmegaConf.to_container(Composer("train").compose([f"recipe={name}"]).config.recipe)
+    by_hand = compose_recipe(name, config_dir())
+    assert by_hand == by_hydra
+    # The order of the tricks is the order of their execution.
+    for stage, settings in by_hydra["stages"].items():
+        assert list(by_hand["stages"][stage]["tricks"]) == list(settings["tricks"])
+    assert list(by_hand["stages"]) == list(by_hydra["stages"])

@@ -18,7 +18,7 @@ from pytorch_lightning.callbacks import (
 import qat_tricks
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import activation_quantizers, layers, spec_of
-from qat_tricks.trainer.session import save_checkpoint
+from qat_tricks.trainer.checkpoints import save_checkpoint
 from qat_tricks.tricks.prune import sparsity_of
 from tests.helpers.lit import Data, Lit, ResumableLoader, differences, loader, trainer
 from tests.helpers.nets import images

@@ -20,7 +20,7 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.report import read_report
 from qat_tricks.graph import spec_of
 from qat_tricks.jobs.classifier import Classifier
-from qat_tricks.trainer.session import save_checkpoint
+from qat_tricks.trainer.checkpoints import save_checkpoint
 from qat_tricks.tricks import LearnScales
 from tests.helpers import ROOT
 from tests.helpers.lit import Data, Lit, ResumableLoader, dataset, differences, trainer

@@ -111,7 +111,13 @@ class Kill(pl.Callback):
 @pytest.mark.feature('resume after SIGKILL with ckpt_path="last"')
 @pytest.mark.usefixtures("never_calibrated_again")
 def test_a_killed_run_resumes_exactly_from_last(whole, tmp_path):
-    code = f"import tests.trainer.test_resume as t; t.torch.set_num_threads(1); t.run(t.Path({str(tmp_path)!r}), extra=[t.Kill()])"
+    code = f"""
+from pathlib import Path
+import torch
+from tests.trainer.test_resume import Kill, run
+torch.set_num_threads(1)
+run(Path({str(tmp_path)!r}), extra=[Kill()])
+"""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     killed = subprocess.run(
         [sys.executable, "-c", code],

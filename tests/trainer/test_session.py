@@ -8,7 +8,8 @@ from torch import nn
 import qat_tricks
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import activation_quantizers, layers, spec_of
-from qat_tricks.trainer.session import find_network, save_checkpoint
+from qat_tricks.trainer.checkpoints import save_checkpoint
+from qat_tricks.trainer.module import find_network
 from tests.helpers.lit import Data, Lit, loader, trainer
 from tests.helpers.nets import images, small_net
 

@@ -1,0 +1,58 @@
+"""A recipe as callbacks, for an ordinary trainer of either Lightning package."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from qat_tricks.errors import QatTricksError
+from qat_tricks.recipes.recipe import StagedRecipe, load_recipe
+from qat_tricks.trainer.session import Session
+
+
+def recipe(name: str, overrides: Sequence[str] = ()) -> list[Any]:
+    """The callbacks of a recipe, for a ``Trainer``; schedules are fractions of its epochs.
+
+    Args:
+        name: a recipe with at most one stage that trains.
+        overrides: Hydra overrides, such as ``network=backbone`` or
+            ``stages.qat.tricks.distill.weight=0.9``.
+
+    Returns:
+        The run's ``Session``, and the tricks in their order. Each is a ``Callback`` of every
+        Lightning package that is installed.
+
+    Raises:
+        QatTricksError: an unknown recipe or setting, or a recipe that needs several fits.
+    """
+    loaded = _of_one_fit(name, overrides)
+    session = Session(network=loaded.network, untraced=loaded.untraced)
+    return [session, *loaded.tricks]
+
+
+class Recipe(Session):
+    """A whole recipe as one callback, for configs that list callbacks by ``_target_``.
+
+    It does what ``qat_tricks.recipe`` does: it adds the recipe's tricks to the trainer.
+
+    Args:
+        name: a recipe with at most one stage that trains.
+        overrides: Hydra overrides of the recipe.
+
+    Raises:
+        QatTricksError: an unknown recipe or setting, or a recipe that needs several fits.
+    """
+
+    def __init__(self, name: str, overrides: Sequence[str] = ()) -> None:
+        loaded = _of_one_fit(name, list(overrides))
+        super().__init__(loaded.tricks, network=loaded.network, untraced=loaded.untraced)
+        self.name = name
+
+
+def _of_one_fit(name: str, overrides: Sequence[str]) -> StagedRecipe:
+    loaded = load_recipe(name, overrides)
+    training = [stage.name for stage in loaded.training]
+    if len(training) > 1 or any(stage.epochs > 0 for stage in loaded.stages[:-1]):
+        raise QatTricksError(
+            f'recipe "{name}" trains in several stages ({", ".join(training)}) and cannot be one '
+            f'list of callbacks: run it with qat_tricks.run_stages(module, datamodule, "{name}")'
+        )
+    return loaded

@@ -1,0 +1,61 @@
+"""The tricks and recipes that there are: the config groups are the registry."""
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from qat_tricks.errors import QatTricksError, did_you_mean
+from qat_tricks.settings.binding import make
+from qat_tricks.settings.config_dir import config_dir
+from qat_tricks.trainer.trick import Trick
+
+
+def options(group: str) -> list[str]:
+    """The names in a config group, such as ``recipe`` or ``trick``."""
+    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+
+
+def trick_config(name: str) -> dict[str, Any]:
+    """The settings of a trick's YAML, ``_target_`` among them.
+
+    Raises:
+        QatTricksError: an unknown trick.
+    """
+    if name not in options("trick"):
+        raise QatTricksError(f'unknown trick "{name}": {did_you_mean(name, options("trick"))}')
+    settings: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / "trick" / f"{name}.yaml"))
+    return settings[name]
+
+
+def trick_class(name: str, target: str) -> type[Trick]:
+    """The callback class of a trick, from its ``_target_``.
+
+    Raises:
+        QatTricksError: it cannot be imported, or is no trick.
+    """
+    module, _, attribute = target.rpartition(".")
+    try:
+        kind = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise QatTricksError(
+            f'trick "{name}": _target_ {target} cannot be imported ({error})'
+        ) from error
+    if not (isinstance(kind, type) and issubclass(kind, Trick)):
+        raise QatTricksError(
+            f'trick "{name}": _target_ {target} is no trick: derive it from '
+            "qat_tricks.trainer.trick.Trick"
+        )
+    return kind
+
+
+def make_trick(name: str, settings: Mapping[str, Any]) -> Trick:
+    """Makes a trick; settings that are not given take their value from the trick's YAML.
+
+    Raises:
+        QatTricksError: an unknown trick, setting or value.
+    """
+    is_own = "_target_" in settings and name not in options("trick")
+    arguments = {**({} if is_own else trick_config(name)), **settings}
+    return make(name, trick_class(name, str(arguments.pop("_target_"))), arguments)

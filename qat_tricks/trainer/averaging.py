@@ -1,0 +1,29 @@
+"""Averaged networks, such as Lightning's ``WeightAveraging`` keeps, and what of them is no average."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+_EXACT = ("weight_mask", "zero_point")
+
+
+def is_averaging(callback: Any) -> bool:
+    """Whether a callback keeps an averaged copy of the network."""
+    return hasattr(callback, "_average_model")
+
+
+def keep_grids(trainer: "Trainer", pl_module: "LightningModule") -> None:
+    """Gives averaged networks the masks and zero points of the trained one.
+
+    They are no quantities to average: half a mask prunes nothing, and half a step belongs to no
+    grid.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        average = getattr(callback, "_average_model", None)
+        if average is None:
+            continue
+        averaged = {name.removeprefix("module."): b for name, b in average.named_buffers()}
+        for name, buffer in pl_module.named_buffers():
+            if name.rpartition(".")[2] in _EXACT:
+                averaged[name].copy_(buffer)

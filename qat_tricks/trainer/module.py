@@ -1,0 +1,92 @@
+"""A LightningModule and the network in it: which attribute that is, and what is done to it."""
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from qat_tricks.errors import QatTricksError
+from qat_tricks.graph.layers import is_layer
+from qat_tricks.graph.spec import spec_of
+from qat_tricks.graph.workbench import Workbench
+from qat_tricks.trainer.random_state import random_state
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule
+
+CHECKPOINT_KEY = "qat_tricks"
+_ATTRIBUTE = "_qat_tricks_workbench"
+
+
+def find_network(pl_module: nn.Module, name: str | None = None) -> str:
+    """The attribute of ``pl_module`` that holds the network: the one child with conv or linear
+    layers.
+
+    Raises:
+        QatTricksError: there is no such child, or several; or ``name`` is none of its submodules.
+    """
+    children = {
+        key: child
+        for key, child in pl_module.named_children()
+        if any(is_layer(m) for m in child.modules())
+    }
+    listed = (
+        ", ".join(f'"{key}" ({type(child).__name__})' for key, child in children.items()) or "none"
+    )
+    owner = type(pl_module).__name__
+    if name is not None:
+        if name not in dict(pl_module.named_modules()):
+            raise QatTricksError(f'{owner} has no submodule "{name}"; its networks: {listed}')
+        return name
+    if len(children) != 1:
+        raise QatTricksError(
+            f"{owner} must hold one network, and these of its attributes have conv or linear "
+            f"layers: {listed}; name the one to quantize with "
+            'overrides=["network=NAME"], or put its parts into one module'
+        )
+    return next(iter(children))
+
+
+def attach_workbench(pl_module: "LightningModule", work: Workbench, name: str) -> Workbench:
+    """Puts the network of ``work`` in its place in ``pl_module``, as submodule ``name``, and
+    returns ``work``.
+    """
+    work.network_name = name
+    pl_module.set_submodule(name, work.network)
+    setattr(pl_module, _ATTRIBUTE, work)
+    pl_module.on_save_checkpoint = _SaveSpec(pl_module)  # type: ignore[method-assign]
+    return work
+
+
+def has_workbench(pl_module: nn.Module) -> bool:
+    """Whether the network in ``pl_module`` is under work already."""
+    return _ATTRIBUTE in pl_module.__dict__
+
+
+def workbench_of(pl_module: nn.Module) -> Workbench:
+    """The workbench that ``attach_workbench`` gave to ``pl_module``."""
+    return pl_module.__dict__[_ATTRIBUTE]
+
+
+def describe(pl_module: nn.Module) -> dict[str, Any]:
+    """What a checkpoint carries of us, as plain data: the network's attribute and its spec."""
+    work = workbench_of(pl_module)
+    return {"network": work.network_name, "spec": copy.deepcopy(spec_of(work.network))}
+
+
+class _SaveSpec:
+    """An ``on_save_checkpoint`` that adds the network's spec to what the module's own does.
+
+    Lightning skips callbacks where only weights are saved; it always asks the module, whatever
+    trainer that is in.
+    """
+
+    def __init__(self, pl_module: "LightningModule") -> None:
+        self.pl_module = pl_module
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        type(self.pl_module).on_save_checkpoint(self.pl_module, checkpoint)
+        checkpoint[CHECKPOINT_KEY] = describe(self.pl_module)
+        # Each of several processes has a state of its own, and only the first one writes.
+        if "optimizer_states" in checkpoint and self.pl_module.trainer.world_size == 1:
+            checkpoint[CHECKPOINT_KEY]["random_state"] = random_state()

@@ -1,0 +1,130 @@
+"""Restores what a trainer is told to go on from: a quantized run, or a float one to begin with."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+
+from qat_tricks.errors import QatTricksError
+from qat_tricks.trainer.checkpoints import load_checkpoint, load_state
+from qat_tricks.trainer.framework import package_of
+from qat_tricks.trainer.module import CHECKPOINT_KEY
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+# What a checkpoint says of a run, beside the weights; the states of the data module and of the
+# precision have names of their own.
+_RUN_STATE = ("loops", "callbacks", "optimizer_states", "lr_schedulers", "epoch", "global_step")
+
+
+def spec_to_restore(trainer: "Trainer", pl_module: "LightningModule") -> dict[str, Any] | None:
+    """The spec in the checkpoint that this run is about to restore; None if it restores none, or a
+    float one.
+
+    The weights of a float checkpoint are loaded now, for the recipe to begin from.
+    """
+    path = _checkpoint_to_restore(trainer)
+    if path is None:
+        return None
+    checkpoint, path = _read_or_previous(trainer, path)
+    if CHECKPOINT_KEY in checkpoint:
+        return checkpoint[CHECKPOINT_KEY]["spec"]
+    load_state(pl_module, checkpoint, path, strict=pl_module.strict_loading)
+    rank_zero_info(
+        f"{path} holds a float network: its weights are loaded, and the recipe begins from them"
+    )
+    stateful = (trainer.precision_plugin, trainer.datamodule)  # type: ignore[attr-defined]
+    gone = {*_RUN_STATE, *(type(plugin).__qualname__ for plugin in stateful)}
+    rest = {key: value for key, value in checkpoint.items() if key not in gone}
+    fresh_optimizers = {"optimizer_states": [], "lr_schedulers": []}
+    _HandOver(trainer, lambda: {**rest, "state_dict": pl_module.state_dict(), **fresh_optimizers})
+    return None
+
+
+def check_restore(trainer: "Trainer") -> None:
+    """Checks what this run is about to restore into a module that is quantized already.
+
+    Raises:
+        QatTricksError: it is a float network.
+    """
+    path = _checkpoint_to_restore(trainer)
+    if path is not None and CHECKPOINT_KEY not in _read_or_previous(trainer, path)[0]:
+        raise QatTricksError(
+            f"{path} holds a float network and this module is quantized already: give a fresh one"
+        )
+
+
+def _read_or_previous(trainer: "Trainer", path: str | Path) -> tuple[dict[str, Any], str | Path]:
+    """Reads a checkpoint; in the place of a damaged ``last`` one, the newest beside it that can be
+    read.
+    """
+    try:
+        return load_checkpoint(path), path
+    except QatTricksError as error:
+        kind = package_of(trainer).callbacks.ModelCheckpoint
+        callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, kind)]
+        lasts = {Path(last) for c in callbacks for last in c._find_last_checkpoints(trainer)}
+        previous = None
+        if Path(path) in lasts:
+            previous = _newest(Path(path).parent, for_a_fit=trainer.state.fn == "fit")
+        if previous is None:
+            raise
+        checkpoint, previous_path = previous
+        rank_zero_warn(
+            f"{error}: the previous one is used, {previous_path}, of step "
+            f"{checkpoint['global_step']}"
+        )
+        _HandOver(trainer, lambda: checkpoint)
+        return previous
+
+
+def _newest(folder: Path, *, for_a_fit: bool) -> tuple[dict[str, Any], Path] | None:
+    """The newest checkpoint in ``folder`` that can be read, and its path.
+
+    ``for_a_fit`` asks for one that a fit can go on from: with the states of its optimizers.
+    """
+    for path in sorted(folder.glob("*.ckpt"), key=lambda file: file.stat().st_mtime, reverse=True):
+        try:
+            checkpoint = load_checkpoint(path)
+        except QatTricksError:  # damaged too: an older one may not be
+            continue
+        if not for_a_fit or "optimizer_states" in checkpoint:
+            return checkpoint, path
+    return None
+
+
+class _HandOver:
+    """Gives Lightning, once, a checkpoint in the place of the file that it is about to read.
+
+    It stands in for the strategy's CheckpointIO until then, and hands on all other calls.
+    """
+
+    def __init__(self, trainer: "Trainer", checkpoint: Callable[[], dict[str, Any]]) -> None:
+        self.strategy, self.checkpoint = trainer.strategy, checkpoint
+        self.own = trainer.strategy.checkpoint_io
+        self.strategy.checkpoint_io = self  # type: ignore[assignment]
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        self.strategy.checkpoint_io = self.own
+        return self.checkpoint()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.own, name)
+
+
+def _checkpoint_to_restore(trainer: "Trainer") -> str | Path | None:
+    """The checkpoint path given to ``fit``, ``validate``, ``test`` or ``predict``, resolved
+    ("last", "best").
+
+    Lightning tells callbacks of it only after ``setup``, when it is too late to rebuild instead of
+    calibrating again; until then it is an argument of ``Trainer._run``, and is read there.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "_run" and frame.f_locals.get("self") is trainer:
+            return frame.f_locals["ckpt_path"]
+        frame = frame.f_back  # type: ignore[assignment]
+    return trainer.ckpt_path
