@@ -1,212 +1,123 @@
-import copy
+"""One session a run, whatever the number of tricks, and wherever they come from."""
 
 import pytest
-import pytorch_lightning as pl
 import torch
-from torch import nn
+from omegaconf import OmegaConf
 
 import qat_tricks
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph import activation_quantizers, layers, spec_of
-from qat_tricks.trainer.checkpoints import save_checkpoint
-from qat_tricks.trainer.module import find_network
-from tests.helpers.lit import Data, Lit, loader, trainer
-from tests.helpers.nets import images, small_net
+from qat_tricks.graph import layers, spec_of
+from qat_tricks.trainer import session as session_module
+from qat_tricks.trainer.session import Session
+from qat_tricks.tricks import Distill, FoldBatchnorm, Prune, Quantize
+from tests.helpers.lit import Data, Lit, trainer
 
 
-def _same_state(a, b):
-    assert a.keys() == b.keys()
-    return [key for key in a if not torch.equal(a[key], b[key])]
+def zeros(lit):
+    weights = [layer.effective_weight().flatten() for layer in layers(lit.backbone).values()]
+    return float((torch.cat(weights) == 0).float().mean())
 
 
-@pytest.mark.parametrize("data", ["datamodule", "loaders"])
-def test_fit_in_someone_elses_trainer(data):
-    lit = Lit()
+def test_housekeeping_is_done_once_however_many_tricks_there_are(monkeypatch):
+    calls = []
+    for name in ("renew_parameters", "check_order", "find_network", "keep_grids"):
+        original = getattr(session_module, name)
+        monkeypatch.setattr(
+            session_module,
+            name,
+            lambda *args, name=name, original=original, **kwargs: (
+                calls.append(name),
+                original(*args, **kwargs),
+            )[1],
+        )
     callbacks = qat_tricks.recipe("int8_prune50")
-    given = (
-        {"datamodule": Data()}
-        if data == "datamodule"
-        else {"train_dataloaders": loader(), "val_dataloaders": loader()}
-    )
-    trainer(callbacks, max_epochs=3).fit(lit.train(), **given)
-    quantized = lit.backbone.eval()
-    assert all(
-        layer.weight_quantizer and layer.input_quantizer for layer in layers(quantized).values()
-    )
-    weights = torch.cat(
-        [layer.effective_weight().flatten() for layer in layers(quantized).values()]
-    )
-    assert (weights == 0).float().mean() >= 0.5
-    assert lit.backbone(images(2)).shape == (2, 4)
-
-
-def test_calibration_sees_what_the_network_sees():
-    """``Lit.forward`` halves the images before the network."""
-    lit = Lit()
-    trainer(
-        qat_tricks.recipe("int8_ptq", ["stages.ptq.tricks.calibrate.estimator=minmax"])
-    ).validate(lit, Data(), verbose=False)
-    x = torch.cat([batch[0] for batch in loader()]) * 0.5
-    first = activation_quantizers(lit.backbone)["activation_quantizers.x"]
-    assert float(first.scale) * 255 == pytest.approx(float(x.max() - x.min()), rel=1e-5)
-
-
-def test_ptq_needs_no_fit_and_further_runs_change_nothing():
-    lit = Lit()
-    run = trainer(qat_tricks.recipe("int8_ptq"))
-    run.validate(lit, Data(), verbose=False)
-    state = copy.deepcopy(lit.state_dict())
-    run.test(lit, Data(), verbose=False)
-    trainer(qat_tricks.recipe("int8_ptq")).test(lit, Data(), verbose=False)
-    assert _same_state(state, lit.state_dict()) == []
-
-
-def test_evaluation_changes_nothing_and_training_goes_on():
-    lit = Lit().train()
-    run = trainer(
-        qat_tricks.recipe("int8_qat"), num_sanity_val_steps=2, val_check_interval=0.5, max_epochs=1
-    )
-    run.fit(lit, datamodule=Data())
-    state = copy.deepcopy(lit.state_dict())
-    run.validate(lit, Data(), verbose=False)
-    assert _same_state(state, lit.state_dict()) == []
-    trainer().fit(lit, datamodule=Data())  # no inference tensor is left that breaks a backward
-    assert _same_state(state, lit.state_dict()) != []
-
-
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_scales_have_a_group_without_weight_decay(optimizer):
-    lit = Lit(optimizer).train()
-    run = trainer(qat_tricks.recipe("w4a4_qat"), max_epochs=1)
-    run.fit(lit, datamodule=Data())
-    (made,) = run.optimizers
-    everything = [id(p) for group in made.param_groups for p in group["params"]]
-    assert sorted(everything) == sorted({id(p) for p in lit.parameters()})  # each exactly once
-    scales = [
-        p for name, p in lit.named_parameters() if name.endswith(".scale") and p.requires_grad
+    assert len(callbacks) == 10
+    trainer(callbacks, max_epochs=1).fit(Lit().train(), datamodule=Data())
+    assert sorted(set(calls)) == ["check_order", "find_network", "keep_grids", "renew_parameters"]
+    assert [calls.count(name) for name in ("check_order", "find_network", "renew_parameters")] == [
+        1,
+        1,
+        1,
     ]
-    group = made.param_groups[-1]
-    assert {id(p) for p in scales} <= {id(p) for p in group["params"]}
-    assert all(p.numel() < 100 for p in group["params"])
-    assert group["weight_decay"] == 0
-    assert made.param_groups[0]["weight_decay"] == 0.1
-    if optimizer == "sgd":  # the schedule goes on for both groups
-        assert group["lr"] == made.param_groups[0]["lr"] < 0.01
-    else:
-        assert group["lr"] == pytest.approx(1e-5)
+    assert calls.count("keep_grids") == 2  # one validation, and the end
 
 
-def test_scales_learn():
+@pytest.mark.parametrize("recipe", ["int8_prune50", "w4a4_qat"])
+def test_callbacks_begin_afresh_in_a_second_fit(recipe):
+    """As in cross-validation: one list, several modules."""
+    callbacks = qat_tricks.recipe(recipe)
+    first, second, alone = Lit(seed=0).train(), Lit(seed=1).train(), Lit(seed=1).train()
+    trainer(callbacks).fit(first, datamodule=Data())
+    for lit, given in ((second, callbacks), (alone, qat_tricks.recipe(recipe))):
+        torch.manual_seed(7)
+        trainer(given).fit(lit, datamodule=Data())
+    if recipe == "int8_prune50":
+        assert zeros(first) >= 0.5
+        assert zeros(second) >= 0.5
+    states = second.state_dict(), alone.state_dict()
+    assert [key for key in states[0] if not torch.equal(states[0][key], states[1][key])] == []
+
+
+def test_a_distilled_second_fit_has_its_own_teacher():
+    distill = Distill(weight=1.0)
+    lits = [Lit(seed=seed).train() for seed in (0, 1)]
+    expected = [{k: v.clone() for k, v in lit.backbone.state_dict().items()} for lit in lits]
+    for lit, own in zip(lits, expected, strict=True):
+        trainer([distill], max_epochs=1).fit(lit, datamodule=Data())
+        taught = distill.state_dict()["teacher"]
+        assert all(torch.equal(taught[key], own[key]) for key in own)
+
+
+def test_tricks_without_a_session_work():
     lit = Lit().train()
-    trainer(qat_tricks.recipe("int8_ptq")).validate(lit, Data(), verbose=False)
-    before = {name: q.scale.item() for name, q in activation_quantizers(lit.backbone).items()}
-    lit = Lit().train()
-    trainer(qat_tricks.recipe("int8_qat")).fit(lit, datamodule=Data())
-    after = {name: q.scale.item() for name, q in activation_quantizers(lit.backbone).items()}
-    # the image's stays
-    assert after["activation_quantizers.x"] == before["activation_quantizers.x"]
-    assert sum(after[name] != before[name] for name in before) >= len(before) - 1
-
-
-def test_checkpoint_stands_alone(tmp_path):
-    lit = Lit().train()
-    run = trainer(qat_tricks.recipe("int8_prune30"))
+    run = trainer([FoldBatchnorm(), Prune(sparsity=0.5, end=0.5)])
     run.fit(lit, datamodule=Data())
-    run.save_checkpoint(tmp_path / "a.ckpt", weights_only=False)
-    save_checkpoint(lit, tmp_path / "b.ckpt")
-    for name in ("a.ckpt", "b.ckpt"):
-        torch.load(tmp_path / name, weights_only=True)
-        loaded = qat_tricks.load_from_checkpoint(Lit, tmp_path / name)
-        assert torch.equal(loaded(images(4)), lit.eval()(images(4)))
-        assert spec_of(loaded.backbone) == spec_of(lit.backbone)
-    fresh = Lit(seed=3)
-    trainer(qat_tricks.recipe("int8_prune30")).test(
-        fresh, Data(), ckpt_path=str(tmp_path / "a.ckpt"), verbose=False
+    assert zeros(lit) >= 0.5
+    assert spec_of(lit.backbone)["history"] == ["fold_batchnorm", "prune"]
+    assert [type(callback) for callback in run.callbacks[:2]] == [Session, FoldBatchnorm]
+
+
+def test_tricks_that_cannot_work_are_refused_in_one_line():
+    with pytest.raises(QatTricksError, match="calibrate needs quantize before it"):
+        trainer([qat_tricks.tricks.Calibrate()]).fit(Lit().train(), datamodule=Data())
+    with pytest.raises(QatTricksError, match="an order that works: fold_batchnorm, quantize"):
+        trainer([Quantize(), FoldBatchnorm()]).fit(Lit().train(), datamodule=Data())
+
+
+def test_a_recipe_is_one_callback_too():
+    lit, other = Lit().train(), Lit().train()
+    overrides = ["stages.prune_qat.tricks.prune.sparsity=0.25"]
+    one = qat_tricks.Recipe("int8_prune50", overrides)
+    for given, callbacks in ((lit, [one]), (other, qat_tricks.recipe("int8_prune50", overrides))):
+        torch.manual_seed(7)
+        trainer(callbacks).fit(given, datamodule=Data())
+    states = lit.state_dict(), other.state_dict()
+    assert [key for key in states[0] if not torch.equal(states[0][key], states[1][key])] == []
+    assert 0.25 <= zeros(lit) < 0.4
+
+
+def test_two_recipes_in_one_trainer_are_refused():
+    both = [*qat_tricks.recipe("int8_ptq"), qat_tricks.Recipe("fp32")]
+    with pytest.raises(QatTricksError, match="two recipes are in one trainer"):
+        trainer(both).validate(Lit(), Data(), verbose=False)
+
+
+def test_a_config_lists_a_recipe_as_one_entry():
+    from hydra.utils import instantiate
+
+    config = OmegaConf.create(
+        "callbacks:\n  quantize: {_target_: qat_tricks.Recipe, name: int8_ptq, overrides: [network=backbone]}"
     )
-    assert torch.equal(fresh.eval()(images(4)), lit(images(4)))
-
-
-def test_float_checkpoint_loads_as_it_is(tmp_path):
-    lit = Lit().eval()
-    save_checkpoint(lit, tmp_path / "float.ckpt")
-    loaded = qat_tricks.load_from_checkpoint(Lit, tmp_path / "float.ckpt")
-    assert torch.equal(loaded(images(4)), lit(images(4)))
-
-
-def test_damaged_and_foreign_checkpoints(tmp_path):
-    path = tmp_path / "x.ckpt"
-    with pytest.raises(QatTricksError, match="there is no checkpoint"):
-        qat_tricks.load_from_checkpoint(Lit, path)
-    save_checkpoint(Lit(), path)
-    path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(QatTricksError, match="cannot be read as a checkpoint"):
-        qat_tricks.load_from_checkpoint(Lit, path)
-    torch.save({"something": 1}, path)
-    with pytest.raises(QatTricksError, match="holds no state_dict"):
-        qat_tricks.load_from_checkpoint(Lit, path)
-
-
-class Two(Lit):
-    def __init__(self):
-        super().__init__()
-        self.head = nn.Linear(4, 4)
-
-
-def test_several_networks_are_listed_and_one_can_be_named():
-    assert find_network(Lit()) == "backbone"
-    with pytest.raises(
-        QatTricksError, match=r'"backbone" \(SmallNet\), "head" \(Linear\).*network=NAME'
-    ):
-        trainer(qat_tricks.recipe("int8_ptq")).validate(Two(), Data(), verbose=False)
-    two = Two()
-    trainer(qat_tricks.recipe("int8_ptq", ["network=backbone"])).validate(
-        two, Data(), verbose=False
-    )
-    assert layers(two.backbone)
-    with pytest.raises(QatTricksError, match='no submodule "bone"'):
-        find_network(Two(), "bone")
-
-
-def test_a_recipe_of_several_fits_names_the_function_that_runs_it():
-    with pytest.raises(QatTricksError, match="run_stages"):
-        qat_tricks.recipe("int8_prune50_multistage")
+    callbacks = [instantiate(entry) for entry in config.callbacks.values()]
     lit = Lit()
-    seen = []
-    qat_tricks.run_stages(
-        lit,
-        Data(),
-        "int8_prune50_multistage",
-        trainer={"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False},
-        after_stage=lambda stage, network: seen.append(
-            (stage.name, bool(layers(network)["head"].weight_quantizer))
-        ),
-    )
-    assert seen == [("prune", False), ("ptq", True), ("qat", True)]
-    weights = torch.cat(
-        [layer.effective_weight().flatten() for layer in layers(lit.backbone).values()]
-    )
-    assert (weights == 0).float().mean() >= 0.5
+    trainer(callbacks).validate(lit, Data(), verbose=False)
+    assert all(layer.weight_quantizer for layer in layers(lit.backbone).values())
 
 
-def test_distillation_pulls_towards_the_float_network():
-    def distance(weight):
-        pl.seed_everything(0, verbose=False)
-        lit = Lit().train()
-        overrides = [f"stages.qat.tricks.distill.weight={weight}"]
-        trainer(qat_tricks.recipe("w4a8_qat", overrides), max_epochs=4).fit(lit, datamodule=Data())
-        assert "training_step" not in lit.__dict__  # the module is its own again
-        teacher = small_net(0, num_classes=4)
-        return float(
-            (lit.backbone.eval()(images(64)).detach() - teacher(images(64)).detach())
-            .square()
-            .mean()
-        )
+def test_a_config_lists_a_trick_by_its_target():
+    from hydra.utils import instantiate
 
-    assert distance(1.0) < 0.5 * distance(0.0)
+    from qat_tricks.recipes.registry import options, trick_config
 
-
-def test_schedules_need_an_end():
-    with pytest.raises(QatTricksError, match="max_epochs"):
-        trainer(qat_tricks.recipe("int8_prune50"), max_epochs=-1, max_time="00:00:01:00").fit(
-            Lit().train(), datamodule=Data()
-        )
+    for name in options("trick"):
+        assert instantiate(trick_config(name)).name == name

@@ -1,0 +1,212 @@
+import copy
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+import qat_tricks
+from qat_tricks.errors import QatTricksError
+from qat_tricks.graph import activation_quantizers, layers, spec_of
+from qat_tricks.trainer.checkpoints import save_checkpoint
+from qat_tricks.trainer.module import find_network
+from tests.helpers.lit import Data, Lit, loader, trainer
+from tests.helpers.nets import images, small_net
+
+
+def _same_state(a, b):
+    assert a.keys() == b.keys()
+    return [key for key in a if not torch.equal(a[key], b[key])]
+
+
+@pytest.mark.parametrize("data", ["datamodule", "loaders"])
+def test_fit_in_someone_elses_trainer(data):
+    lit = Lit()
+    callbacks = qat_tricks.recipe("int8_prune50")
+    given = (
+        {"datamodule": Data()}
+        if data == "datamodule"
+        else {"train_dataloaders": loader(), "val_dataloaders": loader()}
+    )
+    trainer(callbacks, max_epochs=3).fit(lit.train(), **given)
+    quantized = lit.backbone.eval()
+    assert all(
+        layer.weight_quantizer and layer.input_quantizer for layer in layers(quantized).values()
+    )
+    weights = torch.cat(
+        [layer.effective_weight().flatten() for layer in layers(quantized).values()]
+    )
+    assert (weights == 0).float().mean() >= 0.5
+    assert lit.backbone(images(2)).shape == (2, 4)
+
+
+def test_calibration_sees_what_the_network_sees():
+    """``Lit.forward`` halves the images before the network."""
+    lit = Lit()
+    trainer(
+        qat_tricks.recipe("int8_ptq", ["stages.ptq.tricks.calibrate.estimator=minmax"])
+    ).validate(lit, Data(), verbose=False)
+    x = torch.cat([batch[0] for batch in loader()]) * 0.5
+    first = activation_quantizers(lit.backbone)["activation_quantizers.x"]
+    assert float(first.scale) * 255 == pytest.approx(float(x.max() - x.min()), rel=1e-5)
+
+
+def test_ptq_needs_no_fit_and_further_runs_change_nothing():
+    lit = Lit()
+    run = trainer(qat_tricks.recipe("int8_ptq"))
+    run.validate(lit, Data(), verbose=False)
+    state = copy.deepcopy(lit.state_dict())
+    run.test(lit, Data(), verbose=False)
+    trainer(qat_tricks.recipe("int8_ptq")).test(lit, Data(), verbose=False)
+    assert _same_state(state, lit.state_dict()) == []
+
+
+def test_evaluation_changes_nothing_and_training_goes_on():
+    lit = Lit().train()
+    run = trainer(
+        qat_tricks.recipe("int8_qat"), num_sanity_val_steps=2, val_check_interval=0.5, max_epochs=1
+    )
+    run.fit(lit, datamodule=Data())
+    state = copy.deepcopy(lit.state_dict())
+    run.validate(lit, Data(), verbose=False)
+    assert _same_state(state, lit.state_dict()) == []
+    trainer().fit(lit, datamodule=Data())  # no inference tensor is left that breaks a backward
+    assert _same_state(state, lit.state_dict()) != []
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_scales_have_a_group_without_weight_decay(optimizer):
+    lit = Lit(optimizer).train()
+    run = trainer(qat_tricks.recipe("w4a4_qat"), max_epochs=1)
+    run.fit(lit, datamodule=Data())
+    (made,) = run.optimizers
+    everything = [id(p) for group in made.param_groups for p in group["params"]]
+    assert sorted(everything) == sorted({id(p) for p in lit.parameters()})  # each exactly once
+    scales = [
+        p for name, p in lit.named_parameters() if name.endswith(".scale") and p.requires_grad
+    ]
+    group = made.param_groups[-1]
+    assert {id(p) for p in scales} <= {id(p) for p in group["params"]}
+    assert all(p.numel() < 100 for p in group["params"])
+    assert group["weight_decay"] == 0
+    assert made.param_groups[0]["weight_decay"] == 0.1
+    if optimizer == "sgd":  # the schedule goes on for both groups
+        assert group["lr"] == made.param_groups[0]["lr"] < 0.01
+    else:
+        assert group["lr"] == pytest.approx(1e-5)
+
+
+def test_scales_learn():
+    lit = Lit().train()
+    trainer(qat_tricks.recipe("int8_ptq")).validate(lit, Data(), verbose=False)
+    before = {name: q.scale.item() for name, q in activation_quantizers(lit.backbone).items()}
+    lit = Lit().train()
+    trainer(qat_tricks.recipe("int8_qat")).fit(lit, datamodule=Data())
+    after = {name: q.scale.item() for name, q in activation_quantizers(lit.backbone).items()}
+    # the image's stays
+    assert after["activation_quantizers.x"] == before["activation_quantizers.x"]
+    assert sum(after[name] != before[name] for name in before) >= len(before) - 1
+
+
+def test_checkpoint_stands_alone(tmp_path):
+    lit = Lit().train()
+    run = trainer(qat_tricks.recipe("int8_prune30"))
+    run.fit(lit, datamodule=Data())
+    run.save_checkpoint(tmp_path / "a.ckpt", weights_only=False)
+    save_checkpoint(lit, tmp_path / "b.ckpt")
+    for name in ("a.ckpt", "b.ckpt"):
+        torch.load(tmp_path / name, weights_only=True)
+        loaded = qat_tricks.load_from_checkpoint(Lit, tmp_path / name)
+        assert torch.equal(loaded(images(4)), lit.eval()(images(4)))
+        assert spec_of(loaded.backbone) == spec_of(lit.backbone)
+    fresh = Lit(seed=3)
+    trainer(qat_tricks.recipe("int8_prune30")).test(
+        fresh, Data(), ckpt_path=str(tmp_path / "a.ckpt"), verbose=False
+    )
+    assert torch.equal(fresh.eval()(images(4)), lit(images(4)))
+
+
+def test_float_checkpoint_loads_as_it_is(tmp_path):
+    lit = Lit().eval()
+    save_checkpoint(lit, tmp_path / "float.ckpt")
+    loaded = qat_tricks.load_from_checkpoint(Lit, tmp_path / "float.ckpt")
+    assert torch.equal(loaded(images(4)), lit(images(4)))
+
+
+def test_damaged_and_foreign_checkpoints(tmp_path):
+    path = tmp_path / "x.ckpt"
+    with pytest.raises(QatTricksError, match="there is no checkpoint"):
+        qat_tricks.load_from_checkpoint(Lit, path)
+    save_checkpoint(Lit(), path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(QatTricksError, match="cannot be read as a checkpoint"):
+        qat_tricks.load_from_checkpoint(Lit, path)
+    torch.save({"something": 1}, path)
+    with pytest.raises(QatTricksError, match="holds no state_dict"):
+        qat_tricks.load_from_checkpoint(Lit, path)
+
+
+class Two(Lit):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 4)
+
+
+def test_several_networks_are_listed_and_one_can_be_named():
+    assert find_network(Lit()) == "backbone"
+    with pytest.raises(
+        QatTricksError, match=r'"backbone" \(SmallNet\), "head" \(Linear\).*network=NAME'
+    ):
+        trainer(qat_tricks.recipe("int8_ptq")).validate(Two(), Data(), verbose=False)
+    two = Two()
+    trainer(qat_tricks.recipe("int8_ptq", ["network=backbone"])).validate(
+        two, Data(), verbose=False
+    )
+    assert layers(two.backbone)
+    with pytest.raises(QatTricksError, match='no submodule "bone"'):
+        find_network(Two(), "bone")
+
+
+def test_a_recipe_of_several_fits_names_the_function_that_runs_it():
+    with pytest.raises(QatTricksError, match="run_stages"):
+        qat_tricks.recipe("int8_prune50_multistage")
+    lit = Lit()
+    seen = []
+    qat_tricks.run_stages(
+        lit,
+        Data(),
+        "int8_prune50_multistage",
+        trainer={"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False},
+        after_stage=lambda stage, network: seen.append(
+            (stage.name, bool(layers(network)["head"].weight_quantizer))
+        ),
+    )
+    assert seen == [("prune", False), ("ptq", True), ("qat", True)]
+    weights = torch.cat(
+        [layer.effective_weight().flatten() for layer in layers(lit.backbone).values()]
+    )
+    assert (weights == 0).float().mean() >= 0.5
+
+
+def test_distillation_pulls_towards_the_float_network():
+    def distance(weight):
+        pl.seed_everything(0, verbose=False)
+        lit = Lit().train()
+        overrides = [f"stages.qat.tricks.distill.weight={weight}"]
+        trainer(qat_tricks.recipe("w4a8_qat", overrides), max_epochs=4).fit(lit, datamodule=Data())
+        assert "training_step" not in lit.__dict__  # the module is its own again
+        teacher = small_net(0, num_classes=4)
+        return float(
+            (lit.backbone.eval()(images(64)).detach() - teacher(images(64)).detach())
+            .square()
+            .mean()
+        )
+
+    assert distance(1.0) < 0.5 * distance(0.0)
+
+
+def test_schedules_need_an_end():
+    with pytest.raises(QatTricksError, match="max_epochs"):
+        trainer(qat_tricks.recipe("int8_prune50"), max_epochs=-1, max_time="00:00:01:00").fit(
+            Lit().train(), datamodule=Data()
+        )
