@@ -6,13 +6,14 @@ import sys
 import pytest
 import pytorch_lightning as pl
 import torch
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import qat_tricks
 from qat_tricks.graph import layers
 from qat_tricks.settings.config_dir import config_dir
 from tests.helpers import ROOT
-from tests.helpers.lit import Data, Lit, loader
+from tests.helpers.lit import Data, Lit, loader, trainer
 from tests.helpers.nets import images, small_net
 
 
@@ -48,6 +49,15 @@ def test_readmes_lines_run(tmp_path, monkeypatch):
     assert (weights == 0).float().mean() >= 0.5
     assert isinstance(scope["trainer"], pl.Trainer)
     assert scope["quantized"](images(2)).shape == (2, 10)
+
+
+def test_readmes_config_instantiates_to_a_recipe():
+    config = OmegaConf.create(_block("README.md", "yaml"))
+    (callback,) = [instantiate(entry) for entry in config.callbacks.values()]
+    lit = Lit().train()
+    trainer([callback]).fit(lit, datamodule=Data())
+    weights = [layer.effective_weight().flatten() for layer in layers(lit.backbone).values()]
+    assert 0.3 <= (torch.cat(weights) == 0).float().mean() < 0.4
 
 
 @pytest.fixture
