@@ -74,9 +74,7 @@ def toy_trick(tmp_path, monkeypatch):
         copy.write_text(path.read_text())
     (conf / "trick" / "my_trick.yaml").write_text(_block("CONTRIBUTING.md", "yaml"))
     monkeypatch.setattr(qat_tricks.tricks, "__path__", [*qat_tricks.tricks.__path__, str(package)])
-    for module in [
-        m for m in sys.modules.values() if getattr(m, "config_dir", None) is config_dir
-    ]:
+    for module in [m for m in sys.modules.values() if getattr(m, "config_dir", None) is config_dir]:
         monkeypatch.setattr(module, "config_dir", lambda: conf)
     yield
     sys.modules.pop("qat_tricks.tricks.my_trick", None)

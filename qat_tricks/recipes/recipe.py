@@ -132,7 +132,9 @@ def build_recipe(settings: DictConfig | Mapping[str, Any]) -> StagedRecipe:
     Raises:
         QatTricksError: one line with all that is wrong.
     """
-    config = as_plain(settings, "recipe") if isinstance(settings, DictConfig) else dict(settings)
+    config: dict[str, Any] = (
+        as_plain(settings, "recipe") if isinstance(settings, DictConfig) else {**settings}
+    )
     problems = Problems()
     name, network, whole = config.get("name", "recipe"), config.get("network"), config.get("whole")
     problems.found += unknown_keys(f"recipe {name}", config, RECIPE_KEYS)

@@ -7,7 +7,7 @@ Shipped recipes use three forms of Hydra's defaults list: another recipe, ``_sel
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from qat_tricks.settings.plain import as_plain
 
@@ -43,9 +43,9 @@ def _compose(name: str, folder: Path) -> DictConfig:
 
 def _tricks(entry: DictConfig, folder: Path) -> DictConfig:
     """What ``/trick@stages.ptq.tricks: [NAME, …]`` stands for."""
-    ((group, names),) = entry.items() if len(entry) == 1 else (("", None),)
+    group, names = next(iter(entry.items()), ("", None))
     kind, _, place = str(group).partition("@")
-    if kind != "/trick" or not place or not OmegaConf.is_list(names):
+    if len(entry) > 1 or kind != "/trick" or not place or not isinstance(names, ListConfig):
         raise NeedsHydraError(str(group))
     tricks = OmegaConf.merge(*(_read(folder / "trick" / f"{name}.yaml") for name in names))
     nested = OmegaConf.create()

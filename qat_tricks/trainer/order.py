@@ -2,16 +2,16 @@
 
 import re
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 from qat_tricks.errors import QatTricksError
 
 
 class Ordered(Protocol):
-    """What the order of tricks depends on, of a trick or its class."""
+    """The part of a trick that its order depends on."""
 
-    requires: tuple[type["Ordered"], ...]  # tricks without which it cannot work
-    after: tuple[str, ...]  # names of tricks that must come earlier where a recipe has them
+    requires: ClassVar[tuple[type[Any], ...]]  # tricks without which it cannot work
+    after: ClassVar[tuple[str, ...]]  # names of those that come earlier where a recipe has them
 
 
 def trick_name(kind: type) -> str:

@@ -39,7 +39,7 @@ def spec_to_restore(trainer: "Trainer", pl_module: "LightningModule") -> dict[st
     stateful = (trainer.precision_plugin, trainer.datamodule)  # type: ignore[attr-defined]
     gone = {*_RUN_STATE, *(type(plugin).__qualname__ for plugin in stateful)}
     rest = {key: value for key, value in checkpoint.items() if key not in gone}
-    fresh_optimizers = {"optimizer_states": [], "lr_schedulers": []}
+    fresh_optimizers: dict[str, Any] = {"optimizer_states": [], "lr_schedulers": []}
     _HandOver(trainer, lambda: {**rest, "state_dict": pl_module.state_dict(), **fresh_optimizers})
     return None
 

@@ -91,7 +91,7 @@ class Session(Callback):
         place = callbacks.index(self) + 1
         # Lightning is walking through this list, and comes to those that are put behind.
         callbacks[place:place] = [trick for trick in self.tricks if trick not in callbacks]
-        tricks = [c for c in callbacks if isinstance(c, Callback) and c is not self]
+        tricks: list[Any] = [c for c in callbacks if isinstance(c, Callback) and c is not self]
         self._check_trainer(trainer)
         if trainer.state.fn == "fit":
             for trick in tricks:

@@ -1,4 +1,4 @@
-"""Prune weights, progressively: four independent choices, each a small function.
+"""Prune weights, progressively: four independent choices, each of them one small function in a table.
 
 * schedule: cubic, ``s_t = s_f + (s_i - s_f) * (1 - (t - t_0) / (t_1 - t_0))^3`` (Zhu and Gupta
   2017, "To prune, or not to prune", arXiv 1710.01878, equation 1);
@@ -6,14 +6,14 @@
 * granularity: single weights, or 2:4 (two of every four along the input channels, Mishra et al.
   2021, arXiv 2104.08378);
 * scope: each layer alike, or global, where all weights compete after each layer's are divided by
-  their root mean square (without which a layer's scale, not its use, would decide: folding and
-  equalization change scales freely).
+  their root mean square. Without that division a layer's scale would decide instead of its use, for
+  folding and equalization change scales freely.
 
 A pruned weight stays pruned: masks only grow, and pruned weights are set to exactly zero.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -33,15 +33,13 @@ from qat_tricks.trainer.trick import Trick
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-SCOPES = ("layer", "global")
-GRANULARITIES = ("weight", "2:4")
-
 
 def cubic_schedule(
     progress: float, *, initial: float, final: float, start: float, end: float
 ) -> float:
-    """The sparsity at ``progress`` of the training: ``initial`` until ``start``, ``final`` from
-    ``end`` on.
+    """The sparsity at ``progress`` of the training.
+
+    It is ``initial`` until ``start`` and ``final`` from ``end`` on.
     """
     if progress >= end:
         return final
@@ -52,11 +50,53 @@ def cubic_schedule(
 
 
 def magnitude(layer: Layer) -> Tensor:
-    """The criterion: the absolute value of each weight, in units of the layer's root mean square;
-    pruned ones at 0.
-    """
+    """The absolute value of each weight, in units of the layer's root mean square; 0 if pruned."""
     weight = layer.masked_weight().detach().float()
     return weight.abs() / weight.square().mean().sqrt().clamp_min(1e-12)
+
+
+def single_weights(score: Tensor) -> Tensor | None:
+    """Any weight may go."""
+    return score
+
+
+def two_of_four(score: Tensor) -> Tensor | None:
+    """Of every four consecutive input channels the two with the largest scores stay.
+
+    A layer whose input channels are no multiple of four does not fit.
+    """
+    if score.shape[1] % 4:
+        return None
+    channels_last = score.transpose(1, -1)
+    fours = channels_last.reshape(*channels_last.shape[:-1], -1, 4)
+    largest = fours.topk(2, dim=-1).indices
+    fours = fours.scatter(-1, largest, float("inf"))
+    return fours.reshape(channels_last.shape).transpose(1, -1)
+
+
+def each_layer(names: Sequence[str]) -> list[list[str]]:
+    """Each layer ranks its own weights, and all reach the same sparsity."""
+    return [[name] for name in names]
+
+
+def all_layers(names: Sequence[str]) -> list[list[str]]:
+    """One ranking holds the weights of all layers."""
+    return [list(names)]
+
+
+# A schedule gives the sparsity at a time. A criterion gives a layer's scores, of the weight's shape;
+# the smallest go first. A granularity gives the scores back, infinite where a weight must stay, or
+# None for a weight that it does not fit. A scope gives the groups of layers that rank together.
+SCHEDULES: Mapping[str, Callable[..., float]] = {"cubic": cubic_schedule}
+CRITERIA: Mapping[str, Callable[[Layer], Tensor]] = {"magnitude": magnitude}
+GRANULARITIES: Mapping[str, Callable[[Tensor], Tensor | None]] = {
+    "weight": single_weights,
+    "2:4": two_of_four,
+}
+SCOPES: Mapping[str, Callable[[Sequence[str]], list[list[str]]]] = {
+    "layer": each_layer,
+    "global": all_layers,
+}
 
 
 def prunable(
@@ -67,7 +107,8 @@ def prunable(
     Raises:
         QatTricksError: a pattern matches no layer, or no layer is left.
     """
-    factors = spec_of(traced).get("convs", [])  # BatchNorms once: a weight less is a channel less
+    # What was a BatchNorm has one weight a channel: a weight less would be a channel less.
+    factors = spec_of(traced).get("convs", [])
     modules = {
         name: module
         for name, module in traced.named_modules()
@@ -79,23 +120,24 @@ def prunable(
                 f'pattern "{pattern}" matches no conv or linear layer: '
                 f"{did_you_mean(pattern, modules)}"
             )
-    chosen = {
+    fits = GRANULARITIES[granularity]
+    pruned = {
         name: as_layer(module)
         for name, module in modules.items()
-        if any(fnmatchcase(name, p) for p in include)
-        and not any(fnmatchcase(name, p) for p in exclude)
-        and (granularity != "2:4" or module.weight.shape[1] % 4 == 0)
+        if any(fnmatchcase(name, pattern) for pattern in include)
+        and not any(fnmatchcase(name, pattern) for pattern in exclude)
+        and fits(module.weight.detach().abs()) is not None
     }
-    if not chosen:
+    if not pruned:
         raise QatTricksError(
             f"no layer is left to prune (granularity {granularity}): widen include or narrow "
             "exclude"
         )
-    for name, layer in chosen.items():
+    for name, layer in pruned.items():
         if layer.weight_mask is None:
             layer.weight_mask = torch.ones_like(layer.weight)
         spec_of(traced).setdefault("layers", {}).setdefault(name, {})["mask"] = True
-    return chosen
+    return pruned
 
 
 @torch.no_grad()
@@ -103,17 +145,19 @@ def prune(
     traced: fx.GraphModule,
     sparsity: float,
     *,
+    criterion: str = "magnitude",
     scope: str = "layer",
     granularity: str = "weight",
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
 ) -> float:
-    """Prunes ``traced`` in place to ``sparsity`` and returns the sparsity reached, of all weights
-    of the chosen layers.
+    """Prunes ``traced`` in place to ``sparsity`` and returns the sparsity reached.
 
     Args:
         traced: a traced network, quantized or not.
-        sparsity: the share of zeros among the weights of the chosen layers, in [0, 1); rounded up.
+        sparsity: the share of zeros among the weights of the layers that are pruned, in [0, 1);
+            rounded up.
+        criterion: ``magnitude``.
         scope: ``layer``: each layer alike; ``global``: one ranking of all weights.
         granularity: ``weight``, or ``2:4`` with a sparsity of at most 0.5 (layers whose input
             channels are no multiple of four are left dense).
@@ -122,67 +166,73 @@ def prune(
     Raises:
         QatTricksError: an argument that is not allowed, or a pattern that matches nothing.
     """
-    check_settings(sparsity, scope, granularity)
-    chosen = prunable(traced, granularity, include, exclude)
-    scores = {name: magnitude(layer) for name, layer in chosen.items()}
-    if granularity == "2:4":
-        for score in scores.values():
-            _protect_two_of_four(score)
-    groups = [list(chosen)] if scope == "global" else [[name] for name in chosen]
-    for names in groups:
+    check_settings(sparsity, criterion=criterion, scope=scope, granularity=granularity)
+    pruned = prunable(traced, granularity, include, exclude)
+    scores: dict[str, Tensor] = {}
+    for name, layer in pruned.items():
+        score = GRANULARITIES[granularity](CRITERIA[criterion](layer))
+        assert score is not None  # ``prunable`` leaves out what does not fit
+        scores[name] = score
+    for names in SCOPES[scope](list(pruned)):
         flat = torch.cat([scores[name].flatten() for name in names])
         count = math.ceil(sparsity * flat.numel() - 1e-9)
         keep = torch.ones_like(flat)
-        keep[flat.argsort(stable=True)[:count]] = 0  # a full order: ties can never change the count
-        for name, part in zip(
-            names, keep.split([scores[name].numel() for name in names]), strict=True
-        ):
-            layer = chosen[name]
+        keep[flat.argsort(stable=True)[:count]] = 0  # a full order: ties never change the count
+        sizes = [scores[name].numel() for name in names]
+        for name, part in zip(names, keep.split(sizes), strict=True):
+            layer = pruned[name]
             assert layer.weight_mask is not None
             layer.weight_mask.mul_(part.view_as(layer.weight_mask))
             layer.weight.mul_(layer.weight_mask)
-    return sparsity_of(chosen.values())
+    return sparsity_of(pruned.values())
 
 
 def sparsity_of(pruned: Iterable[Layer]) -> float:
     """The share of zeros in the masks of ``pruned``."""
     masks = [layer.weight_mask for layer in pruned if layer.weight_mask is not None]
-    return 1 - sum(float(mask.sum()) for mask in masks) / max(
-        1, sum(mask.numel() for mask in masks)
-    )
+    ones = sum(float(mask.sum()) for mask in masks)
+    return 1 - ones / max(1, sum(mask.numel() for mask in masks))
 
 
-def _protect_two_of_four(score: Tensor) -> None:
-    """Puts the two largest of every four consecutive input channels of ``score`` out of reach."""
-    groups = score.transpose(1, -1)  # input channels last
-    fours = groups.reshape(*groups.shape[:-1], -1, 4)
-    top = fours.topk(2, dim=-1).indices
-    fours = fours.scatter(-1, top, float("inf"))
-    score.copy_(fours.reshape(groups.shape).transpose(1, -1))
+def largest_sparsity(granularity: str) -> float:
+    """The share of weights that a granularity lets go, 0..1."""
+    score = GRANULARITIES[granularity](torch.arange(8.0 * 32 * 9).view(8, 32, 3, 3))
+    return 1.0 if score is None else float(score.isfinite().float().mean())
 
 
-def check_settings(sparsity: float, scope: str, granularity: str) -> None:
-    """Raises QatTricksError for settings that are not allowed, all of them at once."""
+def check_settings(sparsity: float, **choices: str) -> None:
+    """Raises QatTricksError for settings that are not allowed, all of them at once.
+
+    Args:
+        sparsity: the share of zeros.
+        choices: names of ``schedule``, ``criterion``, ``granularity`` and ``scope``, if they are
+            to be checked.
+    """
     problems = []
     if not 0 <= sparsity < 1:
         problems.append(f"sparsity={sparsity} is not allowed: give a share from 0 to below 1")
-    if scope not in SCOPES:
-        problems.append(f'unknown scope "{scope}": {did_you_mean(scope, SCOPES)}')
-    if granularity not in GRANULARITIES:
+    tables: dict[str, Mapping[str, Any]] = {
+        "schedule": SCHEDULES,
+        "criterion": CRITERIA,
+        "granularity": GRANULARITIES,
+        "scope": SCOPES,
+    }
+    for choice, name in choices.items():
+        if name not in tables[choice]:
+            problems.append(f'unknown {choice} "{name}": {did_you_mean(name, tables[choice])}')
+    granularity = choices.get("granularity", "weight")
+    if not problems and sparsity > (most := largest_sparsity(granularity)):
         problems.append(
-            f'unknown granularity "{granularity}": {did_you_mean(granularity, GRANULARITIES)}'
-        )
-    if granularity == "2:4" and sparsity > 0.5:
-        problems.append(
-            f"sparsity={sparsity} is not possible with 2:4: give 0.5, or granularity=weight"
+            f"sparsity={sparsity} is not possible with {granularity}: give {most:g} or less, or "
+            "granularity=weight"
         )
     if problems:
         raise QatTricksError("; ".join(problems))
 
 
 class Prune(Trick):
-    """Callback: raises the sparsity from ``initial`` to ``sparsity`` between the fractions
-    ``start`` and ``end`` of the fit.
+    """Callback: raises the sparsity from ``initial`` to ``sparsity`` between the fractions ``start``
+    and ``end`` of the fit.
 
     Without training it prunes at once. ``updates`` is how many times the masks are renewed between
     ``start`` and ``end``.
@@ -197,14 +247,17 @@ class Prune(Trick):
         start: float = 0.0,
         end: float = 0.6,
         updates: int = 50,
+        schedule: str = "cubic",
+        criterion: str = "magnitude",
         scope: str = "layer",
         granularity: str = "weight",
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        check_settings(sparsity, scope, granularity)
-        check_settings(initial, scope, granularity)
+        self.choices = {"criterion": criterion, "scope": scope, "granularity": granularity}
+        check_settings(sparsity, schedule=schedule, **self.choices)
+        check_settings(initial, **self.choices)
         self.sparsity, self.initial, self.updates = sparsity, initial, updates
         self.start, self.end = check_fraction("start", start), check_fraction("end", end)
         if start > end or initial > sparsity or updates < 1:
@@ -213,14 +266,13 @@ class Prune(Trick):
                 f"updates={updates}: start must not be after end, initial not above sparsity, "
                 "updates at least 1"
             )
-        self.choice: dict[str, Any] = {
-            "scope": scope, "granularity": granularity, "include": tuple(include), "exclude": tuple(exclude),
-        }  # fmt: skip
+        self.schedule = schedule
+        self.include, self.exclude = tuple(include), tuple(exclude)
         self.done = 0  # how many of the updates have been made
         self.reached = 0.0
 
     def apply(self, work: Workbench) -> None:
-        prune(work.network, self.initial if work.trains else self.sparsity, **self.choice)
+        self._prune(work, self.initial if work.trains else self.sparsity)
 
     def on_train_batch_start(
         self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
@@ -232,8 +284,8 @@ class Prune(Trick):
         self._update(workbench_of(pl_module), fit_progress(trainer))
         if self.done < self.updates:
             rank_zero_warn(
-                f"training ended before the pruning schedule did: sparsity is {self.reached:.3f}, "
-                f"not yet {self.sparsity}; train longer or lower end"
+                "training ended before the pruning schedule did: sparsity is "
+                f"{self.reached:.3f}, not yet {self.sparsity}; train longer or lower end"
             )
         keep_grids(trainer, pl_module)  # before a callback that averages puts its masks in
 
@@ -245,12 +297,17 @@ class Prune(Trick):
         if due <= self.done:
             return False
         self.done = due
-        at = self.start + ramp * due / self.updates if due < self.updates else self.end
-        target = cubic_schedule(
-            at, initial=self.initial, final=self.sparsity, start=self.start, end=self.end
-        )
-        self.reached = prune(work.network, target, **self.choice)
+        # The time at which the update was due, so that a late batch does not change the schedule.
+        time = self.start + ramp * due / self.updates if due < self.updates else self.end
+        bounds = {"initial": self.initial, "final": self.sparsity}
+        sparsity = SCHEDULES[self.schedule](time, **bounds, start=self.start, end=self.end)
+        self._prune(work, sparsity)
         return True
+
+    def _prune(self, work: Workbench, sparsity: float) -> None:
+        self.reached = prune(
+            work.network, sparsity, include=self.include, exclude=self.exclude, **self.choices
+        )
 
     def reset(self) -> None:
         self.done, self.reached = 0, 0.0

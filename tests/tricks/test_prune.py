@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,8 @@ from qat_tricks.graph import layers, trace
 from qat_tricks.tricks import prune
 from qat_tricks.tricks.prune import Prune, cubic_schedule
 from tests.helpers.nets import small_net
+
+prune_module = sys.modules[Prune.__module__]  # the function hides its module
 
 
 def _zeros(layer):
@@ -99,3 +103,26 @@ def test_patterns():
     assert "stem.0" not in layers(traced)
     with pytest.raises(QatTricksError, match="matches no"):
         prune(traced, 0.5, include=["nothing*"])
+
+
+def test_a_new_criterion_and_a_new_granularity_are_one_function_each(monkeypatch):
+    def position(layer):
+        return torch.arange(layer.weight.numel(), dtype=torch.float32).view_as(layer.weight)
+
+    def whole_filters(score):
+        return score.flatten(1).mean(1).view(-1, *[1] * (score.dim() - 1)).expand_as(score)
+
+    monkeypatch.setitem(prune_module.CRITERIA, "position", position)
+    monkeypatch.setitem(prune_module.GRANULARITIES, "filter", whole_filters)
+    traced = trace(nn.Sequential(nn.Conv2d(3, 8, 3)))
+    assert Prune(criterion="position", granularity="filter").choices["criterion"] == "position"
+    assert prune(traced, 0.25, criterion="position", granularity="filter") == 0.25
+    mask = traced.get_submodule("0").weight_mask
+    assert mask[:2].sum() == 0  # the first two filters, whole
+    assert mask[2:].all()
+
+
+def test_checking_the_settings_draws_no_random_numbers():
+    before = torch.get_rng_state()
+    Prune(granularity="2:4")
+    assert torch.equal(before, torch.get_rng_state())
