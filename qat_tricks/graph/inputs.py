@@ -126,3 +126,11 @@ def first_images(inputs: Inputs, count: int) -> Inputs:
 def are_finite(inputs: Inputs) -> bool:
     """Whether no value is NaN or infinite."""
     return all(bool(torch.isfinite(values).all()) for values in as_tensors(inputs))
+
+
+def check_batches(batches: Sequence[Inputs], purpose: str) -> None:
+    """Raises QatTricksError if there is no batch for a purpose, such as "to calibrate on"."""
+    if not batches:
+        raise QatTricksError(
+            f"there are no images {purpose}: give a loader that yields at least one batch"
+        )

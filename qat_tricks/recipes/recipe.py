@@ -133,7 +133,7 @@ def build_recipe(settings: DictConfig | Mapping[str, Any]) -> StagedRecipe:
         QatTricksError: one line with all that is wrong.
     """
     config: dict[str, Any] = (
-        as_plain(settings, "recipe") if isinstance(settings, DictConfig) else {**settings}
+        as_plain(settings, "recipe") if isinstance(settings, DictConfig) else dict(settings)
     )
     problems = Problems()
     name, network, whole = config.get("name", "recipe"), config.get("network"), config.get("whole")

@@ -1,1 +1,1 @@
-"""All that knows Lightning's trainer: the session of a run, the tricks as callbacks, checkpoints."""
+"""The session of a run, tricks as callbacks, checkpoints: all that knows Lightning's trainer."""

@@ -1,4 +1,4 @@
-"""Averaged networks, such as Lightning's ``WeightAveraging`` keeps, and what of them is no average."""
+"""Averaged networks, such as Lightning's ``WeightAveraging`` keeps, with exact grids."""
 
 from typing import TYPE_CHECKING, Any
 

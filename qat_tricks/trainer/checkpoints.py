@@ -1,5 +1,5 @@
-"""Checkpoints as files: read under ``weights_only=True``, written without a trainer, rebuilt without
-a recipe.
+"""Checkpoints as files: read under ``weights_only=True``, written without a trainer, rebuilt
+without a recipe.
 """
 
 from inspect import Parameter, signature

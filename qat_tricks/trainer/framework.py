@@ -1,7 +1,7 @@
 """Lightning's two packages, ``pytorch_lightning`` and ``lightning.pytorch``.
 
-Each is a copy of the other, and neither takes the other's objects. The trainer or the module at hand
-decides which one is meant. Nothing here imports either of them before it is needed.
+Each is a copy of the other, and neither takes the other's objects. The trainer or the module at
+hand decides which one is meant. Nothing here imports either of them before it is needed.
 """
 
 import sys

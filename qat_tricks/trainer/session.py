@@ -1,8 +1,8 @@
-"""One session a run: what a trainer's tricks need of Lightning is done once, however many they are.
+"""One session a run does what all tricks of a trainer need of Lightning, once.
 
-It traces or rebuilds the network, hands the tricks their workbench, and tells every process of their
-result; it renews the optimizers' parameters, restores random states, and keeps the grids of averaged
-networks exact.
+It traces or rebuilds the network, hands the tricks their workbench, and tells every process of
+their result; it renews the optimizers' parameters, restores random states, and keeps the grids of
+averaged networks exact.
 """
 
 import copy
@@ -97,7 +97,8 @@ class Session(Callback):
             for trick in tricks:
                 trick.reset()
         work = self._workbench(trainer, pl_module, tricks)
-        if any([trick.apply_once(work) for trick in tricks]):
+        changes = [trick.apply_once(work) for trick in tricks]
+        if any(changes):
             _synchronize(trainer, work)
 
     def _check_trainer(self, trainer: "Trainer") -> None:

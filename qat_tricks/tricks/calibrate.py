@@ -13,10 +13,10 @@ import torch
 from torch import fx
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph.inputs import Inputs, call_network
+from qat_tricks.graph.inputs import Inputs, call_network, check_batches
 from qat_tricks.graph.integer_ops import Add
 from qat_tricks.graph.layers import activation_quantizers
-from qat_tricks.graph.modes import float_mode
+from qat_tricks.graph.modes import evaluating, float_mode
 from qat_tricks.graph.near_ties import avoid_rounding_ties
 from qat_tricks.graph.spec import QUANTIZERS, share_quantizer, spec_of
 from qat_tricks.graph.workbench import Workbench
@@ -39,8 +39,8 @@ def calibrate(
 
     Args:
         traced: a network with quantizers.
-        batches: what the network takes, each: images ``[N, C, H, W]``, or a tuple with a tensor for
-            each input.
+        batches: the network's inputs, a batch each: images ``[N, C, H, W]``, or a tuple with one
+            tensor for each input.
         estimator: ``minmax``, ``moving_average``, ``percentile``, ``mse`` or ``kl``.
         share_residuals: whether tensors that are added share a range where that rounds less.
 
@@ -51,23 +51,17 @@ def calibrate(
     quantizers = activation_quantizers(traced)
     if not quantizers:
         raise QatTricksError("there is nothing to calibrate: quantize the network first")
-    if not batches:
-        raise QatTricksError(
-            "there are no images to calibrate on: give a loader that yields at least one batch"
-        )
-    was_training = traced.training
-    traced.eval()
+    check_batches(batches, "to calibrate on")
     observers = {quantizer: make_estimator(estimator) for quantizer in quantizers.values()}
     try:
         for quantizer, observer in observers.items():
             quantizer.observer = observer
-        with float_mode(traced):
+        with evaluating(traced), float_mode(traced):
             for batch in track(batches, "calibrate"):
                 call_network(traced, batch)
     finally:
         for quantizer in quantizers.values():
             quantizer.observer = None
-        traced.train(was_training)
     for quantizer, observer in observers.items():
         quantizer.set_range(*observer.range(quantizer.scheme))
     if share_residuals:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, fx
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph.inputs import Inputs, as_tensors
+from qat_tricks.graph.inputs import Inputs, as_tensors, check_batches
 from qat_tricks.graph.layers import Layer
-from qat_tricks.graph.modes import unrounded_sums
+from qat_tricks.graph.modes import evaluating, unrounded_sums
 from qat_tricks.graph.trace import module_of
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.progress import track
@@ -35,27 +35,21 @@ def correct_bias(
     Args:
         traced: the quantized, calibrated network.
         reference: the float network it was made from, with the same layers.
-        batches: what the network takes, each: images ``[N, C, H, W]``, or a tuple with a tensor for
-            each input.
+        batches: the network's inputs, a batch each: images ``[N, C, H, W]``, or a tuple with one
+            tensor for each input.
 
     Raises:
         QatTricksError: no batches, or ``reference`` is another network.
     """
-    if not batches:
-        raise QatTricksError(
-            "there are no images to correct biases on: give a loader that yields at least one batch"
-        )
-    modes = traced.training, reference.training
-    traced.eval(), reference.eval()
-    try:
-        with unrounded_sums(traced):
-            _correct(traced, _Stream(traced, batches), _Stream(reference, batches))
-    finally:
-        traced.train(modes[0]), reference.train(modes[1])
+    check_batches(batches, "to correct biases on")
+    # A sum that is rounded to its grid hides errors below half a step.
+    with evaluating(traced, reference), unrounded_sums(traced):
+        _correct(traced, _Stream(traced, batches), _Stream(reference, batches))
     return traced
 
 
 def _correct(traced: fx.GraphModule, quantized: "_Stream", reference: "_Stream") -> None:
+    """Walks both networks side by side and corrects each layer before the next one runs."""
     for node in track(list(traced.graph.nodes), "correct bias"):
         layer = module_of(node, traced)
         if not isinstance(layer, Layer) or layer.weight_quantizer is None:
@@ -67,6 +61,7 @@ def _correct(traced: fx.GraphModule, quantized: "_Stream", reference: "_Stream")
             continue
         error = _certain(_image_means(expected, layer) - _image_means(outputs, layer))
         layer.bias.add_(error)
+        # What follows sees the corrected output, without the layer being run again.
         for output in outputs:
             output.movedim(layer.output_axis, -1).add_(error)
 
@@ -80,11 +75,16 @@ def _image_means(outputs: Sequence[Tensor], layer: Layer) -> Tensor:
 
 
 def _certain(errors: Tensor) -> Tensor:
-    """The mean of ``errors`` (``[images, C]``) over images, as far as it is more than chance,
-    ``[C]``.
+    """The mean of ``errors`` over images, shrunk by its own uncertainty.
 
-    The mean of few images errs itself, by the standard error ``se``; ``mean * (1 - (se /
-    mean)^2)``, and never beyond zero, is the estimate that errs less.
+    The mean of few images has a standard error ``se``. The estimate ``mean * (1 - (se / mean)^2)``,
+    which never crosses zero, errs less.
+
+    Args:
+        errors: ``[images, C]``.
+
+    Returns:
+        float32, ``[C]``.
     """
     mean = errors.mean(0)
     if len(errors) < 2:

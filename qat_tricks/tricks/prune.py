@@ -1,4 +1,4 @@
-"""Prune weights, progressively: four independent choices, each of them one small function in a table.
+"""Prune weights progressively: four independent choices, each a small function in a table.
 
 * schedule: cubic, ``s_t = s_f + (s_i - s_f) * (1 - (t - t_0) / (t_1 - t_0))^3`` (Zhu and Gupta
   2017, "To prune, or not to prune", arXiv 1710.01878, equation 1);
@@ -84,9 +84,10 @@ def all_layers(names: Sequence[str]) -> list[list[str]]:
     return [list(names)]
 
 
-# A schedule gives the sparsity at a time. A criterion gives a layer's scores, of the weight's shape;
-# the smallest go first. A granularity gives the scores back, infinite where a weight must stay, or
-# None for a weight that it does not fit. A scope gives the groups of layers that rank together.
+# A schedule gives the sparsity at a time. A criterion gives a layer's scores, of the weight's
+# shape; the smallest go first. A granularity gives the scores back, infinite where a weight must
+# stay, or None for a weight that it does not fit. A scope gives the groups of layers that rank
+# together.
 SCHEDULES: Mapping[str, Callable[..., float]] = {"cubic": cubic_schedule}
 CRITERIA: Mapping[str, Callable[[Layer], Tensor]] = {"magnitude": magnitude}
 GRANULARITIES: Mapping[str, Callable[[Tensor], Tensor | None]] = {
@@ -231,8 +232,8 @@ def check_settings(sparsity: float, **choices: str) -> None:
 
 
 class Prune(Trick):
-    """Callback: raises the sparsity from ``initial`` to ``sparsity`` between the fractions ``start``
-    and ``end`` of the fit.
+    """Callback: raises the sparsity from ``initial`` to ``sparsity`` between the fractions
+    ``start`` and ``end`` of the fit.
 
     Without training it prunes at once. ``updates`` is how many times the masks are renewed between
     ``start`` and ``end``.

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph.inputs import Inputs, call_network
+from qat_tricks.graph.inputs import Inputs, call_network, check_batches
 from qat_tricks.graph.nodes import BATCHNORMS
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.progress import track
@@ -38,22 +38,20 @@ def reestimate_batchnorm(traced: fx.GraphModule, batches: Sequence[Inputs]) -> f
         raise QatTricksError(
             "no BatchNorm is left to re-estimate: leave out fold_batchnorm, or leave out this trick"
         )
-    if not batches:
-        raise QatTricksError(
-            "there are no images to re-estimate BatchNorm on: give a loader that yields at least "
-            "one batch"
-        )
-    was_training, momenta = traced.training, [norm.momentum for norm in norms]
-    traced.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a cumulative average
-        norm.train()
-    for batch in track(batches, "re-estimate BatchNorm"):
-        call_network(traced, batch)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    return traced.train(was_training)
+    check_batches(batches, "to re-estimate BatchNorm on")
+    momenta = [norm.momentum for norm in norms]
+    try:
+        with evaluating(traced):
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # a cumulative average
+                norm.train()
+            for batch in track(batches, "re-estimate BatchNorm"):
+                call_network(traced, batch)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+    return traced
 
 
 class ReestimateBatchnorm(Trick):

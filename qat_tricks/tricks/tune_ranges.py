@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, fx
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph.inputs import Inputs, as_tensors, call_network, map_tensors
+from qat_tricks.graph.inputs import Inputs, as_tensors, call_network, check_batches, map_tensors
 from qat_tricks.graph.layers import activation_quantizers
-from qat_tricks.graph.modes import float_mode
+from qat_tricks.graph.modes import evaluating, float_mode
 from qat_tricks.graph.near_ties import avoid_rounding_ties
 from qat_tricks.graph.workbench import Workbench, logits_of
 from qat_tricks.numerics import ActivationQuantizer
@@ -43,8 +43,8 @@ def tune_ranges(
     Args:
         traced: a quantized network, calibrated (with ``minmax``: what calibration clipped stays
             clipped).
-        batches: what the network takes, each: images ``[N, C, H, W]``, or a tuple with a tensor for
-            each input.
+        batches: the network's inputs, a batch each: images ``[N, C, H, W]``, or a tuple with one
+            tensor for each input.
         seed: of the labels drawn.
 
     Raises:
@@ -55,26 +55,28 @@ def tune_ranges(
         raise QatTricksError(
             "there are no calibrated ranges to tune: quantize and calibrate the network first"
         )
-    if not batches:
-        raise QatTricksError(
-            "there are no images to tune ranges on: give a loader that yields at least one batch"
-        )
-    was_training = traced.training
+    check_batches(batches, "to tune ranges on")
     trainable = [parameter for parameter in traced.parameters() if parameter.requires_grad]
     histograms = [_GradientHistogram(quantizer) for quantizer in quantizers.values()]
     generator = torch.Generator().manual_seed(seed)
-    traced.eval().requires_grad_(False)  # the gradients of activations alone
+    chunks = [
+        chunk
+        for batch in batches
+        for chunk in zip(*(part.split(CHUNK) for part in as_tensors(batch)), strict=True)
+    ]
+    traced.requires_grad_(False)  # only gradients of activations are needed
     try:
-        with float_mode(traced), torch.inference_mode(False), torch.enable_grad():
-            chunks = [
-                chunk
-                for batch in batches
-                for chunk in zip(*(part.split(CHUNK) for part in as_tensors(batch)), strict=True)
-            ]
+        # Lightning tests and validates in inference mode, in which nothing has a gradient.
+        with (
+            evaluating(traced),
+            float_mode(traced),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):
             for chunk in track(chunks, "tune ranges"):
-                logits = logits_of(call_network(traced, map_tensors(chunk, Tensor.clone))).flatten(
-                    1
-                )
+                # A clone is an ordinary tensor, also of one that was made in inference mode.
+                inputs = map_tensors(chunk, Tensor.clone)
+                logits = logits_of(call_network(traced, inputs)).flatten(1)
                 likelihoods = logits.log_softmax(1)
                 labels = torch.multinomial(likelihoods.detach().exp().cpu(), 1, generator=generator)
                 likelihoods.gather(1, labels.to(logits.device)).sum().backward()
@@ -83,7 +85,6 @@ def tune_ranges(
             histogram.handle.remove()
         for parameter in trainable:
             parameter.requires_grad_()
-        traced.train(was_training)
     for histogram in histograms:
         histogram.tune()
     avoid_rounding_ties(traced)
