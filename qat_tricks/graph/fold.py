@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.layers import Layer
-from qat_tricks.graph.spec import batchnorm_to_conv, erase_batchnorm, give_bias, spec_of
+from qat_tricks.graph.spec import spec_of
+from qat_tricks.graph.surgery import batchnorm_to_conv, erase_batchnorm, give_bias
 from qat_tricks.graph.trace import layer_at, module_of
 
 

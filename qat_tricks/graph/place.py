@@ -17,7 +17,8 @@ from torch import fx
 from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.layers import as_layer
-from qat_tricks.graph.spec import insert_quantizers, spec_of
+from qat_tricks.graph.spec import spec_of
+from qat_tricks.graph.surgery import insert_quantizers
 from qat_tricks.numerics.scheme import Scheme, activation_scheme, weight_scheme
 
 _OVERRIDES = ("weight_bits", "activation_bits")

@@ -24,7 +24,8 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.files import write_tensors
 from qat_tricks.graph.inputs import Inputs, as_tensors, input_names, inputs_of, is_nested
 from qat_tricks.graph.layers import is_layer
-from qat_tricks.graph.spec import rebuild, spec_of
+from qat_tricks.graph.spec import spec_of
+from qat_tricks.graph.surgery import rebuild
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.trainer.order import check_order
 from qat_tricks.trainer.random_state import random_state

@@ -30,7 +30,7 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.inputs import Inputs, as_tensors
 from qat_tricks.graph.spec import spec_of
-from qat_tricks.graph.spec import uncap as uncap_nodes
+from qat_tricks.graph.surgery import uncap as uncap_nodes
 from qat_tricks.graph.trace import layer_at
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.progress import track
