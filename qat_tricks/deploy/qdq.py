@@ -268,9 +268,8 @@ def _calls_quantized(node: fx.Node, traced: fx.GraphModule) -> bool:
 
 def _grid_to_repeat(node: fx.Node, traced: fx.GraphModule) -> str | None:
     """Name of the quantizer to call again behind ``node``, whose values are on its grid, or None."""
-    if not (n.is_passthrough(node, traced) or n.is_cat(node, traced)) or _yields_parts(
-        node, traced
-    ):
+    operation = n.operation_of(node, traced)
+    if operation.yields_parts or not (n.is_passthrough(node, traced) or operation.concatenates):
         return None
     if all(user.op == "output" or _is_folded_pad(node, user, traced) for user in node.users):
         return None
@@ -288,14 +287,8 @@ def _grid(node: fx.Node, traced: fx.GraphModule) -> str | None:
     return _grid(node.all_input_nodes[0], traced) if n.is_passthrough(node, traced) else None
 
 
-def _yields_parts(node: fx.Node, traced: fx.GraphModule) -> bool:
-    """Whether ``node`` yields a tuple of tensors (chunk, split)."""
-    kinds: set[Any] = {torch.chunk, torch.split, "chunk", "split"}
-    return n.calls(node, traced, kinds)
-
-
 def _is_folded_pad(node: fx.Node, user: fx.Node, traced: fx.GraphModule) -> bool:
     """Whether ``node`` pads for the conv ``user``, which will do it itself."""
-    is_pad = node.target is F.pad or isinstance(module_of(node, traced), nn.ZeroPad2d)
     conv = module_of(user, traced)
-    return is_pad and isinstance(conv, nn.Conv2d) and conv.padding_mode == "zeros"
+    can_pad = isinstance(conv, nn.Conv2d) and conv.padding_mode == "zeros"
+    return can_pad and n.pads_with_zeros(node, traced)

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn import functional as F
+from torch import Tensor, fx
 
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.trace import module_of
@@ -21,13 +20,6 @@ from qat_tricks.numerics import ActivationQuantizer
 MARGIN = 2e-6  # of a value in steps, and of a step: some 16 units in the last place
 STEP, TRIES = 1e-5, 50  # relative changes of a scale that are tried, on both sides
 PASSES = 3  # one function's output is another's input
-_FUNCTIONS: set[Any] = {
-    nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.GELU, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.Mish,
-    nn.Softplus, nn.Hardtanh, nn.ReLU, nn.ReLU6,
-    F.silu, F.hardswish, F.hardsigmoid, F.gelu, F.sigmoid, F.tanh, F.leaky_relu, F.elu, F.celu, F.selu, F.mish, F.softplus,
-    F.hardtanh, F.relu, F.relu6, torch.sigmoid, torch.tanh, torch.relu, torch.exp, torch.square,
-    "sigmoid", "tanh", "relu", "exp", "square",
-}  # fmt: skip
 
 
 @torch.no_grad()
@@ -62,7 +54,7 @@ def _tables(traced: fx.GraphModule) -> dict[str, list[Callable[[], Tensor]]]:
             continue
         chain: list[fx.Node] = []
         source = node.all_input_nodes[0]
-        while len(source.all_input_nodes) == 1 and _is_function(source, traced):
+        while n.is_function_of_one(source, traced):
             chain.insert(0, source)
             source = source.all_input_nodes[0]
         grids = _grids(source, traced) if chain else []
@@ -70,15 +62,6 @@ def _tables(traced: fx.GraphModule) -> dict[str, list[Callable[[], Tensor]]]:
             _table(traced, chain, source, grid) for grid in grids
         )
     return tables
-
-
-def _is_function(node: fx.Node, traced: fx.GraphModule) -> bool:
-    with_number = (
-        n.is_arithmetic(node)
-        and not node.kwargs
-        and all(isinstance(arg, fx.Node | int | float) for arg in node.args)
-    )
-    return n.calls(node, traced, _FUNCTIONS) or with_number
 
 
 def _grids(source: fx.Node, traced: fx.GraphModule) -> list[ActivationQuantizer]:

@@ -15,6 +15,7 @@ from torch import fx, nn
 from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.graph import attention
 from qat_tricks.graph.functional import functions_to_modules
+from qat_tricks.graph.operations import entries_for
 
 
 class Tracer(fx.Tracer):
@@ -121,29 +122,23 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-_DROPOUTS: dict[object, type[nn.Module]] = {
-    nn.functional.dropout: nn.Dropout,
-    nn.functional.dropout2d: nn.Dropout2d,
-    nn.functional.dropout3d: nn.Dropout3d,
-    nn.functional.alpha_dropout: nn.AlphaDropout,
-}
-
-
 def _dropout_to_modules(traced: fx.GraphModule) -> None:
     """Turns functional dropout, traced with ``training=False``, into modules that follow
     ``train()`` and ``eval()``.
     """
     for node in list(traced.graph.nodes):
-        if node.op == "call_function" and node.target in _DROPOUTS:
+        dropout = _dropout_module(node.target) if node.op == "call_function" else None
+        if dropout is not None:
             p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
-            replace_with_module(
-                traced,
-                node,
-                f"dropouts.{node.name}",
-                _DROPOUTS[node.target](p),
-                node.all_input_nodes[:1],
-            )
+            name = f"dropouts.{node.name}"
+            replace_with_module(traced, node, name, dropout(p), node.all_input_nodes[:1])
     traced.recompile()
+
+
+def _dropout_module(function: Any) -> type[nn.Module] | None:
+    """The module class of the entry that ``function`` is a dropout of, or None."""
+    calls = [call for entry in entries_for(function) if entry.is_dropout for call in entry.calls]
+    return next((call for call in calls if isinstance(call, type)), None)
 
 
 def _erase_assertions(traced: fx.GraphModule) -> None:

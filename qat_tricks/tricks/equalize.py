@@ -219,20 +219,10 @@ def find_pairs(traced: fx.GraphModule) -> list[Pair]:
     return pairs
 
 
-_SAFE: set[Any] = {
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d,
-    nn.Dropout,
-    nn.Dropout2d,
-    nn.Identity,
-    nn.Flatten,
-}
-_SAFE |= {torch.flatten, "flatten"}
-
-
 def _is_channelwise(node: fx.Node, traced: fx.GraphModule) -> bool:
-    return n.calls(node, traced, _SAFE) or n.is_spatial_mean(node, traced)
+    operation = n.operation_of(node, traced)
+    is_spelled = node.op == "call_module" or operation.name in ("flatten", "mean_of_positions")
+    return operation.is_homogeneous and is_spelled
 
 
 def _by_input(weight: Tensor, channels: int, flat: int) -> Tensor:
