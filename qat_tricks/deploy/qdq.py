@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.graph import nodes as n
+from qat_tricks.graph.grids import grid_of, input_grid_of
 from qat_tricks.graph.integer_ops import Elementwise, Mean
 from qat_tricks.graph.layers import Layer, activation_quantizers
 from qat_tricks.graph.trace import module_of
@@ -58,13 +59,14 @@ def to_qdq(traced: fx.GraphModule, layout: str = LAYOUTS[0]) -> Emitted:
         raise QatTricksError(f'unknown layout "{layout}": {did_you_mean(layout, LAYOUTS)}')
     for_tensorrt = layout == "tensorrt"
     layers = [node for node in traced.graph.nodes if _calls_quantized(node, traced)]
-    inputs = {
-        node: (module_of(node, traced), n.input_quantizer_of(node, traced)) for node in layers
-    }
-    behind = [
-        (node, grid) for node in traced.graph.nodes if (grid := _grid_to_repeat(node, traced))
-    ]
+    inputs = {node: (module_of(node, traced), input_grid_of(node, traced)) for node in layers}
     enabled = _enabled(traced)
+    names_of = {quantizer: name for name, quantizer in enabled.items()}
+    behind = [
+        (node, names_of[grid])
+        for node in traced.graph.nodes
+        if (grid := _grid_to_repeat(node, traced)) is not None
+    ]
     placed = {
         node: node.all_input_nodes[0].name for node in traced.graph.nodes if node.target in enabled
     }
@@ -266,25 +268,14 @@ def _calls_quantized(node: fx.Node, traced: fx.GraphModule) -> bool:
     return isinstance(layer, Layer) and layer.is_quantizing
 
 
-def _grid_to_repeat(node: fx.Node, traced: fx.GraphModule) -> str | None:
-    """Name of the quantizer to call again behind ``node``, whose values are on its grid, or None."""
+def _grid_to_repeat(node: fx.Node, traced: fx.GraphModule) -> ActivationQuantizer | None:
+    """The quantizer to call again behind ``node``, whose values are on its grid, or None."""
     operation = n.operation_of(node, traced)
     if operation.yields_parts or not (n.is_passthrough(node, traced) or operation.concatenates):
         return None
     if all(user.op == "output" or _is_folded_pad(node, user, traced) for user in node.users):
         return None
-    return _grid(node, traced)
-
-
-def _grid(node: fx.Node, traced: fx.GraphModule) -> str | None:
-    """Name of the enabled quantizer on whose grid all values of ``node`` are, or None."""
-    module = module_of(node, traced)
-    if isinstance(module, ActivationQuantizer):
-        return str(node.target) if module.enabled else None
-    if n.is_cat(node, traced):
-        grids = {_grid(part, traced) for part in node.all_input_nodes}
-        return grids.pop() if len(grids) == 1 else None
-    return _grid(node.all_input_nodes[0], traced) if n.is_passthrough(node, traced) else None
+    return grid_of(node, traced, accepts=lambda quantizer: quantizer.enabled)
 
 
 def _is_folded_pad(node: fx.Node, user: fx.Node, traced: fx.GraphModule) -> bool:

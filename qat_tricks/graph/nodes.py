@@ -10,7 +10,6 @@ from qat_tricks.graph.integer_ops import Elementwise, Mean
 from qat_tricks.graph.layers import is_layer
 from qat_tricks.graph.operations import UNKNOWN, Arguments, Operation, entries_for
 from qat_tricks.graph.trace import layer_at, module_of
-from qat_tricks.numerics import ActivationQuantizer
 
 # in a node's meta, where ``note_integers`` has seen what it yields
 INTEGERS = "qat_tricks.integers"
@@ -272,28 +271,3 @@ def mean_of(node: fx.Node, traced: fx.GraphModule) -> tuple[tuple[int, ...], boo
     if operation.name != "mean_of_positions" or not node.kwargs.keys() <= {"dim", "keepdim"}:
         return None
     return tuple(arguments["dim"]), bool(arguments.get("keepdim", False))
-
-
-def output_quantizer_of(node: fx.Node, traced: fx.GraphModule) -> ActivationQuantizer | None:
-    """The quantizer that alone uses ``node``, or None."""
-    user = only_user(node, lambda user: True)
-    module = None if user is None else module_of(user, traced)
-    return module if isinstance(module, ActivationQuantizer) else None
-
-
-def input_quantizer_of(node: fx.Node, traced: fx.GraphModule) -> ActivationQuantizer | None:
-    """The quantizer whose grid the first input of ``node`` is on, or None."""
-    return quantizer_of(node.all_input_nodes[0], traced)
-
-
-def quantizer_of(source: fx.Node, traced: fx.GraphModule) -> ActivationQuantizer | None:
-    """The quantizer whose grid the values of ``source`` are on, or None."""
-    while True:
-        module = module_of(source, traced)
-        if isinstance(module, ActivationQuantizer):
-            return module
-        if not source.all_input_nodes or not (
-            is_passthrough(source, traced) or is_cat(source, traced)
-        ):
-            return None
-        source = source.all_input_nodes[0]

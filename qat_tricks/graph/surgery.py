@@ -10,6 +10,7 @@ from torch import fx, nn
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.functional import install
+from qat_tricks.graph.grids import grid_of, input_grid_of, output_grid_of
 from qat_tricks.graph.integer_ops import Kernel, Mean
 from qat_tricks.graph.layers import Layer, as_layer
 from qat_tricks.graph.spec import KERNELS, QUANTIZERS, spec_of
@@ -197,7 +198,7 @@ def _connect(traced: fx.GraphModule) -> None:
             calls = grids_of_calls.setdefault(layer, [])
             if calls:  # the first call is the default
                 node.kwargs = {**node.kwargs, "call": len(calls)}
-            calls.append((n.input_quantizer_of(node, traced), n.output_quantizer_of(node, traced)))
+            calls.append((input_grid_of(node, traced), output_grid_of(node, traced)))
         elif kernel := _kernel_for(node, traced):
             traced.add_submodule(f"{KERNELS}.{node.name}", kernel)
             if isinstance(kernel, Mean):
@@ -213,15 +214,15 @@ def _connect(traced: fx.GraphModule) -> None:
 
 def _kernel_for(node: fx.Node, traced: fx.GraphModule) -> Kernel | None:
     """The integer kernel for ``node`` if it has one and all its tensors are on a grid."""
-    after = n.output_quantizer_of(node, traced)
+    after = output_grid_of(node, traced)
     if after is None:
         return None
     if elementwise := n.elementwise_of(node, traced):
-        before = [n.quantizer_of(operand, traced) for operand in node.args]  # type: ignore[arg-type]
+        before = [grid_of(operand, traced) for operand in node.args]  # type: ignore[arg-type]
         operands = [grid for grid in before if grid is not None]
         return elementwise(*operands, after) if len(operands) == 2 else None
     if mean := n.mean_of(node, traced):
-        grid = n.input_quantizer_of(node, traced)
+        grid = input_grid_of(node, traced)
         return None if grid is None else Mean(*mean, grid, after)
     return None
 

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.fold import batchnorms_to_convs, fold_batchnorm
+from qat_tricks.graph.grids import output_grid_of
 from qat_tricks.graph.inputs import Inputs, as_tensors, first_images, input_names
 from qat_tricks.graph.integer_ops import Elementwise
 from qat_tricks.graph.integers import note_integers
@@ -201,7 +202,7 @@ def _reason(node: fx.Node, traced: fx.GraphModule, within: int) -> str | None:
     if n.is_passthrough(node, traced) or n.is_cat(node, traced):
         return None
     if isinstance(module, Elementwise) or (
-        n.is_integer_op(node, traced) and n.output_quantizer_of(node, traced)
+        n.is_integer_op(node, traced) and output_grid_of(node, traced)
     ):
         return None
     operation = n.operation_of(node, traced)
