@@ -100,9 +100,9 @@ def to_qdq(traced: fx.GraphModule, layout: str = LAYOUTS[0]) -> Emitted:
         )
     for name, quantizer in enabled.items():
         traced.add_submodule(name, emitters[quantizer])
-    for node, grid in behind:
+    for node, name in behind:
         with traced.graph.inserting_after(node):
-            call = traced.graph.call_module(grid, (node,))
+            call = traced.graph.call_module(name, (node,))
         node.replace_all_uses_with(call, delete_user_cb=lambda user, call=call: user is not call)
     for node in traced.graph.nodes:
         module = module_of(node, traced)

@@ -68,6 +68,15 @@ def depends_on_images(node: fx.Node) -> bool:
     return False
 
 
+def nodes_from_images(traced: fx.GraphModule) -> set[fx.Node]:
+    """All nodes of which ``depends_on_images`` is true, found in one pass."""
+    dependent: set[fx.Node] = set()
+    for node in traced.graph.nodes:
+        if node.op == "placeholder" or not dependent.isdisjoint(node.all_input_nodes):
+            dependent.add(node)
+    return dependent
+
+
 def calls_layer(node: fx.Node, traced: fx.GraphModule) -> bool:
     """Whether ``node`` calls a conv or linear."""
     return is_layer(module_of(node, traced))

@@ -26,11 +26,7 @@ class Scheme:
     narrow_range: bool = False
 
     def __post_init__(self) -> None:
-        if (
-            isinstance(self.bits, bool)
-            or not isinstance(self.bits, int)
-            or not MIN_BITS <= self.bits <= MAX_BITS
-        ):
+        if not is_bits(self.bits):
             raise QatTricksError(
                 f"bits={self.bits!r} is not supported: give a whole number from {MIN_BITS} to "
                 f"{MAX_BITS}"
@@ -67,6 +63,13 @@ class Scheme:
     def as_dict(self) -> dict[str, int | bool]:
         """The scheme as plain data; ``Scheme(**scheme.as_dict())`` is the way back."""
         return asdict(self)
+
+
+def is_bits(bits: object) -> bool:
+    """Whether ``bits`` is a number of bits that integers here may have."""
+    if isinstance(bits, bool) or not isinstance(bits, int):
+        return False
+    return MIN_BITS <= bits <= MAX_BITS
 
 
 # A tensor that is always zero still needs a scale to divide by.

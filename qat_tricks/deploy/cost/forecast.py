@@ -22,6 +22,7 @@ from qat_tricks.graph.integers import note_integers
 from qat_tricks.graph.layers import Layer
 from qat_tricks.graph.modes import float_mode
 from qat_tricks.graph.place import place_quantizers
+from qat_tricks.graph.quantize_settings import QuantizeSettings
 from qat_tricks.graph.trace import module_of, trace
 from qat_tricks.numerics import ActivationQuantizer
 
@@ -68,7 +69,7 @@ class Forecast:
 def forecast(
     network: nn.Module,
     images: Inputs,
-    settings: Mapping[str, Any] | None = None,
+    settings: QuantizeSettings | None = None,
     whole: Sequence[str] = (),
 ) -> Forecast:
     """Foresees which operations of ``network`` ONNX Runtime will run in integers, without
@@ -78,7 +79,7 @@ def forecast(
         network: a float classifier; it stays as it is.
         images: one image or more, ``[N, C, H, W]``, whose shape the MACs are counted for; a tuple
             for several inputs.
-        settings: of the ``quantize`` trick: ``include``, ``exclude``, ``overrides`` and bits.
+        settings: of the ``quantize`` trick; None: its defaults.
         whole: name patterns of submodules that are not traced through.
 
     Raises:
@@ -89,7 +90,7 @@ def forecast(
     batchnorms_to_convs(traced)
     if len(input_names(traced)) > 1:
         note_integers(traced, images)
-    place_quantizers(traced, **(settings or {}))
+    place_quantizers(traced, settings)
     run = _Shapes(traced)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operation that hides its products
@@ -101,7 +102,8 @@ def forecast(
     integer = total = 0
     in_float = []
     # what the others yield a runtime works out once
-    for node in filter(n.depends_on_images, traced.graph.nodes):
+    from_images = n.nodes_from_images(traced)
+    for node in filter(from_images.__contains__, traced.graph.nodes):
         within = run.within.get(node, 0)
         macs = _macs(node, traced, run.shapes) + within
         total += macs
