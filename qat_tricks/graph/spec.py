@@ -2,7 +2,7 @@
 
 ::
 
-    whole        [pattern, ...]                submodules that were not traced through
+    untraced     [pattern, ...]                submodules that were not traced through
     folded       [[layer, batchnorm], ...]     BatchNorms folded into the layer before them, or
                                                into the layers whose outputs are concatenated
     convs        [batchnorm, ...]              BatchNorms that became depthwise convs

@@ -34,8 +34,11 @@ def rebuild(network: nn.Module, spec: dict[str, Any]) -> fx.GraphModule:
     Raises:
         QatTricksError: the spec is of another network.
     """
-    traced = trace(network, spec.get("whole", ()))
-    traced.meta["qat_tricks"] = copy.deepcopy(spec)
+    spec = copy.deepcopy(spec)
+    if "whole" in spec:  # the key of older checkpoints
+        spec["untraced"] = spec.pop("whole")
+    traced = trace(network, spec.get("untraced", ()))
+    traced.meta["qat_tricks"] = spec
     missing = _missing_names(traced, spec)
     if missing:
         raise QatTricksError(

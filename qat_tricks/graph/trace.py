@@ -15,26 +15,28 @@ from torch import fx, nn
 from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.graph import attention
 from qat_tricks.graph.functional import functions_to_modules
+from qat_tricks.graph.modes import evaluating
 from qat_tricks.graph.operations import entries_for
 
 
 class Tracer(fx.Tracer):
-    """Keeps whole every module that behaves differently in training: traced through, it would be
-    frozen in one mode.
+    """Does not trace through a module that behaves differently in training.
+
+    Traced through, it would be frozen in one mode.
 
     Attributes:
-        whole: name patterns of other modules to keep whole.
+        untraced: name patterns of other modules that it does not trace through.
         culprit: the innermost module that could not be traced.
     """
 
-    def __init__(self, whole: Sequence[str] = ()) -> None:
+    def __init__(self, untraced: Sequence[str] = ()) -> None:
         super().__init__()
-        self.whole = whole
+        self.untraced = untraced
         self.culprit: str | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if super().is_leaf_module(m, module_qualified_name) or any(
-            fnmatchcase(module_qualified_name, p) for p in self.whole
+            fnmatchcase(module_qualified_name, p) for p in self.untraced
         ):
             return True
         has_parts = any(True for _ in m.children()) or any(
@@ -57,14 +59,15 @@ class Tracer(fx.Tracer):
             raise
 
 
-def trace(network: nn.Module, whole: Sequence[str] = ()) -> fx.GraphModule:
-    """Returns ``network`` as a graph module that shares its parameters; a graph module of ours is
-    returned as it is.
+def trace(network: nn.Module, untraced: Sequence[str] = ()) -> fx.GraphModule:
+    """Returns ``network`` as a graph module that shares its parameters.
+
+    A network that was traced here before is returned as it is.
 
     Args:
         network: takes images, or several inputs, and yields logits.
-        whole: name patterns (``fnmatch``) of submodules to keep as they are, in float: what they do
-            is not looked at.
+        untraced: name patterns (``fnmatch``) of submodules to keep as they are, in float: what they
+            do is not looked at.
 
     Raises:
         QatTricksError: the network's control flow depends on the values of its inputs (names the
@@ -73,33 +76,32 @@ def trace(network: nn.Module, whole: Sequence[str] = ()) -> fx.GraphModule:
     if isinstance(network, fx.GraphModule) and "qat_tricks" in network.meta:
         return network
     names = [name for name, _ in network.named_modules() if name]
-    for pattern in whole:
+    for pattern in untraced:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise QatTricksError(
-                f'whole: pattern "{pattern}" matches no submodule: {did_you_mean(pattern, names)}'
+                f'untraced: pattern "{pattern}" matches no submodule: '
+                f"{did_you_mean(pattern, names)}"
             )
-    tracer = Tracer(whole)
+    tracer = Tracer(untraced)
     was_training = network.training
-    network.eval()  # auxiliary heads and stochastic branches belong to training only
     try:
-        graph = tracer.trace(network)
+        with evaluating(network):  # auxiliary heads and stochastic branches belong to training only
+            graph = tracer.trace(network)
     except Exception as error:  # whatever user code raises when it meets a proxy
-        part = f'keep that part in float with whole=["{tracer.culprit}"]'
+        part = f'keep that part in float with untraced=["{tracer.culprit}"]'
         way_out = part if tracer.culprit else "hand over the part that can be"
         raise QatTricksError(
             f"{type(network).__name__} cannot be traced: {_user_line(error)}: "
             f"{_first_line(error)}; mend that line so that it does not depend on the values or the "
             f"shape of the input, or {way_out}"
         ) from error
-    finally:
-        network.train(was_training)
     traced = fx.GraphModule(network, graph, class_name=type(network).__name__)
     _dropout_to_modules(traced)
     _erase_assertions(traced)
     _erase_identities(traced)
     functions_to_modules(traced, network)
     traced.train(was_training)
-    traced.meta["qat_tricks"] = {"whole": list(whole)} if whole else {}
+    traced.meta["qat_tricks"] = {"untraced": list(untraced)} if untraced else {}
     return traced
 
 

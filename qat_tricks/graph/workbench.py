@@ -42,10 +42,10 @@ class Workbench:
         loader: Callable[[int], Iterable[Any]] | None = None,
         *,
         teacher: nn.Module | None = None,
-        whole: Sequence[str] = (),
+        untraced: Sequence[str] = (),
     ) -> None:
         self.parameters_before = list(network.parameters())
-        self.network = trace(network, whole)
+        self.network = trace(network, untraced)
         self.loader = loader
         self.teacher = teacher
         self.network_name = ""

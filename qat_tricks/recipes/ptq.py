@@ -37,7 +37,7 @@ def quantize(
             f'qat_tricks.recipe("{recipe}") to '
             "pl.Trainer(callbacks=…), or set its epochs to 0"
         )
-    work = Workbench(copy.deepcopy(net).eval(), lambda num_images: loader, whole=loaded.whole)
+    work = Workbench(copy.deepcopy(net).eval(), lambda num_images: loader, untraced=loaded.whole)
     for stage in loaded.stages:
         do_stage(stage, work)
     return work.network.eval()

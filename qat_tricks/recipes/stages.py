@@ -52,7 +52,7 @@ def run_stages(
         else None
     )
     work = attach_workbench(
-        module, Workbench(module.get_submodule(name), teacher=teacher, whole=recipe.whole), name
+        module, Workbench(module.get_submodule(name), teacher=teacher, untraced=recipe.whole), name
     )
     for stage in recipe.stages:
         if stage.epochs == 0:

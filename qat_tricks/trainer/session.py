@@ -70,7 +70,7 @@ def attach(trick: Trick, trainer: pl.Trainer, pl_module: pl.LightningModule) -> 
         work = Workbench(
             network if saved is None else rebuild(network, saved),
             teacher=teacher,
-            whole=trick.whole,
+            untraced=trick.whole,
         )
         work.parameters_before = before
         attach_workbench(pl_module, work, name)

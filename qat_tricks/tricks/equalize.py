@@ -29,6 +29,7 @@ from torch import Tensor, fx, nn
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.inputs import Inputs, as_tensors
+from qat_tricks.graph.modes import evaluating
 from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.surgery import uncap as uncap_nodes
 from qat_tricks.graph.trace import layer_at
@@ -173,11 +174,9 @@ def _channel_maxima(
                 )
             return output
 
-    was_training = traced.training
-    traced.eval()
-    for batch in track(batches if pairs else [], "equalize"):
-        Watch(traced).run(*as_tensors(batch))
-    traced.train(was_training)
+    with evaluating(traced):
+        for batch in track(batches if pairs else [], "equalize"):
+            Watch(traced).run(*as_tensors(batch))
     return {name: torch.cat(parts) for name, parts in largest.items()}
 
 
