@@ -1,7 +1,10 @@
-"""What a node of a traced network is, seen from an integer kernel."""
+"""What a node of a traced network computes: a layer, a BatchNorm, an operation of the table.
+
+Every other module asks here, and not in the graph or the table itself.
+"""
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -11,9 +14,9 @@ from qat_tricks.graph.layers import is_layer
 from qat_tricks.graph.operations import UNKNOWN, Arguments, Operation, entries_for
 from qat_tricks.graph.trace import layer_at, module_of
 
-# in a node's meta, where ``note_integers`` has seen what it yields
+# The key in a node's meta under which ``note_integers`` says that it yields integers.
 INTEGERS = "qat_tricks.integers"
-_SIZES = {"size", "dim", "numel", "shape"}
+_SIZES = {"size", "dim", "numel", "shape"}  # methods that yield no tensor
 # 1d to 3d, synchronized, and what Lightning makes of a synchronized one
 BATCHNORMS = (nn.modules.batchnorm._BatchNorm,)
 
@@ -37,8 +40,9 @@ def _arguments(node: fx.Node, module: nn.Module | None, operation: Operation) ->
 
 
 def is_tensor(node: fx.Node) -> bool:
-    """Whether the node yields a tensor rather than sizes or numbers worked out from them, or an
-    argument's default.
+    """Whether ``node`` yields a tensor.
+
+    Others yield sizes, numbers worked out from sizes, or an argument's default.
     """
     if node.op == "placeholder" and node.args:
         return False
@@ -54,8 +58,9 @@ def is_tensor(node: fx.Node) -> bool:
 
 
 def depends_on_images(node: fx.Node) -> bool:
-    """Whether what ``node`` yields depends on the network's input, if only on its shape; else it is
-    the same for all images.
+    """Whether the result of ``node`` depends on the network's input, if only on its shape.
+
+    Otherwise it is the same for all images. ``nodes_from_images`` asks it of all nodes at once.
     """
     seen, left = {node}, [node]
     while left:
@@ -87,53 +92,88 @@ def calls_batchnorm(node: fx.Node, traced: fx.GraphModule) -> bool:
     return isinstance(module_of(node, traced), BATCHNORMS)
 
 
-def folds_into(node: fx.Node, traced: fx.GraphModule) -> list[fx.Node]:
-    """The calls of the convs or linears, in the order of their channels, that can take in the
-    BatchNorm that ``node`` calls.
+Uses = Mapping[fx.Node, Sequence[fx.Node]]
+"""For each call of a module, all nodes that use the module's weight, that call among them."""
 
-    It has running statistics and alone follows them: directly, behind a concat of channels, or
-    behind a linear's rows made one matrix; so at each call of either, as where two inputs pass one
-    stem. The list is empty if it cannot be folded.
+
+def uses_of_weights(traced: fx.GraphModule) -> Uses:
+    """Who uses the weight of each module that is called, found in one pass over the graph.
+
+    A weight is used by each call of its module, or of another module that shares it, and by each
+    operation that reads its values. A module without a weight counts as its own.
+    """
+    calls: dict[int, list[fx.Node]] = {}  # by the weight's identity
+    reads: dict[str, list[fx.Node]] = {}  # by the weight's name
+    keys: dict[fx.Node, tuple[int, str]] = {}
+    for node in traced.graph.nodes:
+        if node.op == "call_module":
+            module = module_of(node, traced)
+            weight = getattr(module, "weight", None)
+            keys[node] = id(module if weight is None else weight), f"{node.target}.weight"
+            calls.setdefault(keys[node][0], []).append(node)
+        elif node.op == "get_attr" and any(map(is_tensor, node.users)):
+            reads.setdefault(str(node.target), []).append(node)
+    return {node: calls[weight] + reads.get(name, []) for node, (weight, name) in keys.items()}
+
+
+def is_used_once(node: fx.Node, uses: Uses) -> bool:
+    """Whether nothing but the call ``node`` uses the weight of the module that it calls.
+
+    Otherwise a change of the weight that suits one use is wrong for the other.
+    """
+    return len(uses.get(node, ())) == 1
+
+
+def folds_into(node: fx.Node, traced: fx.GraphModule, uses: Uses) -> list[fx.Node]:
+    """The calls of the convs or linears that can take in the BatchNorm that ``node`` calls.
+
+    The BatchNorm must have running statistics and be the layers' only reader: directly, behind a
+    concat of channels, or behind a linear's rows made one matrix. Where several inputs pass the
+    same layers, that must hold at each call of either.
+
+    Returns:
+        The calls in the order of their channels; none if it cannot be folded.
     """
     batchnorm: Any = module_of(node, traced)
     if not calls_batchnorm(node, traced) or batchnorm.running_var is None:
         return []
-    uses = _uses_of(node, traced)
-    found = [_layers_before(use, traced) for use in uses if use.target == node.target]
-    if len(found) < len(uses) or any(
-        [part.target for part in parts] != [part.target for part in found[0]] for parts in found
-    ):
+    layers_before = {
+        use: _layers_before(use, traced) for use in uses[node] if use.target == node.target
+    }
+    if len(layers_before) < len(uses[node]):  # something else uses its weight
         return []
-    if any(set(_uses_of(calls[0], traced)) != set(calls) for calls in zip(*found, strict=True)):
+    parts = layers_before[node]
+    names = [part.target for part in parts]
+    if any([part.target for part in others] != names for others in layers_before.values()):
         return []
-    parts = found[uses.index(node)]
+    for calls in zip(*layers_before.values(), strict=True):  # of one layer, at each call
+        if set(uses[calls[0]]) != set(calls):
+            return []
     channels = sum(layer_at(traced, str(part.target)).weight.shape[0] for part in parts)
     return parts if channels == batchnorm.num_features else []
 
 
 def _layers_before(node: fx.Node, traced: fx.GraphModule) -> list[fx.Node]:
-    """The calls of convs or linears whose outputs the BatchNorm ``node`` alone reads; none if it
-    reads anything else.
+    """The calls of convs or linears whose outputs nothing but the BatchNorm ``node`` reads.
+
+    None if it reads anything else.
     """
     before = node.all_input_nodes[0]
-    if _flattens_rows(before, traced) and len(before.users) == 1:
-        before = before.all_input_nodes[0]
-        parts = [before] if hasattr(module_of(before, traced), "in_features") else []
+    is_only_reader = len(before.users) == 1
+    if is_only_reader and _flattens_rows(before, traced):
+        parts = [before.all_input_nodes[0]]
+        if not hasattr(module_of(parts[0], traced), "in_features"):  # channels last
+            return []
+    elif is_only_reader and _concats_channels(before, traced):
+        parts = list(before.all_input_nodes)
     else:
-        parts = (
-            list(before.all_input_nodes)
-            if _concats_channels(before, traced) and len(before.users) == 1
-            else [before]
-        )
-    return (
-        parts
-        if all(calls_layer(part, traced) and len(_readers(part)) == 1 for part in parts)
-        else []
-    )
+        parts = [before]
+    are_layers = all(calls_layer(part, traced) and len(_readers(part)) == 1 for part in parts)
+    return parts if are_layers else []
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
-    """Who uses the values of ``node``, and not its shape alone."""
+    """The users of the values of ``node``, without those that read only its shape."""
     as_shape = {"reshape_as", "view_as"}
     return [
         user
@@ -155,51 +195,19 @@ def _flattens_rows(node: fx.Node, traced: fx.GraphModule) -> bool:
     return is_flatten and node.args[1:] in ((0, 1), (0, -2))
 
 
-def is_used_once(node: fx.Node, traced: fx.GraphModule) -> bool:
-    """Whether nothing else uses the weight of the module that ``node`` calls: no other call of this
-    module or of one that shares the weight, and no operation that reads its values.
-
-    Otherwise what suits one is wrong for the other.
-    """
-    return len(_uses_of(node, traced)) == 1
-
-
-def _uses_of(node: fx.Node, traced: fx.GraphModule) -> list[fx.Node]:
-    """What uses the weight of the module that ``node`` calls, in order: calls, its own or of what
-    shares it, and reads.
-    """
-
-    def weight(node: fx.Node) -> Any:
-        module = module_of(node, traced)
-        own = getattr(module, "weight", None)
-        return module if own is None else own
-
-    def reads_values(other: fx.Node) -> bool:
-        return (
-            other.op == "get_attr"
-            and other.target == f"{node.target}.weight"
-            and any(map(is_tensor, other.users))
-        )
-
-    def calls_it(other: fx.Node) -> bool:
-        return other.op == "call_module" and weight(other) is weight(node)
-
-    return [other for other in traced.graph.nodes if calls_it(other) or reads_values(other)]
-
-
 def activation_of(node: fx.Node, traced: fx.GraphModule) -> str | None:
     """``"relu"`` or ``"relu6"`` for a node that a quantizer can stand in for, else None."""
     return operation_of(node, traced).absorbed_as
 
 
 def _operands_are_activations(node: fx.Node) -> bool:
-    operands = node.args[:2]
+    """Whether both operands are tensors made from the images, and no integers such as token ids."""
     return all(
-        isinstance(a, fx.Node)
-        and is_tensor(a)
-        and depends_on_images(a)
-        and not a.meta.get(INTEGERS)
-        for a in operands
+        isinstance(operand, fx.Node)
+        and is_tensor(operand)
+        and depends_on_images(operand)
+        and not operand.meta.get(INTEGERS)
+        for operand in node.args[:2]
     )
 
 

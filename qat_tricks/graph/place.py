@@ -140,6 +140,7 @@ def _tensors_to_quantize(
     mixed = {
         node for node in traced.graph.nodes if n.is_cat(node, traced) and _is_mixed(node, traced)
     }
+    uses = n.uses_of_weights(traced)
     group_of: dict[fx.Node, _Group] = {}
 
     def require(node: fx.Node, bits: int | None = None) -> None:
@@ -157,13 +158,13 @@ def _tensors_to_quantize(
         if n.calls_layer(node, traced) and node.target in layer_bits:
             require(node.all_input_nodes[0], layer_bits[str(node.target)].input)
             if not _is_final_linear(node, traced):
-                require(_with_activation(node, traced))
+                require(_with_activation(node, traced, uses))
         elif n.is_integer_op(node, traced) or node in mixed:
             for operand in node.all_input_nodes:
                 # A parameter is not rounded: a runtime stores it as it is.
                 if n.is_tensor(operand) and operand.op != "get_attr":
                     require(operand)
-            require(_with_activation(node, traced))
+            require(_with_activation(node, traced, uses))
     return list(dict.fromkeys(group_of.values()))
 
 
@@ -203,15 +204,16 @@ def _is_mixed(cat: fx.Node, traced: fx.GraphModule) -> bool:
     return len({_absorbable(source, traced) for source in _sources(cat, traced)}) > 1
 
 
-def _with_activation(node: fx.Node, traced: fx.GraphModule) -> fx.Node:
+def _with_activation(node: fx.Node, traced: fx.GraphModule, uses: n.Uses) -> fx.Node:
     """The node to quantize for the output of ``node``.
 
     It is the BatchNorm, ReLU or ReLU6 behind ``node`` where nothing else reads ``node``.
     """
-    after = (
-        n.only_user(node, lambda user: n.folds_into(user, traced) == [node] == user.all_input_nodes)
-        or node
-    )
+
+    def folds_directly(user: fx.Node) -> bool:
+        return user.all_input_nodes == [node] and n.folds_into(user, traced, uses) == [node]
+
+    after = n.only_user(node, folds_directly) or node
     last = after
     # Dropout between the two is gone once deployed.
     while dropout := n.only_user(last, lambda user: n.is_dropout(user, traced)):
