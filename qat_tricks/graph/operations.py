@@ -54,7 +54,8 @@ class Operation:
     # In evaluation it returns its input; in training it drops values at random.
     is_dropout: bool = False
 
-    # It works on each channel by itself and is positively homogeneous: f(s * x) = s * f(x), s > 0.
+    # It works on each channel by itself and passes on factors and shifts of a channel:
+    # f(s * x + c) = s * f(x) + c with s > 0. Equalization passes through it.
     is_homogeneous: bool = False
 
     # Integer kernels: the module that computes two activations as the integer kernel does.
@@ -123,6 +124,15 @@ def _pads_with_zeros(arguments: Arguments) -> bool:
     return is_constant and arguments.get("value") in (0, None)
 
 
+def _averages_values_alone(arguments: Arguments) -> bool:
+    counts_zeros = arguments.get("count_include_pad", True) and arguments.get("padding", 0) not in (
+        0,
+        (0, 0),
+        [0, 0],
+    )
+    return not counts_zeros and arguments.get("divisor_override") is None
+
+
 def _averages_positions(arguments: Arguments) -> bool:
     dims = arguments.get("dim")
     return isinstance(dims, (list, tuple)) and len(dims) == 2 and set(dims) <= {2, 3, -1, -2}
@@ -186,7 +196,23 @@ OPERATIONS: Sequence[Operation] = (
     _arithmetic("neg", operator.neg),
     # Averages, which have integer kernels. A mean over other dimensions than positions has one too.
     _average("avg_pool1d", nn.AvgPool1d, F.avg_pool1d),
-    _average("avg_pool2d", nn.AvgPool2d, F.avg_pool2d, is_homogeneous=True),
+    _average(
+        "avg_pool2d",
+        nn.AvgPool2d,
+        F.avg_pool2d,
+        when=_averages_values_alone,
+        arguments=(
+            "kernel_size",
+            "stride",
+            "padding",
+            "ceil_mode",
+            "count_include_pad",
+            "divisor_override",
+        ),
+        is_homogeneous=True,
+    ),
+    # Zeros in a border's average, or another divisor: a shift of the input does not pass through.
+    _average("padded_avg_pool2d", nn.AvgPool2d, F.avg_pool2d),
     _average("adaptive_avg_pool1d", nn.AdaptiveAvgPool1d, F.adaptive_avg_pool1d),
     _average(
         "adaptive_avg_pool2d",

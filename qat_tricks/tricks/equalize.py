@@ -239,9 +239,7 @@ def _pair_from(node: fx.Node, traced: fx.GraphModule, uses: n.Uses) -> Pair | No
 
 
 def _is_channelwise(node: fx.Node, traced: fx.GraphModule) -> bool:
-    operation = n.operation_of(node, traced)
-    is_spelled = node.op == "call_module" or operation.name in ("flatten", "mean_of_positions")
-    return operation.is_homogeneous and is_spelled
+    return n.operation_of(node, traced).is_homogeneous
 
 
 def _by_input(weight: Tensor, channels: int, flat: int) -> Tensor:
