@@ -1,4 +1,4 @@
-"""What to quantize and with how many bits: the settings of placement, of the trick, of a forecast."""
+"""The settings of quantization: which layers, and with how many bits."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace

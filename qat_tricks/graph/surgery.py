@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import nodes as n
-from qat_tricks.graph.functional import install
+from qat_tricks.graph.functional import call_instead, install
 from qat_tricks.graph.grids import grid_of, input_grid_of, output_grid_of
 from qat_tricks.graph.integer_ops import Kernel, Mean
 from qat_tricks.graph.layers import Layer, as_layer
@@ -125,7 +125,7 @@ def uncap(traced: fx.GraphModule, names: Sequence[str]) -> None:
         if node.name in names:
             # The node is changed, not replaced: a spec finds it by its name.
             traced.add_submodule(f"relus.{node.name}", nn.ReLU())
-            _call_instead(node, f"relus.{node.name}")
+            call_instead(node, f"relus.{node.name}", node.all_input_nodes[0])
     traced.recompile()
 
 
@@ -205,7 +205,7 @@ def _connect(traced: fx.GraphModule) -> None:
         elif kernel := _kernel_for(node, traced):
             traced.add_submodule(f"{KERNELS}.{node.name}", kernel)
             if isinstance(kernel, Mean):
-                _call_instead(node, f"{KERNELS}.{node.name}")
+                call_instead(node, f"{KERNELS}.{node.name}", node.all_input_nodes[0])
             else:
                 node.op, node.target = "call_module", f"{KERNELS}.{node.name}"
     for layer, calls in grids_of_calls.items():
@@ -235,9 +235,3 @@ def _call_behind(traced: fx.GraphModule, node: fx.Node, module: str) -> None:
     with traced.graph.inserting_after(node):
         call = traced.graph.call_module(module, (node,))
     node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
-
-
-def _call_instead(node: fx.Node, module: str) -> None:
-    """Turns ``node`` into a call of ``module`` with its first tensor; the caller recompiles."""
-    node.op, node.target = "call_module", module
-    node.args, node.kwargs = (node.all_input_nodes[0],), {}
