@@ -91,9 +91,8 @@ def _batchnorm_to_module(node: fx.Node, traced: fx.GraphModule, network: nn.Modu
         **dict(zip(_BATCHNORM_ARGUMENTS, node.args, strict=False)),
         **node.kwargs,
     }
-    mean = arguments["running_mean"]
-    is_of_module = isinstance(mean, fx.Node) and mean.op == "get_attr"
-    if not is_of_module or arguments["training"] is not False:
+    mean: Any = arguments["running_mean"]
+    if not isinstance(mean, fx.Node) or mean.op != "get_attr" or arguments["training"] is not False:
         return
     owner = str(mean.target).rpartition(".")[0]
     original: Any = network.get_submodule(owner)
@@ -144,7 +143,8 @@ def _arguments(node: fx.Node) -> Arguments | None:
     """The arguments, or None where the weight, the bias or a setting depends on the input."""
     positional = dict(zip((*_TENSORS, *_CONV_SETTINGS), node.args, strict=False))
     arguments = {**_DEFAULTS, **positional, **node.kwargs}
-    weight, bias = arguments["weight"], arguments["bias"]
+    weight: Any = arguments["weight"]
+    bias: Any = arguments["bias"]
     if not isinstance(weight, fx.Node) or _origin(weight) is None or _origin(bias) is None:
         return None
     settings = [value for key in _CONV_SETTINGS for value in _flat(arguments[key])]
@@ -179,10 +179,11 @@ def _module(kind: type[nn.Module], arguments: Arguments, traced: fx.GraphModule)
     # On the meta device, so that no values are drawn: random states stay as they were.
     settings: dict[str, Any] = {"bias": bias is not None, "device": "meta"}
     if kind is nn.Linear:
-        module = kind(into, out, **settings)
+        sizes: tuple[Any, ...] = (into, out)
     else:
+        sizes = (into * arguments["groups"], out, tuple(kernel))
         settings |= {key: arguments[key] for key in _CONV_SETTINGS}
-        module = kind(into * arguments["groups"], out, tuple(kernel), **settings)
+    module = kind(*sizes, **settings)
     module.register_parameter("weight", weight)
     module.register_parameter("bias", bias)
     return module

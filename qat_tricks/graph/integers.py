@@ -1,5 +1,6 @@
-"""Which values of a network are integers or truth values, such as token ids and masks: no quantizer
-may round them.
+"""Notes which values of a network are integers or truth values, such as token ids and masks.
+
+No quantizer may round them.
 """
 
 from typing import Any

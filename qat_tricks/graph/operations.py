@@ -1,8 +1,10 @@
-"""The table of operations: for each, how networks call it and what quantization has to know of it.
+"""The table of operations: how networks call each of them, and the facts that quantization needs.
 
-A new activation function or element-wise operation is one entry in ``OPERATIONS``. The entry holds
-for all spellings: a module, a function, a method. Ask through ``nodes.operation_of``, which looks a
-node's call up. An operation without an entry stays in float.
+A new activation function or element-wise operation is one entry in ``OPERATIONS``, such as
+``_function("softsign", nn.Softsign, F.softsign)``. The entry holds for all spellings: a module, a
+function, a method. Placement, near-tie avoidance, forecast, export and equalization ask through
+``nodes``, where ``operation_of`` looks a node's call up. An operation without an entry stays in
+float.
 
 Convs, linears and BatchNorms are not here: they have parameters, and rooms of their own
 (``layers``, ``fold``).
@@ -21,7 +23,7 @@ from qat_tricks.graph.attention import from_windows, to_windows
 from qat_tricks.graph.integer_ops import Add, Elementwise, Mean, Mul
 
 Arguments = Mapping[str, Any]
-"""What an operation is called with by name: a module's attributes, or a function's arguments."""
+"""The numbers that a call computes with: a module's attributes, or a function's arguments."""
 
 
 def _always(arguments: Arguments) -> bool:
@@ -30,7 +32,7 @@ def _always(arguments: Arguments) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
-    """One operation, or one variant of it; a fact that is not given does not hold."""
+    """One operation, or one variant of it; by default no fact holds."""
 
     name: str  # for people, and for code that needs this very operation
     # Module classes, functions and names of methods that compute it. A subclass is another call.
@@ -54,7 +56,7 @@ class Operation:
     # In evaluation it returns its input; in training it drops values at random.
     is_dropout: bool = False
 
-    # It works on each channel by itself and passes on factors and shifts of a channel:
+    # In evaluation it works on each channel by itself and passes on factors and shifts of it:
     # f(s * x + c) = s * f(x) + c with s > 0. Equalization passes through it.
     is_homogeneous: bool = False
 
@@ -65,7 +67,8 @@ class Operation:
     # The activation function ("relu" or "relu6") that the quantizer behind it can stand in for.
     absorbed_as: str | None = None
 
-    # In float: a function of each value alone, so that it has few results behind a grid.
+    # In float: each value of the result is a function of one value, so that behind a grid of 8 bits
+    # it has 256 results at most.
     is_elementwise: bool = False
     # It computes with numbers or tensors; with a number it is such a function.
     is_arithmetic: bool = False
@@ -78,7 +81,7 @@ class Operation:
 
 
 UNKNOWN = Operation(name="unknown", calls=())
-"""Stands for all that has no entry."""
+"""The facts of an operation without an entry."""
 
 
 def entries_for(call: Any) -> Sequence[Operation]:

@@ -144,7 +144,7 @@ def _tensors_to_quantize(
     group_of: dict[fx.Node, _Group] = {}
 
     def require(node: fx.Node, bits: int | None = None) -> None:
-        """Puts the values of ``node`` on one grid, of so many bits or more."""
+        """Puts the values of ``node`` on one grid of at least ``bits`` bits."""
         sources = _sources(node, traced, mixed)
         for source in sources:
             group = group_of.setdefault(source, _Group({source: []}))

@@ -1,5 +1,6 @@
-"""From the user's network to a ``torch.fx.GraphModule`` whose submodule names, and so checkpoint
-keys, stay the user's.
+"""From the user's network to a ``torch.fx.GraphModule``.
+
+The names of submodules, and so the keys of checkpoints, stay the user's.
 """
 
 import operator
@@ -106,9 +107,7 @@ def trace(network: nn.Module, untraced: Sequence[str] = ()) -> fx.GraphModule:
 
 
 def _user_line(error: BaseException) -> str:
-    """``file:line "code"`` of the innermost frame that belongs neither to torch nor to this
-    package.
-    """
+    """``file:line "code"`` of the innermost frame outside of torch and of this package."""
     own = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
     frames = [
         f
@@ -125,8 +124,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def _dropout_to_modules(traced: fx.GraphModule) -> None:
-    """Turns functional dropout, traced with ``training=False``, into modules that follow
-    ``train()`` and ``eval()``.
+    """Turns functional dropout into modules, which follow ``train()`` and ``eval()``.
+
+    It was traced with ``training=False`` and would stay so.
     """
     for node in list(traced.graph.nodes):
         dropout = _dropout_module(node.target) if node.op == "call_function" else None
@@ -144,9 +144,7 @@ def _dropout_module(function: Any) -> type[nn.Module] | None:
 
 
 def _erase_assertions(traced: fx.GraphModule) -> None:
-    """Takes out checks of shapes, which have held while tracing, and what was worked out for them
-    alone.
-    """
+    """Takes out checks of shapes, which held while tracing, and the numbers that only they read."""
     for node in reversed(list(traced.graph.nodes)):
         is_read = node.target is getattr or node.target in (operator.eq, operator.ne)
         if (
@@ -158,9 +156,7 @@ def _erase_assertions(traced: fx.GraphModule) -> None:
 
 
 def _erase_identities(traced: fx.GraphModule) -> None:
-    """Takes out what returns its input: ``nn.Identity``, and additions of the number 0, with which
-    sums over branches begin.
-    """
+    """Takes out ``nn.Identity``, and additions of the number 0, with which ``sum`` begins."""
     for node in list(traced.graph.nodes):
         adds_zero = node.target in (operator.add, operator.iadd) and any(
             isinstance(arg, int) and arg == 0 for arg in node.args
@@ -174,8 +170,17 @@ def _erase_identities(traced: fx.GraphModule) -> None:
 def replace_with_module(
     traced: fx.GraphModule, node: fx.Node, name: str, module: nn.Module, inputs: list[fx.Node]
 ) -> fx.Node:
-    """Puts a call of ``module``, added as submodule ``name``, in the place of ``node``; the caller
-    recompiles.
+    """Puts a call of ``module`` in the place of ``node``; the caller recompiles.
+
+    Args:
+        traced: the network; ``module`` becomes its submodule ``name``.
+        node: the node to replace.
+        name: of the submodule.
+        module: what is called instead.
+        inputs: the call's arguments.
+
+    Returns:
+        The call.
     """
     traced.add_submodule(name, module)
     with traced.graph.inserting_after(node):
@@ -191,7 +196,5 @@ def module_of(node: fx.Node, traced: fx.GraphModule) -> nn.Module | None:
 
 
 def layer_at(traced: fx.GraphModule, name: str) -> Any:
-    """The conv, linear or BatchNorm called ``name``; typed loosely, for its attributes differ by
-    kind.
-    """
+    """The conv, linear or BatchNorm called ``name``; ``Any``, for attributes differ by kind."""
     return traced.get_submodule(name)

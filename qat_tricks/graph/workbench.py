@@ -27,7 +27,7 @@ class Workbench:
     Attributes:
         network: the traced network; tricks change it in place.
         reference: the float network with the structure of the quantized one (folded, equalized),
-            kept by ``quantize``.
+            a copy that ``quantize`` makes.
         loader: called with a number of images, yields batches of training images: that number or
             more, unless there are fewer.
         teacher: the float network as it came, for distillation.

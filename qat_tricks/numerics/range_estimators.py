@@ -200,11 +200,11 @@ class KL(Histogram):
         first, last = scheme.qmin - zero_point - 0.5, scheme.qmax - zero_point + 0.5
         inside = (self.centers >= first * scale) & (self.centers <= last * scale)
         size = scheme.qmax - scheme.qmin + 1
-        # The reference distribution: what is clipped piles up in the outermost bin that is kept.
+        # The reference distribution: clipped values pile up in the outermost bin inside.
         reference = torch.where(inside, self.counts, 0.0)
-        kept = inside.nonzero().flatten()
-        reference[kept[0]] += self.counts[: int(kept[0])].sum()
-        reference[kept[-1]] += self.counts[int(kept[-1]) + 1 :].sum()
+        bins_inside = inside.nonzero().flatten()
+        reference[bins_inside[0]] += self.counts[: int(bins_inside[0])].sum()
+        reference[bins_inside[-1]] += self.counts[int(bins_inside[-1]) + 1 :].sum()
         # The quantized one knows only the values inside: each level's mass spread evenly over its
         # filled bins.
         filled = inside & (self.counts > 0)

@@ -15,7 +15,7 @@ pools, flatten), so through ReLU but not through ReLU6, unless ``uncap`` says th
 ReLU; biases are absorbed only where the next layer does not pad, since at a padded border the shift
 would not cancel. With images, a channel between a ReLU6 and a depthwise conv is scaled up towards
 the cap, as far as its largest values leave room: the activation's grid is used in full, and the
-depthwise conv's scale a channel takes it back at no cost. That alone can change the function, for
+depthwise conv's scale a channel takes it back at no cost. Only that can change the function, for
 images unlike those seen.
 """
 
@@ -36,6 +36,12 @@ from qat_tricks.graph.trace import layer_at
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.progress import track
 from qat_tricks.trainer.trick import Trick
+
+
+CAP = 6.0  # of a ReLU6
+SPLITS = 8  # parts of the images whose maxima are compared
+# Headroom above the largest value of all, in units of (that value - mean of the parts' maxima).
+TAIL = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +71,7 @@ def equalize(
 
     Args:
         traced: a traced network without quantizers, BatchNorm folded.
-        batches: the network's inputs, that show the ranges of channels; without any, weights alone
+        batches: the network's inputs, that show the ranges of channels; without any, only weights
             decide, and channels before a ReLU6 stay as they are.
         iterations: how often to sweep over the pairs; chains converge geometrically.
         absorb_bias: also move large biases before a ReLU into the next layer.
@@ -97,12 +103,6 @@ def equalize(
             for pair in capped:
                 _fill_cap(traced, pair, largest[pair.between])
     return pairs
-
-
-CAP = 6.0
-SPLITS = 8  # parts of the images whose maxima are compared
-# Headroom above the largest value of all, in units of (that value - mean of the parts' maxima).
-TAIL = 6
 
 
 def _capped(traced: fx.GraphModule) -> list[Pair]:
@@ -334,7 +334,7 @@ class Equalize(Trick):
         super().__init__()
         if num_images < 0:
             raise QatTricksError(
-                f"num_images={num_images} is not allowed: give 0 (weights alone decide) or more"
+                f"num_images={num_images} is not allowed: give 0 (only weights decide) or more"
             )
         self.settings: dict[str, Any] = {
             "iterations": iterations,
