@@ -37,7 +37,6 @@ from qat_tricks.graph.workbench import Workbench
 from qat_tricks.progress import track
 from qat_tricks.trainer.trick import Trick
 
-
 CAP = 6.0  # of a ReLU6
 SPLITS = 8  # parts of the images whose maxima are compared
 # Headroom above the largest value of all, in units of (that value - mean of the parts' maxima).
