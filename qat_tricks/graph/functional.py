@@ -59,7 +59,7 @@ def functions_to_modules(traced: fx.GraphModule, network: nn.Module) -> None:
     for node in traced.graph.nodes:
         if node.op == "call_function" and node.target is F.batch_norm:
             _batchnorm_to_module(node, traced, network)
-    _drop_unused(traced)
+    _drop_unused(traced)  # the weights' own nodes, and what computed them
     traced.recompile()
 
 
@@ -166,6 +166,7 @@ def _origin(node: fx.Node | None) -> str | None:
         return str(node.target)
     if node.op in ("placeholder", "call_module") or not node.all_input_nodes:
         return None
+    # A call of constants is a constant, described by its arguments' descriptions.
     if any(_origin(source) is None for source in node.all_input_nodes):
         return None
     return f"{node.target}({fx.map_arg((node.args, node.kwargs), _origin)})"

@@ -28,7 +28,7 @@ class _LayerBits:
     """The bits of one layer."""
 
     weight: int
-    input: int
+    input: int  # of the tensor that the layer takes
 
 
 @dataclass(eq=False)
@@ -58,6 +58,7 @@ def place_quantizers(
     layer_bits = _bits_of_layers(traced, settings, from_images)
     groups = _tensors_to_quantize(traced, layer_bits, from_images)
 
+    # Surgery inserts what the spec says, here and when a checkpoint is rebuilt.
     spec = spec_of(traced)
     spec["layers"] = {**spec.get("layers", {})}
     for name, bits in layer_bits.items():
@@ -90,6 +91,7 @@ def _bits_of_layers(
         raise QatTricksError(
             "no conv or linear layer is left to quantize: widen include or narrow exclude"
         )
+    # Coarse steps harm the first and the last layer most, and those are few.
     ends = {*_first_layers(traced), names[-1]} if settings.first_last_bits is not None else set()
     layer_bits = {}
     for name in included:
@@ -146,6 +148,7 @@ def _tensors_to_quantize(
     def require(node: fx.Node, bits: int | None = None) -> None:
         """Puts the values of ``node`` on one grid of at least ``bits`` bits."""
         sources = _sources(node, traced, mixed)
+        # A concat has several sources, and one kernel reads them all: they share a grid.
         for source in sources:
             group = group_of.setdefault(source, _Group({source: []}))
             group.bits[source] += [] if bits is None else [bits]
@@ -157,6 +160,7 @@ def _tensors_to_quantize(
             continue
         if n.calls_layer(node, traced) and node.target in layer_bits:
             require(node.all_input_nodes[0], layer_bits[str(node.target)].input)
+            # Without a quantizer behind it, a conv would be computed in float.
             if not _is_final_linear(node, traced):
                 require(_with_activation(node, traced, uses))
         elif n.is_integer_op(node, traced) or node in mixed:

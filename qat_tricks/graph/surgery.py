@@ -45,6 +45,7 @@ def rebuild(network: nn.Module, spec: dict[str, Any]) -> fx.GraphModule:
             f"the checkpoint is of another network than {type(network).__name__}: it has no "
             f"{', '.join(missing[:3])}; build the network that was trained"
         )
+    # In the order in which the tricks worked: each step finds the names that the last one left.
     folded = spec.get("folded", [])
     for layer, _ in folded:
         give_bias(traced.get_submodule(layer))

@@ -40,6 +40,7 @@ class Tracer(fx.Tracer):
             fnmatchcase(module_qualified_name, p) for p in self.untraced
         ):
             return True
+        # A module with parts or parameters is traced through: surgery has to reach them.
         has_parts = any(True for _ in m.children()) or any(
             True for _ in m.parameters(recurse=False)
         )
@@ -56,6 +57,7 @@ class Tracer(fx.Tracer):
                 return attention.attend_in_windows(m, *args, **kwargs)
             return super().call_module(m, forward, args, kwargs)
         except Exception:
+            # The error passes the innermost module first.
             self.culprit = self.culprit or self.path_of_module(m)
             raise
 
@@ -101,7 +103,7 @@ def trace(network: nn.Module, untraced: Sequence[str] = ()) -> fx.GraphModule:
     _erase_assertions(traced)
     _erase_identities(traced)
     functions_to_modules(traced, network)
-    traced.train(was_training)
+    traced.train(was_training)  # also the modules that tracing has added
     traced.meta["qat_tricks"] = {"untraced": list(untraced)} if untraced else {}
     return traced
 

@@ -44,6 +44,7 @@ class Workbench:
         teacher: nn.Module | None = None,
         untraced: Sequence[str] = (),
     ) -> None:
+        # Tracing may turn computed weights into parameters: the optimizer holds those from before.
         self.parameters_before = list(network.parameters())
         self.network = trace(network, untraced)
         self.loader = loader

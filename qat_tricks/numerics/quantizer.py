@@ -37,6 +37,7 @@ class ActivationQuantizer(nn.Module):
         self.activation = activation
         self.enabled = True
         self.observer: RangeEstimator | None = None
+        # NaN until a range is set: a checkpoint so tells that it was saved before calibration.
         self.scale = nn.Parameter(torch.tensor(float("nan")), requires_grad=False)
         self.register_buffer("zero_point", torch.tensor(0, dtype=torch.int32))
         self.zero_point: Tensor
@@ -101,6 +102,7 @@ class ActivationQuantizer(nn.Module):
         """The scale in use: positive, and within the cap. Shape ``[]``."""
         if self.cap == float("inf"):
             return self.scale.clamp_min(1e-8)
+        # A learned scale may grow past the cap: there the range would no longer be ReLU6's.
         largest, _ = self.scheme.qparams(0.0, self.cap)
         return self.scale.clamp(1e-8, largest)
 
@@ -158,6 +160,7 @@ class WeightQuantizer(nn.Module):
         """The scale in use, shape ``[1, .., C, .., 1]``, positive."""
         if self.scale is None:
             return max_abs_scale(weight, self.scheme, self.channel_axis)
+        # A learned scale may step past 0, and weights are divided by it.
         return self.scale.clamp_min(torch.finfo(torch.float32).tiny)
 
     def own_scale(self, weight: Tensor) -> nn.Parameter:
