@@ -59,13 +59,13 @@ def test_every_function_runs_where_nothing_else_can_be_imported(tmp_path):
 
 
 def test_quantize_loads_no_framework_where_it_could():
-    program = f"""
+    program = """
 import sys
 import torch
 import qat_tricks
 from tests.helpers.nets import images, small_net
 qat_tricks.quantize(small_net(), [images()])
-print(*sorted({{"pytorch_lightning", "lightning", "hydra", "wandb", "torchvision"}} & set(sys.modules)))
+print(*sorted({"pytorch_lightning", "lightning", "hydra", "wandb", "torchvision"} & set(sys.modules)))
 """
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.graph import nodes as n
+from qat_tricks.graph.grids import grid_of, input_grid_of
 from qat_tricks.graph.integer_ops import Elementwise, Mean
 from qat_tricks.graph.layers import Layer, activation_quantizers
 from qat_tricks.graph.trace import module_of
@@ -58,13 +59,14 @@ def to_qdq(traced: fx.GraphModule, layout: str = LAYOUTS[0]) -> Emitted:
         raise QatTricksError(f'unknown layout "{layout}": {did_you_mean(layout, LAYOUTS)}')
     for_tensorrt = layout == "tensorrt"
     layers = [node for node in traced.graph.nodes if _calls_quantized(node, traced)]
-    inputs = {
-        node: (module_of(node, traced), n.input_quantizer_of(node, traced)) for node in layers
-    }
-    behind = [
-        (node, grid) for node in traced.graph.nodes if (grid := _grid_to_repeat(node, traced))
-    ]
+    inputs = {node: (module_of(node, traced), input_grid_of(node, traced)) for node in layers}
     enabled = _enabled(traced)
+    names_of = {quantizer: name for name, quantizer in enabled.items()}
+    behind = [
+        (node, names_of[grid])
+        for node in traced.graph.nodes
+        if (grid := _grid_to_repeat(node, traced)) is not None
+    ]
     placed = {
         node: node.all_input_nodes[0].name for node in traced.graph.nodes if node.target in enabled
     }
@@ -98,9 +100,9 @@ def to_qdq(traced: fx.GraphModule, layout: str = LAYOUTS[0]) -> Emitted:
         )
     for name, quantizer in enabled.items():
         traced.add_submodule(name, emitters[quantizer])
-    for node, grid in behind:
+    for node, name in behind:
         with traced.graph.inserting_after(node):
-            call = traced.graph.call_module(grid, (node,))
+            call = traced.graph.call_module(name, (node,))
         node.replace_all_uses_with(call, delete_user_cb=lambda user, call=call: user is not call)
     for node in traced.graph.nodes:
         module = module_of(node, traced)
@@ -266,36 +268,18 @@ def _calls_quantized(node: fx.Node, traced: fx.GraphModule) -> bool:
     return isinstance(layer, Layer) and layer.is_quantizing
 
 
-def _grid_to_repeat(node: fx.Node, traced: fx.GraphModule) -> str | None:
-    """Name of the quantizer to call again behind ``node``, whose values are on its grid, or None."""
-    if not (n.is_passthrough(node, traced) or n.is_cat(node, traced)) or _yields_parts(
-        node, traced
-    ):
+def _grid_to_repeat(node: fx.Node, traced: fx.GraphModule) -> ActivationQuantizer | None:
+    """The quantizer to call again behind ``node``, whose values are on its grid, or None."""
+    operation = n.operation_of(node, traced)
+    if operation.yields_parts or not (n.is_passthrough(node, traced) or operation.concatenates):
         return None
     if all(user.op == "output" or _is_folded_pad(node, user, traced) for user in node.users):
         return None
-    return _grid(node, traced)
-
-
-def _grid(node: fx.Node, traced: fx.GraphModule) -> str | None:
-    """Name of the enabled quantizer on whose grid all values of ``node`` are, or None."""
-    module = module_of(node, traced)
-    if isinstance(module, ActivationQuantizer):
-        return str(node.target) if module.enabled else None
-    if n.is_cat(node, traced):
-        grids = {_grid(part, traced) for part in node.all_input_nodes}
-        return grids.pop() if len(grids) == 1 else None
-    return _grid(node.all_input_nodes[0], traced) if n.is_passthrough(node, traced) else None
-
-
-def _yields_parts(node: fx.Node, traced: fx.GraphModule) -> bool:
-    """Whether ``node`` yields a tuple of tensors (chunk, split)."""
-    kinds: set[Any] = {torch.chunk, torch.split, "chunk", "split"}
-    return n.calls(node, traced, kinds)
+    return grid_of(node, traced, accepts=lambda quantizer: quantizer.enabled)
 
 
 def _is_folded_pad(node: fx.Node, user: fx.Node, traced: fx.GraphModule) -> bool:
     """Whether ``node`` pads for the conv ``user``, which will do it itself."""
-    is_pad = node.target is F.pad or isinstance(module_of(node, traced), nn.ZeroPad2d)
     conv = module_of(user, traced)
-    return is_pad and isinstance(conv, nn.Conv2d) and conv.padding_mode == "zeros"
+    can_pad = isinstance(conv, nn.Conv2d) and conv.padding_mode == "zeros"
+    return can_pad and n.pads_with_zeros(node, traced)

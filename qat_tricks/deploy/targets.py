@@ -19,7 +19,7 @@ OPSET = 18  # what PyTorch's exporter writes without converting, and all targets
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What a runtime on a device needs."""
+    """What a runtime on a device needs; ``QuantizeSettings.limited_to`` takes it as its limits."""
 
     about: str
     runtime: str = "onnxruntime"  # who runs the finished file, besides ONNX Runtime, to prove it
@@ -87,59 +87,3 @@ def check_opset(name: Any, opset: int) -> None:
         raise QatTricksError(
             f"export.opset={opset} is too new for target={name}: give {newest} or less"
         )
-
-
-def fit_to_target(quantize: Mapping[str, Any], target: Target) -> dict[str, Any]:
-    """The settings of the ``quantize`` trick with the target's activations and no weight above its
-    bits.
-
-    ``first_last_bits`` are those of weights and inputs alike. Where all are of 8 bits its limit
-    becomes null, so that the inputs keep theirs; below, it is lowered.
-
-    Raises:
-        QatTricksError: activations were asked for that the target does not take.
-    """
-    limit, fitted = target.max_weight_bits, dict(quantize)
-    fitted["activations"] = _activations(quantize, target)
-    if limit >= 8:
-        return fitted
-    fitted["weight_bits"] = min(quantize["weight_bits"], limit)
-    if (quantize["first_last_bits"] or 0) > limit:
-        keeps_ends = (
-            quantize["weight_bits"] >= limit
-            and quantize["activation_bits"] == quantize["first_last_bits"]
-        )
-        fitted["first_last_bits"] = None if keeps_ends else limit
-    fitted["overrides"] = {
-        pattern: {
-            key: min(bits, limit) if key == "weight_bits" else bits for key, bits in given.items()
-        }
-        for pattern, given in quantize["overrides"].items()
-    }
-    return fitted
-
-
-def _activations(quantize: Mapping[str, Any], target: Target) -> str:
-    """The kind of activations that the target and the settings agree on."""
-    kind = quantize["activations"] or target.activations[0]
-    if kind not in target.activations:
-        allowed = " or ".join(target.activations)
-        raise QatTricksError(
-            f"quantize.activations={kind} is not for this target: {target.because}; give "
-            f"{allowed}, or null"
-        )
-    bits = {
-        "activation_bits": quantize["activation_bits"],
-        "first_last_bits": quantize["first_last_bits"] or quantize["activation_bits"],
-        **{
-            f'overrides."{pattern}"': given.get("activation_bits", 8)
-            for pattern, given in quantize["overrides"].items()
-        },
-    }
-    for setting, given in bits.items():
-        if given < target.activation_bits:
-            raise QatTricksError(
-                f"quantize.{setting} gives activations {given} bits, and {target.because}: give "
-                f"{target.activation_bits}"
-            )
-    return str(kind)

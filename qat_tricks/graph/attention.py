@@ -1,11 +1,12 @@
-"""Self-attention as linears and float products, in place of modules whose projections nothing could
-reach.
+"""Self-attention as linears and float products.
+
+In the modules that they replace, no trick could reach the projections.
 
 ``nn.MultiheadAttention``: Vaswani et al. 2017, "Attention is all you need" (arXiv 1706.03762),
 section 3.2. torchvision's attention in shifted windows: Liu et al. 2021, "Swin Transformer" (arXiv
 2103.14030), section 3.2, and Liu et al. 2022, "Swin Transformer V2" (arXiv 2111.09883), section 3.
-There, what depends on the size of the image is in functions that a tracer keeps whole: two move
-tokens into windows and back, one masks.
+Three functions that a tracer does not trace through hold all that depends on the image's size: two
+move tokens into windows and back, one masks.
 """
 
 import math
@@ -21,7 +22,7 @@ _MASKED = -100.0  # added to a score; what the networks were trained with
 
 
 def is_plain(module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call is self-attention without masks, of which the weights are not asked for."""
+    """Whether a call is self-attention without masks that does not return its weights."""
     return (
         len(args) == 3
         and args[0] is args[1] is args[2]
@@ -35,8 +36,11 @@ def is_plain(module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[
 
 
 def attend(module: nn.MultiheadAttention, x: Any) -> Any:
-    """Self-attention of ``x``, ``[N, L, E]``, with the parameters of ``module``; for a tracer to
-    follow.
+    """Self-attention with the parameters of ``module``, for a tracer to follow.
+
+    Args:
+        module: one of which ``is_plain`` is true.
+        x: ``[N, L, E]``, as is the result.
     """
     heads, depth = module.num_heads, module.head_dim
     images, length = x.size(0), x.size(1)
@@ -53,8 +57,9 @@ def attend(module: nn.MultiheadAttention, x: Any) -> Any:
 
 
 def is_in_windows(module: nn.Module) -> bool:
-    """Whether ``module`` is torchvision's attention in shifted windows, of either version, and no
-    class derived from it.
+    """Whether ``module`` is torchvision's attention in shifted windows, of either version.
+
+    A class derived from it may compute otherwise, and does not count.
     """
     return (
         type(module).__module__ == "torchvision.models.swin_transformer"
@@ -63,8 +68,11 @@ def is_in_windows(module: nn.Module) -> bool:
 
 
 def attend_in_windows(module: Any, x: Any) -> Any:
-    """Self-attention within each window of ``x``, ``[N, H, W, E]``, with the parameters of
-    ``module``; for a tracer to follow.
+    """Self-attention within each window, with the parameters of ``module``, for a tracer to follow.
+
+    Args:
+        module: one of which ``is_in_windows`` is true.
+        x: ``[N, H, W, E]``, as is the result.
     """
     heads, window, shift = module.num_heads, tuple(module.window_size), tuple(module.shift_size)
     depth = module.qkv.in_features // heads
@@ -89,7 +97,7 @@ def attend_in_windows(module: Any, x: Any) -> Any:
 
 
 def _project(module: Any, x: Any) -> Any:
-    """Query, key and value; the keys of V2 have no bias, whatever stands in its place."""
+    """Query, key and value. V2 adds no bias to keys, whatever numbers stand in its place."""
     bias = module.qkv.bias
     if bias is None or not hasattr(module, "logit_scale"):
         return module.qkv(x)
@@ -103,8 +111,15 @@ def _project(module: Any, x: Any) -> Any:
 
 @fx.wrap
 def to_windows(x: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor:
-    """The windows of ``x``, ``[N, H, W, C]``, padded with zeros to whole windows and rolled: ``[N,
-    windows, tokens, C]``.
+    """The windows of ``x``, padded with zeros to full windows and rolled by ``shift``.
+
+    Args:
+        x: ``[N, H, W, C]``.
+        window: rows and columns of a window.
+        shift: by how many rows and columns to roll.
+
+    Returns:
+        ``[N, windows, tokens, C]``.
     """
     (rows, row_shift), (columns, column_shift) = _padded(x.size(1), x.size(2), window, shift)
     if (rows, columns) != (x.size(1), x.size(2)):
@@ -116,8 +131,17 @@ def to_windows(x: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor
 def from_windows(
     x: Tensor, rows: int, columns: int, window: Sequence[int], shift: Sequence[int]
 ) -> Tensor:
-    """The inverse of ``to_windows`` for an image of ``rows`` by ``columns`` tokens: ``[N, rows,
-    columns, C]``.
+    """The inverse of ``to_windows``.
+
+    Args:
+        x: ``[N, windows, tokens, C]``.
+        rows: of the image, in tokens.
+        columns: of the image, in tokens.
+        window: rows and columns of a window.
+        shift: as in ``to_windows``.
+
+    Returns:
+        ``[N, rows, columns, C]``.
     """
     (padded_rows, row_shift), (padded_columns, column_shift) = _padded(rows, columns, window, shift)
     x = x.unflatten(2, tuple(window)).unflatten(
@@ -131,8 +155,14 @@ def from_windows(
 def mask_windows(
     scores: Tensor, rows: int, columns: int, window: Sequence[int], shift: Sequence[int]
 ) -> Tensor:
-    """``scores``, ``[N, windows, heads, tokens, tokens]``, lowered between tokens that only the
-    roll has brought together.
+    """Lowers the scores between tokens that only the roll has brought together.
+
+    Args:
+        scores: ``[N, windows, heads, tokens, tokens]``.
+        rows: of the image, in tokens.
+        columns: of the image, in tokens.
+        window: rows and columns of a window.
+        shift: as in ``to_windows``.
     """
     sides = _padded(rows, columns, window, shift)
     if not any(by for _, by in sides):
@@ -140,7 +170,7 @@ def mask_windows(
     wrapped_rows, wrapped_columns = (
         torch.arange(size, device=scores.device) >= size - by for size, by in sides
     )
-    # 0 to 3: which sides a token has left to come in at the other
+    # 0 to 3: over which sides (rows, columns) the roll took a token to the other end.
     regions = wrapped_rows[:, None] + 2 * wrapped_columns
     regions = _partition(regions[None, :, :, None], window)  # [1, windows, tokens, 1]
     return scores + ((regions != regions.transpose(2, 3)) * _MASKED).to(scores.dtype).unsqueeze(2)
@@ -158,8 +188,9 @@ def _partition(x: Tensor, window: Sequence[int]) -> Tensor:
 def _padded(
     rows: int, columns: int, window: Sequence[int], shift: Sequence[int]
 ) -> list[tuple[int, int]]:
-    """Of both sides the size in whole windows, and by how much to roll: by nothing where one window
-    holds all.
+    """For rows and for columns: the size in full windows, and by how much to roll.
+
+    By nothing where one window holds all.
     """
     sizes = [
         math.ceil(size / side) * side for size, side in zip((rows, columns), window, strict=True)

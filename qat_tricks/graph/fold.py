@@ -1,8 +1,8 @@
-"""Take each BatchNorm into the conv or linear before it: the function of the trick
-``fold_batchnorm``, and what export does.
+"""Take each BatchNorm into the conv or linear before it, for the trick and for export.
 
-What cannot be folded multiplies channels by numbers and adds numbers. That is a depthwise conv of
-one weight a channel, which eight bits hold without an error and integer kernels compute.
+A BatchNorm that cannot be folded multiplies channels by numbers and adds numbers. That is a
+depthwise conv with one weight for each channel, which eight bits hold without an error and integer
+kernels compute.
 """
 
 from typing import Any
@@ -12,20 +12,27 @@ from torch import Tensor, fx, nn
 
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.layers import Layer
-from qat_tricks.graph.spec import batchnorm_to_conv, erase_batchnorm, give_bias, spec_of
+from qat_tricks.graph.spec import spec_of
+from qat_tricks.graph.surgery import batchnorm_to_conv, erase_batchnorm, give_bias
 from qat_tricks.graph.trace import layer_at, module_of
 
 
 def fold_batchnorm(traced: fx.GraphModule) -> list[tuple[str, str]]:
-    """Folds every BatchNorm that alone follows a conv or linear, or a concat of some; its function
-    in evaluation stays the same.
+    """Folds every BatchNorm that is the only reader of a conv or linear, or of a concat of some.
 
-    Returns the pairs ``(layer, batchnorm)`` folded. Others stay: a BatchNorm before a conv or after
-    an activation, one without running statistics, and those that do not follow the same layers at
-    each call of either.
+    The network's function in evaluation stays the same. Other BatchNorms stay: those before a conv
+    or after an activation, those without running statistics, and those that do not follow the same
+    layers at each call of either.
+
+    Returns:
+        The pairs ``(layer, batchnorm)`` folded.
     """
-    found = {str(node.target): n.folds_into(node, traced) for node in traced.graph.nodes}
-    pairs = [(str(part.target), batchnorm) for batchnorm, parts in found.items() for part in parts]
+    uses = n.uses_of_weights(traced)
+    # By name, so that a BatchNorm that is called twice is folded once.
+    layers_of = {str(node.target): n.folds_into(node, traced, uses) for node in traced.graph.nodes}
+    pairs = [
+        (str(part.target), batchnorm) for batchnorm, parts in layers_of.items() for part in parts
+    ]
     begins: dict[str, int] = {}  # the first channel of each BatchNorm that is not folded yet
     for layer_name, name in pairs:
         layer, batchnorm = layer_at(traced, layer_name), layer_at(traced, name)
@@ -42,13 +49,16 @@ def fold_batchnorm(traced: fx.GraphModule) -> list[tuple[str, str]]:
 
 @torch.no_grad()
 def batchnorms_to_convs(traced: fx.GraphModule) -> list[str]:
-    """Turns each BatchNorm of images that takes what integer kernels make into a depthwise conv,
-    and returns their names.
+    """Turns each BatchNorm of images behind an integer kernel into a depthwise conv.
 
     Behind a concat it stays: an integer kernel takes one scale, and the parts may differ much in
     theirs.
+
+    Returns:
+        The names of these BatchNorms.
     """
-    names = [str(node.target) for node in traced.graph.nodes if _takes_integers(node, traced)]
+    uses = n.uses_of_weights(traced)
+    names = [str(node.target) for node in traced.graph.nodes if _takes_integers(node, traced, uses)]
     for name in names:
         factor, mean, beta, gamma = _affine_of(layer_at(traced, name))
         conv = batchnorm_to_conv(traced, name)
@@ -62,15 +72,16 @@ def batchnorms_to_convs(traced: fx.GraphModule) -> list[str]:
     return names
 
 
-def _takes_integers(node: fx.Node, traced: fx.GraphModule) -> bool:
-    """Whether ``node`` calls a BatchNorm with running statistics, once, on the output of an integer
-    kernel or its ReLU.
+def _takes_integers(node: fx.Node, traced: fx.GraphModule, uses: n.Uses) -> bool:
+    """Whether ``node`` calls a BatchNorm on the output of an integer kernel or its ReLU.
+
+    The BatchNorm must have running statistics and be called once.
     """
     batchnorm = module_of(node, traced)
     if (
         not isinstance(batchnorm, nn.BatchNorm2d)
         or batchnorm.running_var is None
-        or not n.is_used_once(node, traced)
+        or not n.is_used_once(node, uses)
     ):
         return False
     source = node.all_input_nodes[0]
@@ -84,8 +95,9 @@ def _takes_integers(node: fx.Node, traced: fx.GraphModule) -> bool:
 def _affine_of(
     batchnorm: Any, channels: slice = slice(None)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What a BatchNorm multiplies ``channels`` by, their mean, and its ``beta`` and ``gamma``, in
-    float64, ``[C]`` each.
+    """A BatchNorm's factor, mean, ``beta`` and ``gamma`` for ``channels``, float64, ``[C]`` each.
+
+    In evaluation it computes ``(x - mean) * factor + beta``.
     """
     mean, var = batchnorm.running_mean[channels].double(), batchnorm.running_var[channels].double()
     gamma = (
@@ -97,6 +109,7 @@ def _affine_of(
 
 @torch.no_grad()
 def _fold(layer: Any, batchnorm: Any, channels: slice) -> None:
+    """Folds these ``channels`` of a BatchNorm into the layer that makes them."""
     factor, mean, beta, gamma = _affine_of(batchnorm, channels)
     per_channel = factor.view(-1, *[1] * (layer.weight.dim() - 1))
     layer.weight.copy_(layer.weight.double() * per_channel)
@@ -107,6 +120,5 @@ def _fold(layer: Any, batchnorm: Any, channels: slice) -> None:
         and layer.weight_quantizer.scale is not None
     ):
         layer.weight_quantizer.scale.mul_(per_channel.abs())  # the integers stay the same
-    # What the normalization said of the output, for the bias absorption of equalize: mean and
-    # standard deviation.
+    # The output's mean and standard deviation, which the bias absorption of equalize reads.
     layer.output_statistics = (beta.float(), gamma.abs().float())

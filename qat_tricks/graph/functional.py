@@ -1,9 +1,9 @@
-"""Convs, linears and BatchNorms that a network calls as functions become modules, to be pruned,
-folded and quantized like others.
+"""Functions with weights become modules: convs, linears and BatchNorms that a network calls as
+functions are then pruned, folded and quantized like others.
 
 A weight that is a parameter of the user's stays that very parameter, under the user's key where a
-module of its own holds it (as in timm's ``Conv2dSame``). One that is computed from parameters
-alone, as in weight standardization, is computed once: from then on it is a parameter itself.
+module of its own holds it (as in timm's ``Conv2dSame``). One that is computed from nothing but
+parameters, as in weight standardization, is computed once: from then on it is a parameter itself.
 """
 
 from collections.abc import Callable
@@ -13,77 +13,95 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-_MODULE_OF: dict[Callable[..., Tensor], type[nn.Module]] = {
-    F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d, F.linear: nn.Linear,
-}  # fmt: skip
-_CONV_DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+_MODULE_OF: dict[Any, type[nn.Module]] = {
+    F.conv1d: nn.Conv1d,
+    F.conv2d: nn.Conv2d,
+    F.conv3d: nn.Conv3d,
+    F.linear: nn.Linear,
+}
+# The functions' arguments in their order; linears have the first three.
+_TENSORS = ("input", "weight", "bias")
+_CONV_SETTINGS = ("stride", "padding", "dilation", "groups")
+_DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+_BATCHNORM_ARGUMENTS = (
+    "input",
+    "running_mean",
+    "running_var",
+    "weight",
+    "bias",
+    "training",
+    "momentum",
+    "eps",
+)
+
+Arguments = dict[str, Any]
+"""The arguments of one call by name; tensors are nodes."""
 
 
 def functions_to_modules(traced: fx.GraphModule, network: nn.Module) -> None:
-    """Replaces calls of ``F.conv1d``, ``F.conv2d``, ``F.conv3d`` and ``F.linear`` with a constant
-    weight, and of ``F.batch_norm`` from within a BatchNorm, by modules.
+    """Replaces functions with constant weights by modules.
+
+    These are ``F.conv1d``, ``F.conv2d``, ``F.conv3d``, ``F.linear``, and ``F.batch_norm`` called
+    from within a BatchNorm.
 
     Args:
-        traced: the graph module just traced from ``network``.
+        traced: the graph module just traced from ``network``; it is changed in place.
+        network: the user's.
     """
-    # by what they compute with: one module each
-    calls: dict[Any, list[tuple[fx.Node, dict[str, Any]]]] = {}
-    for node in traced.graph.nodes:
-        if node.op == "call_function" and node.target in _MODULE_OF and (given := _arguments(node)):
-            settings = {
-                name: value for name, value in given.items() if not isinstance(value, fx.Node)
-            }
-            key = node.target, repr(settings), _origin(given["weight"]), _origin(given["bias"])
-            calls.setdefault(key, []).append((node, given))
-    for same in calls.values():
-        first, given = same[0]
-        name = _name({node for node, _ in same}, given["weight"], traced) or f"layers.{first.name}"
-        install(traced, name, _module(_MODULE_OF[first.target], given, traced))  # type: ignore[index]
-        for node, given in same:
-            node.op, node.target, node.args, node.kwargs = (
-                "call_module",
-                name,
-                (given["input"],),
-                {},
-            )
+    for calls in _calls_by_weights(traced):
+        first, arguments = calls[0]
+        module = _module(_MODULE_OF[first.target], arguments, traced)
+        name = _user_name({node for node, _ in calls}, arguments["weight"], traced)
+        name = name or f"layers.{first.name}"
+        install(traced, name, module)
+        for node, call_arguments in calls:
+            call_instead(node, name, call_arguments["input"])
     for node in traced.graph.nodes:
         if node.op == "call_function" and node.target is F.batch_norm:
             _batchnorm_to_module(node, traced, network)
-    _drop_unused(traced)
+    _drop_unused(traced)  # the weights' own nodes, and what computed them
     traced.recompile()
 
 
-def _batchnorm_to_module(node: fx.Node, traced: fx.GraphModule, network: nn.Module) -> None:
-    """Makes a module of an ``F.batch_norm``, which was traced in evaluation mode and would stay in
-    it.
+def _calls_by_weights(traced: fx.GraphModule) -> list[list[tuple[fx.Node, Arguments]]]:
+    """The calls that can become modules; those that compute with the same numbers together.
+
+    Such calls become one module: a weight must not be there twice.
     """
-    names = [
-        "input",
-        "running_mean",
-        "running_var",
-        "weight",
-        "bias",
-        "training",
-        "momentum",
-        "eps",
-    ]
-    given = {"training": False, **dict(zip(names, node.args, strict=False)), **node.kwargs}
-    mean = given["running_mean"]
-    if not isinstance(mean, fx.Node) or mean.op != "get_attr" or given["training"] is not False:
+    calls: dict[Any, list[tuple[fx.Node, Arguments]]] = {}
+    for node in traced.graph.nodes:
+        if node.op != "call_function" or node.target not in _MODULE_OF:
+            continue
+        arguments = _arguments(node)
+        if arguments is not None:
+            weights = _origin(arguments["weight"]), _origin(arguments["bias"])
+            settings = {key: arguments[key] for key in _CONV_SETTINGS}
+            key = node.target, repr(settings), arguments["bias"] is None, weights
+            calls.setdefault(key, []).append((node, arguments))
+    return list(calls.values())
+
+
+def _batchnorm_to_module(node: fx.Node, traced: fx.GraphModule, network: nn.Module) -> None:
+    """Makes a module of an ``F.batch_norm``.
+
+    It was traced in evaluation mode, and as a function it would stay in that mode.
+    """
+    arguments = {
+        "training": False,
+        **dict(zip(_BATCHNORM_ARGUMENTS, node.args, strict=False)),
+        **node.kwargs,
+    }
+    mean: Any = arguments["running_mean"]
+    if not isinstance(mean, fx.Node) or mean.op != "get_attr" or arguments["training"] is not False:
         return
     owner = str(mean.target).rpartition(".")[0]
     original: Any = network.get_submodule(owner)
-    kind = next(
-        (
-            kind
-            for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-            if isinstance(original, kind)
-        ),
-        None,
-    )
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    kind = next((kind for kind in kinds if isinstance(original, kind)), None)
     if kind is None:
         return
     if not isinstance(traced.get_submodule(owner), kind):
+        # Of a class derived from a BatchNorm only that part is called: the rest was traced.
         module = kind(
             original.num_features,
             original.eps,
@@ -94,12 +112,13 @@ def _batchnorm_to_module(node: fx.Node, traced: fx.GraphModule, network: nn.Modu
         )
         module._parameters, module._buffers = original._parameters, original._buffers
         install(traced, owner, module.train(original.training))
-    node.op, node.target, node.args, node.kwargs = "call_module", owner, (given["input"],), {}
+    call_instead(node, owner, arguments["input"])
 
 
 def install(traced: fx.GraphModule, name: str, module: nn.Module) -> None:
-    """Adds ``module`` as ``name``; what was there before leaves it its parts (timm's BatchNorms
-    hold an activation).
+    """Adds ``module`` as ``name``; it takes over the parts of a module that was there before.
+
+    timm's BatchNorms hold an activation as such a part.
     """
     owner, _, last = name.rpartition(".")
     try:
@@ -112,45 +131,59 @@ def install(traced: fx.GraphModule, name: str, module: nn.Module) -> None:
     traced.add_submodule(name, module)
 
 
-def _arguments(node: fx.Node) -> dict[str, Any] | None:
-    """The arguments by name, or None where the weight, the bias or a setting depends on the input."""
-    names = ["input", "weight", "bias", "stride", "padding", "dilation", "groups"]
-    given = {**_CONV_DEFAULTS, **dict(zip(names, node.args, strict=False)), **node.kwargs}
-    tensors = given["weight"], given["bias"]
-    if not isinstance(given["weight"], fx.Node) or any(
-        _origin(t) is None for t in tensors if t is not None
-    ):
+def call_instead(node: fx.Node, module: str, tensor: Any) -> None:
+    """Turns ``node`` into a call of ``module`` with ``tensor``, and lets it keep its name.
+
+    The caller recompiles.
+    """
+    node.op, node.target, node.args, node.kwargs = "call_module", module, (tensor,), {}
+
+
+def _arguments(node: fx.Node) -> Arguments | None:
+    """The arguments, or None where the weight, the bias or a setting depends on the input."""
+    positional = dict(zip((*_TENSORS, *_CONV_SETTINGS), node.args, strict=False))
+    arguments = {**_DEFAULTS, **positional, **node.kwargs}
+    weight: Any = arguments["weight"]
+    bias: Any = arguments["bias"]
+    if not isinstance(weight, fx.Node) or _origin(weight) is None or _origin(bias) is None:
         return None
-    if any(isinstance(value, fx.Node) for key in names[3:] for value in _flat(given[key])):
-        return None
-    return given
+    settings = [value for key in _CONV_SETTINGS for value in _flat(arguments[key])]
+    return None if any(isinstance(value, fx.Node) for value in settings) else arguments
 
 
 def _flat(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _origin(node: Any) -> str | None:
-    """How a tensor is made of the network's parameters, as text; None if it depends on the input."""
+def _origin(node: fx.Node | None) -> str | None:
+    """How a tensor is made of the network's parameters, as text.
+
+    Empty for no tensor, None if the tensor depends on the input.
+    """
     if node is None:
         return ""
     if node.op == "get_attr":
         return str(node.target)
-    if node.op == "placeholder" or node.op == "call_module" or not node.all_input_nodes:
+    if node.op in ("placeholder", "call_module") or not node.all_input_nodes:
         return None
+    # A call of constants is a constant, described by its arguments' descriptions.
     if any(_origin(source) is None for source in node.all_input_nodes):
         return None
     return f"{node.target}({fx.map_arg((node.args, node.kwargs), _origin)})"
 
 
-def _module(kind: type[nn.Module], given: dict[str, Any], traced: fx.GraphModule) -> nn.Module:
-    weight, bias = (_parameter(given[name], traced) for name in ("weight", "bias"))
+def _module(kind: type[nn.Module], arguments: Arguments, traced: fx.GraphModule) -> nn.Module:
+    """A conv or linear that computes as a function does with ``arguments``."""
+    weight, bias = (_parameter(arguments[name], traced) for name in ("weight", "bias"))
     assert weight is not None
     out, into, *kernel = weight.shape
+    # On the meta device, so that no values are drawn: random states stay as they were.
     settings: dict[str, Any] = {"bias": bias is not None, "device": "meta"}
-    if kind is not nn.Linear:
-        settings |= {key: given[key] for key in ("stride", "padding", "dilation", "groups")}
-    sizes = (into, out) if kind is nn.Linear else (into * given["groups"], out, tuple(kernel))
+    if kind is nn.Linear:
+        sizes: tuple[Any, ...] = (into, out)
+    else:
+        sizes = (into * arguments["groups"], out, tuple(kernel))
+        settings |= {key: arguments[key] for key in _CONV_SETTINGS}
     module = kind(*sizes, **settings)
     module.register_parameter("weight", weight)
     module.register_parameter("bias", bias)
@@ -158,6 +191,7 @@ def _module(kind: type[nn.Module], given: dict[str, Any], traced: fx.GraphModule
 
 
 def _parameter(node: fx.Node | None, traced: fx.GraphModule) -> nn.Parameter | None:
+    """The parameter that ``node`` yields: the user's own, or a new one with the computed values."""
     if node is None:
         return None
     with torch.no_grad():
@@ -165,44 +199,41 @@ def _parameter(node: fx.Node | None, traced: fx.GraphModule) -> nn.Parameter | N
     return value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach().clone())
 
 
-def _value(argument: Any, traced: fx.GraphModule) -> Any:
-    """What a node made of parameters alone is."""
+def _value(node: fx.Node, traced: fx.GraphModule) -> Tensor:
+    """The value of a node that depends on nothing but parameters."""
+    if node.op == "get_attr":
+        owner, _, name = str(node.target).rpartition(".")
+        return getattr(traced.get_submodule(owner), name)
 
-    def of(node: fx.Node) -> Any:
-        if node.op == "get_attr":
-            owner, _, name = str(node.target).rpartition(".")
-            return getattr(traced.get_submodule(owner), name)
-        args, kwargs = fx.map_arg(node.args, of), fx.map_arg(node.kwargs, of)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
+    def value(source: fx.Node) -> Any:
+        return _value(source, traced)
 
-    return of(argument)
+    args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    function: Callable[..., Tensor] = node.target  # type: ignore[assignment]
+    return function(*args, **kwargs)
 
 
-def _name(calls: set[fx.Node], weight: fx.Node, traced: fx.GraphModule) -> str | None:
-    """The path of the module that holds the weight for these calls alone: the keys stay the user's.
+def _user_name(calls: set[fx.Node], weight: fx.Node, traced: fx.GraphModule) -> str | None:
+    """The user's name for the module of these calls, so that the checkpoint's keys stay the user's.
 
-    Of a weight called ``in_proj_weight``, ``in_proj`` beside it; None for others.
+    It is the path of the module that holds the weight for nothing but these calls, or ``in_proj``
+    beside a weight called ``in_proj_weight``. None for others.
     """
-    while weight.op != "get_attr":
+    while weight.op != "get_attr":  # back to the parameter that it is computed from
         weight = weight.all_input_nodes[0]
     owner, _, name = str(weight.target).rpartition(".")
-    users = {
-        u
-        for n in traced.graph.nodes
-        if n.op == "get_attr" and str(n.target).rpartition(".")[0] == owner
-        for u in n.users
+    prefix = name.removesuffix("_weight")
+    if owner and prefix != name and not hasattr(traced.get_submodule(owner), prefix):
+        return f"{owner}.{prefix}"
+    readers = {
+        user
+        for node in traced.graph.nodes
+        if node.op == "get_attr" and str(node.target).rpartition(".")[0] == owner
+        for user in node.users
     }
-    if (
-        owner
-        and name.endswith("_weight")
-        and not hasattr(traced.get_submodule(owner), name.removesuffix("_weight"))
-    ):
-        return f"{owner}.{name.removesuffix('_weight')}"
-    alone = owner and name == "weight" and _only_for(users, calls)
-    return owner if alone else None
+    return owner if owner and name == "weight" and _only_for(readers, calls) else None
 
 
 def _only_for(users: set[fx.Node], calls: set[fx.Node]) -> bool:
@@ -213,17 +244,21 @@ def _only_for(users: set[fx.Node], calls: set[fx.Node]) -> bool:
 
 
 def _drop_unused(traced: fx.GraphModule) -> None:
-    """Takes out what nothing computes with any more: an optimizer would wait for the gradients of
-    such parameters.
+    """Takes out what nothing computes with any more.
+
+    An optimizer would wait for the gradients of such parameters.
     """
     for node in reversed(list(traced.graph.nodes)):
-        if not node.users and (
-            node.op == "get_attr" or (node.op.startswith("call_") and _origin(node) is not None)
-        ):
+        is_constant = node.op == "get_attr" or (
+            node.op.startswith("call_") and _origin(node) is not None
+        )
+        if is_constant and not node.users:
             traced.graph.erase_node(node)
-    used = {str(node.target) for node in traced.graph.nodes if node.op == "get_attr"}
+    read = {str(node.target) for node in traced.graph.nodes if node.op == "get_attr"}
     called = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}
     for name, _ in list(traced.named_parameters(remove_duplicate=False)):
         owner, _, attribute = name.rpartition(".")
-        if name not in used and not any(owner == c or owner.startswith(f"{c}.") for c in called):
+        # A module that is called uses its parameters and those of its parts.
+        is_used = any(owner == module or owner.startswith(f"{module}.") for module in called)
+        if name not in read and not is_used:
             delattr(traced.get_submodule(owner), attribute)

@@ -1,10 +1,9 @@
-"""What a network takes: one tensor, or several, one for each argument of its ``forward`` that has
-no default.
+"""A network's inputs: one tensor for each argument of its ``forward`` that has no default.
 
 A batch is these inputs, or begins with them, as ``(inputs, labels)`` does. Several inputs are a
-tuple of tensors in the order of the arguments, each with one entry an image. That tuple may also
-lie flat in the batch, ``(first, second, labels)``, or be a mapping with the arguments' names. All
-else that a network takes keeps its default.
+tuple of tensors in the order of the arguments; each has one entry for each image. That tuple may
+also lie flat in the batch, ``(first, second, labels)``, or be a mapping with the arguments' names.
+Arguments with a default keep it.
 """
 
 import inspect
@@ -29,36 +28,39 @@ def input_names(function: nn.Module | Callable[..., Any]) -> list[str]:
 
 
 def inputs_of(batch: Any, names: Sequence[str]) -> Inputs:
-    """The inputs that a batch holds, or is, of a network whose arguments are called ``names``.
+    """The inputs in a batch.
 
-    For one input they are the batch itself, its first element, or the first tensor of a mapping.
+    Args:
+        batch: the inputs themselves, or a sequence or mapping that holds them. Of a network with
+            one input, the first tensor counts.
+        names: those of the network's arguments, see ``input_names``.
 
     Raises:
         QatTricksError: they are not there, or have different numbers of images.
     """
     if len(names) < 2:
         return _images_of(batch)
-    told = f"the network takes {len(names)} inputs ({', '.join(names)})"
-    found: Any = batch[0] if is_nested(batch) else batch
-    if isinstance(found, Mapping):
-        found = [found[name] for name in names if name in found]
-    elif isinstance(found, (list, tuple)):
-        found = found if is_nested(batch) else found[: len(names)]  # behind which labels may follow
-    else:
-        found = [found]
-    given = [value for value in found if isinstance(value, Tensor)]
-    if len(given) != len(names):
+    takes = f"the network takes {len(names)} inputs ({', '.join(names)})"
+    values: Any = batch[0] if is_nested(batch) else batch
+    if isinstance(values, Mapping):
+        values = [values[name] for name in names if name in values]
+    elif not isinstance(values, (list, tuple)):
+        values = [values]
+    elif not is_nested(batch):
+        values = values[: len(names)]  # labels may follow
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if len(tensors) != len(names):
         raise QatTricksError(
-            f"{told}, and a batch holds {len(given)}: yield (inputs, labels), inputs being a tuple "
-            f"of {len(names)} tensors"
+            f"{takes}, and a batch holds {len(tensors)}: yield (inputs, labels), inputs being a "
+            f"tuple of {len(names)} tensors"
         )
-    if any(value.dim() == 0 for value in given) or len({len(value) for value in given}) > 1:
-        shapes = ", ".join(str(tuple(value.shape)) for value in given)
+    if any(tensor.dim() == 0 for tensor in tensors) or len({len(x) for x in tensors}) > 1:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
         raise QatTricksError(
-            f"{told}, and a batch holds tensors of shapes {shapes}: give each of them one entry an "
-            "image"
+            f"{takes}, and a batch holds tensors of shapes {shapes}: give each of them one entry "
+            "an image"
         )
-    return tuple(given)
+    return tuple(tensors)
 
 
 def is_nested(batch: Any) -> bool:
@@ -87,17 +89,17 @@ def _images_of(batch: Any) -> Tensor:
 
 
 def as_tensors(inputs: Inputs) -> tuple[Tensor, ...]:
-    """The inputs as a tuple, also where there is one alone."""
+    """The inputs as a tuple, also where there is only one."""
     return (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
 
 
 def call_network(network: Callable[..., Any], inputs: Inputs) -> Any:
-    """What ``network`` yields for ``inputs``."""
+    """The output of ``network`` for ``inputs``."""
     return network(*as_tensors(inputs))
 
 
 def batch_size(inputs: Inputs) -> int:
-    """How many images the inputs are of."""
+    """The number of images."""
     return len(as_tensors(inputs)[0])
 
 
@@ -109,9 +111,7 @@ def map_tensors(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
 
 
 def on_cpu(inputs: Inputs) -> Inputs:
-    """The inputs as an exported file takes them: on the CPU, in float32 unless they are integers or
-    truth values.
-    """
+    """The inputs as an exported file takes them: on the CPU, and floats in float32."""
     return map_tensors(
         inputs,
         lambda values: (values.float() if values.is_floating_point() else values).detach().cpu(),

@@ -12,7 +12,7 @@ from qat_tricks.numerics import integer_kernels as kernels
 
 
 class Kernel(nn.Module):
-    """What in evaluation, between calibrated grids, is computed as the integer kernel does it.
+    """An operation that computes as the integer kernel does, in evaluation between grids.
 
     Attributes:
         quantizers: of the inputs and of the output; a tuple, so that they are not registered as
@@ -25,18 +25,20 @@ class Kernel(nn.Module):
 
     @property
     def is_exact(self) -> bool:
-        """Whether the kernel's own arithmetic is wanted now, and all grids are there."""
+        """Whether to compute as the kernel does: in evaluation, and with every grid known."""
         return not (self.training or torch.is_grad_enabled()) and all(
             grid.is_on for grid in self.quantizers
         )
 
 
 class Elementwise(Kernel):
-    """Two tensors into one."""
+    """An operation on two tensors."""
 
-    function: Callable[[Any, Any], Any]
-    kernel: Callable[..., Tensor]
-    broadcasts: bool  # whether the kernel computes the same where the shapes differ
+    function: Callable[[Any, Any], Any]  # in float
+    kernel: Callable[..., Tensor]  # between grids
+    # Whether the integer kernel takes tensors of different shapes. If not, a runtime computes such
+    # a call in float.
+    broadcasts: bool
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if self.is_exact and (self.broadcasts or x.shape == y.shape):

@@ -1,5 +1,6 @@
-"""Which values of a network are integers or truth values, such as token ids and masks: no quantizer
-may round them.
+"""Notes which values of a network are integers or truth values, such as token ids and masks.
+
+No quantizer may round them.
 """
 
 from typing import Any
@@ -8,17 +9,21 @@ import torch
 from torch import Tensor, fx
 
 from qat_tricks.graph.inputs import Inputs, as_tensors, first_images
+from qat_tricks.graph.modes import evaluating
 from qat_tricks.graph.nodes import INTEGERS
 
 
 @torch.no_grad()
 def note_integers(traced: fx.GraphModule, inputs: Inputs) -> fx.GraphModule:
-    """Notes at each node of ``traced`` that yields integers or truth values that it does;
-    ``inputs`` show which.
+    """Notes at each node of ``traced`` whether it yields integers or truth values.
+
+    Args:
+        traced: a traced network; it is run once, in evaluation mode.
+        inputs: of two images or more, which show what the nodes yield.
     """
-    was_training = traced.training
-    _Notes(traced.eval()).run(*as_tensors(first_images(inputs, 2)))
-    return traced.train(was_training)
+    with evaluating(traced):
+        _Notes(traced).run(*as_tensors(first_images(inputs, 2)))
+    return traced
 
 
 class _Notes(fx.Interpreter):

@@ -1,8 +1,7 @@
-"""Convs and linears whose weight passes through a mask and a quantizer: weight, then mask, then
-fake-quant.
+"""Convs and linears whose weight passes through a mask, then through a quantizer.
 
-A layer is turned in place (its class changes, the object and its parameters stay), so that every
-reference the user holds, an optimizer's or another attribute's, stays good.
+A layer is turned in place: its class changes, the object and its parameters stay. So every
+reference that the user holds, in an optimizer or another attribute, goes on being right.
 """
 
 from typing import cast
@@ -15,33 +14,36 @@ from qat_tricks.numerics import integer_kernels as kernels
 
 
 class Layer(nn.Module):
-    """What our convs and linears have in common. ``weight_mask`` (0 or 1, the weight's shape) and
-    ``weight_quantizer`` are None until a trick gives them.
-    """
+    """The common part of our convs and linears."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    # 0 or 1, of the weight's shape; None until a trick prunes.
     weight_mask: Tensor | None
+    # None until quantizers are placed.
     weight_quantizer: WeightQuantizer | None
-    # Of each call the quantizer before it, and the one that alone reads it; tuples, so that they
-    # are not registered as children.
+    # For each call: its input quantizer, and its output quantizer if that is the only reader. In
+    # tuples, so that they are not registered as children.
     calls: tuple[tuple[ActivationQuantizer | None, ActivationQuantizer | None], ...]
-    input_quantizer: tuple[ActivationQuantizer, ...]  # those before any call
-    # whether, in evaluation, the output is rounded to its grid as the kernel rounds its integer
-    # sums
+    input_quantizer: tuple[ActivationQuantizer, ...]  # those of all calls, each once
+    # In evaluation: whether the output is rounded to its grid as the kernel rounds integer sums.
     rounds: bool = True
     channel_axis = 0  # the weight's dimension of output channels
-    output_axis = 1  # and the output's
+    output_axis = 1  # the output's dimension of channels
 
     def _compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The conv or linear itself."""
         raise AssertionError(f"{type(self).__name__} does not compute")
 
     def forward(self, input: Tensor, call: int = 0) -> Tensor:
-        """The layer's output at the ``call``-th place where the network calls it, each of which has
-        grids of its own.
+        """The layer's output.
+
+        Args:
+            input: any floating type.
+            call: which of the places where the network calls the layer; each has its own grids.
         """
         before, after = self.calls[call] if len(self.calls) > 0 else (None, None)
+        # Integers have no gradient: with one, the layer computes on fake-quantized values instead.
         differentiable = self.training or torch.is_grad_enabled()
         if self.is_quantizing and before is not None and before.is_on and not differentiable:
             return self._integer_forward(input, before, after)
@@ -50,8 +52,10 @@ class Layer(nn.Module):
     def _integer_forward(
         self, input: Tensor, before: ActivationQuantizer, after: ActivationQuantizer | None
     ) -> Tensor:
-        """Computes on integers held in float32, as the kernel does: sums are exact, so that what
-        lies near the middle between two steps is rounded to the same side here and there.
+        """Computes on integers held in float32, as the kernel does.
+
+        Sums are then exact, so that a value near the middle between two steps is rounded to the
+        same side here and there.
         """
         if torch.is_autocast_enabled(input.device.type):  # in 16 bits the sums would not be exact
             with torch.autocast(input.device.type, enabled=False):
@@ -76,8 +80,9 @@ class Layer(nn.Module):
         return self.weight if self.weight_mask is None else self.weight * self.weight_mask
 
     def effective_weight(self) -> Tensor:
-        """The weight the layer computes with: masked, then fake-quantized; the gradient reaches
-        ``weight``.
+        """The weight that the layer computes with: masked, then fake-quantized.
+
+        The gradient reaches ``weight``.
         """
         weight = self.masked_weight()
         if not self.is_quantizing:
@@ -88,12 +93,15 @@ class Layer(nn.Module):
         return self.weight_quantizer(weight, None if self.training else self.weight_scale(weight))
 
     def effective_bias(self, before: ActivationQuantizer | None = None) -> Tensor | None:
-        """The bias the layer computes with behind a quantizer, the first by default: in evaluation
-        on the grid of an integer kernel's int32 bias.
+        """The bias that the layer computes with: in evaluation on the grid of the int32 bias.
+
+        Args:
+            before: the quantizer before the layer, by default that of its first call.
         """
         if self.bias is None or self.training or not self.is_quantizing or not self.has_input_scale:
             return self.bias
         scale = self.bias_scale(before)
+        # The gradient passes straight through the rounding.
         on_grid = (torch.round(self.bias.detach() / scale) * scale).to(self.bias.dtype)
         return self.bias + (on_grid - self.bias).detach()
 
@@ -104,16 +112,16 @@ class Layer(nn.Module):
 
     @property
     def has_input_scale(self) -> bool:
-        """Whether the layer's input is on a grid, and which one is known."""
+        """Whether the layer's input is on a grid of known scale."""
         # bool() of a tuple: torch 2.11 cannot compile
         return len(self.input_quantizer) > 0 and self.input_quantizer[0].is_on
 
     def weight_scale(self, weight: Tensor) -> Tensor:
         """The weight's scale in evaluation and export, shape ``[1, .., C, .., 1]``.
 
-        A channel of (nearly) no weights takes a scale so small that its bias, stored in int32 in
-        steps of input scale times weight scale, would overflow; such a scale is raised until the
-        bias fits.
+        The bias is stored in int32, in steps of input scale times weight scale. A channel whose
+        weights are (nearly) 0 has so small a scale that its bias would overflow: there the scale is
+        raised until the bias fits.
         """
         assert self.weight_quantizer is not None
         scale = self.weight_quantizer.current_scale(weight)
@@ -122,19 +130,21 @@ class Layer(nn.Module):
         input_scale = torch.stack(
             [quantizer.current_scale().detach() for quantizer in self.input_quantizer]
         ).amin()
+        # 2 ** 30 leaves half of int32's range to the sums.
         smallest = self.bias.detach().float().abs() / (input_scale * 2.0**30)
         if scale.numel() == 1:
             return scale.clamp_min(float(smallest.max()))
         return torch.maximum(scale, smallest.view_as(scale))
 
     def bias_scale(self, before: ActivationQuantizer | None = None) -> Tensor:
-        """The step of the int32 bias behind a quantizer, the first by default: input scale times
-        weight scale, shape ``[C]``, float64.
+        """The step of the int32 bias: input scale times weight scale, ``[C]``, float64.
+
+        Args:
+            before: the quantizer before the layer, by default that of its first call.
         """
+        before = self.input_quantizer[0] if before is None else before
         scale = self.weight_scale(self.masked_weight()).detach().flatten().double()
-        return (
-            self.input_quantizer[0] if before is None else before
-        ).current_scale().detach().double() * scale
+        return before.current_scale().detach().double() * scale
 
 
 class Conv1d(Layer, nn.Conv1d):  # type: ignore[misc]
@@ -168,15 +178,17 @@ LAYER_OF: dict[type[nn.Module], type[Layer]] = {
 
 
 def is_layer(module: nn.Module | None) -> bool:
-    """Whether ``module`` is a conv or linear that can be pruned and quantized, turned into a
-    ``Layer`` or not yet.
+    """Whether ``module`` is a conv or linear that can be pruned and quantized.
+
+    It may be a ``Layer`` already or not yet.
     """
     return isinstance(module, Layer) or type(module) in LAYER_OF
 
 
 def as_layer(module: nn.Module) -> Layer:
-    """Turns a conv or linear of ``torch.nn`` into the ``Layer`` of its kind, in place; a ``Layer``
-    is left as it is.
+    """Turns a conv or linear of ``torch.nn`` into the ``Layer`` of its kind, in place.
+
+    A ``Layer`` stays as it is.
     """
     if not isinstance(module, Layer):
         module.__class__ = LAYER_OF[type(module)]

@@ -11,7 +11,7 @@ from qat_tricks.numerics import ActivationQuantizer, WeightQuantizer
 
 @contextmanager
 def evaluating(*networks: nn.Module) -> Iterator[None]:
-    """Puts ``networks`` into evaluation mode, and each of their modules back into its own mode after."""
+    """Puts ``networks`` into evaluation mode, and afterwards each module back into its own mode."""
     modes = [(module, module.training) for network in networks for module in network.modules()]
     try:
         for network in networks:
@@ -24,9 +24,7 @@ def evaluating(*networks: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unrounded_sums(network: nn.Module) -> Iterator[None]:
-    """Within it the layers of ``network`` hand out their sums as they are, for a quantizer to
-    round.
-    """
+    """Lets the layers of ``network`` hand out their sums as they are, for a quantizer to round."""
     quantized = list(layers(network).values())
     try:
         for layer in quantized:
@@ -39,8 +37,9 @@ def unrounded_sums(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def float_mode(network: nn.Module) -> Iterator[None]:
-    """Within it every quantizer of ``network`` lets its values through as they are: the float
-    function, masks applied.
+    """Lets every quantizer of ``network`` pass its values on as they are.
+
+    The network then computes its float function, with masks applied.
     """
     quantizers = [
         m for m in network.modules() if isinstance(m, (ActivationQuantizer, WeightQuantizer))

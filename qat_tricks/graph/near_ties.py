@@ -7,98 +7,84 @@ and to the other by the next, whose ``exp`` ends in another last bit. Every acti
 input then differs by a step. A scale that is larger by some 0.00001 has no such value.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn import functional as F
+from torch import Tensor, fx
 
 from qat_tricks.graph import nodes as n
+from qat_tricks.graph.grids import grids_of
 from qat_tricks.graph.trace import module_of
 from qat_tricks.numerics import ActivationQuantizer
 
 MARGIN = 2e-6  # of a value in steps, and of a step: some 16 units in the last place
 STEP, TRIES = 1e-5, 50  # relative changes of a scale that are tried, on both sides
 PASSES = 3  # one function's output is another's input
-_FUNCTIONS: set[Any] = {
-    nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.GELU, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.Mish,
-    nn.Softplus, nn.Hardtanh, nn.ReLU, nn.ReLU6,
-    F.silu, F.hardswish, F.hardsigmoid, F.gelu, F.sigmoid, F.tanh, F.leaky_relu, F.elu, F.celu, F.selu, F.mish, F.softplus,
-    F.hardtanh, F.relu, F.relu6, torch.sigmoid, torch.tanh, torch.relu, torch.exp, torch.square,
-    "sigmoid", "tanh", "relu", "exp", "square",
-}  # fmt: skip
+
+Table = Callable[[], Tensor]
+"""Computes all values that a function can have behind a grid, float64, ``[values]``."""
 
 
 @torch.no_grad()
 def avoid_rounding_ties(traced: fx.GraphModule) -> list[str]:
-    """Changes, by at most ``STEP * TRIES``, each scale at which a runtime could round a function's
-    value otherwise.
+    """Changes each scale at which runtimes could round a function's value to different steps.
 
-    Only quantizers behind a function of one tensor that is itself on a grid; nothing where none of
-    the scales tried is free of such values. Returns the names of the quantizers changed.
+    Only quantizers behind a function of one tensor that is itself on a grid are changed, by at most
+    ``STEP * TRIES``. A scale stays if none of those tried is free of such values.
+
+    Returns:
+        The names of the quantizers changed.
     """
     changed: dict[str, None] = {}
     for _ in range(PASSES):
-        moved = [
-            name
-            for name, tables in _tables(traced).items()
-            if _settle(traced.get_submodule(name), tables)
-        ]
+        moved = []
+        for name, tables in _tables(traced).items():
+            quantizer = traced.get_submodule(name)
+            assert isinstance(quantizer, ActivationQuantizer)
+            if tables and _move_off_ties(quantizer, tables):
+                moved.append(name)
         changed.update(dict.fromkeys(moved))
         if not moved:
             break
     return list(changed)
 
 
-def _tables(traced: fx.GraphModule) -> dict[str, list[Callable[[], Tensor]]]:
-    """Of each quantizer by name, what computes the values that each function before it can have."""
-    tables: dict[str, list[Callable[[], Tensor]]] = {}
+def _tables(traced: fx.GraphModule) -> dict[str, list[Table]]:
+    """For each quantizer by name, the tables of the functions before it."""
+    tables: dict[str, list[Table]] = {}
     for node in traced.graph.nodes:
         quantizer = module_of(node, traced)
-        if not isinstance(quantizer, ActivationQuantizer) or not (
-            quantizer.enabled and quantizer.is_calibrated
-        ):
+        if not isinstance(quantizer, ActivationQuantizer) or not quantizer.is_on:
             continue
-        chain: list[fx.Node] = []
-        source = node.all_input_nodes[0]
-        while len(source.all_input_nodes) == 1 and _is_function(source, traced):
-            chain.insert(0, source)
-            source = source.all_input_nodes[0]
-        grids = _grids(source, traced) if chain else []
+        chain, source = _functions_before(node, traced)
+        # Without a function the values are steps of another grid, and libraries agree on them.
+        grids = grids_of(source, traced, accepts=lambda grid: grid.is_on) if chain else ()
         tables.setdefault(str(node.target), []).extend(
             _table(traced, chain, source, grid) for grid in grids
         )
     return tables
 
 
-def _is_function(node: fx.Node, traced: fx.GraphModule) -> bool:
-    with_number = (
-        n.is_arithmetic(node)
-        and not node.kwargs
-        and all(isinstance(arg, fx.Node | int | float) for arg in node.args)
-    )
-    return n.calls(node, traced, _FUNCTIONS) or with_number
-
-
-def _grids(source: fx.Node, traced: fx.GraphModule) -> list[ActivationQuantizer]:
-    """The quantizers on whose grids the values of ``source`` are, or none if some are on none."""
-    module = module_of(source, traced)
-    if isinstance(module, ActivationQuantizer):
-        return [module] if module.enabled and module.is_calibrated else []
-    if n.is_cat(source, traced):
-        parts = [_grids(part, traced) for part in source.all_input_nodes]
-        return [grid for part in parts for grid in part] if all(parts) else []
-    return _grids(source.all_input_nodes[0], traced) if n.is_passthrough(source, traced) else []
+def _functions_before(node: fx.Node, traced: fx.GraphModule) -> tuple[list[fx.Node], fx.Node]:
+    """The functions of one tensor before ``node``, in order, and the tensor they begin with."""
+    chain: list[fx.Node] = []
+    source = node.all_input_nodes[0]
+    while n.is_function_of_one(source, traced):
+        chain.insert(0, source)
+        source = source.all_input_nodes[0]
+    return chain, source
 
 
 def _table(
-    traced: fx.GraphModule, chain: list[fx.Node], source: fx.Node, grid: ActivationQuantizer
-) -> Callable[[], Tensor]:
+    traced: fx.GraphModule, chain: Sequence[fx.Node], source: fx.Node, grid: ActivationQuantizer
+) -> Table:
+    """The table of ``chain``, which begins with ``source``, whose values are on ``grid``."""
+
     def values() -> Tensor:
         first, last = grid.steps
         integers = torch.arange(first, last + 1, device=grid.scale.device)
         interpreter = fx.Interpreter(traced)
+        # In the shape of an image, which some functions ask for.
         interpreter.env[source] = (integers * grid.current_scale()).view(1, -1, 1, 1)
         for node in chain:
             interpreter.env[node] = interpreter.run_node(node)
@@ -107,22 +93,26 @@ def _table(
     return values
 
 
-def _settle(quantizer: Any, tables: list[Callable[[], Tensor]]) -> bool:
-    """Moves ``quantizer`` to the closest scale at which no value of ``tables`` is in doubt, and
-    returns whether it moved.
+def _move_off_ties(quantizer: ActivationQuantizer, tables: Sequence[Table]) -> bool:
+    """Moves ``quantizer`` to the closest scale at which no value of ``tables`` is in doubt.
+
+    Returns:
+        Whether it moved.
     """
-    if not tables or quantizer.cap < float("inf"):
+    if quantizer.cap < float("inf"):  # the cap decides the scale
         return False
     values = torch.cat([table() for table in tables])
     scale = quantizer.current_scale()
     low, high = quantizer.steps
     for attempt in range(2 * TRIES + 1):
-        tried = scale * (1 + STEP * ((attempt + 1) // 2) * (-1) ** attempt)
-        steps = values / tried.double()
+        # 0, -1, 1, -2, 2 and so on: the closest first, on both sides by turns
+        change = STEP * ((attempt + 1) // 2) * (-1) ** attempt
+        changed = scale * (1 + change)
+        steps = values / changed.double()
         steps = steps[(steps > low - 1) & (steps < high + 1)]  # the others are clamped
-        in_doubt = ((steps - steps.floor() - 0.5).abs() < MARGIN * (steps.abs() + 1)).any()
-        if not in_doubt:
-            if attempt:
-                quantizer.scale.copy_(tried)
+        distance = (steps - steps.floor() - 0.5).abs()
+        if not (distance < MARGIN * (steps.abs() + 1)).any():
+            if attempt > 0:
+                quantizer.scale.copy_(changed)
             return attempt > 0
     return False

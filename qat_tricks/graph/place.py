@@ -1,10 +1,10 @@
 """Where quantizers go: where an integer kernel has them, and nowhere else.
 
-On the network's inputs, on the output of each conv and linear (after its BatchNorm and ReLU), of
-residual adds, products and average pools, and on whatever else feeds a conv or linear. Inputs of a
-concat share one quantizer, unless only some of them come from a ReLU. Operations that only move
-values need none, and what depends on no image is left alone: a runtime works it out once. The last
-linear's output stays float: the integer kernel hands out float logits.
+They go on the network's inputs, on the output of each conv and linear (after its BatchNorm and
+ReLU), of residual adds, products and average pools, and on whatever else feeds a conv or linear.
+Inputs of a concat share one quantizer, unless only some of them come from a ReLU. Operations that
+only move values need none. What depends on no image stays as it is: a runtime works it out once.
+The last linear's output stays float: the integer kernel hands out float logits.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -17,121 +17,94 @@ from torch import fx
 from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.layers import as_layer
-from qat_tricks.graph.spec import insert_quantizers, spec_of
+from qat_tricks.graph.quantize_settings import QuantizeSettings, settings_with
+from qat_tricks.graph.spec import spec_of
+from qat_tricks.graph.surgery import insert_quantizers
 from qat_tricks.numerics.scheme import Scheme, activation_scheme, weight_scheme
 
-_OVERRIDES = ("weight_bits", "activation_bits")
+
+@dataclass(frozen=True, kw_only=True)
+class _LayerBits:
+    """The bits of one layer."""
+
+    weight: int
+    input: int  # of the tensor that the layer takes
 
 
-@dataclass
-class _Point:
-    """A tensor that gets a quantizer: the node that makes it, and the bits its consumers ask for."""
+@dataclass(eq=False)
+class _Group:
+    """Tensors that share one quantizer."""
 
-    node: fx.Node
-    bits: list[int] = field(default_factory=list)
+    # The nodes that make them, each with the bits that the layers behind it ask for.
+    bits: dict[fx.Node, list[int]] = field(default_factory=dict)
 
 
 def place_quantizers(
-    traced: fx.GraphModule,
-    *,
-    weight_bits: int = 8,
-    activation_bits: int = 8,
-    first_last_bits: int | None = 8,
-    include: Sequence[str] = ("*",),
-    exclude: Sequence[str] = (),
-    overrides: Mapping[str, Mapping[str, int]] | None = None,
-    activations: str | None = None,
+    traced: fx.GraphModule, settings: QuantizeSettings | None = None, **changes: Any
 ) -> fx.GraphModule:
     """Inserts quantizers into ``traced`` and records them in its spec.
 
     Args:
         traced: a traced network without quantizers.
-        weight_bits: bits of the weights, 2 to 8.
-        activation_bits: bits of the activations, 2 to 8.
-        first_last_bits: bits of the weights and inputs of the last layer and of the first that each
-            input of the network reaches; None leaves them as the others.
-        include: name patterns (``fnmatch``) of the convs and linears to quantize.
-        exclude: name patterns of those to leave in float.
-        overrides: ``{pattern: {"weight_bits": …, "activation_bits": …}}``; ``activation_bits`` is
-            that of the layer's input.
-        activations: ``unsigned_affine`` (by default), ``signed_affine`` or ``signed_symmetric``.
+        settings: by default those of ``QuantizeSettings``.
+        changes: fields of ``QuantizeSettings`` to change in ``settings``, as ``weight_bits=4``.
 
     Raises:
-        QatTricksError: a pattern matches no layer, bits outside 2..8, an unknown override or kind
-            of activations, or nothing is left to quantize.
+        QatTricksError: settings that are not allowed, a pattern that matches no layer, or nothing
+            is left to quantize.
     """
-    fed = [node for node in traced.graph.nodes if n.depends_on_images(node)]
-    calls = [node for node in fed if n.calls_layer(node, traced)]
-    names = list(dict.fromkeys(str(node.target) for node in calls))
-    overrides = overrides or {}
-    for pattern, given in overrides.items():
-        for key in given:
-            if key not in _OVERRIDES:
-                raise QatTricksError(
-                    f'override "{pattern}" has no setting "{key}": {did_you_mean(key, _OVERRIDES)}'
-                )
-    _check_patterns([*include, *exclude, *overrides], names)
-    chosen = [name for name in names if _matches(name, include) and not _matches(name, exclude)]
-    if not chosen:
+    settings = settings_with(settings, changes)
+    from_images = n.nodes_from_images(traced)
+    layer_bits = _bits_of_layers(traced, settings, from_images)
+    groups = _tensors_to_quantize(traced, layer_bits, from_images)
+
+    # Surgery inserts what the spec says, here and when a checkpoint is rebuilt.
+    spec = spec_of(traced)
+    spec["layers"] = {**spec.get("layers", {})}
+    for name, bits in layer_bits.items():
+        spec["layers"].setdefault(name, {})["weight"] = weight_scheme(bits.weight).as_dict()
+        as_layer(traced.get_submodule(name))
+    scheme = activation_scheme(settings.activation_bits, settings.activations)
+    spec["activations"] = _describe(traced, groups, scheme)
+    insert_quantizers(traced)
+    return traced
+
+
+def _bits_of_layers(
+    traced: fx.GraphModule, settings: QuantizeSettings, from_images: Collection[fx.Node]
+) -> dict[str, _LayerBits]:
+    """The layers to quantize by name, in the order of the graph."""
+    names = list(
+        dict.fromkeys(
+            str(node.target)
+            for node in traced.graph.nodes
+            if node in from_images and n.calls_layer(node, traced)
+        )
+    )
+    _check_patterns([*settings.include, *settings.exclude, *settings.overrides], names)
+    included = [
+        name
+        for name in names
+        if _matches(name, settings.include) and not _matches(name, settings.exclude)
+    ]
+    if not included:
         raise QatTricksError(
             "no conv or linear layer is left to quantize: widen include or narrow exclude"
         )
-
-    weights = dict.fromkeys(chosen, weight_bits)
-    inputs = dict.fromkeys(chosen, activation_bits)
-    if first_last_bits is not None:
-        for end in {*_first_layers(traced), names[-1]} & set(chosen):
-            weights[end] = inputs[end] = first_last_bits
-    for pattern, given in overrides.items():
-        for name in chosen:
+    # Coarse steps harm the first and the last layer most, and those are few.
+    ends = {*_first_layers(traced), names[-1]} if settings.first_last_bits is not None else set()
+    layer_bits = {}
+    for name in included:
+        weight, input_ = settings.weight_bits, settings.activation_bits
+        if name in ends and settings.first_last_bits is not None:
+            weight = input_ = settings.first_last_bits
+        # Of several patterns that match, the last that sets a number counts.
+        for pattern, changes in settings.overrides.items():
             if fnmatchcase(name, pattern):
-                weights[name] = given.get("weight_bits", weights[name])
-                inputs[name] = given.get("activation_bits", inputs[name])
-
-    points: dict[fx.Node, _Point] = {}
-    # each point's representative; concatenated points have the same one
-    groups: dict[fx.Node, fx.Node] = {}
-
-    mixed = {
-        node for node in traced.graph.nodes if n.is_cat(node, traced) and _is_mixed(node, traced)
-    }
-
-    def require(node: fx.Node, bits: int | None) -> None:
-        sources = _sources(node, traced, mixed)
-        for source in sources:
-            point = points.setdefault(source, _Point(source))
-            groups.setdefault(source, source)
-            if bits is not None:
-                point.bits.append(bits)
-        for source in sources[1:]:
-            _merge(groups, sources[0], source)
-
-    for node in fed:
-        is_chosen = (
-            node.op == "call_module" and node.target in weights and n.calls_layer(node, traced)
-        )
-        if is_chosen:
-            require(node.all_input_nodes[0], inputs[node.target])
-        elif n.is_integer_op(node, traced) or node in mixed:
-            for operand in node.all_input_nodes:
-                if n.is_tensor(operand) and operand.op != "get_attr":
-                    require(operand, None)
-        else:
-            continue
-        if not (is_chosen and _is_final_linear(node, traced)):
-            require(_with_activation(node, traced), None)
-
-    spec = spec_of(traced)
-    spec["layers"] = {**spec.get("layers", {})}
-    for name, bits in weights.items():
-        spec["layers"].setdefault(name, {})["weight"] = weight_scheme(bits).as_dict()
-    spec["activations"] = _describe(
-        traced, points, groups, activation_scheme(activation_bits, activations)
-    )
-    for name in weights:
-        as_layer(traced.get_submodule(name))
-    insert_quantizers(traced)
-    return traced
+                weight = changes.get("weight_bits", weight)
+                input_ = changes.get("activation_bits", input_)
+        layer_bits[name] = _LayerBits(weight=weight, input=input_)
+    return layer_bits
 
 
 def _first_layers(traced: fx.GraphModule) -> Iterator[str]:
@@ -160,11 +133,60 @@ def _check_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:
             )
 
 
+def _tensors_to_quantize(
+    traced: fx.GraphModule,
+    layer_bits: Mapping[str, _LayerBits],
+    from_images: Collection[fx.Node],
+) -> list[_Group]:
+    """The tensors that integer kernels take and make, in groups that share a quantizer."""
+    mixed = {
+        node for node in traced.graph.nodes if n.is_cat(node, traced) and _is_mixed(node, traced)
+    }
+    uses = n.uses_of_weights(traced)
+    group_of: dict[fx.Node, _Group] = {}
+
+    def require(node: fx.Node, bits: int | None = None) -> None:
+        """Puts the values of ``node`` on one grid of at least ``bits`` bits."""
+        sources = _sources(node, traced, mixed)
+        # A concat has several sources, and one kernel reads them all: they share a grid.
+        for source in sources:
+            group = group_of.setdefault(source, _Group({source: []}))
+            group.bits[source] += [] if bits is None else [bits]
+        for source in sources[1:]:
+            _merge(group_of, sources[0], source)
+
+    for node in traced.graph.nodes:
+        if node not in from_images:
+            continue
+        if n.calls_layer(node, traced) and node.target in layer_bits:
+            require(node.all_input_nodes[0], layer_bits[str(node.target)].input)
+            # Without a quantizer behind it, a conv would be computed in float.
+            if not _is_final_linear(node, traced):
+                require(_with_activation(node, traced, uses))
+        elif n.is_integer_op(node, traced) or node in mixed:
+            for operand in node.all_input_nodes:
+                # A parameter is not rounded: a runtime stores it as it is.
+                if n.is_tensor(operand) and operand.op != "get_attr":
+                    require(operand)
+            require(_with_activation(node, traced, uses))
+    return list(dict.fromkeys(group_of.values()))
+
+
+def _merge(group_of: dict[fx.Node, _Group], node: fx.Node, other: fx.Node) -> None:
+    """Makes one group of those of two tensors."""
+    group, absorbed = group_of[node], group_of[other]
+    if group is absorbed:
+        return
+    group.bits |= absorbed.bits
+    for member in absorbed.bits:
+        group_of[member] = group
+
+
 def _sources(
     node: fx.Node, traced: fx.GraphModule, apart: Collection[fx.Node] = ()
 ) -> list[fx.Node]:
-    """The nodes whose values those of ``node`` are: itself, or what lies before operations that
-    only move values.
+    """The nodes that make the values of ``node``: itself, or those before operations that only move
+    values.
 
     Concats in ``apart`` have a grid of their own.
     """
@@ -178,31 +200,35 @@ def _sources(
 
 
 def _is_mixed(cat: fx.Node, traced: fx.GraphModule) -> bool:
-    """Whether ``cat`` joins tensors behind a ReLU with others: one grid for all could not stand in
-    for the ReLU, and the conv before it would be left without an integer kernel. Each then has its
-    own grid, and the concat brings them onto another.
+    """Whether ``cat`` joins tensors behind a ReLU with others.
+
+    One grid for all could not stand in for the ReLU, and the conv before it would be left without
+    an integer kernel. So each has a grid of its own, and the concat brings them onto another.
     """
     return len({_absorbable(source, traced) for source in _sources(cat, traced)}) > 1
 
 
-def _with_activation(node: fx.Node, traced: fx.GraphModule) -> fx.Node:
-    """The node to quantize for the output of ``node``: after the BatchNorm, ReLU or ReLU6 that
-    alone uses it.
+def _with_activation(node: fx.Node, traced: fx.GraphModule, uses: n.Uses) -> fx.Node:
+    """The node to quantize for the output of ``node``.
+
+    It is the BatchNorm, ReLU or ReLU6 behind ``node`` where nothing else reads ``node``.
     """
-    after = (
-        n.only_user(node, lambda user: n.folds_into(user, traced) == [node] == user.all_input_nodes)
-        or node
-    )
+
+    def folds_directly(user: fx.Node) -> bool:
+        return user.all_input_nodes == [node] and n.folds_into(user, traced, uses) == [node]
+
+    after = n.only_user(node, folds_directly) or node
     last = after
-    # gone once deployed
+    # Dropout between the two is gone once deployed.
     while dropout := n.only_user(last, lambda user: n.is_dropout(user, traced)):
         last = dropout
     return n.only_user(last, lambda user: n.activation_of(user, traced) is not None) or after
 
 
 def _is_final_linear(node: fx.Node, traced: fx.GraphModule) -> bool:
-    """Whether ``node`` is a linear whose output is the network's: integer kernels hand that out in
-    float.
+    """Whether ``node`` is a linear whose output is the network's.
+
+    Integer kernels hand that out in float.
     """
     if not hasattr(traced.get_submodule(str(node.target)), "in_features"):
         return False
@@ -215,32 +241,21 @@ def _is_final_linear(node: fx.Node, traced: fx.GraphModule) -> bool:
     return False
 
 
-def _merge(groups: dict[fx.Node, fx.Node], a: fx.Node, b: fx.Node) -> None:
-    target, gone = groups[a], groups[b]
-    for node, representative in groups.items():
-        if representative is gone:
-            groups[node] = target
+def _describe(traced: fx.GraphModule, groups: Sequence[_Group], default: Scheme) -> dict[str, Any]:
+    """The quantizers as plain data: ``{name: {"scheme", "activation", "nodes"}}``.
 
-
-def _describe(
-    traced: fx.GraphModule,
-    points: Mapping[fx.Node, _Point],
-    groups: Mapping[fx.Node, fx.Node],
-    default: Scheme,
-) -> dict[str, Any]:
-    """The quantizers as plain data: ``{name: {"scheme", "activation", "nodes"}}``."""
+    They stand in the order of the graph, and each is called after its first node.
+    """
+    position = {node: index for index, node in enumerate(traced.graph.nodes)}
+    members_of = {group: sorted(group.bits, key=position.__getitem__) for group in groups}
     described: dict[str, Any] = {}
-    order = {node: i for i, node in enumerate(traced.graph.nodes)}
-    for representative in dict.fromkeys(
-        groups[node] for node in sorted(points, key=order.__getitem__)
-    ):
-        members = sorted(
-            (node for node in points if groups[node] is representative), key=order.__getitem__
-        )
+    for group in sorted(groups, key=lambda group: position[members_of[group][0]]):
+        members = members_of[group]
         activations = {_absorbable(node, traced) for node in members}
-        bits = [bits for node in members for bits in points[node].bits]
+        # Of several layers that read a tensor, the one that asks for the most bits decides.
+        bits = max((bits for asked in group.bits.values() for bits in asked), default=default.bits)
         described[members[0].name] = {
-            "scheme": replace(default, bits=max(bits, default=default.bits)).as_dict(),
+            "scheme": replace(default, bits=bits).as_dict(),
             # One grid for several tensors stands in for their ReLU only if each of them has it.
             "activation": activations.pop() if len(activations) == 1 else None,
             "nodes": [node.name for node in members],

@@ -1,5 +1,6 @@
-"""From the user's network to a ``torch.fx.GraphModule`` whose submodule names, and so checkpoint
-keys, stay the user's.
+"""From the user's network to a ``torch.fx.GraphModule``.
+
+The names of submodules, and so the keys of checkpoints, stay the user's.
 """
 
 import operator
@@ -15,27 +16,31 @@ from torch import fx, nn
 from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.graph import attention
 from qat_tricks.graph.functional import functions_to_modules
+from qat_tricks.graph.modes import evaluating
+from qat_tricks.graph.operations import entries_for
 
 
 class Tracer(fx.Tracer):
-    """Keeps whole every module that behaves differently in training: traced through, it would be
-    frozen in one mode.
+    """Does not trace through a module that behaves differently in training.
+
+    Traced through, it would be frozen in one mode.
 
     Attributes:
-        whole: name patterns of other modules to keep whole.
+        untraced: name patterns of other modules that it does not trace through.
         culprit: the innermost module that could not be traced.
     """
 
-    def __init__(self, whole: Sequence[str] = ()) -> None:
+    def __init__(self, untraced: Sequence[str] = ()) -> None:
         super().__init__()
-        self.whole = whole
+        self.untraced = untraced
         self.culprit: str | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if super().is_leaf_module(m, module_qualified_name) or any(
-            fnmatchcase(module_qualified_name, p) for p in self.whole
+            fnmatchcase(module_qualified_name, p) for p in self.untraced
         ):
             return True
+        # A module with parts or parameters is traced through: surgery has to reach them.
         has_parts = any(True for _ in m.children()) or any(
             True for _ in m.parameters(recurse=False)
         )
@@ -52,18 +57,20 @@ class Tracer(fx.Tracer):
                 return attention.attend_in_windows(m, *args, **kwargs)
             return super().call_module(m, forward, args, kwargs)
         except Exception:
+            # The error passes the innermost module first.
             self.culprit = self.culprit or self.path_of_module(m)
             raise
 
 
-def trace(network: nn.Module, whole: Sequence[str] = ()) -> fx.GraphModule:
-    """Returns ``network`` as a graph module that shares its parameters; a graph module of ours is
-    returned as it is.
+def trace(network: nn.Module, untraced: Sequence[str] = ()) -> fx.GraphModule:
+    """Returns ``network`` as a graph module that shares its parameters.
+
+    A network that was traced here before is returned as it is.
 
     Args:
         network: takes images, or several inputs, and yields logits.
-        whole: name patterns (``fnmatch``) of submodules to keep as they are, in float: what they do
-            is not looked at.
+        untraced: name patterns (``fnmatch``) of submodules to keep as they are, in float: what they
+            do is not looked at.
 
     Raises:
         QatTricksError: the network's control flow depends on the values of its inputs (names the
@@ -72,40 +79,37 @@ def trace(network: nn.Module, whole: Sequence[str] = ()) -> fx.GraphModule:
     if isinstance(network, fx.GraphModule) and "qat_tricks" in network.meta:
         return network
     names = [name for name, _ in network.named_modules() if name]
-    for pattern in whole:
+    for pattern in untraced:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise QatTricksError(
-                f'whole: pattern "{pattern}" matches no submodule: {did_you_mean(pattern, names)}'
+                f'untraced: pattern "{pattern}" matches no submodule: '
+                f"{did_you_mean(pattern, names)}"
             )
-    tracer = Tracer(whole)
+    tracer = Tracer(untraced)
     was_training = network.training
-    network.eval()  # auxiliary heads and stochastic branches belong to training only
     try:
-        graph = tracer.trace(network)
+        with evaluating(network):  # auxiliary heads and stochastic branches belong to training only
+            graph = tracer.trace(network)
     except Exception as error:  # whatever user code raises when it meets a proxy
-        part = f'keep that part in float with whole=["{tracer.culprit}"]'
+        part = f'keep that part in float with untraced=["{tracer.culprit}"]'
         way_out = part if tracer.culprit else "hand over the part that can be"
         raise QatTricksError(
             f"{type(network).__name__} cannot be traced: {_user_line(error)}: "
             f"{_first_line(error)}; mend that line so that it does not depend on the values or the "
             f"shape of the input, or {way_out}"
         ) from error
-    finally:
-        network.train(was_training)
     traced = fx.GraphModule(network, graph, class_name=type(network).__name__)
     _dropout_to_modules(traced)
     _erase_assertions(traced)
     _erase_identities(traced)
     functions_to_modules(traced, network)
-    traced.train(was_training)
-    traced.meta["qat_tricks"] = {"whole": list(whole)} if whole else {}
+    traced.train(was_training)  # also the modules that tracing has added
+    traced.meta["qat_tricks"] = {"untraced": list(untraced)} if untraced else {}
     return traced
 
 
 def _user_line(error: BaseException) -> str:
-    """``file:line "code"`` of the innermost frame that belongs neither to torch nor to this
-    package.
-    """
+    """``file:line "code"`` of the innermost frame outside of torch and of this package."""
     own = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
     frames = [
         f
@@ -121,35 +125,28 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-_DROPOUTS: dict[object, type[nn.Module]] = {
-    nn.functional.dropout: nn.Dropout,
-    nn.functional.dropout2d: nn.Dropout2d,
-    nn.functional.dropout3d: nn.Dropout3d,
-    nn.functional.alpha_dropout: nn.AlphaDropout,
-}
-
-
 def _dropout_to_modules(traced: fx.GraphModule) -> None:
-    """Turns functional dropout, traced with ``training=False``, into modules that follow
-    ``train()`` and ``eval()``.
+    """Turns functional dropout into modules, which follow ``train()`` and ``eval()``.
+
+    It was traced with ``training=False`` and would stay so.
     """
     for node in list(traced.graph.nodes):
-        if node.op == "call_function" and node.target in _DROPOUTS:
+        dropout = _dropout_module(node.target) if node.op == "call_function" else None
+        if dropout is not None:
             p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
-            replace_with_module(
-                traced,
-                node,
-                f"dropouts.{node.name}",
-                _DROPOUTS[node.target](p),
-                node.all_input_nodes[:1],
-            )
+            name = f"dropouts.{node.name}"
+            replace_with_module(traced, node, name, dropout(p), node.all_input_nodes[:1])
     traced.recompile()
 
 
+def _dropout_module(function: Any) -> type[nn.Module] | None:
+    """The module class of the entry that ``function`` is a dropout of, or None."""
+    calls = [call for entry in entries_for(function) if entry.is_dropout for call in entry.calls]
+    return next((call for call in calls if isinstance(call, type)), None)
+
+
 def _erase_assertions(traced: fx.GraphModule) -> None:
-    """Takes out checks of shapes, which have held while tracing, and what was worked out for them
-    alone.
-    """
+    """Takes out checks of shapes, which held while tracing, and the numbers that only they read."""
     for node in reversed(list(traced.graph.nodes)):
         is_read = node.target is getattr or node.target in (operator.eq, operator.ne)
         if (
@@ -161,9 +158,7 @@ def _erase_assertions(traced: fx.GraphModule) -> None:
 
 
 def _erase_identities(traced: fx.GraphModule) -> None:
-    """Takes out what returns its input: ``nn.Identity``, and additions of the number 0, with which
-    sums over branches begin.
-    """
+    """Takes out ``nn.Identity``, and additions of the number 0, with which ``sum`` begins."""
     for node in list(traced.graph.nodes):
         adds_zero = node.target in (operator.add, operator.iadd) and any(
             isinstance(arg, int) and arg == 0 for arg in node.args
@@ -177,8 +172,17 @@ def _erase_identities(traced: fx.GraphModule) -> None:
 def replace_with_module(
     traced: fx.GraphModule, node: fx.Node, name: str, module: nn.Module, inputs: list[fx.Node]
 ) -> fx.Node:
-    """Puts a call of ``module``, added as submodule ``name``, in the place of ``node``; the caller
-    recompiles.
+    """Puts a call of ``module`` in the place of ``node``; the caller recompiles.
+
+    Args:
+        traced: the network; ``module`` becomes its submodule ``name``.
+        node: the node to replace.
+        name: of the submodule.
+        module: what is called instead.
+        inputs: the call's arguments.
+
+    Returns:
+        The call.
     """
     traced.add_submodule(name, module)
     with traced.graph.inserting_after(node):
@@ -194,7 +198,5 @@ def module_of(node: fx.Node, traced: fx.GraphModule) -> nn.Module | None:
 
 
 def layer_at(traced: fx.GraphModule, name: str) -> Any:
-    """The conv, linear or BatchNorm called ``name``; typed loosely, for its attributes differ by
-    kind.
-    """
+    """The conv, linear or BatchNorm called ``name``; ``Any``, for attributes differ by kind."""
     return traced.get_submodule(name)

@@ -1,4 +1,4 @@
-"""What tricks work on: a traced network, images to look at, and the float networks to compare with."""
+"""The workbench of tricks: a traced network, images, and float networks to compare with."""
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,9 +27,9 @@ class Workbench:
     Attributes:
         network: the traced network; tricks change it in place.
         reference: the float network with the structure of the quantized one (folded, equalized),
-            kept by ``quantize``.
-        loader: called with a number of images, yields batches of training images, at least so many
-            if there are.
+            a copy that ``quantize`` makes.
+        loader: called with a number of images, yields batches of training images: that number or
+            more, unless there are fewer.
         teacher: the float network as it came, for distillation.
         network_name: the attribute of the LightningModule that holds the network, if there is one.
         trains: whether training follows; without it a trick that acts gradually does all at once.
@@ -42,10 +42,11 @@ class Workbench:
         loader: Callable[[int], Iterable[Any]] | None = None,
         *,
         teacher: nn.Module | None = None,
-        whole: Sequence[str] = (),
+        untraced: Sequence[str] = (),
     ) -> None:
+        # Tracing may turn computed weights into parameters: the optimizer holds those from before.
         self.parameters_before = list(network.parameters())
-        self.network = trace(network, whole)
+        self.network = trace(network, untraced)
         self.loader = loader
         self.teacher = teacher
         self.network_name = ""
@@ -53,8 +54,10 @@ class Workbench:
         self._reference: fx.GraphModule | None = None
 
     def batches(self, num_images: int) -> list[Inputs]:
-        """The network's inputs for the first ``num_images`` images of the loader, on its device, in
-        batches.
+        """The network's inputs for the first ``num_images`` images of the loader.
+
+        Returns:
+            Batches, on the network's device; fewer images if the loader has fewer.
 
         Raises:
             QatTricksError: there is no loader, it is empty, its batches do not hold the inputs, or
@@ -117,24 +120,24 @@ class Workbench:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits of what a network yields: the tensor itself, ``"logits"`` or ``"out"`` of a
-    mapping or else its first value, or the first element of a tuple, behind which auxiliary heads
-    follow.
+    """The logits in the output of a network.
+
+    Args:
+        output: a tensor; a mapping with ``"logits"`` or ``"out"``, else its first value counts; or
+            a tuple that begins with the logits, behind which those of auxiliary heads follow.
 
     Raises:
         QatTricksError: there is no tensor in that place.
     """
-    chosen = output
+    logits = output
     if isinstance(output, Mapping) and output:
-        chosen = output[
-            next((key for key in ("logits", "out") if key in output), next(iter(output)))
-        ]
+        key = next((key for key in ("logits", "out") if key in output), next(iter(output)))
+        logits = output[key]
     elif isinstance(output, (list, tuple)) and output:
-        chosen = output[0]
-    if isinstance(chosen, Tensor):
-        return chosen
+        logits = output[0]
+    if isinstance(logits, Tensor):
+        return logits
     raise QatTricksError(
         f"a network that yields {type(output).__name__} has no logits: yield a tensor, a tuple "
-        "that begins with one, or a "
-        'mapping with "logits"'
+        'that begins with one, or a mapping with "logits"'
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from qat_tricks.deploy.cost.latency import MIN_RUNS
-from qat_tricks.deploy.targets import OPSET, fit_to_target, target_named
+from qat_tricks.deploy.targets import OPSET, target_named
 from qat_tricks.errors import QatTricksError
 from qat_tricks.settings.binding import Problems, make
 
@@ -168,7 +168,7 @@ def recipe_of(config: DictConfig) -> "StagedRecipe":
     assert target is not None
     for trick in recipe.tricks:
         if isinstance(trick, Quantize):
-            trick.settings = fit_to_target(trick.settings, target)
+            trick.settings = trick.settings.limited_to(target)
     everywhere: dict[str, Any] = {"max_drop": override.max_drop}
     in_training = {**everywhere, "epochs": override.epochs, "lr": override.lr}
     stages = []

@@ -1,7 +1,9 @@
 """Quantization schemes, fake-quant with straight-through gradients, learned step sizes and range
 estimators.
 
-Plain PyTorch: nothing here knows of graphs, Lightning or ONNX.
+Plain PyTorch: nothing here knows of graphs or Lightning. ``integer_kernels`` repeats the arithmetic
+of ONNX Runtime's kernels to the last bit, without importing it; everything else belongs to no
+runtime.
 """
 
 from qat_tricks.numerics.fake_quantize import fake_quantize, quantize_weight

@@ -19,11 +19,12 @@ from qat_tricks.numerics.scheme import Scheme
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """``clamp(round(x / scale), low, high) * scale`` with LSQ's gradients for ``x`` and ``scale``."""
+    """``clamp(round(x / scale), low, high) * scale`` with LSQ's gradients of both inputs."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
         steps = x / scale
+        # Only what this backward needs is kept: a scale that is not learned needs no output.
         out = _dequantize(torch.round(steps), scale, low, high)
         if ctx.needs_input_grad[1]:
             ctx.save_for_backward(steps, scale, out)
@@ -56,8 +57,9 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 class _RoundToGrid(torch.autograd.Function):
-    """``round(x / scale) * scale`` for values that never clip: the straight-through gradient is the
-    identity.
+    """``round(x / scale) * scale`` for values that never clip.
+
+    Its straight-through gradient is the identity.
     """
 
     @staticmethod
@@ -80,26 +82,21 @@ def _dequantize(
     return (rounded if low is None else rounded.clamp_(low, high)).mul_(scale)
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: int | Tensor, scheme: Scheme) -> Tensor:
-    """Quantizes and dequantizes ``x``; differentiable in ``x`` and, where it requires a gradient,
-    in ``scale``.
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: int, scheme: Scheme) -> Tensor:
+    """Quantizes and dequantizes ``x``.
+
+    It is differentiable in ``x`` and, where that requires a gradient, in ``scale``.
 
     Args:
         x: values of any shape and floating type; computed in float32 whatever autocast says.
         scale: float32, positive; of shape ``[]``, or broadcastable to ``x`` with one entry a
             channel.
-        zero_point: the integer that stands for 0.0; a tensor of the shape of ``scale`` where each
-            channel has its own.
+        zero_point: the integer that stands for 0.0.
         scheme: gives ``qmin`` and ``qmax``.
 
     Returns:
         float32 of the shape of ``x``, on the grid ``scale * (q - zero_point)``.
     """
-    if isinstance(zero_point, Tensor):
-        # Shifted by zero_point steps and back; autograd through the shift gives the affine scale
-        # its whole gradient.
-        shift = zero_point * scale
-        return _FakeQuantize.apply(x.float() + shift, scale, scheme.qmin, scheme.qmax) - shift
     return fake_quantize_between(x, scale, scheme.qmin - zero_point, scheme.qmax - zero_point)
 
 
@@ -109,8 +106,10 @@ def fake_quantize_between(x: Tensor, scale: Tensor, low: int, high: int) -> Tens
 
 
 def max_abs_scale(weight: Tensor, scheme: Scheme, channel_axis: int) -> Tensor:
-    """The scale with which nothing clips: ``max|w| / qmax``, shape ``[1, .., C, .., 1]`` (``[1,
-    ..]`` per tensor).
+    """The scale with which nothing clips: ``max|w| / qmax``.
+
+    Returns:
+        float32, ``[1, .., C, .., 1]``, or ``[1, ..]`` for a scheme of one scale a tensor.
     """
     dims = [d for d in range(weight.dim()) if not (scheme.per_channel and d == channel_axis)]
     largest = torch.linalg.vector_norm(
@@ -123,8 +122,16 @@ def max_abs_scale(weight: Tensor, scheme: Scheme, channel_axis: int) -> Tensor:
 def quantize_weight(
     weight: Tensor, scale: Tensor | None, scheme: Scheme, channel_axis: int = 0
 ) -> Tensor:
-    """Fake-quantizes a weight; with ``scale=None`` the scale follows the weight's own maximum and
-    nothing clips.
+    """Fake-quantizes a weight.
+
+    Args:
+        weight: of a conv or linear, output channels along ``channel_axis``.
+        scale: as in ``fake_quantize``; None: it follows the weight's maximum, and nothing clips.
+        scheme: symmetric.
+        channel_axis: the dimension that has a scale for each entry.
+
+    Returns:
+        float32 of the weight's shape.
     """
     if scale is None:
         return _RoundToGrid.apply(weight.float(), max_abs_scale(weight, scheme, channel_axis))

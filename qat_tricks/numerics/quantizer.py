@@ -19,16 +19,16 @@ from qat_tricks.numerics.scheme import Scheme
 class ActivationQuantizer(nn.Module):
     """Fake-quantizes one tensor of the network, and stands in for the ReLU or ReLU6 before it.
 
-    Clamping to ``steps`` *is* the ReLU. With ``zero_point == qmin``, as an affine grid has it, the
-    grid itself begins at 0.0 and an integer kernel clamps so by itself; a symmetric grid reaches
-    below, and only its upper half is used. A cap (ReLU6) is kept by never letting the range exceed
+    Clamping to ``steps`` *is* the ReLU. An affine grid has ``zero_point == qmin`` behind a ReLU: it
+    begins at 0.0, and an integer kernel clamps to it in any case. A symmetric grid reaches below
+    0.0, and only its upper half is used. The cap of a ReLU6 holds because the range never exceeds
     it.
 
     Attributes:
         scale: parameter of shape ``[]``, float32; trained only after ``learn_scales``.
         zero_point: buffer of shape ``[]``, int32; fixed by calibration.
-        enabled: when False, the activation function alone.
-        observer: while set, sees every value that passes while not enabled.
+        enabled: when False, only the activation function is computed.
+        observer: while it is set, it sees every value that passes while ``enabled`` is False.
     """
 
     def __init__(self, scheme: Scheme, *, activation: str | None = None) -> None:
@@ -37,6 +37,7 @@ class ActivationQuantizer(nn.Module):
         self.activation = activation
         self.enabled = True
         self.observer: RangeEstimator | None = None
+        # NaN until a range is set: a checkpoint so tells that it was saved before calibration.
         self.scale = nn.Parameter(torch.tensor(float("nan")), requires_grad=False)
         self.register_buffer("zero_point", torch.tensor(0, dtype=torch.int32))
         self.zero_point: Tensor
@@ -63,8 +64,9 @@ class ActivationQuantizer(nn.Module):
 
     @property
     def offset(self) -> int:
-        """The zero point as a number: reading the buffer would wait for the device, and break a
-        compiled graph.
+        """The zero point as a number.
+
+        Reading the buffer instead would wait for the device, and break a compiled graph.
         """
         assert self._zero_point is not None
         return self._zero_point
@@ -100,6 +102,7 @@ class ActivationQuantizer(nn.Module):
         """The scale in use: positive, and within the cap. Shape ``[]``."""
         if self.cap == float("inf"):
             return self.scale.clamp_min(1e-8)
+        # A learned scale may grow past the cap: there the range would no longer be ReLU6's.
         largest, _ = self.scheme.qparams(0.0, self.cap)
         return self.scale.clamp(1e-8, largest)
 
@@ -121,24 +124,23 @@ class ActivationQuantizer(nn.Module):
         return nn.functional.relu(x) if self.activation == "relu" else nn.functional.relu6(x)
 
     def refresh(self) -> None:
-        """Reads ``zero_point`` anew after something else wrote the buffers (a checkpoint, a
-        broadcast).
-        """
+        """Reads ``zero_point`` again after a checkpoint or a broadcast wrote the buffers."""
         self._zero_point = None if bool(torch.isnan(self.scale)) else int(self.zero_point)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        # On the meta device there are no values to read yet.
         if not self.scale.is_meta:
             self.refresh()
 
 
 class WeightQuantizer(nn.Module):
-    """Fake-quantizes a weight, one scale an output channel.
+    """Fake-quantizes a weight with one scale for each output channel.
 
     Attributes:
         scale: None while the scale follows the weight (``max|w| / qmax``: nothing clips, and the
-            gradient passes at no cost); a parameter of the weight's dimensions with one entry a
-            channel once it is its own.
+            gradient passes at no cost). Once the scale is its own, a parameter with one entry for
+            each channel and as many dimensions as the weight.
         enabled: whether the layer that holds this quantizer uses it.
     """
 
@@ -151,12 +153,14 @@ class WeightQuantizer(nn.Module):
         self.scale: nn.Parameter | None
 
     def extra_repr(self) -> str:
-        return f"bits={self.scheme.bits}, scale={'follows the weight' if self.scale is None else 'own'}"
+        origin = "follows the weight" if self.scale is None else "own"
+        return f"bits={self.scheme.bits}, scale={origin}"
 
     def current_scale(self, weight: Tensor) -> Tensor:
         """The scale in use, shape ``[1, .., C, .., 1]``, positive."""
         if self.scale is None:
             return max_abs_scale(weight, self.scheme, self.channel_axis)
+        # A learned scale may step past 0, and weights are divided by it.
         return self.scale.clamp_min(torch.finfo(torch.float32).tiny)
 
     def own_scale(self, weight: Tensor) -> nn.Parameter:
@@ -166,7 +170,12 @@ class WeightQuantizer(nn.Module):
         return self.scale
 
     def fit_mse(self, weight: Tensor, candidates: int = 80) -> None:
-        """Gives each channel the scale with the smallest squared rounding and clipping error."""
+        """Gives each channel the scale with the smallest squared error of rounding and clipping.
+
+        Args:
+            weight: the weight to fit, masked if it is pruned.
+            candidates: shares of the largest value that are tried, from 0.3 to 1.
+        """
         largest = max_abs_scale(weight, self.scheme, self.channel_axis)
         dims = [d for d in range(weight.dim()) if largest.shape[d] == 1]
         best, best_error = largest.clone(), torch.full_like(largest, float("inf"))
@@ -186,8 +195,9 @@ class WeightQuantizer(nn.Module):
             self.own_scale(weight).copy_(best)
 
     def forward(self, weight: Tensor, scale: Tensor | None = None) -> Tensor:
-        """Returns ``weight`` on the grid of ``scale``, by default the quantizer's own or the
-        weight's maximum.
+        """Returns ``weight`` on the grid of ``scale``.
+
+        By default that is the quantizer's own scale, or else the one of the weight's maximum.
         """
         if scale is None and self.scale is not None:
             scale = self.current_scale(weight)

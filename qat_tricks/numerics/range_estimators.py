@@ -1,4 +1,4 @@
-"""Range estimators: which ``[low, high]`` of a tensor's values the integers shall cover.
+"""Range estimators: they choose the range ``[low, high]`` of a tensor that the integers cover.
 
 Each observes batches one after the other and is asked once for the range. ``minmax`` and
 ``moving_average`` (Jacob et al. 2018, arXiv 1712.05877) keep extremes; ``percentile``, ``mse`` and
@@ -48,6 +48,7 @@ class MinMax:
     def _extend(self, low: float, high: float) -> None:
         self.low, self.high = min(self.low, low), max(self.high, high)
 
+    # By minimum and maximum, also for the moving average: a range that every rank agrees on.
     def merge(self, other: Self) -> None:
         self.low, self.high = min(self.low, other.low), max(self.high, other.high)
 
@@ -73,7 +74,7 @@ class MovingAverage(MinMax):
 
 
 class Histogram(MinMax):
-    """Extremes of all values, and a histogram over ``[-reach, reach]`` of a strided sample of them."""
+    """Extremes of all values, and a histogram of a strided sample over ``[-reach, reach]``."""
 
     bins = 4096
     sample = 65536  # values a batch at most; the extremes are always those of every value
@@ -121,8 +122,9 @@ class Histogram(MinMax):
 
 
 class Percentile(Histogram):
-    """Leaves out the rarest values: ``100 - percentile`` percent of the sample, at each end that
-    holds values.
+    """Leaves out the rarest values, ``100 - percentile`` percent of the sample at each end.
+
+    An end without values, such as the lower one behind a ReLU, loses none.
     """
 
     def __init__(self, percentile: float = 99.99) -> None:
@@ -135,7 +137,7 @@ class Percentile(Histogram):
 
     def range(self, scheme: Scheme) -> tuple[float, float]:
         low, high = super().range(scheme)
-        share = self.counts.cumsum(0) / self.counts.sum()
+        share = self.counts.cumsum(0) / self.counts.sum()  # of the sample up to each bin's end
         tail = 1 - self.percentile / 100
         first = int((share > tail).nonzero()[0])
         last = int((share >= 1 - tail).nonzero()[0])
@@ -145,7 +147,7 @@ class Percentile(Histogram):
 
 
 class MSE(Histogram):
-    """The range with the smallest mean squared error between the values and their quantized selves."""
+    """The range with the smallest mean squared error between values and quantized values."""
 
     candidates = 80
 
@@ -175,8 +177,9 @@ class MSE(Histogram):
 
 
 class KL(Histogram):
-    """The range whose quantized distribution diverges least from the values' own
-    (Kullback-Leibler).
+    """The range whose quantized distribution diverges least from that of the values.
+
+    The divergence is Kullback's and Leibler's.
     """
 
     candidates = 80
@@ -193,14 +196,15 @@ class KL(Histogram):
         levels = (torch.round(self.centers / scale) + zero_point).clamp_(
             scheme.qmin, scheme.qmax
         ).long() - scheme.qmin
+        # In scales: half a step beyond the outermost levels, values still round to them.
         first, last = scheme.qmin - zero_point - 0.5, scheme.qmax - zero_point + 0.5
         inside = (self.centers >= first * scale) & (self.centers <= last * scale)
         size = scheme.qmax - scheme.qmin + 1
-        # The reference distribution: what is clipped piles up in the outermost bin that is kept.
+        # The reference distribution: clipped values pile up in the outermost bin inside.
         reference = torch.where(inside, self.counts, 0.0)
-        kept = inside.nonzero().flatten()
-        reference[kept[0]] += self.counts[: int(kept[0])].sum()
-        reference[kept[-1]] += self.counts[int(kept[-1]) + 1 :].sum()
+        bins_inside = inside.nonzero().flatten()
+        reference[bins_inside[0]] += self.counts[: int(bins_inside[0])].sum()
+        reference[bins_inside[-1]] += self.counts[int(bins_inside[-1]) + 1 :].sum()
         # The quantized one knows only the values inside: each level's mass spread evenly over its
         # filled bins.
         filled = inside & (self.counts > 0)
@@ -219,8 +223,17 @@ class KL(Histogram):
 def _squared_errors(
     values: Tensor, counts: Tensor, lows: Tensor | float, highs: Tensor | float, scheme: Scheme
 ) -> Tensor:
-    """Squared error of quantizing ``values`` (``[B]``, weighted by ``counts``) for each candidate
-    range; ``[candidates]``.
+    """The squared error of quantizing ``values`` for each candidate range.
+
+    Args:
+        values: centers of bins, ``[bins]``.
+        counts: the weight of each, ``[bins]``.
+        lows: the ranges' lower ends, ``[candidates]``, or one for all.
+        highs: their upper ends, in the same way.
+        scheme: gives the integers.
+
+    Returns:
+        ``[candidates]``.
     """
     ranges = torch.stack(
         torch.broadcast_tensors(torch.as_tensor(lows), torch.as_tensor(highs)), dim=1

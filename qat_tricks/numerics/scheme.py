@@ -1,4 +1,4 @@
-"""A quantization scheme: how many bits, which integers, one scale or one a channel."""
+"""A quantization scheme: the integers, and whether each channel has a scale of its own."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -26,11 +26,7 @@ class Scheme:
     narrow_range: bool = False
 
     def __post_init__(self) -> None:
-        if (
-            isinstance(self.bits, bool)
-            or not isinstance(self.bits, int)
-            or not MIN_BITS <= self.bits <= MAX_BITS
-        ):
+        if not is_bits(self.bits):
             raise QatTricksError(
                 f"bits={self.bits!r} is not supported: give a whole number from {MIN_BITS} to "
                 f"{MAX_BITS}"
@@ -52,8 +48,9 @@ class Scheme:
         return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
 
     def qparams(self, low: float, high: float) -> tuple[float, int]:
-        """Returns ``(scale, zero_point)`` for values in ``[low, high]``; zero is always exactly
-        representable.
+        """Returns ``(scale, zero_point)`` for values in ``[low, high]``.
+
+        0.0 is always on the grid, so that padding and ReLU's zeros are exact.
         """
         low, high = min(low, 0.0), max(high, 0.0)
         if self.symmetric:
@@ -69,17 +66,24 @@ class Scheme:
         return asdict(self)
 
 
+def is_bits(bits: object) -> bool:
+    """Whether ``bits`` is a number of bits that integers here may have."""
+    if isinstance(bits, bool) or not isinstance(bits, int):
+        return False
+    return MIN_BITS <= bits <= MAX_BITS
+
+
 # A tensor that is always zero still needs a scale to divide by.
 SMALLEST_SCALE = 1e-8
 
 
 def weight_scheme(bits: int) -> Scheme:
-    """The scheme of weights: symmetric, one scale an output channel, narrow range."""
+    """The scheme of weights: symmetric, narrow range, one scale for each output channel."""
     return Scheme(bits=bits, symmetric=True, signed=True, per_channel=True, narrow_range=True)
 
 
-# What integers activations take: ONNX Runtime's kernels on x86 are fast on the first, TensorRT
-# takes the last alone.
+# Kinds of integers for activations. ONNX Runtime's kernels on x86 are fast only on the first;
+# TensorRT takes only the last.
 ACTIVATIONS: Mapping[str, Mapping[str, bool]] = {
     "unsigned_affine": {},
     "signed_affine": {"signed": True},
@@ -89,8 +93,11 @@ DEFAULT_ACTIVATIONS = "unsigned_affine"
 
 
 def activation_scheme(bits: int, activations: str | None = None) -> Scheme:
-    """The scheme of activations: one scale a tensor; ``activations`` is one of ``ACTIVATIONS``, by
-    default unsigned and affine.
+    """The scheme of activations, with one scale for a tensor.
+
+    Args:
+        bits: 2 to 8.
+        activations: one of ``ACTIVATIONS``; None: unsigned and affine.
 
     Raises:
         QatTricksError: bits outside 2..8, or unknown ``activations``.

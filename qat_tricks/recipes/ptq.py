@@ -39,7 +39,7 @@ def quantize(
             f'qat_tricks.recipe("{recipe}") to Trainer(callbacks=…), or set its epochs to 0'
         )
     float_copy = copy.deepcopy(net).eval()
-    work = Workbench(float_copy, lambda num_images: loader, whole=loaded.untraced)
+    work = Workbench(float_copy, lambda num_images: loader, untraced=loaded.untraced)
     for stage in loaded.stages:
         stage.apply(work)
     return work.network.eval()

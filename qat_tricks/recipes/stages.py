@@ -53,7 +53,7 @@ def run_stages(
     name = find_network(module, recipe.network)
     network = module.get_submodule(name)
     teacher = copy.deepcopy(network) if any(t.needs_teacher for t in recipe.tricks) else None
-    work = Workbench(network, teacher=teacher, whole=recipe.untraced)
+    work = Workbench(network, teacher=teacher, untraced=recipe.untraced)
     attach_workbench(module, work, name)
     for stage in recipe.stages:
         if stage.epochs == 0:

@@ -11,7 +11,7 @@ from torch import nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.files import write_tensors
-from qat_tricks.graph.spec import rebuild
+from qat_tricks.graph.surgery import rebuild
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.trainer.framework import package_of
 from qat_tricks.trainer.module import (

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph.spec import rebuild
+from qat_tricks.graph.surgery import rebuild
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.trainer.averaging import is_averaging, keep_grids
 from qat_tricks.trainer.calibration_images import network_inputs
@@ -156,7 +156,7 @@ class Session(Callback):
         before = list(network.parameters())
         if spec is not None:
             network = rebuild(network, spec)
-        work = Workbench(network, teacher=teacher, whole=self.untraced)
+        work = Workbench(network, teacher=teacher, untraced=self.untraced)
         work.parameters_before = before  # an optimizer made in ``__init__`` holds these
         return attach_workbench(pl_module, work, name)
 

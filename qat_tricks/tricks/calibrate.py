@@ -18,7 +18,8 @@ from qat_tricks.graph.integer_ops import Add
 from qat_tricks.graph.layers import activation_quantizers
 from qat_tricks.graph.modes import evaluating, float_mode
 from qat_tricks.graph.near_ties import avoid_rounding_ties
-from qat_tricks.graph.spec import QUANTIZERS, share_quantizer, spec_of
+from qat_tricks.graph.spec import QUANTIZERS, spec_of
+from qat_tricks.graph.surgery import share_quantizer
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.numerics import ActivationQuantizer, RangeEstimator, make_estimator
 from qat_tricks.progress import track

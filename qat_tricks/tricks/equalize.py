@@ -15,7 +15,7 @@ pools, flatten), so through ReLU but not through ReLU6, unless ``uncap`` says th
 ReLU; biases are absorbed only where the next layer does not pad, since at a padded border the shift
 would not cancel. With images, a channel between a ReLU6 and a depthwise conv is scaled up towards
 the cap, as far as its largest values leave room: the activation's grid is used in full, and the
-depthwise conv's scale a channel takes it back at no cost. That alone can change the function, for
+depthwise conv's scale a channel takes it back at no cost. Only that can change the function, for
 images unlike those seen.
 """
 
@@ -29,23 +29,29 @@ from torch import Tensor, fx, nn
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.inputs import Inputs, as_tensors
+from qat_tricks.graph.modes import evaluating
 from qat_tricks.graph.spec import spec_of
-from qat_tricks.graph.spec import uncap as uncap_nodes
+from qat_tricks.graph.surgery import uncap as uncap_nodes
 from qat_tricks.graph.trace import layer_at
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.progress import track
 from qat_tricks.trainer.trick import Trick
 
+CAP = 6.0  # of a ReLU6
+SPLITS = 8  # parts of the images whose maxima are compared
+# Headroom above the largest value of all, in units of (that value - mean of the parts' maxima).
+TAIL = 6
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Pair:
     """Two layers with nothing but channel-wise homogeneous operations between them."""
 
     first: str
     second: str
-    relu: bool
-    # how many of the second layer's inputs stem from one channel of the first (flatten before a
-    # linear)
+    relu: bool  # whether a ReLU, or ReLU6, is one of these operations
+    # How many inputs of the second layer come from one channel of the first: more than one where
+    # positions are flattened before a linear.
     flat: int
     between: str  # the node whose channels are scaled
 
@@ -58,12 +64,13 @@ def equalize(
     absorb_bias: bool = True,
     uncap: bool = False,
 ) -> list[Pair]:
-    """Equalizes all pairs of ``traced`` in place and returns them; the network's function stays the
-    same, a cap aside.
+    """Equalizes all pairs of ``traced`` in place and returns them.
+
+    The network's function stays the same, except where values exceed a cap.
 
     Args:
         traced: a traced network without quantizers, BatchNorm folded.
-        batches: the network's inputs, that show the ranges of channels; without any, weights alone
+        batches: the network's inputs, that show the ranges of channels; without any, only weights
             decide, and channels before a ReLU6 stay as they are.
         iterations: how often to sweep over the pairs; chains converge geometrically.
         absorb_bias: also move large biases before a ReLU into the next layer.
@@ -97,69 +104,80 @@ def equalize(
     return pairs
 
 
-CAP = 6.0
-SPLITS = 8  # parts of the images whose maxima are compared
-# how many times the gap between the largest of all and the mean of the parts' maxima images to come
-# may add
-TAIL = 6
-
-
 def _capped(traced: fx.GraphModule) -> list[Pair]:
     """The pairs of a layer with a ReLU6 and the depthwise conv after it."""
+    uses = n.uses_of_weights(traced)
     pairs = []
     for node in traced.graph.nodes:
-        layer, depthwise = (
-            node.all_input_nodes[0] if node.all_input_nodes else node,
-            _depthwise_after(node, traced),
-        )
-        if (
-            n.activation_of(node, traced) == "relu6"
-            and n.calls_layer(layer, traced)
-            and len(layer.users) == 1
-            and depthwise
-        ):
-            pairs.append(Pair(str(layer.target), depthwise, True, 1, node.name))
+        if n.activation_of(node, traced) != "relu6":
+            continue
+        layer = node.all_input_nodes[0]
+        depthwise = _depthwise_after(node, traced, uses)
+        if depthwise is not None and n.calls_layer(layer, traced) and len(layer.users) == 1:
+            pairs.append(
+                Pair(
+                    first=str(layer.target),
+                    second=depthwise,
+                    relu=True,
+                    flat=1,
+                    between=node.name,
+                )
+            )
     return pairs
 
 
 def _fill_cap(traced: fx.GraphModule, pair: Pair, largest: Tensor) -> None:
-    """Scales channels between a layer's ReLU6 and a depthwise conv up to the cap, by the
-    ``largest`` of each image, ``[images, C]``.
+    """Scales channels between a layer's ReLU6 and a depthwise conv up to the cap.
 
-    What exceeds the cap later is lost, so that a channel which only some images excite is given
-    room: the more, the more the maxima of parts of the images differ.
+    Later values above the cap are lost. So a channel that only some images excite gets headroom:
+    the more, the more the maxima of parts of the images differ.
+
+    Args:
+        traced: the network, changed in place.
+        pair: the two layers.
+        largest: the largest value of each image and channel between them, ``[images, C]``.
     """
     first, second = layer_at(traced, pair.first), layer_at(traced, pair.second)
     parts = torch.stack([part.amax(0) for part in largest.chunk(SPLITS)])
     most = parts.amax(0)
     reach = most + TAIL * (most - parts.mean(0))
     scale = (CAP / reach.clamp_min(1e-6)).clamp(1.0, 64.0)
-    first.weight.mul_(scale.view(-1, *[1] * (first.weight.dim() - 1)))
-    first.bias.mul_(scale)
-    second.weight.div_(scale.view(-1, *[1] * (second.weight.dim() - 1)))
+    first.weight.mul_(_per_output(scale, first.weight))
+    if first.bias is not None:
+        first.bias.mul_(scale)
+    # A depthwise conv makes one output of each input: what it divides by is per output, too.
+    second.weight.div_(_per_output(scale, second.weight))
 
 
-def _depthwise_after(node: fx.Node, traced: fx.GraphModule) -> str | None:
-    """The depthwise conv that alone uses ``node``, if need be after a pad; each input channel makes
-    one output channel.
+def _per_output(values: Tensor, weight: Tensor) -> Tensor:
+    """``values``, one for each output channel of ``weight``, in a shape that broadcasts to it."""
+    return values.view(-1, *[1] * (weight.dim() - 1))
+
+
+def _depthwise_after(node: fx.Node, traced: fx.GraphModule, uses: n.Uses) -> str | None:
+    """The depthwise conv that is the only reader of ``node``, if need be behind a pad.
+
+    Each of its input channels makes one output channel.
     """
     user = n.only_user(node, lambda user: True)
-    if user is not None and user.target is nn.functional.pad and n.is_passthrough(user, traced):
+    if user is not None and user.op == "call_function" and n.pads_with_zeros(user, traced):
         user = n.only_user(user, lambda user: True)
     if user is None or not n.calls_layer(user, traced):
         return None
     second = layer_at(traced, str(user.target))
     is_depthwise = getattr(second, "groups", 1) == second.weight.shape[0] > 1
-    return str(user.target) if is_depthwise and n.is_used_once(user, traced) else None
+    return str(user.target) if is_depthwise and n.is_used_once(user, uses) else None
 
 
 def _channel_maxima(
     traced: fx.GraphModule, pairs: Sequence[Pair], batches: Sequence[Inputs]
 ) -> dict[str, Tensor]:
-    """The largest absolute value of each image and channel between the layers of ``pairs``,
-    ``[images, C]``, by node.
+    """The largest absolute value of each image and channel between the layers of ``pairs``.
+
+    Returns:
+        ``[images, C]`` by the name of the node between; nothing without ``batches``.
     """
-    # whether channels come last
+    # Behind a linear, channels come last.
     last = {pair.between: isinstance(layer_at(traced, pair.first), nn.Linear) for pair in pairs}
     largest: dict[str, list[Tensor]] = {}
 
@@ -173,79 +191,79 @@ def _channel_maxima(
                 )
             return output
 
-    was_training = traced.training
-    traced.eval()
-    for batch in track(batches if pairs else [], "equalize"):
-        Watch(traced).run(*as_tensors(batch))
-    traced.train(was_training)
+    with evaluating(traced):
+        for batch in track(batches if pairs else [], "equalize"):
+            Watch(traced).run(*as_tensors(batch))
     return {name: torch.cat(parts) for name, parts in largest.items()}
 
 
 def find_pairs(traced: fx.GraphModule) -> list[Pair]:
     """The pairs that can be equalized, in the order of the graph."""
+    uses, from_images = n.uses_of_weights(traced), n.nodes_from_images(traced)
     pairs = []
     for node in traced.graph.nodes:
-        if (
-            not n.calls_layer(node, traced)
-            or not n.is_used_once(node, traced)
-            or not n.depends_on_images(node)
-        ):
-            continue
-        relu, between, after = False, node, node
-        while len(after.users) == 1:
-            (after,) = after.users
-            if n.activation_of(after, traced) == "relu":
-                relu, between = True, after
-            elif not _is_channelwise(after, traced):
-                break
-        if n.calls_layer(after, traced) and after is not node and n.is_used_once(after, traced):
-            first, second = layer_at(traced, str(node.target)), layer_at(traced, str(after.target))
-            inputs = second.weight.shape[1] * getattr(second, "groups", 1)
-            # Flattened behind a conv the values of a channel lie side by side, behind a linear they
-            # do not.
-            flattened = isinstance(second, nn.Linear) and not isinstance(first, nn.Linear)
-            if inputs % first.weight.shape[0] == 0 and (
-                inputs == first.weight.shape[0] or flattened
-            ):
-                pairs.append(
-                    Pair(
-                        str(node.target),
-                        str(after.target),
-                        relu,
-                        inputs // first.weight.shape[0],
-                        between.name,
-                    )
-                )
+        if node in from_images and n.calls_layer(node, traced) and n.is_used_once(node, uses):
+            pair = _pair_from(node, traced, uses)
+            if pair is not None:
+                pairs.append(pair)
     return pairs
 
 
-_SAFE: set[Any] = {
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d,
-    nn.Dropout,
-    nn.Dropout2d,
-    nn.Identity,
-    nn.Flatten,
-}
-_SAFE |= {torch.flatten, "flatten"}
+def _pair_from(node: fx.Node, traced: fx.GraphModule, uses: n.Uses) -> Pair | None:
+    """The pair that begins with the layer that ``node`` calls, or None."""
+    relu, between, after = False, node, node
+    # Down the graph, as long as one operation reads each tensor and leaves channels apart.
+    while len(after.users) == 1:
+        (after,) = after.users
+        if n.activation_of(after, traced) == "relu":
+            relu, between = True, after
+        elif not _is_channelwise(after, traced):
+            break
+    if after is node or not n.calls_layer(after, traced) or not n.is_used_once(after, uses):
+        return None
+    first, second = layer_at(traced, str(node.target)), layer_at(traced, str(after.target))
+    channels, inputs = first.weight.shape[0], second.weight.shape[1] * getattr(second, "groups", 1)
+    # Flattened behind a conv, the values of a channel lie side by side; behind a linear they do
+    # not.
+    is_flattened = isinstance(second, nn.Linear) and not isinstance(first, nn.Linear)
+    if inputs % channels != 0 or (inputs != channels and not is_flattened):
+        return None
+    return Pair(
+        first=str(node.target),
+        second=str(after.target),
+        relu=relu,
+        flat=inputs // channels,
+        between=between.name,
+    )
 
 
 def _is_channelwise(node: fx.Node, traced: fx.GraphModule) -> bool:
-    return n.calls(node, traced, _SAFE) or n.is_spatial_mean(node, traced)
+    return n.operation_of(node, traced).is_homogeneous
 
 
 def _by_input(weight: Tensor, channels: int, flat: int) -> Tensor:
-    """A view of the second layer's weight as ``[groups, out / groups, in / groups, flat * kernel]``
-    by input channel.
+    """A view of the second layer's weight by input channel.
+
+    Args:
+        weight: of the second layer.
+        channels: output channels of the first layer.
+        flat: see ``Pair``.
+
+    Returns:
+        ``[groups, out / groups, in / groups, flat * kernel]``.
     """
     groups = channels * flat // weight.shape[1]
     return weight.view(groups, weight.shape[0] // groups, channels // groups, -1)
 
 
 def _equalize_pair(traced: fx.GraphModule, pair: Pair, largest: dict[str, Tensor]) -> float:
-    """Equalizes one pair, keeps its ``largest`` values, where known, up to date, and returns the
-    largest relative change.
+    """Equalizes one pair and returns the largest relative change.
+
+    Args:
+        traced: the network, changed in place.
+        pair: the two layers.
+        largest: the values between the layers, see ``_channel_maxima``; those of this pair are
+            scaled along.
     """
     first, second = layer_at(traced, pair.first), layer_at(traced, pair.second)
     channels = first.weight.shape[0]
@@ -255,18 +273,15 @@ def _equalize_pair(traced: fx.GraphModule, pair: Pair, largest: dict[str, Tensor
         r1 = first.weight.abs().flatten(1).amax(1)
         r2 = by_input.abs().amax((1, 3)).flatten()
     else:
+        # The share of the tensor's range that each channel uses, and of each output channel's.
         r1 = seen.amax(0) / seen.max().clamp_min(1e-12)
-        r2 = (
-            (by_input.abs() / by_input.abs().amax((2, 3), keepdim=True).clamp_min(1e-12))
-            .amax((1, 3))
-            .flatten()
-        )
+        per_output = by_input.abs().amax((2, 3), keepdim=True).clamp_min(1e-12)
+        r2 = (by_input.abs() / per_output).amax((1, 3)).flatten()
     # s = r1 / sqrt(r1 * r2): both ranges become sqrt(r1 * r2). Channels that one side does not use
     # stay as they are.
-    scale = torch.where((r1 > 0) & (r2 > 0), (r1 / r2.clamp_min(1e-12)).sqrt(), 1.0).clamp(
-        1e-4, 1e4
-    )
-    first.weight.div_(scale.view(-1, *[1] * (first.weight.dim() - 1)))
+    is_used = (r1 > 0) & (r2 > 0)
+    scale = torch.where(is_used, (r1 / r2.clamp_min(1e-12)).sqrt(), 1.0).clamp(1e-4, 1e4)
+    first.weight.div_(_per_output(scale, first.weight))
     if first.bias is not None:
         first.bias.div_(scale)
     by_input.mul_(scale.view(by_input.shape[0], 1, by_input.shape[2], 1))
@@ -279,14 +294,11 @@ def _equalize_pair(traced: fx.GraphModule, pair: Pair, largest: dict[str, Tensor
 
 
 def _absorb(traced: fx.GraphModule, pair: Pair) -> None:
+    """Moves ``max(0, mean - 3 * std)`` of the first layer's output into the second layer's bias."""
     first, second = layer_at(traced, pair.first), layer_at(traced, pair.second)
     statistics = getattr(first, "output_statistics", None)
-    pads = (
-        any(p != 0 for p in getattr(second, "padding", (0,)))
-        if not isinstance(second, nn.Linear)
-        else False
-    )
-    if not pair.relu or statistics is None or pads or first.bias is None or second.bias is None:
+    has_biases = first.bias is not None and second.bias is not None
+    if not pair.relu or statistics is None or not has_biases or _pads(second):
         return
     mean, std = statistics
     shift = (mean - 3 * std).clamp_min(0)
@@ -296,6 +308,14 @@ def _absorb(traced: fx.GraphModule, pair: Pair) -> None:
     first.bias.sub_(shift)
     second.bias.add_(carried)
     first.output_statistics = (mean - shift, std)
+
+
+def _pads(layer: nn.Module) -> bool:
+    """Whether a layer takes zeros at the border, where a shift of its input would not cancel."""
+    return not isinstance(layer, nn.Linear) and any(
+        padding != 0
+        for padding in layer.padding  # type: ignore[union-attr]
+    )
 
 
 class Equalize(Trick):
@@ -313,7 +333,7 @@ class Equalize(Trick):
         super().__init__()
         if num_images < 0:
             raise QatTricksError(
-                f"num_images={num_images} is not allowed: give 0 (weights alone decide) or more"
+                f"num_images={num_images} is not allowed: give 0 (only weights decide) or more"
             )
         self.settings: dict[str, Any] = {
             "iterations": iterations,

@@ -14,41 +14,31 @@ from qat_tricks.graph.inputs import input_names
 from qat_tricks.graph.integers import note_integers
 from qat_tricks.graph.layers import layers
 from qat_tricks.graph.place import place_quantizers
+from qat_tricks.graph.quantize_settings import QuantizeSettings
 from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.workbench import Workbench
-from qat_tricks.numerics.scheme import activation_scheme, weight_scheme
 from qat_tricks.trainer.trick import Trick
 
-OWN_SCALE_BITS = 4  # weights of so many bits or fewer have a scale of their own
+OWN_SCALE_BITS = 4  # weights of 4 bits or fewer have a scale of their own
 
 
 def quantize(
-    traced: fx.GraphModule,
-    *,
-    weight_bits: int = 8,
-    activation_bits: int = 8,
-    first_last_bits: int | None = 8,
-    include: Sequence[str] = ("*",),
-    exclude: Sequence[str] = (),
-    overrides: Mapping[str, Mapping[str, int]] | None = None,
-    activations: str | None = None,
+    traced: fx.GraphModule, settings: QuantizeSettings | None = None, **changes: Any
 ) -> fx.GraphModule:
-    """Places quantizers (see ``place_quantizers`` for the arguments and errors); activations then
-    await ``calibrate``.
+    """Places quantizers and gives low-bit weights scales of their own; ``calibrate`` comes next.
 
     Where some inputs of ``traced`` are integers that meet others in a sum or product,
     ``note_integers`` comes first.
+
+    Args:
+        traced: a traced network without quantizers; it is changed in place.
+        settings: by default those of ``QuantizeSettings``.
+        changes: fields of ``QuantizeSettings`` to change in ``settings``, as ``weight_bits=4``.
+
+    Raises:
+        QatTricksError: see ``place_quantizers``.
     """
-    place_quantizers(
-        traced,
-        weight_bits=weight_bits,
-        activation_bits=activation_bits,
-        first_last_bits=first_last_bits,
-        include=include,
-        exclude=exclude,
-        overrides=overrides,
-        activations=activations,
-    )
+    place_quantizers(traced, settings, **changes)
     for name, layer in layers(traced).items():
         if (
             layer.weight_quantizer is not None
@@ -60,7 +50,7 @@ def quantize(
 
 
 class Quantize(Trick):
-    """Callback of ``quantize``."""
+    """Callback of ``quantize``; its arguments are the fields of ``QuantizeSettings``."""
 
     after = ("fold_batchnorm", "equalize")
 
@@ -75,20 +65,19 @@ class Quantize(Trick):
         activations: str | None = None,
     ) -> None:
         super().__init__()
-        # Bits and kind are checked now: before anything has been trained.
-        weight_scheme(weight_bits), activation_scheme(activation_bits, activations)
-        self.settings: dict[str, Any] = {
-            "weight_bits": weight_bits,
-            "activation_bits": activation_bits,
-            "first_last_bits": first_last_bits,
-            "include": tuple(include),
-            "exclude": tuple(exclude),
-            "overrides": {pattern: dict(bits) for pattern, bits in (overrides or {}).items()},
-            "activations": activations,
-        }
+        # Made now, so that wrong settings are refused before anything is trained.
+        self.settings = QuantizeSettings(
+            weight_bits=weight_bits,
+            activation_bits=activation_bits,
+            first_last_bits=first_last_bits,
+            include=include,
+            exclude=exclude,
+            overrides=overrides or {},
+            activations=activations,
+        )
 
     def apply(self, work: Workbench) -> None:
         if len(input_names(work.network)) > 1:
             note_integers(work.network, work.batches(2)[0])
         work.keep_reference()
-        quantize(work.network, **self.settings)
+        quantize(work.network, self.settings)

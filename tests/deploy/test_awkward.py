@@ -359,7 +359,7 @@ class PartlyUntraceable(Head):
 
 def test_a_part_that_cannot_be_traced_is_named_and_can_be_kept_whole(tmp_path):
     net = seeded(PartlyUntraceable)
-    with pytest.raises(QatTricksError, match=r'test_awkward.py:\d+ .* whole=\["between.2"\]'):
+    with pytest.raises(QatTricksError, match=r'test_awkward.py:\d+ .* untraced=\["between.2"\]'):
         qat_tricks.quantize(net, [images(64)])
     with pytest.raises(QatTricksError, match=r'"betwixt\.2" matches no submodule'):
         qat_tricks.quantize(net, [images(64)], overrides=["whole=[betwixt.2]"])

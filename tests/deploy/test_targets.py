@@ -1,6 +1,7 @@
 """Targets: weights that a runtime's kernels cannot get wrong, and refusals that say why."""
 
 import re
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -11,10 +12,10 @@ from qat_tricks.deploy.targets import (
     DEFAULT_TARGET,
     TARGETS,
     check_opset,
-    fit_to_target,
     target_named,
 )
 from qat_tricks.errors import QatTricksError
+from qat_tricks.graph import QuantizeSettings
 from qat_tricks.numerics.scheme import ACTIVATIONS
 from qat_tricks.tricks.quantize import Quantize
 from tests.helpers.handmade import qdq_layer
@@ -23,9 +24,9 @@ NO_VNNI = TARGETS["onnxruntime_cpu_no_vnni"]
 
 
 def fitted(target=NO_VNNI, **settings):
-    after = fit_to_target(Quantize(**settings).settings, target)
-    Quantize(**after)  # still settings that it takes
-    return tuple(after[key] for key in ("weight_bits", "activation_bits", "first_last_bits"))
+    after = QuantizeSettings(**settings).limited_to(target)
+    Quantize(**asdict(after))  # still settings that it takes
+    return after.weight_bits, after.activation_bits, after.first_last_bits
 
 
 def test_weights_of_seven_bits_leave_activations_alone_where_they_can():
@@ -34,25 +35,24 @@ def test_weights_of_seven_bits_leave_activations_alone_where_they_can():
     assert fitted(weight_bits=4, activation_bits=4) == (4, 4, 7)
     assert fitted(weight_bits=4, first_last_bits=None) == (4, 8, None)
     assert fitted(weight_bits=6, first_last_bits=6) == (6, 8, 6)
-    after = fit_to_target(
-        Quantize(overrides={"a": {"weight_bits": 8, "activation_bits": 8}}).settings, NO_VNNI
-    )
-    assert after["overrides"] == {"a": {"weight_bits": 7, "activation_bits": 8}}
+    overrides = {"a": {"weight_bits": 8, "activation_bits": 8}}
+    after = QuantizeSettings(overrides=overrides).limited_to(NO_VNNI)
+    assert after.overrides == {"a": {"weight_bits": 7, "activation_bits": 8}}
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_target_sets_the_activations_unless_they_are_given(name):
     target = TARGETS[name]
-    assert fit_to_target(Quantize().settings, target)["activations"] == target.activations[0]
+    assert QuantizeSettings().limited_to(target).activations == target.activations[0]
     for kind in ACTIVATIONS:
-        settings = Quantize(activations=kind).settings
+        settings = QuantizeSettings(activations=kind)
         if kind in target.activations:
-            assert fit_to_target(settings, target)["activations"] == kind
+            assert settings.limited_to(target).activations == kind
         else:
             with pytest.raises(
                 QatTricksError, match=f"activations={kind} is not for this target: {target.because}"
             ):
-                fit_to_target(settings, target)
+                settings.limited_to(target)
     assert target.because or set(target.activations) == set(ACTIVATIONS)
     assert target.layout in LAYOUTS
 
@@ -70,12 +70,11 @@ def test_a_target_sets_the_activations_unless_they_are_given(name):
 )
 def test_tensorrt_has_no_activations_below_eight_bits(settings, told):
     with pytest.raises(QatTricksError, match=f"{told}, and TensorRT takes int8 activations"):
-        fit_to_target(Quantize(**settings).settings, TARGETS["tensorrt"])
-    low_weights = Quantize(weight_bits=4, overrides={"a": {"weight_bits": 3}}).settings
-    assert fit_to_target(low_weights, TARGETS["tensorrt"]) == {
-        **low_weights,
-        "activations": "signed_symmetric",
-    }
+        QuantizeSettings(**settings).limited_to(TARGETS["tensorrt"])
+    low_weights = QuantizeSettings(weight_bits=4, overrides={"a": {"weight_bits": 3}})
+    assert low_weights.limited_to(TARGETS["tensorrt"]) == replace(
+        low_weights, activations="signed_symmetric"
+    )
 
 
 def test_a_target_that_cannot_read_an_opset_says_so():

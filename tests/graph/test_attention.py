@@ -121,7 +121,7 @@ def test_dropout_in_windows_follows_the_mode(setting):
 
 def test_attention_in_windows_can_be_kept_whole():
     net = Windows(ShiftedWindowAttention, [2, 1]).eval()
-    traced = trace(net, whole=["attention"])
+    traced = trace(net, untraced=["attention"])
     assert [name for name, module in traced.named_modules() if is_layer(module)] == [
         "attention.qkv",
         "attention.proj",

@@ -63,8 +63,13 @@ def test_parameters_stay_the_users_unless_computed(net):
     computed = traced.get_submodule("twice").weight
     torch.testing.assert_close(computed.std((1, 2, 3)), torch.ones(4))
     assert sorted(dict(traced.named_parameters())) == [
-        "layers.conv2d_3.weight", "layers.linear.weight", "same.bias", "same.weight", "twice.bias", "twice.weight",
-    ]  # fmt: skip
+        "layers.conv2d_3.weight",
+        "layers.linear.weight",
+        "same.bias",
+        "same.weight",
+        "twice.bias",
+        "twice.weight",
+    ]
 
 
 def test_they_are_quantized_and_rebuilt(net):

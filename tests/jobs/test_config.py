@@ -104,10 +104,10 @@ def test_a_target_reaches_the_quantizers_of_every_stage():
     recipe = recipe_of(composed("recipe=int8_prune50_multistage", "target=onnxruntime_cpu_no_vnni"))
     settings = [trick.settings for trick in recipe.tricks if isinstance(trick, Quantize)]
     assert settings
-    assert all((given["weight_bits"], given["activation_bits"]) == (7, 8) for given in settings)
+    assert {(each.weight_bits, each.activation_bits) for each in settings} == {(7, 8)}
     recipe = recipe_of(composed("recipe=int8_prune50_multistage", "target=tensorrt"))
     assert {
-        trick.settings["activations"] for trick in recipe.tricks if isinstance(trick, Quantize)
+        trick.settings.activations for trick in recipe.tricks if isinstance(trick, Quantize)
     } == {"signed_symmetric"}
 
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import trace
@@ -129,3 +130,49 @@ def test_channels_of_linears_on_tokens_are_the_last_dimension(last):
         by_input = net[2].weight.abs() / net[2].weight.abs().amax(1, keepdim=True)
         torch.testing.assert_close(after / after.max(), by_input.amax(0), rtol=1e-2, atol=1e-2)
         assert float(before.max() / before.min()) > float(after.max() / after.min())
+
+
+class Pooled(nn.Module):
+    """Two layers with a pool between them that is called as a function or as a module."""
+
+    def __init__(self, pool):
+        torch.manual_seed(0)
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4)
+        self.pool, self.second = pool, nn.Conv2d(4, 3, 1)
+        nn.init.constant_(self.norm.bias, 5.0)  # far above the ReLU's zero: it is absorbed
+
+    def forward(self, x):
+        return self.second(self.pool(torch.relu(self.norm(self.first(x)))))
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.MaxPool2d(2),
+        lambda x: F.max_pool2d(x, 2, padding=1),
+        lambda x: F.avg_pool2d(x, 2),
+        lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),
+        lambda x: F.adaptive_avg_pool2d(x, 2),
+    ],
+)
+def test_pools_are_passed_however_they_are_called(pool):
+    net = Pooled(pool).eval()
+    expected = net(images())
+    traced = trace(net)
+    fold_batchnorm(traced)
+    before = net.first.bias.clone()
+    assert len(equalize(traced)) == 1
+    assert not torch.equal(net.first.bias, before)
+    torch.testing.assert_close(traced(images()), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("pool", [nn.AvgPool2d(3, 1, 1), lambda x: F.avg_pool2d(x, 3, 1, 1)])
+def test_a_pool_that_averages_zeros_of_the_border_is_not_passed(pool):
+    """Through it a bias cannot be absorbed: at the border less of it arrives."""
+    net = Pooled(pool).eval()
+    expected = net(images())
+    traced = trace(net)
+    fold_batchnorm(traced)
+    assert equalize(traced) == []
+    torch.testing.assert_close(traced(images()), expected, rtol=1e-4, atol=1e-4)

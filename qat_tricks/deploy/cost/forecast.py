@@ -2,7 +2,6 @@
 
 import copy
 import math
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,31 +11,20 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.fold import batchnorms_to_convs, fold_batchnorm
+from qat_tricks.graph.grids import output_grid_of
 from qat_tricks.graph.inputs import Inputs, as_tensors, first_images, input_names
 from qat_tricks.graph.integer_ops import Elementwise
 from qat_tricks.graph.integers import note_integers
 from qat_tricks.graph.layers import Layer
 from qat_tricks.graph.modes import float_mode
 from qat_tricks.graph.place import place_quantizers
+from qat_tricks.graph.quantize_settings import QuantizeSettings
 from qat_tricks.graph.trace import module_of, trace
 from qat_tricks.numerics import ActivationQuantizer
-
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_PRODUCTS: set[Any] = {
-    torch.matmul,
-    torch.bmm,
-    torch.einsum,
-    operator.matmul,
-    F.scaled_dot_product_attention,
-    "matmul",
-    "bmm",
-}
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.LocalResponseNorm)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +69,7 @@ class Forecast:
 def forecast(
     network: nn.Module,
     images: Inputs,
-    settings: Mapping[str, Any] | None = None,
+    settings: QuantizeSettings | None = None,
     whole: Sequence[str] = (),
 ) -> Forecast:
     """Foresees which operations of ``network`` ONNX Runtime will run in integers, without
@@ -91,7 +79,7 @@ def forecast(
         network: a float classifier; it stays as it is.
         images: one image or more, ``[N, C, H, W]``, whose shape the MACs are counted for; a tuple
             for several inputs.
-        settings: of the ``quantize`` trick: ``include``, ``exclude``, ``overrides`` and bits.
+        settings: of the ``quantize`` trick; None: its defaults.
         whole: name patterns of submodules that are not traced through.
 
     Raises:
@@ -102,7 +90,7 @@ def forecast(
     batchnorms_to_convs(traced)
     if len(input_names(traced)) > 1:
         note_integers(traced, images)
-    place_quantizers(traced, **(settings or {}))
+    place_quantizers(traced, settings)
     run = _Shapes(traced)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operation that hides its products
@@ -114,7 +102,8 @@ def forecast(
     integer = total = 0
     in_float = []
     # what the others yield a runtime works out once
-    for node in filter(n.depends_on_images, traced.graph.nodes):
+    from_images = n.nodes_from_images(traced)
+    for node in filter(from_images.__contains__, traced.graph.nodes):
         within = run.within.get(node, 0)
         macs = _macs(node, traced, run.shapes) + within
         total += macs
@@ -177,17 +166,18 @@ class _Products(TorchDispatchMode):
 
 def _is_counted(node: fx.Node, traced: fx.GraphModule) -> bool:
     """Whether the products of ``node`` are counted elsewhere, or are of two activations."""
-    is_product = node.target in _PRODUCTS and all(map(n.depends_on_images, node.all_input_nodes))
-    return (
-        is_product
-        or n.calls_layer(node, traced)
-        or isinstance(module_of(node, traced), _TRANSPOSED)
+    operation = n.operation_of(node, traced)
+    is_product = operation.multiplies_matrices and all(
+        map(n.depends_on_images, node.all_input_nodes)
     )
+    return is_product or operation.is_transposed_conv or n.calls_layer(node, traced)
 
 
 def _macs(node: fx.Node, traced: fx.GraphModule, shapes: Mapping[fx.Node, tuple[int, ...]]) -> int:
     module = module_of(node, traced)
-    if isinstance(module, _TRANSPOSED):
+    if n.operation_of(node, traced).is_transposed_conv:
+        assert module is not None
+        assert isinstance(module.weight, Tensor)
         return math.prod(shapes[node.all_input_nodes[0]]) * math.prod(module.weight.shape[1:])
     if n.calls_layer(node, traced):
         assert module is not None
@@ -214,26 +204,16 @@ def _reason(node: fx.Node, traced: fx.GraphModule, within: int) -> str | None:
     if n.is_passthrough(node, traced) or n.is_cat(node, traced):
         return None
     if isinstance(module, Elementwise) or (
-        n.is_integer_op(node, traced) and n.output_quantizer_of(node, traced)
+        n.is_integer_op(node, traced) and output_grid_of(node, traced)
     ):
         return None
-    if within and node.target not in _PRODUCTS:
-        return "kept whole"
-    if isinstance(module, _TRANSPOSED):
-        return "no integer kernel for transposed convs"
+    operation = n.operation_of(node, traced)
+    if within:
+        is_product = operation.multiplies_matrices
+        return "product with a constant that is no layer's weight" if is_product else "kept whole"
     if n.calls_batchnorm(node, traced):
         return "does not alone follow a conv or linear, so it is not folded"
-    if isinstance(module, _NORMS) or node.target in (F.layer_norm, F.group_norm):
-        return "no integer kernel: statistics of each image"
-    if within:
-        return "product with a constant that is no layer's weight"
-    if node.target in _PRODUCTS:
-        return "product of two activations, as in attention"
-    if n.is_arithmetic(node):
-        return "arithmetic with a constant, or broadcast from one"
-    if n.activation_of(node, traced) is not None:
-        return "its input is needed elsewhere too"
-    return "no integer kernel"
+    return operation.float_reason
 
 
 def _operation(node: fx.Node, traced: fx.GraphModule) -> str:

@@ -8,7 +8,7 @@ from qat_tricks.deploy.cost.coverage import integer_coverage
 from qat_tricks.deploy.cost.forecast import forecast
 from qat_tricks.deploy.export import export_onnx
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph import trace
+from qat_tricks.graph import QuantizeSettings, trace
 from qat_tricks.tricks import calibrate, quantize
 from tests.helpers import networks
 
@@ -42,7 +42,7 @@ class Mixed(nn.Module):
 
 
 def test_every_operation_in_float_is_named_with_its_reason():
-    seen = forecast(Mixed(), networks.images(1), {"exclude": ["left"]})
+    seen = forecast(Mixed(), networks.images(1), QuantizeSettings(exclude=["left"]))
     reasons = {(row.name, row.operation): row.reason for row in seen.in_float}
     assert set(reasons) == {
         ("bn", "BatchNorm2d"), ("left", "Conv2d"), ("gelu", "gelu"),
@@ -111,7 +111,7 @@ def test_the_network_stays_and_bad_patterns_are_refused():
     assert net.training
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     with pytest.raises(QatTricksError, match="matches no"):
-        forecast(net, networks.images(1), {"exclude": ["rigth"]})
+        forecast(net, networks.images(1), QuantizeSettings(exclude=["rigth"]))
 
 
 def test_preflight_prints_what_stays_in_float_and_trains_nothing(tmp_path, monkeypatch, capfd):

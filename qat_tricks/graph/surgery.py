@@ -1,0 +1,238 @@
+"""Changes to a traced network's graph, and ``rebuild``, which repeats those that a spec records."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from qat_tricks.errors import QatTricksError
+from qat_tricks.graph import nodes as n
+from qat_tricks.graph.functional import call_instead, install
+from qat_tricks.graph.grids import grid_of, input_grid_of, output_grid_of
+from qat_tricks.graph.integer_ops import Kernel, Mean
+from qat_tricks.graph.layers import Layer, as_layer
+from qat_tricks.graph.spec import KERNELS, QUANTIZERS, spec_of
+from qat_tricks.graph.trace import replace_with_module, trace
+from qat_tricks.numerics import ActivationQuantizer, Scheme, WeightQuantizer
+
+# The quantizers before and behind one call of a layer, None where there is none.
+Grids = tuple[ActivationQuantizer | None, ActivationQuantizer | None]
+
+
+def rebuild(network: nn.Module, spec: dict[str, Any]) -> fx.GraphModule:
+    """Gives a float ``network`` the structure that ``spec`` describes.
+
+    Args:
+        network: the float network, built as it was for training; its values do not matter.
+        spec: as a checkpoint holds it.
+
+    Returns:
+        The traced network, ready for ``load_state_dict(strict=True)``.
+
+    Raises:
+        QatTricksError: the spec is of another network.
+    """
+    spec = copy.deepcopy(spec)
+    if "whole" in spec:  # the key of older checkpoints
+        spec["untraced"] = spec.pop("whole")
+    traced = trace(network, spec.get("untraced", ()))
+    traced.meta["qat_tricks"] = spec
+    missing = _missing_names(traced, spec)
+    if missing:
+        raise QatTricksError(
+            f"the checkpoint is of another network than {type(network).__name__}: it has no "
+            f"{', '.join(missing[:3])}; build the network that was trained"
+        )
+    # In the order in which the tricks worked: each step finds the names that the last one left.
+    folded = spec.get("folded", [])
+    for layer, _ in folded:
+        give_bias(traced.get_submodule(layer))
+    for batchnorm in dict.fromkeys(batchnorm for _, batchnorm in folded):
+        erase_batchnorm(traced, batchnorm)
+    for batchnorm in spec.get("convs", []):
+        batchnorm_to_conv(traced, batchnorm)
+    uncap(traced, spec.get("uncapped", []))
+    for name, entry in spec.get("layers", {}).items():
+        layer_module = as_layer(traced.get_submodule(name))
+        if entry.get("mask"):
+            layer_module.weight_mask = torch.ones_like(layer_module.weight)
+    insert_quantizers(traced)
+    return traced
+
+
+def _missing_names(traced: fx.GraphModule, spec: Mapping[str, Any]) -> list[str]:
+    """The nodes and submodules that ``spec`` names and ``traced`` does not have."""
+    nodes = {node.name for node in traced.graph.nodes}
+    modules = {name for name, _ in traced.named_modules()}
+    quantized = [name for entry in spec.get("activations", {}).values() for name in entry["nodes"]]
+    submodules = [name for pair in spec.get("folded", []) for name in pair]
+    submodules += [*spec.get("convs", []), *spec.get("layers", {})]
+    return [name for name in quantized if name not in nodes] + [
+        name for name in submodules if name not in modules
+    ]
+
+
+def give_bias(layer: nn.Module) -> None:
+    """Makes sure that a conv or linear has a bias, of zeros if it had none."""
+    assert isinstance(layer.weight, torch.Tensor)
+    if layer.bias is None:
+        layer.bias = nn.Parameter(
+            torch.zeros(layer.weight.shape[0], dtype=layer.weight.dtype, device=layer.weight.device)
+        )
+
+
+def erase_batchnorm(traced: fx.GraphModule, batchnorm: str) -> None:
+    """Takes a BatchNorm out of the graph; the caller folds its values and recompiles."""
+    for node in list(traced.graph.nodes):
+        if node.op == "call_module" and node.target == batchnorm:
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            traced.graph.erase_node(node)
+    # timm's BatchNorms hold the activation that follows: it stays, under its own name.
+    parts = dict(traced.get_submodule(batchnorm).named_children())
+    traced.delete_submodule(batchnorm)
+    for name, part in parts.items():
+        traced.add_submodule(f"{batchnorm}.{name}", part)
+
+
+def batchnorm_to_conv(traced: fx.GraphModule, name: str) -> nn.Conv2d:
+    """Puts a depthwise conv, with one weight for each channel, in the place of a BatchNorm.
+
+    The conv takes the BatchNorm's parameters over; the caller sets their values.
+    """
+    batchnorm: Any = traced.get_submodule(name)
+    channels, of_statistics = batchnorm.num_features, batchnorm.running_var
+    conv = nn.Conv2d(
+        channels,
+        channels,
+        1,
+        groups=channels,
+        device=of_statistics.device,
+        dtype=of_statistics.dtype,
+    )
+    if batchnorm.affine:
+        # An optimizer that holds the BatchNorm's parameters goes on training the conv's.
+        batchnorm.weight.data = batchnorm.weight.data.view(conv.weight.shape)
+        conv.weight, conv.bias = batchnorm.weight, batchnorm.bias
+    conv.requires_grad_(batchnorm.affine and batchnorm.weight.requires_grad)
+    install(traced, name, conv.train(batchnorm.training))
+    return conv
+
+
+def uncap(traced: fx.GraphModule, names: Sequence[str]) -> None:
+    """Replaces the ReLU6 nodes of these names by ReLU; the nodes keep their names."""
+    for node in list(traced.graph.nodes):
+        if node.name in names:
+            # The node is changed, not replaced: a spec finds it by its name.
+            traced.add_submodule(f"relus.{node.name}", nn.ReLU())
+            call_instead(node, f"relus.{node.name}", node.all_input_nodes[0])
+    traced.recompile()
+
+
+def insert_quantizers(traced: fx.GraphModule) -> None:
+    """Inserts the quantizers that the spec of ``traced`` describes."""
+    spec = spec_of(traced)
+    by_name = {node.name: node for node in traced.graph.nodes}
+    device = next((p.device for p in traced.parameters()), torch.device("cpu"))
+    for name, entry in spec.get("activations", {}).items():
+        _insert_activation_quantizer(
+            traced, name, entry, [by_name[node] for node in entry["nodes"]], device
+        )
+    for name, entry in spec.get("layers", {}).items():
+        if "weight" in entry:
+            layer = traced.get_submodule(name)
+            assert isinstance(layer, Layer)
+            quantizer = WeightQuantizer(Scheme(**entry["weight"]), channel_axis=layer.channel_axis)
+            layer.weight_quantizer = quantizer.to(device)
+            if entry.get("scale"):
+                scale = layer.weight_quantizer.own_scale(layer.weight)
+                scale.requires_grad_(entry.get("learned", False))
+    _connect(traced)
+
+
+def _insert_activation_quantizer(
+    traced: fx.GraphModule,
+    name: str,
+    entry: Mapping[str, Any],
+    quantized: Sequence[fx.Node],
+    device: torch.device,
+) -> None:
+    """Adds one quantizer and calls it behind, or in the place of, each node in ``quantized``."""
+    quantizer = ActivationQuantizer(Scheme(**entry["scheme"]), activation=entry["activation"])
+    quantizer.to(device).scale.requires_grad_(entry.get("learned", False))
+    target = f"{QUANTIZERS}.{name}"
+    traced.add_submodule(target, quantizer)
+    for node in quantized:
+        if entry["activation"] is not None:
+            # The node is the activation function that the quantizer stands in for.
+            replace_with_module(traced, node, target, quantizer, node.all_input_nodes[:1])
+        else:
+            _call_behind(traced, node, target)
+
+
+def share_quantizer(traced: fx.GraphModule, names: Sequence[str]) -> None:
+    """Lets the tensors of several quantizers share the first.
+
+    Args:
+        traced: a network with quantizers.
+        names: of ``activations`` in the spec; the first of them stays.
+    """
+    shared, *others = (f"{QUANTIZERS}.{name}" for name in names)
+    for node in traced.graph.nodes:
+        if node.op == "call_module" and node.target in others:
+            node.target = shared
+    entries = spec_of(traced)["activations"]
+    for name in names[1:]:
+        entries[names[0]]["nodes"] += entries.pop(name)["nodes"]
+        traced.delete_submodule(f"{QUANTIZERS}.{name}")
+    _connect(traced)
+
+
+def _connect(traced: fx.GraphModule) -> None:
+    """Tells layers, adds, products and means which quantizers stand before and behind them.
+
+    A layer learns it for each of its calls. An add, product or mean of tensors that are all on a
+    grid becomes a module that computes as the integer kernel does.
+    """
+    grids_of_calls: dict[Layer, list[Grids]] = {}
+    for node in traced.graph.nodes:
+        layer = n.module_of(node, traced)
+        if isinstance(layer, Layer) and layer.weight_quantizer is not None:
+            calls = grids_of_calls.setdefault(layer, [])
+            if calls:  # the first call is the default
+                node.kwargs = {**node.kwargs, "call": len(calls)}
+            calls.append((input_grid_of(node, traced), output_grid_of(node, traced)))
+        elif kernel := _kernel_for(node, traced):
+            traced.add_submodule(f"{KERNELS}.{node.name}", kernel)
+            if isinstance(kernel, Mean):
+                call_instead(node, f"{KERNELS}.{node.name}", node.all_input_nodes[0])
+            else:
+                node.op, node.target = "call_module", f"{KERNELS}.{node.name}"
+    for layer, calls in grids_of_calls.items():
+        layer.calls = tuple(calls)
+        before_any = [before for before, _ in calls if before is not None]
+        layer.input_quantizer = tuple(dict.fromkeys(before_any))
+    traced.recompile()
+
+
+def _kernel_for(node: fx.Node, traced: fx.GraphModule) -> Kernel | None:
+    """The integer kernel for ``node`` if it has one and all its tensors are on a grid."""
+    after = output_grid_of(node, traced)
+    if after is None:
+        return None
+    if elementwise := n.elementwise_of(node, traced):
+        before = [grid_of(operand, traced) for operand in node.args]  # type: ignore[arg-type]
+        operands = [grid for grid in before if grid is not None]
+        return elementwise(*operands, after) if len(operands) == 2 else None
+    if mean := n.mean_of(node, traced):
+        grid = input_grid_of(node, traced)
+        return None if grid is None else Mean(*mean, grid, after)
+    return None
+
+
+def _call_behind(traced: fx.GraphModule, node: fx.Node, module: str) -> None:
+    """Lets all that reads ``node`` read what ``module`` makes of it; the caller recompiles."""
+    with traced.graph.inserting_after(node):
+        call = traced.graph.call_module(module, (node,))
+    node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
