@@ -17,8 +17,9 @@ from qat_tricks.deploy.cost.device import measure_device
 from qat_tricks.deploy.cost.forecast import forecast
 from qat_tricks.deploy.cost.latency import measure_latency
 from qat_tricks.deploy.parity.runtimes import parity, predictor
+from qat_tricks.deploy.runtimes.network import random_batch
 from qat_tricks.deploy.runtimes.registry import open_network
-from qat_tricks.deploy.runtimes.session import input_specs, open_session, random_batch, run_batch
+from qat_tricks.deploy.runtimes.session import input_specs, open_session, run_batch
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.metrics import evaluate_classifier
 from qat_tricks.graph import (

@@ -19,13 +19,12 @@ from torch.utils._pytree import MappingKey, tree_flatten_with_path
 
 from qat_tricks.deploy.cost.weights import WEIGHT_BITS_KEY
 from qat_tricks.deploy.parity.layers import measure_layer_parity
-from qat_tricks.deploy.parity.logits import agrees
+from qat_tricks.deploy.parity.logits import check_agreement
 from qat_tricks.deploy.parity.network import ParityReport, measure_parity
 from qat_tricks.deploy.passes import COPY, name_quantized, tidy
 from qat_tricks.deploy.qdq import LAYOUTS, Emitted, to_qdq
-from qat_tricks.deploy.runtimes.session import one_line
 from qat_tricks.deploy.targets import OPSET
-from qat_tricks.errors import QatTricksError
+from qat_tricks.errors import QatTricksError, one_line
 from qat_tricks.files import replacing
 from qat_tricks.graph.fold import fold_batchnorm
 from qat_tricks.graph.inputs import (
@@ -120,7 +119,13 @@ def export_onnx(
         onnx.checker.check_model(str(draft))
         batches = [example] if images is None else list(images)
         report = measure_parity(draft, simulated, batches)
-        _check(report, min_top1_agreement, min_sqnr_db)
+        check_agreement(
+            report.as_dict(),
+            "the ONNX file does not run as simulated, so it was not kept",
+            min_top1_agreement=min_top1_agreement,
+            min_sqnr_db=min_sqnr_db,
+            remedy="compare on real images, or lower min_top1_agreement or min_sqnr_db",
+        )
         if any(quantizer.enabled for quantizer in activation_quantizers(simulated).values()):
             assert isinstance(simulated, fx.GraphModule)
             few = on_cpu(first_images(inputs_of(batches[0], names), LAYER_IMAGES))
@@ -202,20 +207,6 @@ def _cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error
-
-
-def _check(report: ParityReport, min_top1_agreement: float, min_sqnr_db: float) -> None:
-    if (
-        agrees(report.top1_agreement, report.images, min_top1_agreement)
-        and report.sqnr_db >= min_sqnr_db
-    ):
-        return
-    raise QatTricksError(
-        f"the ONNX file does not run as simulated, so it was not kept: on {report.images} images "
-        f"top-1 agreement {report.top1_agreement:.4f} (at least {min_top1_agreement}), SQNR "
-        f"{report.sqnr_db:.1f} dB (at least {min_sqnr_db:g}), largest error of a logit "
-        f"{report.max_abs_error:.3g}"
-    )
 
 
 @contextmanager

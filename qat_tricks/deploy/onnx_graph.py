@@ -6,8 +6,7 @@ from pathlib import Path
 import onnx
 from onnx import inliner
 
-from qat_tricks.deploy.runtimes.session import one_line
-from qat_tricks.errors import QatTricksError
+from qat_tricks.errors import QatTricksError, one_line
 
 
 def load_model(path: str | PathLike[str]) -> onnx.ModelProto:

@@ -18,7 +18,8 @@ import numpy as np
 import onnx
 
 from qat_tricks.deploy.onnx_graph import constant_tensors, int_attribute, load_model, node_label
-from qat_tricks.deploy.runtimes.session import Shapes, feed, input_specs, open_session, random_batch
+from qat_tricks.deploy.runtimes.network import Shapes, feed, random_batch
+from qat_tricks.deploy.runtimes.session import input_specs, open_session
 from qat_tricks.errors import QatTricksError
 
 

@@ -6,8 +6,8 @@ from os import PathLike
 
 import numpy as np
 
-from qat_tricks.deploy.runtimes.registry import REFERENCE, Network, open_network
-from qat_tricks.deploy.runtimes.session import Shapes, random_batch
+from qat_tricks.deploy.runtimes.network import Network, Shapes, random_batch
+from qat_tricks.deploy.runtimes.registry import REFERENCE, open_network
 from qat_tricks.errors import QatTricksError
 
 MIN_RUNS = 5

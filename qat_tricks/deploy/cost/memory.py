@@ -6,13 +6,8 @@ import sys
 from os import PathLike
 from pathlib import Path
 
-from qat_tricks.deploy.runtimes.session import (
-    SESSION_CONFIG,
-    Shapes,
-    batch_shapes,
-    input_specs,
-    open_session,
-)
+from qat_tricks.deploy.runtimes.network import Shapes, batch_shapes
+from qat_tricks.deploy.runtimes.session import SESSION_CONFIG, input_specs, open_session
 from qat_tricks.errors import QatTricksError
 
 _PROBE = Path(__file__).with_name("memory_probe.py")

@@ -17,7 +17,8 @@ from torch import Tensor, fx
 from qat_tricks.deploy.onnx_graph import load_model
 from qat_tricks.deploy.parity.logits import decibels
 from qat_tricks.deploy.passes import QUANTIZED
-from qat_tricks.deploy.runtimes.session import feed, input_specs, open_session
+from qat_tricks.deploy.runtimes.network import feed
+from qat_tricks.deploy.runtimes.session import input_specs, open_session
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.inputs import Inputs, as_tensors
 from qat_tricks.graph.trace import module_of
