@@ -18,11 +18,12 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import MappingKey, tree_flatten_with_path
 
 from qat_tricks.deploy.cost.weights import WEIGHT_BITS_KEY
+from qat_tricks.deploy.layouts import DEFAULT_LAYOUT
 from qat_tricks.deploy.parity.layers import measure_layer_parity
 from qat_tricks.deploy.parity.logits import check_agreement
 from qat_tricks.deploy.parity.network import ParityReport, measure_parity
 from qat_tricks.deploy.passes import COPY, name_quantized, tidy
-from qat_tricks.deploy.qdq import LAYOUTS, Emitted, to_qdq
+from qat_tricks.deploy.qdq import Emitted, to_qdq
 from qat_tricks.deploy.targets import OPSET
 from qat_tricks.errors import QatTricksError, one_line
 from qat_tricks.files import replacing
@@ -53,7 +54,7 @@ def export_onnx(
     min_top1_agreement: float = 0.9,
     min_sqnr_db: float = 10.0,
     opset: int = OPSET,
-    layout: str = LAYOUTS[0],
+    layout: str = DEFAULT_LAYOUT,
 ) -> ParityReport:
     """Writes ``network`` to ``path``, runs the file in ONNX Runtime and compares.
 
@@ -79,7 +80,7 @@ def export_onnx(
             well would.
         opset: ONNX operator set, 18 or newer.
         layout: ``onnxruntime``, or ``tensorrt``, with ReLUs before their quantizers and float
-            biases (see ``deploy.qdq``); ONNX Runtime runs that too, mostly in float.
+            biases (see ``deploy.layouts``); ONNX Runtime runs that too, mostly in float.
 
     Raises:
         QatTricksError: ``example`` is not what the network takes, the network cannot be exported,

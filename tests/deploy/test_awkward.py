@@ -192,8 +192,8 @@ class WindowedV2(Windowed):
 
 
 PURE = [
-    AfterActivation, BeforeConv, WithoutAffine, GroupedAndDilated, Dropped, TwoReaders, Shared, Functional, ChannelsLast,
-    Positions, ReadsAWeight, Windowed, WindowedV2,
+    AfterActivation, BeforeConv, WithoutAffine, GroupedAndDilated, Dropped, TwoReaders, Shared,
+    Functional, ChannelsLast, Positions, ReadsAWeight, Windowed, WindowedV2,
 ]  # fmt: skip
 
 

@@ -20,7 +20,7 @@ _INTEGERS = ("u8", "i8")
 
 
 class OpenvinoNetwork(Network):
-    """An ONNX file compiled for the CPU; ``integer_layers`` comes from the graph that really runs."""
+    """An ONNX file compiled for the CPU; ``integer_layers`` is read from the compiled graph."""
 
     def __init__(self, path: str | PathLike[str], *, threads: int) -> None:
         if not Path(path).is_file():

@@ -32,8 +32,14 @@ def test_what_cannot_be_compared_is_refused():
 
 @pytest.mark.parametrize(
     ("differing", "images", "least", "agreeing"),
-    [(0, 10, 1.0, True), (1, 10, 1.0, False), (1, 10, 0.99, True), (2, 10, 0.99, False)]
-    + [(5, 500, 0.99, True), (6, 500, 0.99, False)],
+    [
+        (0, 10, 1.0, True),
+        (1, 10, 1.0, False),
+        (1, 10, 0.99, True),
+        (2, 10, 0.99, False),
+        (5, 500, 0.99, True),
+        (6, 500, 0.99, False),
+    ],
 )
 def test_one_differing_image_is_tolerated_unless_all_must_agree(differing, images, least, agreeing):
     assert agrees(1 - differing / images, images, least) is agreeing
