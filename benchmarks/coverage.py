@@ -27,7 +27,7 @@ from torchvision.datasets import ImageFolder
 
 import qat_tricks
 from qat_tricks.deploy.cost.coverage import integer_coverage
-from qat_tricks.deploy.cost.forecast import forecast
+from qat_tricks.deploy.cost.forecast import forecast_network
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import spec_of, trace
 from qat_tricks.graph.nodes import BATCHNORMS
@@ -158,7 +158,7 @@ def measure(name: str, args: argparse.Namespace) -> str:
     batchnorms = sum(isinstance(module, BATCHNORMS) for module in work.modules())
     fold_batchnorm(work)
     pairs = len(find_pairs(work))
-    foreseen = forecast(net, calibration[0][:1]).coverage
+    foreseen = forecast_network(net, calibration[0][:1]).coverage
     seconds = time.perf_counter()
     quantized = qat_tricks.quantize(net, calibration)
     seconds = time.perf_counter() - seconds

@@ -23,11 +23,11 @@ from qat_tricks.deploy.parity.layers import measure_layer_parity
 from qat_tricks.deploy.parity.logits import check_agreement
 from qat_tricks.deploy.parity.network import ParityReport, measure_parity
 from qat_tricks.deploy.passes import COPY, name_quantized, tidy
+from qat_tricks.deploy.prepare import prepare_for_export
 from qat_tricks.deploy.qdq import Emitted, to_qdq
 from qat_tricks.deploy.targets import OPSET
 from qat_tricks.errors import QatTricksError, one_line
 from qat_tricks.files import replacing
-from qat_tricks.graph.fold import fold_batchnorm
 from qat_tricks.graph.inputs import (
     Inputs,
     as_tensors,
@@ -140,7 +140,7 @@ def _to_onnx(
     """Exports ``network``, which is ours to change."""
     emitted = Emitted({}, {})
     if isinstance(network, fx.GraphModule) and "qat_tricks" in network.meta:
-        fold_batchnorm(network)
+        prepare_for_export(network)
         emitted = to_qdq(network, layout)
     for name, layer in layers(network).items():  # what stays in float
         if layer.is_quantizing:

@@ -18,7 +18,7 @@ from torch import nn
 from qat_tricks.data import ImageData, build_data
 from qat_tricks.data.module import Batches
 from qat_tricks.deploy.cost.device import measure_device, measure_runtime
-from qat_tricks.deploy.cost.forecast import Forecast, forecast
+from qat_tricks.deploy.cost.forecast import Forecast, forecast_network
 from qat_tricks.deploy.cost.latency import measure_latency
 from qat_tricks.deploy.cost.weights import file_bytes, weight_sparsity
 from qat_tricks.deploy.export import export_onnx
@@ -114,7 +114,7 @@ def foresee(config: DictConfig) -> Forecast:
     data.prepare_data()
     data.setup()
     network = _classifier(config, data).network
-    return forecast(
+    return forecast_network(
         network, torch.zeros(1, data.in_channels, *data.image_size), settings[-1], recipe.whole
     )
 

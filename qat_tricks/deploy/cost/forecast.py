@@ -1,11 +1,13 @@
-"""What of a network will run in integers, and what will not and why: told before any training."""
+"""Which operations of a network will run in integers, and why the others will not, before any
+training.
+"""
 
 import copy
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich import box
@@ -15,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qat_tricks.deploy.prepare import prepare_for_export
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.fold import batchnorms_to_convs, fold_batchnorm
 from qat_tricks.graph.inputs import Inputs, as_tensors, first_images, input_names
@@ -44,7 +47,7 @@ class FloatOperation:
     """An operation that stays in float."""
 
     name: str  # of the module, or of the node where a function is called
-    operation: str  # what is called
+    operation: str  # the module's type, or the function's name
     reason: str
     macs: int  # products with weights, for one image
 
@@ -78,42 +81,22 @@ class Forecast:
 
 
 @torch.no_grad()
-def forecast(
-    network: nn.Module,
-    images: Inputs,
-    settings: Mapping[str, Any] | None = None,
-    whole: Sequence[str] = (),
-) -> Forecast:
-    """Foresees which operations of ``network`` ONNX Runtime will run in integers, without
-    calibrating or training.
+def forecast(prepared: fx.GraphModule, images: Inputs) -> Forecast:
+    """Foresees which operations of a network ONNX Runtime will run in integers, without calibrating
+    or training.
 
     Args:
-        network: a float classifier; it stays as it is.
+        prepared: a traced network with quantizers, calibrated or not; it stays as it is. Only the
+            changes that export makes by itself are made here.
         images: one image or more, ``[N, C, H, W]``, whose shape the MACs are counted for; a tuple
             for several inputs.
-        settings: of the ``quantize`` trick: ``include``, ``exclude``, ``overrides`` and bits.
-        whole: name patterns of submodules that are not traced through.
-
-    Raises:
-        QatTricksError: the network cannot be traced, or a pattern matches no layer.
     """
-    traced = trace(copy.deepcopy(network).eval(), whole)
-    fold_batchnorm(traced)
-    batchnorms_to_convs(traced)
-    if len(input_names(traced)) > 1:
-        note_integers(traced, images)
-    place_quantizers(traced, **(settings or {}))
-    run = _Shapes(traced)
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one operation that hides its products
-    try:
-        with float_mode(traced):
-            run.run(*as_tensors(first_images(images, 1)))
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    traced = copy.deepcopy(prepared).eval()
+    prepare_for_export(traced)
+    run = _run_once(traced, images)
     integer = total = 0
     in_float = []
-    # what the others yield a runtime works out once
+    # a runtime computes once, at its start, whatever does not depend on the images
     for node in filter(n.depends_on_images, traced.graph.nodes):
         within = run.within.get(node, 0)
         macs = _macs(node, traced, run.shapes) + within
@@ -121,19 +104,55 @@ def forecast(
         reason = _reason(node, traced, within)
         if reason is None:
             integer += macs
-        else:
-            name = str(node.target) if node.op == "call_module" else node.name
-            in_float.append(
-                FloatOperation(
-                    name=name, operation=_operation(node, traced), reason=reason, macs=macs
-                )
-            )
+            continue
+        name = str(node.target) if node.op == "call_module" else node.name
+        operation = _operation(node, traced)
+        in_float.append(FloatOperation(name=name, operation=operation, reason=reason, macs=macs))
     return Forecast(integer_macs=integer, total_macs=total, in_float=in_float)
 
 
+def forecast_network(
+    network: nn.Module,
+    images: Inputs,
+    settings: Mapping[str, Any] | None = None,
+    untraced: Sequence[str] = (),
+) -> Forecast:
+    """``forecast`` of a float network, prepared as the guideline ``int8_ptq`` prepares it.
+
+    Args:
+        network: a float classifier; it stays as it is.
+        images: as of ``forecast``.
+        settings: of the ``quantize`` trick: ``include``, ``exclude``, ``overrides`` and bits.
+        untraced: name patterns of submodules that are not traced through.
+
+    Raises:
+        QatTricksError: the network cannot be traced, or a pattern matches no layer.
+    """
+    traced = trace(copy.deepcopy(network).eval(), untraced)
+    fold_batchnorm(traced)
+    batchnorms_to_convs(traced)
+    if len(input_names(traced)) > 1:
+        note_integers(traced, images)
+    place_quantizers(traced, **(settings or {}))
+    return forecast(traced, images)
+
+
+def _run_once(traced: fx.GraphModule, images: Inputs) -> "_Shapes":
+    """Runs one image through the float network, for its shapes and the MACs of opaque modules."""
+    run = _Shapes(traced)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it is one operation that hides its products
+    try:
+        with float_mode(traced):
+            run.run(*as_tensors(first_images(images, 1)))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return run
+
+
 class _Shapes(fx.Interpreter):
-    """Keeps the shape of what each node yields, and the MACs within modules and functions that were
-    kept whole.
+    """Records the shape of each node's value, and the MACs within modules and functions that are
+    not traced through.
     """
 
     def __init__(self, traced: fx.GraphModule) -> None:
@@ -153,8 +172,8 @@ class _Shapes(fx.Interpreter):
 
 
 class _Products(TorchDispatchMode):
-    """Counts the products of convs and of matrices; those of attention are of batches of matrices,
-    which are not counted.
+    """Counts the products of convs and of matrices. Products of batches of matrices, as attention
+    has, are not counted.
     """
 
     def __init__(self) -> None:
@@ -196,44 +215,86 @@ def _macs(node: fx.Node, traced: fx.GraphModule, shapes: Mapping[fx.Node, tuple[
     return 0
 
 
+class _Call(NamedTuple):
+    """A node that computes something, in its network."""
+
+    node: fx.Node
+    traced: fx.GraphModule
+    module: nn.Module | None  # that it calls
+    within: int  # MACs in a module or function that is not traced through
+
+
+# Why an operation that is no conv or linear has no integer kernel: the first that holds is told.
+_REASONS: Sequence[tuple[Callable[[_Call], bool], str]] = (
+    (lambda call: call.within > 0 and call.node.target not in _PRODUCTS, "kept whole"),
+    (
+        lambda call: isinstance(call.module, _TRANSPOSED),
+        "no integer kernel for transposed convs",
+    ),
+    (
+        lambda call: n.calls_batchnorm(call.node, call.traced),
+        "not the only reader of a conv or linear, so it is not folded",
+    ),
+    (
+        lambda call: (
+            isinstance(call.module, _NORMS) or call.node.target in (F.layer_norm, F.group_norm)
+        ),
+        "no integer kernel: statistics of each image",
+    ),
+    (lambda call: call.within > 0, "product with a constant that is no layer's weight"),
+    (
+        lambda call: call.node.target in _PRODUCTS,
+        "product of two activations, as in attention",
+    ),
+    (
+        lambda call: n.is_arithmetic(call.node),
+        "arithmetic with a constant, or broadcast from one",
+    ),
+    (
+        lambda call: n.activation_of(call.node, call.traced) is not None,
+        "its input is needed elsewhere too",
+    ),
+    (lambda call: True, "no integer kernel"),
+)
+
+
 def _reason(node: fx.Node, traced: fx.GraphModule, within: int) -> str | None:
-    """Why ``node``, with so many MACs ``within``, is computed in float; None if it is not, or
-    computes nothing.
+    """Why a node is computed in float; None if it is computed in integers, or computes nothing.
+
+    Args:
+        node: of ``traced``.
+        traced: a network with quantizers.
+        within: MACs in a module or function that is not traced through.
     """
-    module = module_of(node, traced)
-    if (
-        not node.op.startswith("call_")
-        or isinstance(module, ActivationQuantizer)
-        or not n.is_tensor(node)
-    ):
+    call = _Call(node, traced, module_of(node, traced), within)
+    if n.calls_layer(node, traced) and _computes(call):
+        return _reason_of_layer(call)
+    if not _computes(call) or _is_integer(call):
         return None
-    if n.calls_layer(node, traced):
-        if not isinstance(module, Layer) or module.weight_quantizer is None:
-            return "left out by quantize.include or exclude"
-        return None if module.input_quantizer else "what it takes is on no grid"
+    return next(reason for holds, reason in _REASONS if holds(call))
+
+
+def _computes(call: _Call) -> bool:
+    """Whether the node yields a tensor of the float network, so that it is no quantizer."""
+    is_call = call.node.op.startswith("call_")
+    return is_call and not isinstance(call.module, ActivationQuantizer) and n.is_tensor(call.node)
+
+
+def _is_integer(call: _Call) -> bool:
+    """Whether an operation that is no conv or linear moves integers, or has an integer kernel."""
+    node, traced = call.node, call.traced
     if n.is_passthrough(node, traced) or n.is_cat(node, traced):
-        return None
-    if isinstance(module, Elementwise) or (
-        n.is_integer_op(node, traced) and n.output_quantizer_of(node, traced)
-    ):
-        return None
-    if within and node.target not in _PRODUCTS:
-        return "kept whole"
-    if isinstance(module, _TRANSPOSED):
-        return "no integer kernel for transposed convs"
-    if n.calls_batchnorm(node, traced):
-        return "does not alone follow a conv or linear, so it is not folded"
-    if isinstance(module, _NORMS) or node.target in (F.layer_norm, F.group_norm):
-        return "no integer kernel: statistics of each image"
-    if within:
-        return "product with a constant that is no layer's weight"
-    if node.target in _PRODUCTS:
-        return "product of two activations, as in attention"
-    if n.is_arithmetic(node):
-        return "arithmetic with a constant, or broadcast from one"
-    if n.activation_of(node, traced) is not None:
-        return "its input is needed elsewhere too"
-    return "no integer kernel"
+        return True
+    if isinstance(call.module, Elementwise):
+        return True
+    return n.is_integer_op(node, traced) and n.output_quantizer_of(node, traced) is not None
+
+
+def _reason_of_layer(call: _Call) -> str | None:
+    """Why a conv or linear is computed in float; None if it is not."""
+    if not isinstance(call.module, Layer) or call.module.weight_quantizer is None:
+        return "left out by quantize.include or exclude"
+    return None if call.module.input_quantizer else "its input is on no grid"
 
 
 def _operation(node: fx.Node, traced: fx.GraphModule) -> str:
