@@ -169,10 +169,10 @@ def measure(name: str, args: argparse.Namespace) -> str:
             quantized, path, calibration[0], images=test, min_top1_agreement=0.0, min_sqnr_db=-200
         )
         coverage = integer_coverage(path, tuple(test[0].shape[1:]))
-    for kernel in coverage.kernels:
-        if not kernel.integer:
+    for operator in coverage.operators:
+        if not operator.integer:
             print(
-                f"{name}: in float: {kernel.op_type} {kernel.name}, {kernel.macs} MACs",
+                f"{name}: in float: {operator.op_type} {operator.name}, {operator.macs} MACs",
                 file=sys.stderr,
             )
     differing = [layer for layer in report.layers if layer.differing]

@@ -19,9 +19,9 @@ from torch.utils._pytree import MappingKey, tree_flatten_with_path
 
 from qat_tricks.deploy.cost.weights import WEIGHT_BITS_KEY
 from qat_tricks.deploy.layouts import DEFAULT_LAYOUT
-from qat_tricks.deploy.parity.layers import measure_layer_parity
 from qat_tricks.deploy.parity.logits import check_agreement
 from qat_tricks.deploy.parity.network import ParityReport, measure_parity
+from qat_tricks.deploy.parity.tensors import measure_tensor_parity
 from qat_tricks.deploy.passes import COPY, name_quantized, tidy
 from qat_tricks.deploy.prepare import prepare_for_export
 from qat_tricks.deploy.qdq import Emitted, to_qdq
@@ -130,7 +130,7 @@ def export_onnx(
         if any(quantizer.enabled for quantizer in activation_quantizers(simulated).values()):
             assert isinstance(simulated, fx.GraphModule)
             few = on_cpu(first_images(inputs_of(batches[0], names), LAYER_IMAGES))
-            report = replace(report, layers=tuple(measure_layer_parity(draft, simulated, few)))
+            report = replace(report, layers=tuple(measure_tensor_parity(draft, simulated, few)))
     return report
 
 

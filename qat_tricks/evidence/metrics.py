@@ -60,7 +60,7 @@ def evaluate_classifier(
             logits contain NaN or have another number of classes.
     """
     start = time.perf_counter()
-    # what is checked here need not be checked again, and other processes measure nothing
+    # the batches are checked below, and no other process takes part
     options: dict[str, Any] = {"validate_args": False, "sync_on_compute": False}
     metrics = MetricCollection(
         {
