@@ -1,4 +1,4 @@
-"""Write a network as one ONNX file that ONNX Runtime runs as it was simulated, and prove it."""
+"""Writes a network as one ONNX file, and proves that ONNX Runtime runs it as simulated."""
 
 import copy
 import json
@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from os import PathLike
-from pathlib import Path
 
 import onnx
 import torch
@@ -41,7 +40,7 @@ from qat_tricks.graph.layers import activation_quantizers, layers
 from qat_tricks.graph.workbench import logits_of
 
 INPUT, OUTPUT = "images", "logits"
-LAYER_IMAGES = 8  # of those that parity is measured on: each layer's values are held
+TENSOR_IMAGES = 8  # for parity tensor by tensor, which holds the values of all tensors at once
 
 
 def export_onnx(
@@ -58,64 +57,51 @@ def export_onnx(
 ) -> ParityReport:
     """Writes ``network`` to ``path``, runs the file in ONNX Runtime and compares.
 
-    A network with our quantizers becomes a QDQ network with int8 weights; any other is written as
-    it is, in float. It is neither changed nor left in another mode. The file takes ``images`` of
-    any batch size, or several inputs by the names of the arguments of the network's ``forward``,
-    and yields ``logits``, and whatever else the network does. Unless parity holds no file is
-    written, and one that was there stays.
+    A network with our quantizers becomes a QDQ network with int8 weights; any other is written in
+    float. The network itself and its mode stay as they are. The file takes ``images`` of any batch
+    size, or several inputs by the names of the arguments of the network's ``forward``. It yields
+    ``logits``, and the network's other outputs. If parity does not hold, no file is written, and an
+    older one stays.
 
     Args:
-        network: a network of ours, calibrated, or any float network; yields logits ``[N,
-            classes]``, alone or first in a tuple or as ``logits`` of a mapping.
+        network: a network of ours, calibrated, or any float network. It yields logits ``[N,
+            classes]``, a tuple that begins with them, or a mapping that has them as ``logits``.
         path: of the file to write; its folder is made.
-        example: images ``[N, C, H, W]``, ``N`` at least 1, as the network takes them; a tuple where
-            it takes several inputs.
+        example: images ``[N, C, H, W]``, ``N`` at least 1; a tuple if the network takes several
+            inputs.
         images: batches to measure parity on, real images at best; ``example`` by default.
         metadata: the file's properties, such as class names and preprocessing.
-        min_top1_agreement: share of the images, 0..1, that must get the same class as in the
-            simulation; below 1, one image alone is never held against it.
-        min_sqnr_db: least ratio of the logits to their error, in dB. Both are set to catch what is
-            broken: a value that float arithmetic puts on the other side of a rounding boundary than
-            integer arithmetic does spreads through a deep network, and costs more than quantizing
-            well would.
+        min_top1_agreement: least share of the images, 0..1, with the same class as in the
+            simulation; one differing image is always tolerated unless it is 1.
+        min_sqnr_db: least ratio of the logits to their error, in dB. Both limits are set to catch
+            faults, and not rounding: a value that float arithmetic puts on the other side of a
+            rounding boundary than integer arithmetic does spreads through a deep network.
         opset: ONNX operator set, 18 or newer.
-        layout: ``onnxruntime``, or ``tensorrt``, with ReLUs before their quantizers and float
-            biases (see ``deploy.layouts``); ONNX Runtime runs that too, mostly in float.
+        layout: ``onnxruntime`` or ``tensorrt`` (see ``deploy.layouts``); ONNX Runtime runs the
+            latter too, mostly in float.
+
+    Returns:
+        The figures of the comparison.
 
     Raises:
         QatTricksError: ``example`` is not what the network takes, the network cannot be exported,
             has quantizers without range, parity is below a threshold, or ``path`` cannot be
             written.
     """
-    path = Path(path)
     if opset < OPSET:
         raise QatTricksError(f"opset={opset} is not supported: give {OPSET} or newer")
     names = input_names(network)
     example = inputs_of(example, names)
-    for values in as_tensors(example):
-        if values.numel() == 0 or (len(names) < 2 and values.dim() < 2):
-            raise QatTricksError(
-                f"the example's shape is {tuple(values.shape)}: give at least one image, [N, C, H, "
-                "W]"
-            )
-    if len(names) > 1 and OUTPUT in names:
-        raise QatTricksError(
-            f'an input called "{OUTPUT}" cannot be told from the output of that name: rename the '
-            "argument"
-        )
+    _check_inputs(example, names)
     simulated = copy.deepcopy(network).cpu().float().eval()
     with replacing(path) as draft:
-        model = _to_onnx(
-            copy.deepcopy(simulated),
-            on_cpu(example),
-            names if len(names) > 1 else [INPUT],
-            opset,
-            layout,
-        )
+        # a single input is called "images", whatever the argument's name
+        file_inputs = names if len(names) > 1 else [INPUT]
+        model = _to_onnx(copy.deepcopy(simulated), on_cpu(example), file_inputs, opset, layout)
         model.producer_name, model.producer_version = "qat_tricks", version("qat_tricks")
-        helper.set_model_props(
-            model, {**{p.key: p.value for p in model.metadata_props}, **(metadata or {})}
-        )
+        # setting properties drops those that are there
+        present = {entry.key: entry.value for entry in model.metadata_props}
+        helper.set_model_props(model, {**present, **(metadata or {})})
         onnx.save(model, str(draft))
         onnx.checker.check_model(str(draft))
         batches = [example] if images is None else list(images)
@@ -129,27 +115,50 @@ def export_onnx(
         )
         if any(quantizer.enabled for quantizer in activation_quantizers(simulated).values()):
             assert isinstance(simulated, fx.GraphModule)
-            few = on_cpu(first_images(inputs_of(batches[0], names), LAYER_IMAGES))
+            few = on_cpu(first_images(inputs_of(batches[0], names), TENSOR_IMAGES))
             report = replace(report, layers=tuple(measure_tensor_parity(draft, simulated, few)))
     return report
+
+
+def _check_inputs(example: Inputs, names: list[str]) -> None:
+    """Refuses inputs from which no file can be made (QatTricksError)."""
+    for values in as_tensors(example):
+        if values.numel() == 0 or (len(names) < 2 and values.dim() < 2):
+            raise QatTricksError(
+                f"the example's shape is {tuple(values.shape)}: give at least one image, [N, C, H, "
+                "W]"
+            )
+    if len(names) > 1 and OUTPUT in names:
+        raise QatTricksError(
+            f'an input called "{OUTPUT}" cannot be told from the output of that name: rename the '
+            "argument"
+        )
 
 
 def _to_onnx(
     network: nn.Module, example: Inputs, names: list[str], opset: int, layout: str
 ) -> onnx.ModelProto:
-    """Exports ``network``, which is ours to change."""
+    """Exports ``network``, changing it on the way.
+
+    Args:
+        network: a copy, on the CPU and in evaluation mode.
+        example: its inputs for one image or more.
+        names: of the file's inputs.
+        opset: ONNX operator set.
+        layout: a name of ``deploy.layouts.LAYOUTS``.
+    """
     emitted = Emitted({}, {})
     if isinstance(network, fx.GraphModule) and "qat_tricks" in network.meta:
         prepare_for_export(network)
         emitted = to_qdq(network, layout)
-    for name, layer in layers(network).items():  # what stays in float
+    for name, layer in layers(network).items():  # those left in float; others are emitters by now
         if layer.is_quantizing:
             raise QatTricksError(
                 f'layer "{name}" is quantized, the network around it not traced: hand over the '
                 "traced network"
             )
         layer.weight.data, layer.weight_mask = layer.masked_weight().data, None
-    # of a batch of one, its size would be frozen
+    # two images: the exporter would freeze a batch size of one
     pair = as_tensors(map_tensors(example, lambda values: torch.cat([values[:1]] * 2)))
     try:
         with _quiet():
@@ -164,17 +173,19 @@ def _to_onnx(
                 dynamic_shapes=tuple({0: torch.export.Dim("batch")} for _ in pair),
                 opset_version=opset,
             )
-    except Exception as error:  # PyTorch's exporter lets through whatever went wrong on its way
+    except Exception as error:  # PyTorch's exporter lets any kind of error through
         kind, reason = type(network).__name__, one_line(_cause(error))
         raise QatTricksError(f"{kind} cannot be exported to ONNX: {reason}") from error
     assert program is not None
     model = program.model_proto
+    # users read the first output
     logits_first = sorted(model.graph.output, key=lambda value: value.name != OUTPUT)
     model.graph.ClearField("output")
     model.graph.output.extend(logits_first)
     name_quantized(model.graph, emitted.calls)
     tidy(model)
     if emitted.bits:
+        # copies of a weight have its name, and a number behind it
         weights = {
             tensor.name: tensor.name.partition(COPY)[0] for tensor in model.graph.initializer
         }
@@ -186,13 +197,12 @@ def _to_onnx(
 
 
 def _output_names(output: object) -> list[str]:
-    """A name for each tensor that the network yields: ``logits``, the keys of a mapping, and
-    numbers for others.
-    """
+    """A name for each output of the network: ``logits``, its key in a mapping, or a number."""
     logits = logits_of(output)
     leaves = [
         (path, leaf) for path, leaf in tree_flatten_with_path(output)[0] if isinstance(leaf, Tensor)
     ]
+    # the innermost key of a nested output
     keys = [
         next((key.key for key in reversed(path) if isinstance(key, MappingKey)), None)
         for path, _ in leaves
@@ -212,9 +222,7 @@ def _cause(error: BaseException) -> BaseException:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences the exporter: its advice is for its developers, and what matters is measured
-    afterwards.
-    """
+    """Silences the exporter: its advice is for its developers, and the file is measured anyway."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
