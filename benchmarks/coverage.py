@@ -3,7 +3,7 @@
 """``int8_ptq`` on the classifiers people bring: layers folded and equalized, and whether ONNX
 Runtime runs them as simulated.
 
-Pretrained weights need a download, so each network is given weights under which a comparison means
+Pretrained weights need a download, so each network gets weights under which a comparison means
 something: layers scaled one after the other until their outputs have unit variance (Mishkin and
 Matas 2016, "All you need is a good init", LSUV), BatchNorms with statistics of real images and
 random affine parameters, and a last layer fitted to labels by ridge regression on 320 images.

@@ -18,7 +18,7 @@ def image_folder(
     mean: Sequence[float] = HALVES,
     std: Sequence[float] = HALVES,
 ) -> ImageFolder:
-    """The images of ``folder``, ``[3, size, size]``, normalized, with the numbers of their classes."""
+    """The images of ``folder``, ``[3, size, size]``, normalized, with their classes' numbers."""
     steps = [
         transforms.Resize((size, size)),
         transforms.ToTensor(),

@@ -106,8 +106,8 @@ def _emit(
 
 
 def _dequantize(*initializers: Tensor) -> Tensor:
-    """Dequantizes values by a scale, along dimension 0 if each channel has its own, and a zero
-    point if one is given.
+    """Dequantizes ``(values, scale)`` or ``(values, scale, zero point)``, along dimension 0 if each
+    channel has its own scale.
     """
     values, scale = initializers[:2]
     axis = {"axis": 0} if scale.dim() else {}

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from os import PathLike
+from pathlib import Path
 
 import onnx
 import torch
@@ -94,17 +95,12 @@ def export_onnx(
     example = inputs_of(example, names)
     _check_inputs(example, names)
     simulated = copy.deepcopy(network).cpu().float().eval()
+    batches = [example] if images is None else list(images)
+    # a single input is called "images", and not by the argument's name
+    file_inputs = names if len(names) > 1 else [INPUT]
     with replacing(path) as draft:
-        # a single input is called "images", whatever the argument's name
-        file_inputs = names if len(names) > 1 else [INPUT]
         model = _to_onnx(copy.deepcopy(simulated), on_cpu(example), file_inputs, opset, layout)
-        model.producer_name, model.producer_version = "qat_tricks", version("qat_tricks")
-        # setting properties drops those that are there
-        present = {entry.key: entry.value for entry in model.metadata_props}
-        helper.set_model_props(model, {**present, **(metadata or {})})
-        onnx.save(model, str(draft))
-        onnx.checker.check_model(str(draft))
-        batches = [example] if images is None else list(images)
+        _save(model, draft, metadata or {})
         report = measure_parity(draft, simulated, batches)
         check_agreement(
             report.as_dict(),
@@ -133,6 +129,16 @@ def _check_inputs(example: Inputs, names: list[str]) -> None:
             f'an input called "{OUTPUT}" cannot be told from the output of that name: rename the '
             "argument"
         )
+
+
+def _save(model: onnx.ModelProto, path: Path, metadata: Mapping[str, str]) -> None:
+    """Writes and checks the file, with its producer and ``metadata`` among its properties."""
+    model.producer_name, model.producer_version = "qat_tricks", version("qat_tricks")
+    # setting properties drops those that are there
+    present = {entry.key: entry.value for entry in model.metadata_props}
+    helper.set_model_props(model, {**present, **metadata})
+    onnx.save(model, str(path))
+    onnx.checker.check_model(str(path))
 
 
 def _to_onnx(
@@ -185,15 +191,15 @@ def _to_onnx(
     name_quantized(model.graph, emitted.calls)
     tidy(model)
     if emitted.bits:
-        # copies of a weight have its name, and a number behind it
-        weights = {
-            tensor.name: tensor.name.partition(COPY)[0] for tensor in model.graph.initializer
-        }
-        stored = {
-            name: emitted.bits[weight] for name, weight in weights.items() if weight in emitted.bits
-        }
-        helper.set_model_props(model, {WEIGHT_BITS_KEY: json.dumps(stored)})
+        bits = _bits_of_initializers(model.graph, emitted.bits)
+        helper.set_model_props(model, {WEIGHT_BITS_KEY: json.dumps(bits)})
     return model
+
+
+def _bits_of_initializers(graph: onnx.GraphProto, bits: Mapping[str, int]) -> dict[str, int]:
+    """The bits of each weight and of its copies, which have its name and a number behind it."""
+    weights = {tensor.name: tensor.name.partition(COPY)[0] for tensor in graph.initializer}
+    return {name: bits[weight] for name, weight in weights.items() if weight in bits}
 
 
 def _output_names(output: object) -> list[str]:

@@ -142,7 +142,7 @@ def _use_global_pools(graph: onnx.GraphProto) -> None:
         pooled = node.output[0] if keeps else f"{node.output[0]}_pooled"
         nodes = [helper.make_node("GlobalAveragePool", [node.input[0]], [pooled], node.name)]
         if not keeps:
-            # [N, C, 1, 1] to [N, C]: 0 keeps the batch, whatever its size
+            # [N, C, 1, 1] to [N, C]: 0 keeps the size of the batch
             shape = numpy_helper.from_array(np.array([0, -1]), f"{pooled}_shape")
             graph.initializer.append(shape)
             name = f"{node.name}_reshape"

@@ -6,7 +6,8 @@ from qat_tricks.graph.fold import fold_batchnorm
 
 
 def prepare_for_export(traced: fx.GraphModule) -> None:
-    """Does, in place, all that export does to a network of ours before it writes the quantizers
-    out: a BatchNorm that training kept is folded into the conv or linear before it.
+    """Makes the changes, in place, that export makes before it turns quantizers into operators.
+
+    A BatchNorm that is still there is folded into the conv or linear before it.
     """
     fold_batchnorm(traced)

@@ -60,19 +60,7 @@ def evaluate_classifier(
             logits contain NaN or have another number of classes.
     """
     start = time.perf_counter()
-    # the batches are checked below, and no other process takes part
-    options: dict[str, Any] = {"validate_args": False, "sync_on_compute": False}
-    metrics = MetricCollection(
-        {
-            "accuracy": MulticlassAccuracy(num_classes, average="micro", **options),
-            "top5": MulticlassAccuracy(
-                num_classes, average="micro", top_k=min(5, num_classes), **options
-            ),
-            "f1": MulticlassF1Score(num_classes, average="none", **options),
-            "ece": MulticlassCalibrationError(num_classes, n_bins=15, **options),
-        },
-        compute_groups=False,
-    )
+    metrics = _torchmetrics(num_classes)
     nll = torch.zeros((), dtype=torch.float64)
     support = torch.zeros(num_classes, dtype=torch.int64)
     predictions: list[Tensor] = []
@@ -98,6 +86,23 @@ def evaluate_classifier(
         nll=(nll / support.sum()).item(),
         seconds=time.perf_counter() - start,
         predictions=torch.cat(predictions),
+    )
+
+
+def _torchmetrics(num_classes: int) -> MetricCollection:
+    """Accuracy, top-5, F1 of each class, and ECE."""
+    # ``evaluate_classifier`` checks the batches itself, and no other process takes part
+    options: dict[str, Any] = {"validate_args": False, "sync_on_compute": False}
+    return MetricCollection(
+        {
+            "accuracy": MulticlassAccuracy(num_classes, average="micro", **options),
+            "top5": MulticlassAccuracy(
+                num_classes, average="micro", top_k=min(5, num_classes), **options
+            ),
+            "f1": MulticlassF1Score(num_classes, average="none", **options),
+            "ece": MulticlassCalibrationError(num_classes, n_bins=15, **options),
+        },
+        compute_groups=False,
     )
 
 

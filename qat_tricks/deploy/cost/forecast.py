@@ -96,7 +96,7 @@ def forecast(prepared: fx.GraphModule, images: Inputs) -> Forecast:
     run = _run_once(traced, images)
     integer = total = 0
     in_float = []
-    # a runtime computes once, at its start, whatever does not depend on the images
+    # a runtime computes the others once, at its start
     for node in filter(n.depends_on_images, traced.graph.nodes):
         within = run.within.get(node, 0)
         macs = _macs(node, traced, run.shapes) + within
@@ -224,7 +224,7 @@ class _Call(NamedTuple):
     within: int  # MACs in a module or function that is not traced through
 
 
-# Why an operation that is no conv or linear has no integer kernel: the first that holds is told.
+# Reasons why an operation that is no conv or linear stays in float; the first that holds counts.
 _REASONS: Sequence[tuple[Callable[[_Call], bool], str]] = (
     (lambda call: call.within > 0 and call.node.target not in _PRODUCTS, "kept whole"),
     (

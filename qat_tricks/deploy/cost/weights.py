@@ -104,7 +104,7 @@ def file_bytes(path: str | PathLike[str]) -> int:
 
 
 def _bytes(count: int, bits: int) -> int:
-    """Bytes of so many packed values, rounded up."""
+    """Bytes of ``count`` values of ``bits`` each, packed, rounded up."""
     return (count * bits + 7) // 8
 
 
@@ -161,7 +161,7 @@ def _weight_operands(
     for node in graph.node:
         if node.op_type in _LAYERS:
             constant = [name for name in node.input[:2] if name in constants]
-            # none: a product of two activations; two: a constant, whatever the image
+            # none: a product of two activations; two: a constant
             if len(constant) == 1:
                 yield node, constant[0]
 
