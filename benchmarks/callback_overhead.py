@@ -1,5 +1,5 @@
 # python benchmarks/callback_overhead.py --out docs/results/callback_overhead.md
-"""What our callbacks cost a training step, their quantizers left out of it.
+"""The cost of our callbacks in a training step, without that of their quantizers.
 
 Three trainers train the same network, its quantizers placed and disabled: one with the callbacks of
 ``int8_prune50`` (without distillation, whose teacher is no overhead but work), two without any,
@@ -10,7 +10,6 @@ What noise hides in whole steps shows in the part of them that Lightning spends 
 which is measured too.
 """
 
-import argparse
 import copy
 import logging
 import platform
@@ -20,20 +19,20 @@ import time
 import warnings
 from collections.abc import Iterator
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 import torchvision
+from common import Report, argument_parser, command
 from pytorch_lightning.trainer import call
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import qat_tricks
-from qat_tricks.graph import activation_quantizers, layers
-from qat_tricks.tricks import Prune, prune
+from qat_tricks.graph.layers import activation_quantizers, layers
+from qat_tricks.tricks.prune import Prune, prune
 
 RECIPE, OVERRIDES = "int8_prune50", ["~stages.prune_qat.tricks.distill"]
 BAR = 0.01
@@ -209,55 +208,60 @@ def tiny(classes: int = 1000) -> torch.nn.Module:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argument_parser(__doc__)
     parser.add_argument("--models", nargs="+", default=["tiny", "resnet18", "mobilenet_v2"])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    command = " ".join(f"--{key} {getattr(args, key)}" for key in ("batch", "size", "steps"))
-    lines = [
-        "# Cost of the callbacks",
-        "",
-        f"`python benchmarks/callback_overhead.py {command}`",
-        f"on {platform.processor() or platform.machine()}, torch {torch.__version__}, Lightning "
-        f"{pl.__version__}.",
-        "The same step with and without the callbacks of `int8_prune50` (no distillation), "
-        "quantizers disabled, in turns; CPU",
-        "time, medians. Noise: what two trainers without callbacks differ by;",
-        "in hooks: by how much longer Lightning is busy calling callbacks.",
-        "",
-        "| network | step ms | noise ms | callbacks add ms | in hooks ms | their share | bar | "
-        "all masks once ms |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    processor = platform.processor() or platform.machine()
+    report = Report(
+        "Cost of the callbacks",
+        [
+            command(args, "batch", "size", "steps"),
+            f"on {processor}, torch {torch.__version__}, Lightning {pl.__version__}.",
+            "The same step with and without the callbacks of `int8_prune50` (no distillation), "
+            "quantizers disabled, in turns; CPU",
+            "time, medians. Noise: what two trainers without callbacks differ by;",
+            "in hooks: by how much longer Lightning is busy calling callbacks.",
+        ],
+        (
+            "network",
+            "step ms",
+            "noise ms",
+            "callbacks add ms",
+            "in hooks ms",
+            "their share",
+            "bar",
+            "all masks once ms",
+        ),
+        args.out,
+    )
     for name in args.models:
         torch.manual_seed(0)
-        data = (
-            torch.randn(args.batch, 3, args.size, args.size),
-            torch.randint(0, 1000, (args.batch,)),
-        )
+        images = torch.randn(args.batch, 3, args.size, args.size)
+        data = (images, torch.randint(0, 1000, (args.batch,)))
         network = tiny() if name == "tiny" else getattr(torchvision.models, name)()
-        found = measure(network, data, args.steps, args.warmup)
-        ms = {key: 1e3 * seconds for key, seconds in found.items()}
-        share = found["hooks"] / found["plain"]
-        # it shows the milliseconds, which are the same for all
-        bar = "" if name == "tiny" else f"{BAR:.0%}"
-        row = f"| {name} | {ms['plain']:.1f} | {ms['control']:+.2f} | {ms['added']:+.2f} | {ms['hooks']:+.2f} |"
-        lines.append(f"{row} **{share:.2%}** | {bar} | {ms['renewal']:.0f} |")
-        print(lines[-1], flush=True)
-    lines += [
+        seconds = measure(network, data, args.steps, args.warmup)
+        ms = {key: 1e3 * value for key, value in seconds.items()}
+        report.add(
+            name,
+            f"{ms['plain']:.1f}",
+            *(f"{ms[key]:+.2f}" for key in ("control", "added", "hooks")),
+            f"**{ms['hooks'] / ms['plain']:.2%}**",
+            # the tiny network is there for its milliseconds, which are the same for all
+            "" if name == "tiny" else f"{BAR:.0%}",
+            f"{ms['renewal']:.0f}",
+        )
+    report.add_lines(
         "",
         "Masks are renewed `updates` times a fit (50 by default), however long it is; such a step "
         "costs that more.",
-    ]
-    if args.out:
-        args.out.write_text("\n".join(lines) + "\n")
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-# python benchmarks/coverage.py --calibration PATH/imagenet_calib1000 --val PATH/imagenette160/val
-# --out docs/results/coverage.md
-"""``int8_ptq`` on the classifiers people bring: what is folded and equalized, and whether ONNX
-Runtime runs what was simulated.
+# python benchmarks/coverage.py --calibration PATH/imagenet_calib1000 \
+#     --val PATH/imagenette160/val --out docs/results/coverage.md
+"""``int8_ptq`` on the classifiers people bring: layers folded and equalized, and whether ONNX
+Runtime runs them as simulated.
 
-Pretrained weights need a download, so each network is given weights under which a comparison means
+Pretrained weights need a download, so each network gets weights under which a comparison means
 something: layers scaled one after the other until their outputs have unit variance (Mishkin and
 Matas 2016, "All you need is a good init", LSUV), BatchNorms with statistics of real images and
 random affine parameters, and a last layer fitted to labels by ridge regression on 320 images.
@@ -20,19 +20,19 @@ from pathlib import Path
 
 import onnxruntime
 import torch
+from common import Report, argument_parser, command, table_row
+from images import IMAGENET_MEAN, IMAGENET_STD, batches, image_folder
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
-from torchvision import transforms
-from torchvision.datasets import ImageFolder
 
 import qat_tricks
 from qat_tricks.deploy.cost.coverage import integer_coverage
-from qat_tricks.deploy.cost.forecast import forecast
+from qat_tricks.deploy.cost.forecast import forecast_network
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph import spec_of, trace
+from qat_tricks.graph.fold import fold_batchnorm
 from qat_tricks.graph.nodes import BATCHNORMS
+from qat_tricks.graph.spec import spec_of
+from qat_tricks.graph.trace import trace
 from qat_tricks.models.build import build_model
-from qat_tricks.tricks import fold_batchnorm
 from qat_tricks.tricks.equalize import find_pairs
 
 TORCHVISION = " ".join(
@@ -62,9 +62,9 @@ SIZES = {"inception_v3": 299}  # else 224
 
 @torch.no_grad()
 def give_weights(
-    net: nn.Module, batches: list[Tensor], labelled: list[tuple[Tensor, Tensor]]
+    net: nn.Module, unlabelled: list[Tensor], labelled: list[tuple[Tensor, Tensor]]
 ) -> nn.Module:
-    """Gives ``net``, in place, weights made of real images ``batches`` and of ``labelled`` ones."""
+    """Gives ``net``, in place, weights made of real images, ``unlabelled`` and ``labelled``."""
     for name, parameter in net.named_parameters():
         if (
             name.rpartition(".")[2] in ("gamma", "layer_scale", "skipinit_gain")
@@ -96,7 +96,7 @@ def give_weights(
         for module in net.modules()
         if isinstance(module, LAYERS)
     ]
-    for batch in batches:
+    for batch in unlabelled:
         net(batch)
     for hook in hooks:
         hook.remove()
@@ -126,39 +126,29 @@ def _fit_last_layer(net: nn.Module, labelled: list[tuple[Tensor, Tensor]]) -> No
         last.bias.copy_(-(weight @ mean))  # type: ignore[operator]
 
 
-def images(folder: Path, count: int, size: int, skip: int = 0) -> list[tuple[Tensor, Tensor]]:
+def load(folder: Path, count: int, size: int, skip: int = 0) -> list[tuple[Tensor, Tensor]]:
     """``count`` images of ``folder`` in a random order in batches ``[16, 3, size, size]``, with
     labels, after ``skip`` others.
     """
-    transform = transforms.Compose(
-        [
-            transforms.Resize((size, size)),
-            transforms.ToTensor(),
-            transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-        ]
-    )
-    data = ImageFolder(str(folder), transform)
+    data = image_folder(folder, size, IMAGENET_MEAN, IMAGENET_STD)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
-    return [
-        (batch, labels)
-        for batch, labels in DataLoader(Subset(data, order[skip : skip + count]), batch_size=16)
-    ]
+    return list(batches(data, 16, order[skip : skip + count]))
 
 
 def measure(name: str, args: argparse.Namespace) -> str:
     """Quantizes, exports and runs one network, and returns its row of the table."""
     started = time.perf_counter()
     size = SIZES.get(name, 224)
-    calibration = [batch for batch, _ in images(args.calibration, args.images, size)]
-    test = [batch for batch, _ in images(args.val, args.test_images, size)]
-    labelled = images(args.val, 320, size, skip=args.test_images)
+    calibration = [batch for batch, _ in load(args.calibration, args.images, size)]
+    test = [batch for batch, _ in load(args.val, args.test_images, size)]
+    labelled = load(args.val, 320, size, skip=args.test_images)
     torch.manual_seed(args.seed)
     net = give_weights(build_model(name, num_classes=10), calibration[:4], labelled)
     work = trace(copy.deepcopy(net))
     batchnorms = sum(isinstance(module, BATCHNORMS) for module in work.modules())
     fold_batchnorm(work)
     pairs = len(find_pairs(work))
-    foreseen = forecast(net, calibration[0][:1]).coverage
+    foreseen = forecast_network(net, calibration[0][:1]).coverage
     seconds = time.perf_counter()
     quantized = qat_tricks.quantize(net, calibration)
     seconds = time.perf_counter() - seconds
@@ -169,19 +159,27 @@ def measure(name: str, args: argparse.Namespace) -> str:
             quantized, path, calibration[0], images=test, min_top1_agreement=0.0, min_sqnr_db=-200
         )
         coverage = integer_coverage(path, tuple(test[0].shape[1:]))
-    for kernel in coverage.kernels:
-        if not kernel.integer:
+    for operator in coverage.operators:
+        if not operator.integer:
             print(
-                f"{name}: in float: {kernel.op_type} {kernel.name}, {kernel.macs} MACs",
+                f"{name}: in float: {operator.op_type} {operator.name}, {operator.macs} MACs",
                 file=sys.stderr,
             )
-    differing = [layer for layer in report.layers if layer.differing]
-    begins = min(differing, key=lambda layer: layer.place, default=None)
+    differing = [tensor for tensor in report.layers if tensor.differing]
+    begins = min(differing, key=lambda tensor: tensor.place, default=None)
     gap = "" if begins is None else f"{begins.name}, {begins.differing:.0e}"
-    return (
-        f"| {name} | {size} | {folded} of {batchnorms} | {pairs} | {coverage.coverage:.4f} | "
-        f"{foreseen:.4f} | {report.sqnr_db:.0f} | {gap} | {report.top1_agreement:.4f} | "
-        f"{seconds:.0f} | {time.perf_counter() - started:.0f} |"
+    return table_row(
+        name,
+        size,
+        f"{folded} of {batchnorms}",
+        pairs,
+        f"{coverage.coverage:.4f}",
+        f"{foreseen:.4f}",
+        f"{report.sqnr_db:.0f}",
+        gap,
+        f"{report.top1_agreement:.4f}",
+        f"{seconds:.0f}",
+        f"{time.perf_counter() - started:.0f}",
     )
 
 
@@ -196,20 +194,18 @@ def _rows(path: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argument_parser(__doc__, threads=2)
     for folder in ("calibration", "val"):
         parser.add_argument(f"--{folder}", type=Path, required=True)
     parser.add_argument("--networks", nargs="+", default=NAMES)
     parser.add_argument("--images", type=int, default=64, help="of the calibration set")
     parser.add_argument("--test-images", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--one",
         action="store_true",
         help="print the row of the one network named, and nothing else",
     )
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.one:
@@ -218,34 +214,42 @@ def main() -> None:
         except QatTricksError as error:
             print(f"| {args.networks[0]} | refused: {error} |")
         return
-    settings = f"--images {args.images} --test-images {args.test_images} --seed {args.seed} --threads {args.threads}"
-    lines = [
-        "# Networks that int8_ptq takes",
-        "",
-        f"`python benchmarks/coverage.py {settings}`, torch {torch.__version__}, ONNX Runtime "
-        f"{onnxruntime.__version__}.",
-        "",
-        "| network | px | BatchNorms folded | pairs equalized | int8 coverage (MACs) | foreseen | "
-        "parity SQNR, dB | gap begins at, share of its integers | top-1 agreement with the "
-        "simulation | PTQ, s | all, s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    print("\n".join(lines[4:]), flush=True)
     done_before = _rows(args.out) if args.out and args.out.is_file() else {}
+    report = Report(
+        "Networks that int8_ptq takes",
+        [
+            f"{command(args, 'images', 'test_images', 'seed', 'threads')}, torch "
+            f"{torch.__version__}, ONNX Runtime {onnxruntime.__version__}."
+        ],
+        (
+            "network",
+            "px",
+            "BatchNorms folded",
+            "pairs equalized",
+            "int8 coverage (MACs)",
+            "foreseen",
+            "parity SQNR, dB",
+            "gap begins at, share of its integers",
+            "top-1 agreement with the simulation",
+            "PTQ, s",
+            "all, s",
+        ),
+        args.out,
+    )
     for name in args.networks:
-        if name in done_before:
-            lines.append(done_before[name])
-            continue
-        # A process each: what one network leaves in memory does not weigh on the next.
-        command = [sys.executable, os.path.abspath(__file__), "--one", "--networks", name]
-        for option in ("calibration", "val", "images", "test_images", "seed", "threads"):
-            command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        row = done.stdout.strip() if done.returncode == 0 else ""
-        lines.append(row.splitlines()[-1] if row else f"| {name} | failed |")
-        print(lines[-1], flush=True)
-        if args.out:
-            args.out.write_text("\n".join(lines) + "\n")
+        report.add_lines(done_before.get(name) or _row_of_process(name, args))
+
+
+def _row_of_process(name: str, args: argparse.Namespace) -> str:
+    """The row of one network, from a process of its own: the memory that one network leaves does
+    not weigh on the next.
+    """
+    run = [sys.executable, os.path.abspath(__file__), "--one", "--networks", name]
+    for option in ("calibration", "val", "images", "test_images", "seed", "threads"):
+        run += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
+    done = subprocess.run(run, stdout=subprocess.PIPE, text=True, check=False)
+    row = done.stdout.strip() if done.returncode == 0 else ""
+    return row.splitlines()[-1] if row else f"| {name} | failed |"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ takes), unsigned 8-bit activations and signed 8-bit weights per channel, and run
 options.
 """
 
-import argparse
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +15,11 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
+from common import Report, argument_parser, command
+from images import batches, image_folder
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
-from torchvision import transforms
-from torchvision.datasets import ImageFolder
 
 import qat_tricks
 from qat_tricks.deploy.cost.latency import measure_latency
@@ -33,31 +31,30 @@ BAR = 1.02
 
 
 class Reader(CalibrationDataReader):
-    """Hands ``batches`` to ONNX Runtime's calibration."""
+    """Hands images to ONNX Runtime's calibration."""
 
-    def __init__(self, batches: list[Tensor]) -> None:
-        self.left: Iterator[dict[str, np.ndarray]] = iter(
-            [{"images": batch.numpy()} for batch in batches]
-        )
+    def __init__(self, calibration: list[Tensor]) -> None:
+        feeds = [{"images": images.numpy()} for images in calibration]
+        self.left: Iterator[dict[str, np.ndarray]] = iter(feeds)
 
     def get_next(self) -> Any:
         return next(self.left, None)
 
 
-def files(name: str, batches: list[Tensor], folder: Path) -> dict[str, Path]:
+def files(name: str, calibration: list[Tensor], folder: Path) -> dict[str, Path]:
     """The float file of a network, and both int8 ones."""
     torch.manual_seed(0)
     net = build_model(name, num_classes=1000).eval()
     paths = {kind: folder / f"{name}_{kind}.onnx" for kind in ("float", "ours", "quantize_static")}
-    qat_tricks.export_onnx(net, paths["float"], batches[0])
-    quantized = qat_tricks.quantize(net, batches)
-    qat_tricks.export_onnx(quantized, paths["ours"], batches[0], min_top1_agreement=0.0)
+    qat_tricks.export_onnx(net, paths["float"], calibration[0])
+    quantized = qat_tricks.quantize(net, calibration)
+    qat_tricks.export_onnx(quantized, paths["ours"], calibration[0], min_top1_agreement=0.0)
     prepared = folder / f"{name}_prepared.onnx"
     quant_pre_process(str(paths["float"]), str(prepared))
     quantize_static(
         str(prepared),
         str(paths["quantize_static"]),
-        Reader(batches),
+        Reader(calibration),
         quant_format=QuantFormat.QDQ,
         per_channel=True,
         activation_type=QuantType.QUInt8,
@@ -67,61 +64,50 @@ def files(name: str, batches: list[Tensor], folder: Path) -> dict[str, Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argument_parser(__doc__, threads=2)
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--seconds", type=float, default=60.0, help="for each network and batch size"
     )
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    transform = transforms.Compose(
+    images = image_folder(args.calibration)
+    calibration = [batch for batch, _ in batches(images, 16, range(0, 1000, 32))]
+    report = Report(
+        "Latency against ONNX Runtime's own quantizer",
         [
-            transforms.Resize((224, 224)),
-            transforms.ToTensor(),
-            transforms.Normalize([0.5] * 3, [0.5] * 3),
-        ]
+            f"{command(args, 'threads', 'seconds')}, ONNX Runtime {onnxruntime.__version__}, 224 "
+            "px; median milliseconds a batch, the files run in turn."
+        ],
+        (
+            "network",
+            "batch:",
+            "float:",
+            "quantize_static:",
+            "ours:",
+            "ours / quantize_static:",
+            "bar",
+        ),
+        args.out,
     )
-    data = DataLoader(
-        Subset(ImageFolder(str(args.calibration), transform), range(0, 1000, 32)), batch_size=16
-    )
-    batches = [images for images, _ in data]
-    lines = [
-        "# Latency against ONNX Runtime's own quantizer",
-        "",
-        f"`python benchmarks/latency.py --threads {args.threads} --seconds {args.seconds:g}`, ONNX "
-        f"Runtime {onnxruntime.__version__}, 224 px; median milliseconds a batch, the files run in "
-        "turn.",
-        "",
-        "| network | batch | float | quantize_static | ours | ours / quantize_static | bar |",
-        "|---|--:|--:|--:|--:|--:|---|",
-    ]
     with tempfile.TemporaryDirectory() as folder:
         for name in args.networks:
-            paths = files(name, batches, Path(folder))
-            for batch in BATCHES:
-                found = measure_latency(
+            paths = files(name, calibration, Path(folder))
+            for batch_size in BATCHES:
+                latency = measure_latency(
                     paths,
                     image_shape=(3, 224, 224),
-                    batch_size=batch,
+                    batch_size=batch_size,
                     threads=args.threads,
                     runs=1000,
                     max_seconds=args.seconds,
                 )
-                plain, peer, ours = (
-                    found[kind]["p50"] for kind in ("float", "quantize_static", "ours")
-                )
-                ratio = ours / peer
+                medians = [latency[kind]["p50"] for kind in ("float", "quantize_static", "ours")]
+                ratio = medians[2] / medians[1]
                 met = "met" if ratio <= BAR else "**not met**"
-                lines.append(
-                    f"| {name} | {batch} | {plain:.2f} | {peer:.2f} | {ours:.2f} | {ratio:.3f} | "
-                    f"{BAR}: {met} |"
-                )
-                print(lines[-1], flush=True)
-    if args.out:
-        args.out.write_text("\n".join(lines) + "\n")
+                milliseconds = [f"{median:.2f}" for median in medians]
+                report.add(name, batch_size, *milliseconds, f"{ratio:.3f}", f"{BAR}: {met}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 # python benchmarks/lightning_matrix.py --out docs/results/lightning.md
-"""What works in a Lightning trainer: runs the tests that are marked with a feature, and writes a
-row for each feature.
+"""The features that work in a Lightning trainer: runs the tests that are marked with one, and
+writes a row for each feature.
 """
 
-import argparse
 import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
+from common import Report, argument_parser, command
 
 TESTS = Path(__file__).parents[1] / "tests"
 PACKAGES = ("torch", "pytorch-lightning", "hydra-core", "hydra-joblib-launcher", "wandb")
@@ -43,22 +43,14 @@ class Matrix:
         rows = []
         for feature, names in tests.items():
             outcomes = [self.outcomes.get(name, "not run") for name in names]
-            result = (
-                "pass"
-                if set(outcomes) == {"passed"}
-                else "FAIL"
-                if "failed" in outcomes
-                else outcomes[0]
-            )
+            if set(outcomes) == {"passed"}:
+                result = "pass"
+            else:
+                result = "FAIL" if "failed" in outcomes else outcomes[0]
             cases = f"{len(names)} cases" if len(names) > 1 else ""
             shown = dict.fromkeys(name.partition("[")[0].replace("::", " ") for name in names)
-            rows.append(
-                (
-                    feature,
-                    f"{result} {cases}".strip(),
-                    ", ".join(f"`{Path(name).name}`" for name in shown),
-                )
-            )
+            listed = ", ".join(f"`{Path(name).name}`" for name in shown)
+            rows.append((feature, f"{result} {cases}".strip(), listed))
         return rows
 
 
@@ -70,31 +62,24 @@ def installed(package: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args = argument_parser(__doc__).parse_args()
+    out = args.out and args.out.resolve()  # the tests run in the project's folder
     os.chdir(TESTS.parent)
     matrix = Matrix()
-    status = pytest.main(
-        ["-q", "-W", "ignore", "--durations=0", "--no-header", str(TESTS)], plugins=[matrix]
+    options = ["-q", "-W", "ignore", "--durations=0", "--no-header", str(TESTS)]
+    status = pytest.main(options, plugins=[matrix])
+    report = Report(
+        "In a Lightning trainer",
+        [
+            f"{command(args)}, on CPU, with {', '.join(map(installed, PACKAGES))}.",
+            "Each row is shown by a test, nearly all with a real `pl.Trainer`. Refused means one "
+            "line that says what to do instead.",
+        ],
+        ("feature", "result", "test"),
+        out,
     )
-    rows = matrix.rows()
-    lines = [
-        "# In a Lightning trainer",
-        "",
-        "`python benchmarks/lightning_matrix.py`, on CPU, with "
-        + ", ".join(map(installed, PACKAGES))
-        + ".",
-        "Each row is shown by a test, nearly all with a real `pl.Trainer`. Refused means one line "
-        "that says what to do instead.",
-        "",
-        "| feature | result | test |",
-        "|---|---|---|",
-        *(f"| {feature} | {result} | {test} |" for feature, result, test in rows),
-    ]
-    if args.out:
-        args.out.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    for row in matrix.rows():
+        report.add(*row)
     sys.exit(status)
 
 

@@ -1,20 +1,19 @@
 # python benchmarks/step_cost.py --out docs/results/step_cost.md
-"""What a QAT step costs: one training step of ``int8_qat``'s network against one of the untouched
+"""The cost of a QAT step: one training step of ``int8_qat``'s network against one of the untouched
 float network.
 
 Both run in one process, interleaved step by step, eager, so that a machine that speeds up or slows
 down does so for both.
 """
 
-import argparse
 import copy
 import platform
 import statistics
 import time
-from pathlib import Path
 
 import torch
 import torchvision
+from common import Report, argument_parser, command
 from torch import nn
 from torch.nn import functional as F
 
@@ -77,40 +76,43 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argument_parser(__doc__, threads=2)
     parser.add_argument("--models", nargs="+", default=list(BARS))
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    lines = [
-        "# Cost of a QAT step",
-        "",
-        f"`python benchmarks/step_cost.py --batch {args.batch} --size {args.size} --threads "
-        f"{args.threads} --steps {args.steps}`",
-        f"on {platform.processor() or platform.machine()}, torch {torch.__version__}, eager, "
-        "float32.",
-        "",
-        "| network | float step ms | QAT step ms | ratio (median of pairs) | middle half of the "
-        "ratios | bar |",
-        "|---|---|---|---|---|---|",
-    ]
+    processor = platform.processor() or platform.machine()
+    report = Report(
+        "Cost of a QAT step",
+        [
+            command(args, "batch", "size", "threads", "steps"),
+            f"on {processor}, torch {torch.__version__}, eager, float32.",
+        ],
+        (
+            "network",
+            "float step ms",
+            "QAT step ms",
+            "ratio (median of pairs)",
+            "middle half of the ratios",
+            "bar",
+        ),
+        args.out,
+    )
     for name in args.models:
         plain, qat, ratio, spread = measure(
             name, batch=args.batch, size=args.size, steps=args.steps, warmup=args.warmup
         )
-        bar = f"{BARS[name]}" if name in BARS else ""
-        lines.append(
-            f"| {name} | {plain * 1e3:.0f} | {qat * 1e3:.0f} | **{ratio:.2f}** | {spread:.2f} wide "
-            f"| {bar} |"
+        report.add(
+            name,
+            f"{plain * 1e3:.0f}",
+            f"{qat * 1e3:.0f}",
+            f"**{ratio:.2f}**",
+            f"{spread:.2f} wide",
+            BARS.get(name, ""),
         )
-        print(lines[-1], flush=True)
-    if args.out:
-        args.out.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 SHOWN = 40  # names listed in an error
+LINE = 200  # characters of somebody else's error that are quoted in ours
 
 
 class QatTricksError(Exception):
@@ -24,3 +25,14 @@ def did_you_mean(given: str, allowed: Iterable[str]) -> str:
         return "did you mean " + " or ".join(f'"{name}"' for name in near) + "?"
     more = f" and {len(names) - SHOWN:,} others" if len(names) > SHOWN else ""
     return "allowed: " + (", ".join(names[:SHOWN]) + more if names else "nothing")
+
+
+def one_line(error: BaseException, limit: int | None = LINE) -> str:
+    """Returns the text of ``error`` on one line, or the name of its type where it has none.
+
+    Args:
+        error: an error of any library; its text may have many lines.
+        limit: characters to cut the text to; None leaves its length.
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if limit is None or len(text) <= limit else text[: limit - 3] + "..."

@@ -1,6 +1,8 @@
-"""Files that appear whole or not at all: written beside, then put in place."""
+"""Files that appear whole or not at all: written beside, then put in place. JSON, text, tensors."""
 
 import io
+import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,21 +10,19 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qat_tricks.errors import QatTricksError
 
 
 @contextmanager
 def replacing(path: str | PathLike[str]) -> Iterator[Path]:
-    """A path beside ``path``, whose folder is made, to write to: it takes its place if all goes
-    well and is gone otherwise.
+    """Yields a path to write to, beside ``path``, whose folder is made. The file written there
+    takes its place if all goes well, and is gone otherwise.
 
     Raises:
-        QatTricksError: the folder cannot be made or written; what was there before is left as it
-            was.
+        QatTricksError: the folder cannot be made or written; a file that was at ``path`` stays.
     """
     path = Path(path)
+    # in the same folder, since a move to another disk would not be one step
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,12 +39,61 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
         ) from error
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically, making its folder.
+
+    Raises:
+        QatTricksError: the folder cannot be made or written.
+    """
+    with replacing(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes plain data as JSON, atomically. Infinite and NaN figures, which JSON has not, become
+    null.
+
+    Raises:
+        QatTricksError: the folder cannot be made or written.
+    """
+    write_text(path, json.dumps(finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def finite(data: Any) -> Any:
+    """Returns the data with every float that is not finite replaced by None."""
+    if isinstance(data, dict):
+        return {key: finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        QatTricksError: it is missing, unreadable or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise QatTricksError(
+            f'cannot read "{path}" ({error.strerror or error}): give a file that a run wrote'
+        ) from error
+    except ValueError as error:
+        raise QatTricksError(
+            f'"{path}" is not JSON ({error}): run the job again to write it anew'
+        ) from error
+
+
 def write_tensors(data: Any, path: str | PathLike[str]) -> None:
     """``torch.save``, atomically.
 
     Raises:
         QatTricksError: the folder cannot be made or written.
     """
+    import torch  # slow to load, and JSON does without
+
     buffer = io.BytesIO()  # written by torch, a full disk would be "unexpected pos 5376 vs 5272"
     torch.save(data, buffer)
     with replacing(path) as draft:

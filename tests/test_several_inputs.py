@@ -14,11 +14,12 @@ from torch.utils.data import DataLoader, TensorDataset
 import qat_tricks
 from qat_tricks.deploy.cost.coverage import integer_coverage
 from qat_tricks.deploy.cost.device import measure_device
-from qat_tricks.deploy.cost.forecast import forecast
+from qat_tricks.deploy.cost.forecast import forecast_network
 from qat_tricks.deploy.cost.latency import measure_latency
 from qat_tricks.deploy.parity.runtimes import parity, predictor
+from qat_tricks.deploy.runtimes.network import random_batch
 from qat_tricks.deploy.runtimes.registry import open_network
-from qat_tricks.deploy.runtimes.session import input_specs, open_session, random_batch, run_batch
+from qat_tricks.deploy.runtimes.session import input_specs, open_session, run_batch
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.metrics import evaluate_classifier
 from qat_tricks.graph import (
@@ -92,7 +93,7 @@ def test_quantized_in_integers_close_to_float_and_run_as_simulated(kind, deploye
     expected = net(*inputs(kind, 64)).detach()
     error = (quantized(*inputs(kind, 64)) - expected).square().mean() / expected.square().mean()
     assert error < 0.001  # 30 dB
-    measured, seen = integer_coverage(path, SHAPES[kind]), forecast(net, inputs(kind, 1))
+    measured, seen = integer_coverage(path, SHAPES[kind]), forecast_network(net, inputs(kind, 1))
     assert (measured.integer_macs, measured.total_macs) == (seen.integer_macs, seen.total_macs)
     assert measured.coverage == 1.0
 

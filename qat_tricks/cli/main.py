@@ -66,7 +66,7 @@ def _run(name: str, job: Callable[[DictConfig], None], arguments: Sequence[str] 
 def _train_job(config: DictConfig) -> None:
     """Runs one job; in a sweep one that fails leaves ``error.json``, and the others go on."""
     from qat_tricks.cli.quiet import quiet
-    from qat_tricks.evidence.files import write_json
+    from qat_tricks.files import write_json
     from qat_tricks.jobs.isolation import free_memory, isolated
     from qat_tricks.jobs.loggers import finish_logger, make_logger
     from qat_tricks.jobs.train import run_job

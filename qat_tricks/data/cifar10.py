@@ -18,7 +18,7 @@ from qat_tricks.data.images import Splits, memory_splits, read_image
 from qat_tricks.data.module import ImageData
 from qat_tricks.data.preprocessing import Preprocessing
 from qat_tricks.data.splits import stratified_split
-from qat_tricks.errors import QatTricksError
+from qat_tricks.errors import QatTricksError, one_line
 
 SIDE = 32  # pixels
 SPLIT_SEED = 0  # one fixed split of train and val, whatever the seed
@@ -83,7 +83,7 @@ def _download(folder: Path) -> None:
     try:
         CIFAR10(folder, download=True)
     except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise QatTricksError(
             f"cannot download CIFAR-10 into {folder} ({reason}): check the network, or put its "
             "files there"

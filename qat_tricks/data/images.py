@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, get_worker_info
 
 from qat_tricks.data.preprocessing import Preprocessing
-from qat_tricks.errors import QatTricksError
+from qat_tricks.errors import QatTricksError, one_line
 
 Transform = Callable[[Any], Tensor]
 
@@ -135,7 +135,7 @@ def read_image(path: str | Path, channels: int) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB" if channels == 3 else "L")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UnreadableImageError(
             f"cannot read the image {path} ({reason}): replace or delete it"
         ) from error

@@ -1,1 +1,1 @@
-"""What an ONNX file costs to run: sessions, latency, memory, integer coverage, weights."""
+"""From a simulated network to an ONNX file, with proof that the file runs as simulated."""

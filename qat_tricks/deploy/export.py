@@ -1,4 +1,4 @@
-"""Write a network as one ONNX file that ONNX Runtime runs as it was simulated, and prove it."""
+"""Writes a network as one ONNX file, and proves that ONNX Runtime runs it as simulated."""
 
 import copy
 import json
@@ -18,16 +18,16 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import MappingKey, tree_flatten_with_path
 
 from qat_tricks.deploy.cost.weights import WEIGHT_BITS_KEY
-from qat_tricks.deploy.parity.layers import measure_layer_parity
-from qat_tricks.deploy.parity.logits import agrees
+from qat_tricks.deploy.layouts import DEFAULT_LAYOUT
+from qat_tricks.deploy.parity.logits import check_agreement
 from qat_tricks.deploy.parity.network import ParityReport, measure_parity
+from qat_tricks.deploy.parity.tensors import measure_tensor_parity
 from qat_tricks.deploy.passes import COPY, name_quantized, tidy
-from qat_tricks.deploy.qdq import LAYOUTS, Emitted, to_qdq
-from qat_tricks.deploy.runtimes.session import one_line
+from qat_tricks.deploy.prepare import prepare_for_export
+from qat_tricks.deploy.qdq import Emitted, to_qdq
 from qat_tricks.deploy.targets import OPSET
-from qat_tricks.errors import QatTricksError
+from qat_tricks.errors import QatTricksError, one_line
 from qat_tricks.files import replacing
-from qat_tricks.graph.fold import fold_batchnorm
 from qat_tricks.graph.inputs import (
     Inputs,
     as_tensors,
@@ -41,7 +41,7 @@ from qat_tricks.graph.layers import activation_quantizers, layers
 from qat_tricks.graph.workbench import logits_of
 
 INPUT, OUTPUT = "images", "logits"
-LAYER_IMAGES = 8  # of those that parity is measured on: each layer's values are held
+TENSOR_IMAGES = 8  # for parity tensor by tensor, which holds the values of all tensors at once
 
 
 def export_onnx(
@@ -54,44 +54,70 @@ def export_onnx(
     min_top1_agreement: float = 0.9,
     min_sqnr_db: float = 10.0,
     opset: int = OPSET,
-    layout: str = LAYOUTS[0],
+    layout: str = DEFAULT_LAYOUT,
 ) -> ParityReport:
     """Writes ``network`` to ``path``, runs the file in ONNX Runtime and compares.
 
-    A network with our quantizers becomes a QDQ network with int8 weights; any other is written as
-    it is, in float. It is neither changed nor left in another mode. The file takes ``images`` of
-    any batch size, or several inputs by the names of the arguments of the network's ``forward``,
-    and yields ``logits``, and whatever else the network does. Unless parity holds no file is
-    written, and one that was there stays.
+    A network with our quantizers becomes a QDQ network with int8 weights; any other is written in
+    float. The network itself and its mode stay as they are. The file takes ``images`` of any batch
+    size, or several inputs by the names of the arguments of the network's ``forward``. It yields
+    ``logits``, and the network's other outputs. If parity does not hold, no file is written, and an
+    older one stays.
 
     Args:
-        network: a network of ours, calibrated, or any float network; yields logits ``[N,
-            classes]``, alone or first in a tuple or as ``logits`` of a mapping.
+        network: a network of ours, calibrated, or any float network. It yields logits ``[N,
+            classes]``, a tuple that begins with them, or a mapping that has them as ``logits``.
         path: of the file to write; its folder is made.
-        example: images ``[N, C, H, W]``, ``N`` at least 1, as the network takes them; a tuple where
-            it takes several inputs.
+        example: images ``[N, C, H, W]``, ``N`` at least 1; a tuple if the network takes several
+            inputs.
         images: batches to measure parity on, real images at best; ``example`` by default.
         metadata: the file's properties, such as class names and preprocessing.
-        min_top1_agreement: share of the images, 0..1, that must get the same class as in the
-            simulation; below 1, one image alone is never held against it.
-        min_sqnr_db: least ratio of the logits to their error, in dB. Both are set to catch what is
-            broken: a value that float arithmetic puts on the other side of a rounding boundary than
-            integer arithmetic does spreads through a deep network, and costs more than quantizing
-            well would.
+        min_top1_agreement: least share of the images, 0..1, with the same class as in the
+            simulation; one differing image is always tolerated unless it is 1.
+        min_sqnr_db: least ratio of the logits to their error, in dB. Both limits are set to catch
+            faults, and not rounding: a value that float arithmetic puts on the other side of a
+            rounding boundary than integer arithmetic does spreads through a deep network.
         opset: ONNX operator set, 18 or newer.
-        layout: ``onnxruntime``, or ``tensorrt``, with ReLUs before their quantizers and float
-            biases (see ``deploy.qdq``); ONNX Runtime runs that too, mostly in float.
+        layout: ``onnxruntime`` or ``tensorrt`` (see ``deploy.layouts``); ONNX Runtime runs the
+            latter too, mostly in float.
+
+    Returns:
+        The figures of the comparison.
 
     Raises:
         QatTricksError: ``example`` is not what the network takes, the network cannot be exported,
             has quantizers without range, parity is below a threshold, or ``path`` cannot be
             written.
     """
-    path = Path(path)
     if opset < OPSET:
         raise QatTricksError(f"opset={opset} is not supported: give {OPSET} or newer")
     names = input_names(network)
     example = inputs_of(example, names)
+    _check_inputs(example, names)
+    simulated = copy.deepcopy(network).cpu().float().eval()
+    batches = [example] if images is None else list(images)
+    # a single input is called "images", and not by the argument's name
+    file_inputs = names if len(names) > 1 else [INPUT]
+    with replacing(path) as draft:
+        model = _to_onnx(copy.deepcopy(simulated), on_cpu(example), file_inputs, opset, layout)
+        _save(model, draft, metadata or {})
+        report = measure_parity(draft, simulated, batches)
+        check_agreement(
+            report.as_dict(),
+            "the ONNX file does not run as simulated, so it was not kept",
+            min_top1_agreement=min_top1_agreement,
+            min_sqnr_db=min_sqnr_db,
+            remedy="compare on real images, or lower min_top1_agreement or min_sqnr_db",
+        )
+        if any(quantizer.enabled for quantizer in activation_quantizers(simulated).values()):
+            assert isinstance(simulated, fx.GraphModule)
+            few = on_cpu(first_images(inputs_of(batches[0], names), TENSOR_IMAGES))
+            report = replace(report, layers=tuple(measure_tensor_parity(draft, simulated, few)))
+    return report
+
+
+def _check_inputs(example: Inputs, names: list[str]) -> None:
+    """Refuses inputs from which no file can be made (QatTricksError)."""
     for values in as_tensors(example):
         if values.numel() == 0 or (len(names) < 2 and values.dim() < 2):
             raise QatTricksError(
@@ -103,47 +129,42 @@ def export_onnx(
             f'an input called "{OUTPUT}" cannot be told from the output of that name: rename the '
             "argument"
         )
-    simulated = copy.deepcopy(network).cpu().float().eval()
-    with replacing(path) as draft:
-        model = _to_onnx(
-            copy.deepcopy(simulated),
-            on_cpu(example),
-            names if len(names) > 1 else [INPUT],
-            opset,
-            layout,
-        )
-        model.producer_name, model.producer_version = "qat_tricks", version("qat_tricks")
-        helper.set_model_props(
-            model, {**{p.key: p.value for p in model.metadata_props}, **(metadata or {})}
-        )
-        onnx.save(model, str(draft))
-        onnx.checker.check_model(str(draft))
-        batches = [example] if images is None else list(images)
-        report = measure_parity(draft, simulated, batches)
-        _check(report, min_top1_agreement, min_sqnr_db)
-        if any(quantizer.enabled for quantizer in activation_quantizers(simulated).values()):
-            assert isinstance(simulated, fx.GraphModule)
-            few = on_cpu(first_images(inputs_of(batches[0], names), LAYER_IMAGES))
-            report = replace(report, layers=tuple(measure_layer_parity(draft, simulated, few)))
-    return report
+
+
+def _save(model: onnx.ModelProto, path: Path, metadata: Mapping[str, str]) -> None:
+    """Writes and checks the file, with its producer and ``metadata`` among its properties."""
+    model.producer_name, model.producer_version = "qat_tricks", version("qat_tricks")
+    # setting properties drops those that are there
+    present = {entry.key: entry.value for entry in model.metadata_props}
+    helper.set_model_props(model, {**present, **metadata})
+    onnx.save(model, str(path))
+    onnx.checker.check_model(str(path))
 
 
 def _to_onnx(
     network: nn.Module, example: Inputs, names: list[str], opset: int, layout: str
 ) -> onnx.ModelProto:
-    """Exports ``network``, which is ours to change."""
+    """Exports ``network``, changing it on the way.
+
+    Args:
+        network: a copy, on the CPU and in evaluation mode.
+        example: its inputs for one image or more.
+        names: of the file's inputs.
+        opset: ONNX operator set.
+        layout: a name of ``deploy.layouts.LAYOUTS``.
+    """
     emitted = Emitted({}, {})
     if isinstance(network, fx.GraphModule) and "qat_tricks" in network.meta:
-        fold_batchnorm(network)
+        prepare_for_export(network)
         emitted = to_qdq(network, layout)
-    for name, layer in layers(network).items():  # what stays in float
+    for name, layer in layers(network).items():  # those left in float; others are emitters by now
         if layer.is_quantizing:
             raise QatTricksError(
                 f'layer "{name}" is quantized, the network around it not traced: hand over the '
                 "traced network"
             )
         layer.weight.data, layer.weight_mask = layer.masked_weight().data, None
-    # of a batch of one, its size would be frozen
+    # two images: the exporter would freeze a batch size of one
     pair = as_tensors(map_tensors(example, lambda values: torch.cat([values[:1]] * 2)))
     try:
         with _quiet():
@@ -158,35 +179,36 @@ def _to_onnx(
                 dynamic_shapes=tuple({0: torch.export.Dim("batch")} for _ in pair),
                 opset_version=opset,
             )
-    except Exception as error:  # PyTorch's exporter lets through whatever went wrong on its way
+    except Exception as error:  # PyTorch's exporter lets any kind of error through
         kind, reason = type(network).__name__, one_line(_cause(error))
         raise QatTricksError(f"{kind} cannot be exported to ONNX: {reason}") from error
     assert program is not None
     model = program.model_proto
+    # users read the first output
     logits_first = sorted(model.graph.output, key=lambda value: value.name != OUTPUT)
     model.graph.ClearField("output")
     model.graph.output.extend(logits_first)
     name_quantized(model.graph, emitted.calls)
     tidy(model)
     if emitted.bits:
-        weights = {
-            tensor.name: tensor.name.partition(COPY)[0] for tensor in model.graph.initializer
-        }
-        stored = {
-            name: emitted.bits[weight] for name, weight in weights.items() if weight in emitted.bits
-        }
-        helper.set_model_props(model, {WEIGHT_BITS_KEY: json.dumps(stored)})
+        bits = _bits_of_initializers(model.graph, emitted.bits)
+        helper.set_model_props(model, {WEIGHT_BITS_KEY: json.dumps(bits)})
     return model
 
 
+def _bits_of_initializers(graph: onnx.GraphProto, bits: Mapping[str, int]) -> dict[str, int]:
+    """The bits of each weight and of its copies, which have its name and a number behind it."""
+    weights = {tensor.name: tensor.name.partition(COPY)[0] for tensor in graph.initializer}
+    return {name: bits[weight] for name, weight in weights.items() if weight in bits}
+
+
 def _output_names(output: object) -> list[str]:
-    """A name for each tensor that the network yields: ``logits``, the keys of a mapping, and
-    numbers for others.
-    """
+    """A name for each output of the network: ``logits``, its key in a mapping, or a number."""
     logits = logits_of(output)
     leaves = [
         (path, leaf) for path, leaf in tree_flatten_with_path(output)[0] if isinstance(leaf, Tensor)
     ]
+    # the innermost key of a nested output
     keys = [
         next((key.key for key in reversed(path) if isinstance(key, MappingKey)), None)
         for path, _ in leaves
@@ -204,25 +226,9 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
-def _check(report: ParityReport, min_top1_agreement: float, min_sqnr_db: float) -> None:
-    if (
-        agrees(report.top1_agreement, report.images, min_top1_agreement)
-        and report.sqnr_db >= min_sqnr_db
-    ):
-        return
-    raise QatTricksError(
-        f"the ONNX file does not run as simulated, so it was not kept: on {report.images} images "
-        f"top-1 agreement {report.top1_agreement:.4f} (at least {min_top1_agreement}), SQNR "
-        f"{report.sqnr_db:.1f} dB (at least {min_sqnr_db:g}), largest error of a logit "
-        f"{report.max_abs_error:.3g}"
-    )
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences the exporter: its advice is for its developers, and what matters is measured
-    afterwards.
-    """
+    """Silences the exporter: its advice is for its developers, and the file is measured anyway."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

@@ -1,7 +1,7 @@
 """Builds the normalization of pixels into an ONNX file, which then takes uint8 images of 0 to 255.
 
-In front of what was there come Cast, Mul (1/255), Sub (mean) and Div (std), in float32 and in the
-order in which torchvision computes them: the network behind sees the same values to the last bit.
+Cast, Mul (1/255), Sub (mean) and Div (std) go in front of the graph, in float32 and in the order in
+which torchvision computes them: the network behind sees the same values to the last bit.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,7 +14,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from qat_tricks.deploy.onnx_graph import load_model
-from qat_tricks.deploy.parity.logits import compare_logits
+from qat_tricks.deploy.parity.logits import check_agreement, compare_logits
 from qat_tricks.deploy.runtimes.registry import open_network
 from qat_tricks.errors import QatTricksError
 from qat_tricks.files import replacing
@@ -35,22 +35,24 @@ def build_in_normalization(
     scale: str = "0..1",
     min_top1_agreement: float = 0.99,
 ) -> dict[str, Any]:
-    """Changes the file at ``path`` so that it takes pixels, and compares it with what it was.
+    """Changes the file at ``path`` so that it takes pixels, and compares it with the file before.
 
     Args:
-        path: an ONNX file that takes normalized float images; left as it is where the new one does
-            not agree.
-        batches: pixels, uint8 ``[N, C, H, W]``, and the same images normalized, float32; to compare
-            on.
-        mean, std: one a channel, in units of ``scale``.
+        path: an ONNX file that takes normalized float images; it stays as it is if the new one
+            does not agree.
+        batches: to compare on: pixels, uint8 ``[N, C, H, W]``, and the same images normalized,
+            float32.
+        mean: of each channel, in units of ``scale``.
+        std: of each channel, in units of ``scale``.
         scale: the range of a pixel before mean and std, ``0..1`` or ``0..255``.
-        min_top1_agreement: share of the images, 0..1, that must get the same class.
+        min_top1_agreement: least share of the images, 0..1, that must get the same class; one
+            differing image is always tolerated unless it is 1.
 
     Returns:
-        What ``compare_logits`` says of the new file against the old one.
+        The figures of ``compare_logits`` for the new file against the old one.
 
     Raises:
-        QatTricksError: the file takes pixels already, or does not agree, or cannot be written.
+        QatTricksError: the file takes pixels already, does not agree, or cannot be written.
     """
     path = Path(path)
     model = load_model(path)
@@ -67,19 +69,19 @@ def build_in_normalization(
         report = compare_logits(
             (before.prepare(floats)(), after.prepare(pixels)()) for pixels, floats in batches
         )
-        if report["top1_agreement"] < min_top1_agreement:
-            raise QatTricksError(
-                "with its normalization built in, the ONNX file gives "
-                f"{report['top1_agreement']:.4f} of {report['images']} images the same class as "
-                f"before, at least {min_top1_agreement} must: leave export.normalize=false"
-            )
+        check_agreement(
+            report,
+            "with its normalization built in, the ONNX file does not run as before",
+            min_top1_agreement=min_top1_agreement,
+            remedy="leave export.normalize=false",
+        )
     return report
 
 
 def _prepend(
     graph: onnx.GraphProto, mean: Sequence[float], std: Sequence[float], scale: str
 ) -> None:
-    """Puts the normalization between the graph's input and those that took it."""
+    """Puts the normalization between the graph's input and its readers."""
     (images,) = graph.input
     images.type.tensor_type.elem_type = TensorProto.UINT8
     steps = [("Mul", np.array(1 / 255, np.float32))] if scale == "0..1" else []
@@ -91,10 +93,11 @@ def _prepend(
         graph.initializer.append(numpy_helper.from_array(operand, f"{name}_by"))
         nodes.append(helper.make_node(operator, [value, f"{name}_by"], [name], name))
         value = name
+    # the network behind takes the last step's value in place of the images
     for node in graph.node:
         node.input[:] = [value if name == images.name else name for name in node.input]
     behind = list(graph.node)
-    graph.ClearField("node")
+    graph.ClearField("node")  # protobuf cannot insert at the front, and ONNX wants sorted nodes
     graph.node.extend([*nodes, *behind])
 
 

@@ -1,4 +1,4 @@
-"""Reads an ONNX file as a graph: loading with errors for readers, and which tensors are constant."""
+"""Reads an ONNX file as a graph: loads it, and says which of its tensors are constant."""
 
 from os import PathLike
 from pathlib import Path
@@ -6,8 +6,7 @@ from pathlib import Path
 import onnx
 from onnx import inliner
 
-from qat_tricks.deploy.runtimes.session import one_line
-from qat_tricks.errors import QatTricksError
+from qat_tricks.errors import QatTricksError, one_line
 
 
 def load_model(path: str | PathLike[str]) -> onnx.ModelProto:
@@ -23,9 +22,8 @@ def load_model(path: str | PathLike[str]) -> onnx.ModelProto:
         )
     try:
         model = onnx.load(str(path))
-    except (
-        Exception
-    ) as error:  # protobuf's, onnx's and the file system's exceptions share no narrower base class
+    # protobuf's, onnx's and the file system's exceptions share no narrower base class
+    except Exception as error:
         raise QatTricksError(
             f'"{path}" cannot be read as ONNX ({one_line(error)}): the file is truncated or '
             "foreign; export it again"
@@ -36,8 +34,8 @@ def load_model(path: str | PathLike[str]) -> onnx.ModelProto:
 
 
 def constant_tensors(graph: onnx.GraphProto) -> set[str]:
-    """Returns the tensors that do not depend on the input: initializers and what is computed from
-    them.
+    """Returns the names of the tensors that do not depend on the input: initializers, and tensors
+    computed from them.
     """
     constants = {tensor.name for tensor in graph.initializer}
     for node in graph.node:  # ONNX graphs are sorted topologically

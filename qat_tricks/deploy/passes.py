@@ -1,4 +1,4 @@
-"""Small rewrites of an exported graph, each towards what integer kernels exist for."""
+"""Small rewrites of an exported graph, each towards operators that have integer kernels."""
 
 import ast
 from collections.abc import Mapping, Sequence
@@ -7,19 +7,19 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-COPY = "@"
-# the integers of node "<name>" of the simulated network are the tensor "<name>.quantized"
-QUANTIZED = ".quantized"
+COPY = "@"  # copies of the weight "<name>" are "<name>@1", "<name>@2", …
+QUANTIZED = ".quantized"  # the integers of node "<name>" are the tensor "<name>.quantized"
 
 
 def name_quantized(graph: onnx.GraphProto, calls: Mapping[str, Sequence[str | None]]) -> None:
-    """Names the integers of each quantized tensor after the node that it is in the simulated
-    network.
+    """Names the integers of each quantized tensor after its node in the simulated network.
 
     Args:
-        calls: of each quantizer by name, the node that each of its QuantizeLinear quantizes, in
-            order; None has no name.
+        graph: as the exporter wrote it.
+        calls: for each quantizer by name, the node that each of its QuantizeLinear quantizes, in
+            order; None gets no name.
     """
+    # the exporter notes in which module each operator was emitted
     emitted: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         if node.op_type == "QuantizeLinear":
@@ -30,7 +30,7 @@ def name_quantized(graph: onnx.GraphProto, calls: Mapping[str, Sequence[str | No
             emitted.setdefault(next(iter(ast.literal_eval(scopes)[-2:]), ""), []).append(node)
     for quantizer, names in calls.items():
         nodes = emitted.get(quantizer, [])
-        if len(nodes) == len(names):  # else the exporter has merged some, and nobody knows which
+        if len(nodes) == len(names):  # else the exporter has merged some, and which is unknown
             for node, name in zip(nodes, names, strict=True):
                 if name is not None:
                     _rename(graph, node.output[0], name + QUANTIZED)
@@ -47,21 +47,21 @@ def tidy(model: onnx.ModelProto) -> None:
     _give_layers_their_own_weights(model.graph)
     _drop_unused(model.graph)
     for item in (*model.graph.node, *model.graph.value_info):
-        item.ClearField("metadata_props")  # where in whose source code each came from
+        item.ClearField("metadata_props")  # they hold paths of the source code
 
 
 def _fold_pads(graph: onnx.GraphProto) -> None:
-    """Pad with zeros, then Conv: the Conv can do it, even where PyTorch's could not pad one side
-    alone.
-    """
+    """Pad with zeros, then Conv: the Conv pads itself. PyTorch's could not pad only one side."""
     values, producers = _initializers(graph), _producers(graph)
     for conv in graph.node:
         pad = producers.get(conv.input[0]) if conv.op_type == "Conv" else None
         if pad is None or pad.op_type != "Pad" or not _pads_zeros(pad, values):
             continue
+        # begins of all dimensions, then ends
         amounts = [int(v) for v in values[pad.input[1]]]
         rank = len(amounts) // 2
         begin, end = amounts[:rank], amounts[rank:]
+        # a conv pads height and width, and crops nothing
         own = next((a for a in conv.attribute if a.name == "pads"), None)
         if own is None or any(begin[:2] + end[:2]) or min(amounts) < 0:
             continue
@@ -71,6 +71,7 @@ def _fold_pads(graph: onnx.GraphProto) -> None:
 
 
 def _pads_zeros(pad: onnx.NodeProto, values: dict[str, np.ndarray]) -> bool:
+    """Whether a Pad pads all dimensions by known amounts of zeros."""
     mode = next((a.s for a in pad.attribute if a.name == "mode"), b"constant")
     value = pad.input[2] if len(pad.input) > 2 else ""
     axes = pad.input[3] if len(pad.input) > 3 else ""
@@ -99,19 +100,20 @@ def _pad_integers(graph: onnx.GraphProto) -> None:
         pad.input[:] = [before.input[0], pad.input[1], before.input[2]]
         for user in users:
             _rename(graph, user.output[0], pad.output[0])
-        # it was of float
+        # the shape noted for the padded tensor says float, and it is of integers now
         shapes = [value for value in graph.value_info if value.name != pad.output[0]]
         graph.ClearField("value_info")
         graph.value_info.extend(shapes)
 
 
 def _keep_in_float(graph: onnx.GraphProto) -> None:
-    """A Sum of one input before what takes dequantized values and is to be computed on them.
+    """Puts a Sum of one input before a float layer or a softmax that takes dequantized values.
 
     Between quantizers, ONNX Runtime would otherwise quantize a float layer's weight by itself, per
     tensor, and compute a softmax from tables, which rounds some of its values to the other side.
     """
     values, producers = {tensor.name for tensor in graph.initializer}, _producers(graph)
+    # backwards, so that inserting moves none of the nodes still to come
     for at, node in reversed(list(enumerate(graph.node))):
         before = (
             producers.get(node.input[0])
@@ -132,6 +134,7 @@ def _use_global_pools(graph: onnx.GraphProto) -> None:
     for node in list(graph.node):
         if node.op_type != "ReduceMean" or len(node.input) < 2 or ranks.get(node.input[0]) != 4:
             continue
+        # negative axes count from the end
         axes = values.get(node.input[1])
         if axes is None or sorted(int(a) % 4 for a in axes) != [2, 3]:
             continue
@@ -139,6 +142,7 @@ def _use_global_pools(graph: onnx.GraphProto) -> None:
         pooled = node.output[0] if keeps else f"{node.output[0]}_pooled"
         nodes = [helper.make_node("GlobalAveragePool", [node.input[0]], [pooled], node.name)]
         if not keeps:
+            # [N, C, 1, 1] to [N, C]: 0 keeps the size of the batch
             shape = numpy_helper.from_array(np.array([0, -1]), f"{pooled}_shape")
             graph.initializer.append(shape)
             name = f"{node.name}_reshape"
@@ -163,10 +167,10 @@ def _drop_repeated_quantizers(graph: onnx.GraphProto) -> None:
 
 
 def _give_layers_their_own_weights(graph: onnx.GraphProto) -> None:
-    """ONNX Runtime, making weights unsigned, fails on a weight or zero point that two layers share.
+    """Gives each layer a copy of a weight or zero point that it shares with others.
 
-    Exporters make equal ones shared. Copies of a weight are called ``<weight>@1``, ``<weight>@2``
-    ...
+    Exporters merge equal ones, and ONNX Runtime fails on shared ones where it makes weights
+    unsigned. Copies of a weight are called ``<weight>@1``, ``<weight>@2``, …
     """
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     producers = _producers(graph)
@@ -178,7 +182,7 @@ def _give_layers_their_own_weights(graph: onnx.GraphProto) -> None:
             tensors[new].name = new
         return new
 
-    uses: dict[str, int] = {}
+    uses: dict[str, int] = {}  # of each weight, so far, less one
     for at, node in reversed(list(enumerate(graph.node))):
         for i, name in enumerate(node.input):
             dequantize = producers.get(name)
@@ -192,7 +196,7 @@ def _give_layers_their_own_weights(graph: onnx.GraphProto) -> None:
             if weight not in tensors:
                 continue
             count = uses[weight] = uses.get(weight, -1) + 1
-            if count == 0:
+            if count == 0:  # the first use keeps the weight; only its zero point may be shared
                 dequantize.input[2] = copy(dequantize.input[2], f"{weight}_zero_point")
                 continue
             own = onnx.NodeProto()
@@ -206,16 +210,16 @@ def _give_layers_their_own_weights(graph: onnx.GraphProto) -> None:
 def _drop_unused(graph: onnx.GraphProto) -> None:
     """Removes nodes, initializers and shapes that nothing uses."""
     used = {output.name for output in graph.output}
-    kept = []
-    for node in reversed(graph.node):
+    needed = []
+    for node in reversed(graph.node):  # readers come after the nodes that they read
         if used.intersection(node.output):
             used.update(node.input)
-            kept.append(node)
-    values = {name for node in kept for name in node.output}
+            needed.append(node)
+    values = {name for node in needed for name in node.output}
     initializers = [tensor for tensor in graph.initializer if tensor.name in used]
     shapes = [value for value in graph.value_info if value.name in values]
     for field, left in (
-        ("node", kept[::-1]),
+        ("node", needed[::-1]),
         ("initializer", initializers),
         ("value_info", shapes),
     ):
@@ -224,7 +228,7 @@ def _drop_unused(graph: onnx.GraphProto) -> None:
 
 
 def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:
-    """Whatever takes the tensor ``old`` takes ``new``."""
+    """Makes all readers of the tensor ``old`` read ``new``."""
     for node in graph.node:
         for i, name in enumerate(node.input):
             if name == old:
@@ -232,9 +236,10 @@ def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:
 
 
 def _initializers(graph: onnx.GraphProto) -> dict[str, np.ndarray]:
-    """The small integer tensors: axes, shapes, pads, and scalars."""
+    """The initializers of at most 16 values: axes, shapes, pads, and scalars."""
     return {t.name: numpy_helper.to_array(t) for t in graph.initializer if np.prod(t.dims) <= 16}
 
 
 def _producers(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
+    """The node that computes each tensor, by the tensor's name."""
     return {output: node for node in graph.node for output in node.output}

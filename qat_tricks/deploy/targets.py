@@ -1,4 +1,4 @@
-"""Where a network is to run, and what that asks of its quantization and of its file.
+"""Where a network is to run, and the quantization and file that this asks for.
 
 Quantizers are placed for ONNX Runtime's fast kernels on x86: weights int8, symmetric, per channel;
 activations uint8, affine, per tensor. A target narrows or changes that, and refuses settings with
@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qat_tricks.deploy.layouts import DEFAULT_LAYOUT
 from qat_tricks.deploy.runtimes.registry import check_runtimes
 from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.numerics.scheme import ACTIVATIONS
 
-DEFAULT_TARGET = "onnxruntime_cpu"
-OPSET = 18  # what PyTorch's exporter writes without converting, and all targets read
+OPSET = 18  # PyTorch's exporter writes it without converting, and all targets read it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,42 +22,48 @@ class Target:
     """What a runtime on a device needs; ``QuantizeSettings.limited_to`` takes it as its limits."""
 
     about: str
-    runtime: str = "onnxruntime"  # who runs the finished file, besides ONNX Runtime, to prove it
+    runtime: str = "onnxruntime"  # runs the finished file, besides ONNX Runtime, to prove it
     max_weight_bits: int = 8
     # kinds that it takes, of ``scheme.ACTIVATIONS``; its own choice first
     activations: Sequence[str] = ("unsigned_affine",)
     activation_bits: int = 2  # the fewest that it takes
     because: str = ""  # why no other activations
-    # of the ONNX file, see ``deploy.qdq``: where ReLUs stand, and the type of biases
-    layout: str = "onnxruntime"
-    newest_opset: int | None = None  # that it reads; None: whatever ONNX Runtime does
+    layout: str = DEFAULT_LAYOUT  # of the ONNX file: a name of ``deploy.layouts.LAYOUTS``
+    newest_opset: int | None = None  # that it reads; None: all that ONNX Runtime reads
 
 
-_SLOW_ON_X86 = "ONNX Runtime on x86 has no fast kernels for int8 activations: it computes in float, or slower than in float"
+_SLOW_ON_X86 = (
+    "ONNX Runtime on x86 has no fast kernels for int8 activations: it computes in float, or slower "
+    "than in float"
+)
 
 TARGETS: Mapping[str, Target] = {
     "onnxruntime_cpu": Target(
-        about="x86 in sessions that set session.x64quantprecision to 1, or with VNNI: products are exact",
+        about="x86 in sessions that set session.x64quantprecision to 1, or with VNNI: products are "
+        "exact",
         because=_SLOW_ON_X86,
     ),
     "onnxruntime_cpu_no_vnni": Target(
-        about="x86 without VNNI, in any session: vpmaddubsw adds two products in 16 bits, and 2 * 255 * 63 fits where "
-        "2 * 255 * 127 saturates",
+        about="x86 without VNNI, in any session: vpmaddubsw adds two products in 16 bits, and "
+        "2 * 255 * 63 fits where 2 * 255 * 127 saturates",
         max_weight_bits=7,
         because=_SLOW_ON_X86,
     ),
     "onnxruntime_arm": Target(
-        about="64-bit ARM, not measured yet: its kernels take activations of either sign and add in 32 bits",
+        about="64-bit ARM, not measured yet: its kernels take activations of either sign and add "
+        "in 32 bits",
         activations=("unsigned_affine", "signed_affine"),
         because="behind each ReLU half of a symmetric grid is lost, and a Clip runs, for nothing",
     ),
     "openvino_cpu": Target(
-        about="OpenVINO on x86 with VNNI, which takes all activations; the finished file is run there as well",
+        about="OpenVINO on x86 with VNNI, which takes all activations; the finished file is run "
+        "there as well",
         runtime="openvino",
         activations=tuple(ACTIVATIONS),
     ),
     "tensorrt": Target(
-        about="NVIDIA's TensorRT 10, not measured: the file is checked and run in ONNX Runtime alone, there mostly in float",
+        about="NVIDIA's TensorRT 10, not measured: the file is checked and run in ONNX Runtime "
+        "alone, there mostly in float",
         activations=("signed_symmetric",),
         activation_bits=8,
         because="TensorRT takes int8 activations with zero point 0 alone",

@@ -10,9 +10,9 @@ from rich.table import Table
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.comparison_plot import plot_comparison
-from qat_tricks.evidence.files import read_json, write_text
 from qat_tricks.evidence.report import read_report
 from qat_tricks.evidence.show import show
+from qat_tricks.files import read_json, write_text
 
 COLUMNS = (
     "job",
@@ -38,8 +38,8 @@ Row = dict[str, Any]
 
 
 def write_comparison(sweep_folder: Path) -> Path:
-    """Writes ``comparison.csv`` and ``comparison.png`` into a sweep's folder; returns the former's
-    path.
+    """Writes ``comparison.csv`` and ``comparison.png`` into a sweep's folder, and returns the path
+    of the first.
 
     Raises:
         QatTricksError: the folder holds no job, or cannot be written.
@@ -57,7 +57,8 @@ def write_comparison(sweep_folder: Path) -> Path:
 
 
 def comparison_rows(sweep_folder: Path) -> list[Row]:
-    """Returns one row a job, by ``COLUMNS``, in the order of the jobs' folders. None: not measured.
+    """Returns one row a job, by ``COLUMNS``, in the order of the jobs' folders. A figure that was
+    not measured is None.
 
     A job is a folder, one or two levels down, with a ``report.json`` or, where it failed, an
     ``error.json``.
@@ -110,7 +111,7 @@ def comparison_table(rows: list[Row]) -> Table:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts job 10 after job 9."""
+    """A key that sorts job 10 after job 9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 

@@ -1,6 +1,4 @@
-"""The picture of a sweep: accuracy against size and against latency, every network a labelled
-point.
-"""
+"""Draws a sweep: accuracy against size and against latency, with a labelled point a network."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +11,8 @@ from qat_tricks.files import replacing
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f7f7f")
 _FLOAT_COLOUR = "#000000"
-_LABEL_INCHES = 0.24  # the room that one label takes
+_LABEL_INCHES = 0.24  # height of one label
+_LETTER_INCHES = 0.075  # width of one letter of a label
 
 
 class _Point(NamedTuple):
@@ -37,10 +36,10 @@ def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
         ("latency, median of a batch (ms)", _points(rows, names, "latency_p50_ms", 1.0)),
     ]
     labels = max(len(points) for _, points in panels)
-    width = 0.075 * max((len(name) for name in names), default=0)
-    figure = Figure(
-        figsize=(10 + 2 * width, max(4.2, 1.2 + _LABEL_INCHES * labels)), layout="constrained"
-    )
+    width = _LETTER_INCHES * max((len(name) for name in names), default=0)
+    # each panel has a column of labels at its right
+    size = (10 + 2 * width, max(4.2, 1.2 + _LABEL_INCHES * labels))
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (title, points) in zip(figure.subplots(1, 2), panels, strict=True):
         _panel(axes, title, points)
@@ -49,14 +48,18 @@ def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def _name(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """The recipe, and as much more as tells this job from the others."""
+    """The recipe, and the model, data and job where they tell this job from the others."""
     parts = [
         str(row[key])
         for key in ("recipe", "model", "data")
         if key == "recipe" or _several(rows, key)
     ]
-    same = [key for key in rows if all(key[k] == row[k] for k in ("recipe", "model", "data"))]
-    return " · ".join([*parts, *([f"job {row['job']}"] if len(same) > 1 else [])])
+    twins = [
+        other
+        for other in rows
+        if all(other[key] == row[key] for key in ("recipe", "model", "data"))
+    ]
+    return " · ".join([*parts, *([f"job {row['job']}"] if len(twins) > 1 else [])])
 
 
 def _several(rows: list[dict[str, Any]], key: str) -> bool:
@@ -66,7 +69,7 @@ def _several(rows: list[dict[str, Any]], key: str) -> bool:
 def _points(
     rows: list[dict[str, Any]], names: list[str], figure: str, scale: float
 ) -> list[_Point]:
-    """Returns the quantized networks, and the float ones they came from, each of those once."""
+    """Returns the quantized networks, and each float network that they came from once."""
     points: list[_Point] = []
     floats: dict[tuple, _Point] = {}
     for index, (row, name) in enumerate(zip(rows, names, strict=True)):
@@ -108,8 +111,8 @@ def _panel(axes: Axes, title: str, points: list[_Point]) -> None:
 
 
 def _label(axes: Axes, points: list[_Point]) -> None:
-    """Writes the labels in a column to the right, in the order of the points, so that none can
-    overlap.
+    """Writes the labels in a column to the right, in the order of the points, so that none
+    overlaps.
     """
     low, high = axes.get_ylim()
     ordered = sorted(points, key=lambda point: (-point.accuracy, -point.x))

@@ -1,4 +1,4 @@
-"""The ledger: what each stage of a recipe did to the network, measured before and after it."""
+"""The ledger: the network's figures before and after each stage of a recipe."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,18 +8,18 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.evidence.files import write_json
 from qat_tricks.evidence.metrics import Metrics
 from qat_tricks.evidence.show import show
+from qat_tricks.files import write_json
 
-# What fits a terminal of 80 columns, the stage's name being of up to 12 letters; report.md has
-# every metric.
+# They fit a terminal of 80 columns with a stage's name of up to 12 letters; report.md has every
+# metric.
 _COLUMNS = ("top-1", "drop", "F1", "size", "latency", "zeros", "time")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerRow:
-    """One stage. None is what was not measured."""
+    """One stage. A figure that was not measured is None."""
 
     name: str
     before: Metrics | None  # None for the first stage
@@ -28,12 +28,11 @@ class LedgerRow:
     size_bytes: int | None = None  # of the ONNX file
     latency_ms: dict[str, float] | None = None  # p50 and p95
     sparsity: float | None = None  # 0..1
-    note: str = ""
 
 
 @dataclass
 class Ledger:
-    """All stages in order, the float one first; later accuracies are compared with its."""
+    """All stages in order, the float one first; it is what later accuracies are compared with."""
 
     stages: list[LedgerRow] = field(default_factory=list)
 
@@ -42,13 +41,13 @@ class Ledger:
         self.stages.append(row)
 
     def drop(self, row: LedgerRow) -> float:
-        """Returns the points of accuracy, 0..100, that a stage lies below the first; negative when
-        above.
+        """Returns the points of accuracy, 0..100, that a stage lost against the first; negative if
+        it gained some.
         """
         return (self.stages[0].after.accuracy - row.after.accuracy) * 100
 
     def rows(self) -> list[dict[str, Any]]:
-        """Returns the ledger as plain data: a dict a stage with its metrics, those before it, its
+        """Returns the ledger as plain data: for each stage its metrics, those before it, and its
         costs.
         """
         return [
@@ -61,7 +60,6 @@ class Ledger:
                 "size_bytes": row.size_bytes,
                 "latency_ms": row.latency_ms,
                 "sparsity": row.sparsity,
-                "note": row.note,
             }
             for row in self.stages
         ]
@@ -74,9 +72,6 @@ class Ledger:
         table.add_column("stage", no_wrap=True)
         for column in _COLUMNS:
             table.add_column(column, justify="right", no_wrap=True)
-        notes = any(row.note for row in self.stages)
-        if notes:
-            table.add_column("note")
         for row in self.stages:
             metrics = row.after
             p50 = row.latency_ms["p50"] if row.latency_ms else None
@@ -91,11 +86,15 @@ class Ledger:
                 show(row.sparsity, "percent", none="-"),
                 show(row.seconds, "seconds"),
             ]
-            table.add_row(row.name, *cells, *([row.note] if notes else []))
+            table.add_row(row.name, *cells)
         return table
 
     def write(self, path: Path) -> None:
-        """Writes ``rows()`` as JSON, atomically (QatTricksError when the folder cannot be written)."""
+        """Writes ``rows()`` as JSON, atomically.
+
+        Raises:
+            QatTricksError: the folder cannot be written.
+        """
         write_json(Path(path), self.rows())
 
 
@@ -120,6 +119,7 @@ def check_drop(
         QatTricksError: the stage lost more, or its accuracy is NaN.
     """
     drop = (before - after) * 100
+    # a drop of exactly the limit may lie a rounding error above it
     if max_drop is None or drop <= max_drop + 1e-9:
         return
     written = f'; the ledger is in "{ledger_path}"' if ledger_path else ""

@@ -1,14 +1,11 @@
-"""How good a classifier is: accuracy, top-5, macro F1, ECE and NLL, in one pass over a loader."""
+"""Quality of a classifier: accuracy, top-5, macro F1, ECE and NLL, in one pass over a loader."""
 
-import sys
 import time
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
@@ -20,11 +17,12 @@ from torchmetrics.classification import (
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.inputs import Inputs, call_network
+from qat_tricks.progress import track
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """What one pass over a loader of N images measured."""
+    """The figures of one pass over a loader of N images."""
 
     accuracy: float  # 0..1
     top5: float  # 0..1; top-k of all classes where there are fewer than five
@@ -37,7 +35,7 @@ class Metrics:
     )  # int64 [N], the most likely classes in loader order
 
     def as_dict(self) -> dict[str, float]:
-        """Returns the figures as plain data, predictions aside."""
+        """Returns the figures as plain data, without the predictions."""
         return {key: value for key, value in asdict(self).items() if key != "predictions"}
 
 
@@ -62,22 +60,10 @@ def evaluate_classifier(
             logits contain NaN or have another number of classes.
     """
     start = time.perf_counter()
-    # this process measures alone
-    options: dict[str, Any] = {"validate_args": False, "sync_on_compute": False}
-    metrics = MetricCollection(
-        {
-            "accuracy": MulticlassAccuracy(num_classes, average="micro", **options),
-            "top5": MulticlassAccuracy(
-                num_classes, average="micro", top_k=min(5, num_classes), **options
-            ),
-            "f1": MulticlassF1Score(num_classes, average="none", **options),
-            "ece": MulticlassCalibrationError(num_classes, n_bins=15, **options),
-        },
-        compute_groups=False,
-    )
+    metrics = _torchmetrics(num_classes)
     nll = torch.zeros((), dtype=torch.float64)
     support = torch.zeros(num_classes, dtype=torch.int64)
-    predictions = []
+    predictions: list[Tensor] = []
     for index, (inputs, labels) in enumerate(_batches(loader, description)):
         _check_labels(labels, num_classes, index)
         with torch.no_grad():
@@ -94,11 +80,29 @@ def evaluate_classifier(
     return Metrics(
         accuracy=values["accuracy"].item(),
         top5=values["top5"].item(),
+        # a class that the data lacks has no F1
         f1=values["f1"][support > 0].mean().item(),
         ece=values["ece"].item(),
         nll=(nll / support.sum()).item(),
         seconds=time.perf_counter() - start,
         predictions=torch.cat(predictions),
+    )
+
+
+def _torchmetrics(num_classes: int) -> MetricCollection:
+    """Accuracy, top-5, F1 of each class, and ECE."""
+    # ``evaluate_classifier`` checks the batches itself, and no other process takes part
+    options: dict[str, Any] = {"validate_args": False, "sync_on_compute": False}
+    return MetricCollection(
+        {
+            "accuracy": MulticlassAccuracy(num_classes, average="micro", **options),
+            "top5": MulticlassAccuracy(
+                num_classes, average="micro", top_k=min(5, num_classes), **options
+            ),
+            "f1": MulticlassF1Score(num_classes, average="none", **options),
+            "ece": MulticlassCalibrationError(num_classes, n_bins=15, **options),
+        },
+        compute_groups=False,
     )
 
 
@@ -117,23 +121,9 @@ def agreement(first: Tensor, second: Tensor) -> float:
 
 
 def _batches(loader: Iterable[Any], description: str) -> Iterable[tuple[Inputs, Tensor]]:
-    total = len(loader) if isinstance(loader, Sized) else None
-    console = Console(file=sys.stderr)
-    shown = track(
-        loader,
-        description=description or "evaluating",
-        total=total,
-        transient=True,
-        console=console,
-        disable=not console.is_terminal,
-    )
-    for index, batch in enumerate(shown):
-        if not (
-            isinstance(batch, list | tuple)
-            and len(batch) == 2
-            and _are_inputs(batch[0])
-            and isinstance(batch[1], Tensor)
-        ):
+    for index, batch in enumerate(track(loader, description or "evaluating")):
+        is_pair = isinstance(batch, list | tuple) and len(batch) == 2
+        if not (is_pair and _are_inputs(batch[0]) and isinstance(batch[1], Tensor)):
             raise QatTricksError(
                 f"batch {index} of the loader is a {type(batch).__name__}, allowed: a pair of "
                 "tensors (images, labels), or of a tuple of inputs and labels"
@@ -141,9 +131,9 @@ def _batches(loader: Iterable[Any], description: str) -> Iterable[tuple[Inputs, 
         yield batch[0], batch[1]
 
 
-def _are_inputs(given: Any) -> bool:
-    return isinstance(given, Tensor) or (
-        isinstance(given, list | tuple) and all(isinstance(part, Tensor) for part in given)
+def _are_inputs(value: Any) -> bool:
+    return isinstance(value, Tensor) or (
+        isinstance(value, list | tuple) and all(isinstance(part, Tensor) for part in value)
     )
 
 

@@ -11,8 +11,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from qat_tricks.deploy.targets import TARGETS
 from qat_tricks.errors import QatTricksError
-from qat_tricks.evidence.files import finite, read_json, write_json, write_text
 from qat_tricks.evidence.show import ratio, show
+from qat_tricks.files import finite, read_json, write_json, write_text
 
 REQUIRED_KEYS = (
     "recipe",
@@ -41,10 +41,10 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
 
     Args:
         folder: the run's folder, made when it is missing.
-        report: plain data with at least ``REQUIRED_KEYS``. Besides those, ``packed_bytes`` is the
-            size that the int8 file would have at its weights' own bits, ``load_ms``,
-            ``throughput``, ``runtimes``, ``normalization``, ``target`` and ``preprocessing_change``
-            what their sections show, and ``environment`` defaults to ``environment()``.
+        report: plain data with at least ``REQUIRED_KEYS``. ``packed_bytes`` is the size that the
+            int8 file would have at its weights' own bits. ``load_ms``, ``throughput``,
+            ``runtimes``, ``normalization``, ``target`` and ``preprocessing_change`` fill their
+            sections. ``environment`` defaults to ``environment()``.
 
     Raises:
         QatTricksError: a key is missing, or the folder cannot be written.
@@ -81,6 +81,10 @@ def render(report: dict[str, Any]) -> str:
     )
     templates.filters.update(show=show, cell=_cell, pretty=_pretty)
     preprocessing, target = report["preprocessing"], report.get("target")
+    # a report may come from a file that somebody else wrote: other types are shown as missing
+    needs = TARGETS[target].about if isinstance(target, str) and target in TARGETS else None
+    preprocessing_hash = preprocessing.get("hash") if isinstance(preprocessing, dict) else None
+    # the template is strict: keys that a report may lack get a value here
     fields = {
         "size_bytes": report["size_bytes"] or {},
         "latency_ms": report["latency_ms"] or {},
@@ -92,13 +96,9 @@ def render(report: dict[str, Any]) -> str:
         "preprocessing_change": report.get("preprocessing_change"),
         "normalization": report.get("normalization"),
         "target": target,
-        "target_needs": TARGETS[target].about
-        if isinstance(target, str) and target in TARGETS
-        else None,
+        "target_needs": needs,
         "packed_bytes": report.get("packed_bytes"),
-        "preprocessing_hash": preprocessing.get("hash")
-        if isinstance(preprocessing, dict)
-        else None,
+        "preprocessing_hash": preprocessing_hash,
     }
     return templates.get_template("report.md.j2").render(
         report | fields, ratio=ratio, report=report
@@ -106,7 +106,9 @@ def render(report: dict[str, Any]) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Returns what figures depend on: versions of Python and packages, system, processor, cores."""
+    """Returns the machine that figures depend on: versions of Python and packages, system,
+    processor, cores.
+    """
     return {
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},

@@ -1,4 +1,4 @@
-"""Figures as people read them, in one way in every table and report."""
+"""Writes figures with their units, in one way in every table and report."""
 
 from collections.abc import Callable
 
@@ -19,10 +19,10 @@ _UNITS: dict[str, Callable[[float], str]] = {
 
 
 def show(value: float | None, unit: str, *, none: str = "not measured") -> str:
-    """Returns a figure with its unit. What was not measured is said to be so, never shown as 0."""
+    """Returns a figure with its unit, or ``none`` for one that was not measured; it is never 0."""
     return none if value is None else _UNITS[unit](value)
 
 
 def ratio(first: float | None, second: float | None) -> float | None:
-    """Returns first / second, or None where either was not measured."""
+    """Returns first / second, or None if either was not measured."""
     return None if first is None or not second else first / second

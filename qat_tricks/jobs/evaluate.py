@@ -15,10 +15,10 @@ from torch import nn
 
 from qat_tricks.data import ImageData, Preprocessing, build_data
 from qat_tricks.data.module import Batches
-from qat_tricks.deploy.cost.device import measure_device
+from qat_tricks.deploy.cost.device import measure_device, measure_runtime
 from qat_tricks.deploy.cost.latency import measure_throughput
 from qat_tricks.deploy.normalization import BUILT_IN
-from qat_tricks.deploy.parity.runtimes import Predict, measure_runtime, parity, predictor
+from qat_tricks.deploy.parity.runtimes import Predict, parity, predictor
 from qat_tricks.deploy.runtimes.registry import (
     REFERENCE,
     check_runtimes,
@@ -136,7 +136,7 @@ def evaluate_artifact(config: DictConfig) -> dict[str, Any]:
                 **(
                     _costs(device)
                     if name == REFERENCE
-                    else measure_runtime(name, paths, image_shape=shape, measure=measure)
+                    else measure_runtime(name, paths, shape, **timing(measure))
                 ),
                 **_in_runtime(
                     deployed.predict(measure.threads, name),

@@ -16,19 +16,13 @@ from torch import nn
 
 from qat_tricks.data import ImageData, build_data
 from qat_tricks.data.module import Batches
-from qat_tricks.deploy.cost.device import measure_device
-from qat_tricks.deploy.cost.forecast import Forecast, forecast
+from qat_tricks.deploy.cost.device import measure_device, measure_runtime
+from qat_tricks.deploy.cost.forecast import Forecast, forecast_network
 from qat_tricks.deploy.cost.latency import measure_latency
 from qat_tricks.deploy.cost.weights import file_bytes, weight_sparsity
 from qat_tricks.deploy.export import export_onnx
 from qat_tricks.deploy.normalization import BUILT_IN, build_in_normalization
-from qat_tricks.deploy.parity.runtimes import (
-    Predict,
-    check_parity,
-    measure_runtime,
-    parity,
-    predictor,
-)
+from qat_tricks.deploy.parity.runtimes import Predict, check_parity, parity, predictor
 from qat_tricks.deploy.runtimes.registry import REFERENCE
 from qat_tricks.deploy.targets import target_named
 from qat_tricks.errors import QatTricksError
@@ -121,7 +115,7 @@ def foresee(config: DictConfig) -> Forecast:
     data.prepare_data()
     data.setup()
     network = _classifier(config, data).network
-    return forecast(
+    return forecast_network(
         network, torch.zeros(1, data.in_channels, *data.image_size), settings[-1], recipe.untraced
     )
 
@@ -384,7 +378,7 @@ class _Run:
         )
         check_parity(name, found, measure.min_top1_agreement)
         accuracy = self._measure(self._predictor(name), self._deployed_batches(), name).accuracy
-        costs = measure_runtime(name, self._paths, image_shape=self.shape, measure=measure)
+        costs = measure_runtime(name, self._paths, self.shape, **timing(measure))
         return {name: {**costs, "accuracy": accuracy, "parity": found}}
 
 

@@ -14,7 +14,7 @@ from torchvision.ops import StochasticDepth
 
 import qat_tricks
 from qat_tricks.deploy.cost.coverage import integer_coverage
-from qat_tricks.deploy.cost.forecast import forecast
+from qat_tricks.deploy.cost.forecast import forecast_network
 from qat_tricks.deploy.runtimes.session import open_session
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import layers, rebuild, spec_of
@@ -192,8 +192,8 @@ class WindowedV2(Windowed):
 
 
 PURE = [
-    AfterActivation, BeforeConv, WithoutAffine, GroupedAndDilated, Dropped, TwoReaders, Shared, Functional, ChannelsLast,
-    Positions, ReadsAWeight, Windowed, WindowedV2,
+    AfterActivation, BeforeConv, WithoutAffine, GroupedAndDilated, Dropped, TwoReaders, Shared,
+    Functional, ChannelsLast, Positions, ReadsAWeight, Windowed, WindowedV2,
 ]  # fmt: skip
 
 
@@ -210,7 +210,8 @@ def test_all_in_integers_and_as_simulated(kind, tmp_path):
     expected = net(images(64)).detach()
     quantized, path, report = deployed(net, tmp_path)
     assert report.sqnr_db > 40
-    assert integer_coverage(path, (3, 32, 32)).coverage == 1.0 == forecast(net, images(1)).coverage
+    assert integer_coverage(path, (3, 32, 32)).coverage == 1.0
+    assert forecast_network(net, images(1)).coverage == 1.0
     error = (quantized(images(64)) - expected).square().mean() / expected.square().mean()
     assert error < 0.01  # 20 dB
 
@@ -243,7 +244,7 @@ def test_other_activations_stay_in_float_between_integer_layers_and_are_named(ac
     _, path, report = deployed(net.eval(), tmp_path)
     assert report.sqnr_db > 40
     assert integer_coverage(path, (3, 32, 32)).coverage == 1.0
-    assert [row.operation for row in forecast(net, images(1)).in_float] == [
+    assert [row.operation for row in forecast_network(net, images(1)).in_float] == [
         type(activation).__name__
     ]
 
@@ -259,7 +260,7 @@ class Unfoldable(Head):
 
 def test_a_batchnorm_without_running_statistics_stays_in_float(tmp_path):
     net = seeded(Unfoldable)
-    seen = forecast(net, images(1))
+    seen = forecast_network(net, images(1))
     assert (seen.coverage, [row.operation for row in seen.in_float]) == (1.0, ["BatchNorm2d"])
     quantized = qat_tricks.quantize(net, [images(64)])
     expected = net(images(64))
@@ -277,7 +278,7 @@ def test_a_transposed_conv_stays_in_float_and_is_named(tmp_path):
     net = seeded(Transposed)
     _, path, report = deployed(net, tmp_path)
     assert report.sqnr_db > 40
-    seen, measured = forecast(net, images(1)), integer_coverage(path, (3, 32, 32))
+    seen, measured = forecast_network(net, images(1)), integer_coverage(path, (3, 32, 32))
     assert (seen.integer_macs, seen.total_macs) == (measured.integer_macs, measured.total_macs)
     assert 0 < seen.coverage < 1
     assert seen.in_float[0].name == "between.0"
@@ -367,7 +368,7 @@ def test_a_part_that_cannot_be_traced_is_named_and_can_be_kept_whole(tmp_path):
     expected = net(images(64)).detach()
     assert (quantized(images(64)) - expected).square().mean() < 0.01 * expected.square().mean()
     assert set(layers(quantized)) == {"stem.0", "between.0", "between.3", "last.0", "fc"}
-    seen = forecast(net, images(1), whole=["between.2"])
+    seen = forecast_network(net, images(1), untraced=["between.2"])
     assert [(row.name, row.reason, row.macs) for row in seen.in_float] == [
         ("between.2", "kept whole", 16 * 16 * 8 * 8)
     ]

@@ -196,7 +196,8 @@ def test_pruned_weights_are_exact_zeros_and_excluded_layers_float(tmp_path):
     assert stored["b.weight"].dtype == np.int8
     assert sum(v.dtype == np.float32 and v.ndim == 4 for v in stored.values()) == 2
     # Left alone, ONNX Runtime quantizes the weight of a float conv between quantizers.
-    assert [kernel.integer for kernel in integer_coverage(path, SHAPE).kernels].count(False) == 2
+    operators = integer_coverage(path, SHAPE).operators
+    assert [operator.integer for operator in operators].count(False) == 2
 
 
 def test_weights_alone_in_integers_make_a_valid_file(tmp_path):

@@ -6,10 +6,9 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from qat_tricks.deploy.qdq import LAYOUTS
+from qat_tricks.deploy.layouts import LAYOUTS
 from qat_tricks.deploy.runtimes import registry as runtimes
 from qat_tricks.deploy.targets import (
-    DEFAULT_TARGET,
     TARGETS,
     check_opset,
     target_named,
@@ -79,7 +78,7 @@ def test_tensorrt_has_no_activations_below_eight_bits(settings, told):
 
 def test_a_target_that_cannot_read_an_opset_says_so():
     check_opset("tensorrt", 24)
-    check_opset(DEFAULT_TARGET, 25)
+    check_opset("onnxruntime_cpu", 25)
     with pytest.raises(
         QatTricksError, match=r"export\.opset=25 is too new for target=tensorrt: give 24 or less"
     ):
@@ -99,7 +98,7 @@ def test_seven_bits_are_what_sixteen_bit_sums_of_two_products_hold():
 
 
 def test_what_cannot_be_had_is_refused_with_the_reason(monkeypatch):
-    assert target_named(DEFAULT_TARGET).runtime == "onnxruntime"
+    assert target_named("onnxruntime_cpu").runtime == "onnxruntime"
     with pytest.raises(QatTricksError, match='did you mean "openvino_cpu"'):
         target_named("openvino")
     monkeypatch.setattr(runtimes, "find_spec", lambda name: None)

@@ -26,7 +26,6 @@ def ledger():
             size_bytes=310_000,
             latency_ms={"p50": 0.61, "p95": 0.9},
             sparsity=0.5,
-            note="50 % global",
         )
     )
     ledger.add(LedgerRow(name="tune", before=metrics(0.95), after=metrics(0.99), seconds=5.0))

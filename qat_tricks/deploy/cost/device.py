@@ -1,7 +1,8 @@
-"""What two ONNX files cost on this machine: size, latency, memory, and how much of the work is done
-in integers.
+"""The costs of a float and an int8 file on this machine: size, latency, memory, and the share of
+work done in integers.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,15 @@ from qat_tricks.deploy.cost.coverage import integer_coverage
 from qat_tricks.deploy.cost.latency import measure_latency, measure_load
 from qat_tricks.deploy.cost.memory import peak_memory_mib
 from qat_tricks.deploy.cost.weights import file_bytes, weight_size, weight_sparsity
-from qat_tricks.deploy.runtimes.session import Shapes
+from qat_tricks.deploy.runtimes.network import Shapes
+from qat_tricks.deploy.runtimes.registry import REFERENCE, open_network, runtime_version
+
+NAMES = ("fp32", "int8")
+"""The two files of a report; the first may be missing, and its figures are then None."""
 
 
 def measure_device(
-    paths: dict[str, Path],
+    paths: Mapping[str, Path],
     image_shape: Shapes,
     *,
     batch_size: int,
@@ -21,34 +26,84 @@ def measure_device(
     runs: int,
     max_seconds: float,
 ) -> dict[str, Any]:
-    """Measures ``{"fp32": path, "int8": path}`` side by side and returns the keys of a report that
-    are about costs.
+    """Measures ``{"fp32": path, "int8": path}`` side by side in ONNX Runtime.
 
     Args:
-        paths: ONNX files; ``fp32`` may be missing, its figures are then None.
+        paths: ONNX files, by ``NAMES``.
         image_shape: channels, height, width; of networks with several inputs one shape for each.
-        batch_size, threads: of latency and memory.
-        runs, max_seconds: at most so many timed runs, or so many seconds, a file.
+        batch_size: images in a run, for latency and memory.
+        threads: threads within an operator, for latency and memory.
+        runs: most timed runs of a file.
+        max_seconds: most seconds of timing, for all files together.
+
+    Returns:
+        The keys of a report that are about costs.
     """
-    settings: dict[str, Any] = {
-        "image_shape": image_shape,
-        "batch_size": batch_size,
-        "threads": threads,
-    }
-    latency = measure_latency(paths, **settings, runs=runs, max_seconds=max_seconds)
-    load = measure_load(paths, threads=threads)
-    both = ("fp32", "int8")
+    batch = {"image_shape": image_shape, "batch_size": batch_size, "threads": threads}
     return {
-        "size_bytes": {name: file_bytes(paths[name]) if name in paths else None for name in both},
+        "size_bytes": _by_name({name: file_bytes(path) for name, path in paths.items()}),
         "packed_bytes": weight_size(paths["int8"]).packed,
-        "latency_ms": {name: latency.get(name) for name in both},
-        "load_ms": {name: load.get(name) for name in both},
-        "memory_mib": {
-            name: peak_memory_mib(paths[name], **settings) if name in paths else None
-            for name in both
-        },
+        **_times(paths, image_shape, batch_size, threads, runs, max_seconds, REFERENCE),
+        "memory_mib": _by_name(
+            {name: peak_memory_mib(path, **batch) for name, path in paths.items()}  # type: ignore[arg-type]
+        ),
         "sparsity": weight_sparsity(paths["int8"]),
         "int8_coverage": integer_coverage(paths["int8"], image_shape).coverage,
         "batch_size": batch_size,
         "threads": threads,
     }
+
+
+def measure_runtime(
+    runtime: str,
+    paths: Mapping[str, Path],
+    image_shape: Shapes,
+    *,
+    batch_size: int,
+    threads: int,
+    runs: int,
+    max_seconds: float,
+) -> dict[str, Any]:
+    """Measures ``{"fp32": path, "int8": path}`` side by side in one runtime.
+
+    Args:
+        runtime: its name.
+        paths, image_shape, batch_size, threads, runs, max_seconds: as of ``measure_device``.
+
+    Returns:
+        ``version``, ``latency_ms``, ``load_ms`` and ``int8_layers``, the share of convs and linears
+        that it runs in integers, None where it does not say.
+    """
+    return {
+        "version": runtime_version(runtime),
+        **_times(paths, image_shape, batch_size, threads, runs, max_seconds, runtime),
+        "int8_layers": open_network(paths["int8"], threads=1, runtime=runtime).integer_layers,
+    }
+
+
+def _times(
+    paths: Mapping[str, Path],
+    image_shape: Shapes,
+    batch_size: int,
+    threads: int,
+    runs: int,
+    max_seconds: float,
+    runtime: str,
+) -> dict[str, Any]:
+    """``latency_ms`` and ``load_ms`` of the files, in milliseconds."""
+    latency = measure_latency(
+        paths,
+        image_shape=image_shape,
+        batch_size=batch_size,
+        threads=threads,
+        runtime=runtime,
+        runs=runs,
+        max_seconds=max_seconds,
+    )
+    load = measure_load(paths, threads=threads, runtime=runtime)
+    return {"latency_ms": _by_name(latency), "load_ms": _by_name(load)}
+
+
+def _by_name(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures under both names, None where a file is missing."""
+    return {name: figures.get(name) for name in NAMES}

@@ -1,4 +1,6 @@
-"""What of a network will run in integers, and what will not and why: told before any training."""
+"""Which operations of a network will run in integers, and why the others will not, before any
+training.
+"""
 
 import copy
 import math
@@ -13,6 +15,7 @@ from rich.table import Table
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qat_tricks.deploy.prepare import prepare_for_export
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.fold import batchnorms_to_convs, fold_batchnorm
 from qat_tricks.graph.grids import output_grid_of
@@ -32,7 +35,7 @@ class FloatOperation:
     """An operation that stays in float."""
 
     name: str  # of the module, or of the node where a function is called
-    operation: str  # what is called
+    operation: str  # the module's type, or the function's name
     reason: str
     macs: int  # products with weights, for one image
 
@@ -66,42 +69,22 @@ class Forecast:
 
 
 @torch.no_grad()
-def forecast(
-    network: nn.Module,
-    images: Inputs,
-    settings: QuantizeSettings | None = None,
-    whole: Sequence[str] = (),
-) -> Forecast:
-    """Foresees which operations of ``network`` ONNX Runtime will run in integers, without
-    calibrating or training.
+def forecast(prepared: fx.GraphModule, images: Inputs) -> Forecast:
+    """Foresees which operations of a network ONNX Runtime will run in integers, without calibrating
+    or training.
 
     Args:
-        network: a float classifier; it stays as it is.
+        prepared: a traced network with quantizers, calibrated or not; it stays as it is. Only the
+            changes that export makes by itself are made here.
         images: one image or more, ``[N, C, H, W]``, whose shape the MACs are counted for; a tuple
             for several inputs.
-        settings: of the ``quantize`` trick; None: its defaults.
-        whole: name patterns of submodules that are not traced through.
-
-    Raises:
-        QatTricksError: the network cannot be traced, or a pattern matches no layer.
     """
-    traced = trace(copy.deepcopy(network).eval(), whole)
-    fold_batchnorm(traced)
-    batchnorms_to_convs(traced)
-    if len(input_names(traced)) > 1:
-        note_integers(traced, images)
-    place_quantizers(traced, settings)
-    run = _Shapes(traced)
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one operation that hides its products
-    try:
-        with float_mode(traced):
-            run.run(*as_tensors(first_images(images, 1)))
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    traced = copy.deepcopy(prepared).eval()
+    prepare_for_export(traced)
+    run = _run_once(traced, images)
     integer = total = 0
     in_float = []
-    # what the others yield a runtime works out once
+    # a runtime computes the others once, at its start
     from_images = n.nodes_from_images(traced)
     for node in filter(from_images.__contains__, traced.graph.nodes):
         within = run.within.get(node, 0)
@@ -110,19 +93,55 @@ def forecast(
         reason = _reason(node, traced, within)
         if reason is None:
             integer += macs
-        else:
-            name = str(node.target) if node.op == "call_module" else node.name
-            in_float.append(
-                FloatOperation(
-                    name=name, operation=_operation(node, traced), reason=reason, macs=macs
-                )
-            )
+            continue
+        name = str(node.target) if node.op == "call_module" else node.name
+        operation = _operation(node, traced)
+        in_float.append(FloatOperation(name=name, operation=operation, reason=reason, macs=macs))
     return Forecast(integer_macs=integer, total_macs=total, in_float=in_float)
 
 
+def forecast_network(
+    network: nn.Module,
+    images: Inputs,
+    settings: QuantizeSettings | None = None,
+    untraced: Sequence[str] = (),
+) -> Forecast:
+    """``forecast`` of a float network, prepared as the guideline ``int8_ptq`` prepares it.
+
+    Args:
+        network: a float classifier; it stays as it is.
+        images: as of ``forecast``.
+        settings: of the ``quantize`` trick; None: its defaults.
+        untraced: name patterns of submodules that are not traced through.
+
+    Raises:
+        QatTricksError: the network cannot be traced, or a pattern matches no layer.
+    """
+    traced = trace(copy.deepcopy(network).eval(), untraced)
+    fold_batchnorm(traced)
+    batchnorms_to_convs(traced)
+    if len(input_names(traced)) > 1:
+        note_integers(traced, images)
+    place_quantizers(traced, settings)
+    return forecast(traced, images)
+
+
+def _run_once(traced: fx.GraphModule, images: Inputs) -> "_Shapes":
+    """Runs one image through the float network, for its shapes and the MACs of opaque modules."""
+    run = _Shapes(traced)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it is one operation that hides its products
+    try:
+        with float_mode(traced):
+            run.run(*as_tensors(first_images(images, 1)))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return run
+
+
 class _Shapes(fx.Interpreter):
-    """Keeps the shape of what each node yields, and the MACs within modules and functions that were
-    kept whole.
+    """Records the shape of each node's value, and the MACs within modules and functions that are
+    not traced through.
     """
 
     def __init__(self, traced: fx.GraphModule) -> None:
@@ -142,8 +161,8 @@ class _Shapes(fx.Interpreter):
 
 
 class _Products(TorchDispatchMode):
-    """Counts the products of convs and of matrices; those of attention are of batches of matrices,
-    which are not counted.
+    """Counts the products of convs and of matrices. Products of batches of matrices, as attention
+    has, are not counted.
     """
 
     def __init__(self) -> None:
@@ -187,33 +206,44 @@ def _macs(node: fx.Node, traced: fx.GraphModule, shapes: Mapping[fx.Node, tuple[
 
 
 def _reason(node: fx.Node, traced: fx.GraphModule, within: int) -> str | None:
-    """Why ``node``, with so many MACs ``within``, is computed in float; None if it is not, or
-    computes nothing.
+    """Why a node is computed in float; None if it is computed in integers, or computes nothing.
+
+    Args:
+        node: of ``traced``.
+        traced: a network with quantizers.
+        within: MACs in a module or function that is not traced through.
     """
     module = module_of(node, traced)
-    if (
-        not node.op.startswith("call_")
-        or isinstance(module, ActivationQuantizer)
-        or not n.is_tensor(node)
-    ):
+    is_quantizer = isinstance(module, ActivationQuantizer)
+    if not node.op.startswith("call_") or is_quantizer or not n.is_tensor(node):
         return None
     if n.calls_layer(node, traced):
-        if not isinstance(module, Layer) or module.weight_quantizer is None:
-            return "left out by quantize.include or exclude"
-        return None if module.input_quantizer else "what it takes is on no grid"
-    if n.is_passthrough(node, traced) or n.is_cat(node, traced):
-        return None
-    if isinstance(module, Elementwise) or (
-        n.is_integer_op(node, traced) and output_grid_of(node, traced)
-    ):
+        return _reason_of_layer(module)
+    if _is_integer(node, traced):
         return None
     operation = n.operation_of(node, traced)
     if within:
         is_product = operation.multiplies_matrices
         return "product with a constant that is no layer's weight" if is_product else "kept whole"
     if n.calls_batchnorm(node, traced):
-        return "does not alone follow a conv or linear, so it is not folded"
+        return "not the only reader of a conv or linear, so it is not folded"
     return operation.float_reason
+
+
+def _is_integer(node: fx.Node, traced: fx.GraphModule) -> bool:
+    """Whether an operation that is no conv or linear moves integers, or has an integer kernel."""
+    if n.is_passthrough(node, traced) or n.is_cat(node, traced):
+        return True
+    if isinstance(module_of(node, traced), Elementwise):
+        return True
+    return n.is_integer_op(node, traced) and output_grid_of(node, traced) is not None
+
+
+def _reason_of_layer(module: nn.Module | None) -> str | None:
+    """Why a conv or linear is computed in float; None if it is not."""
+    if not isinstance(module, Layer) or module.weight_quantizer is None:
+        return "left out by quantize.include or exclude"
+    return None if module.input_quantizer else "its input is on no grid"
 
 
 def _operation(node: fx.Node, traced: fx.GraphModule) -> str:

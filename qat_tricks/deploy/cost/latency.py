@@ -1,4 +1,4 @@
-"""How fast ONNX files run and open on this machine, measured side by side."""
+"""Measures how fast ONNX files run and open on this machine, side by side."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -6,13 +6,12 @@ from os import PathLike
 
 import numpy as np
 
-from qat_tricks.deploy.runtimes.registry import REFERENCE, Network, open_network
-from qat_tricks.deploy.runtimes.session import Shapes, random_batch
+from qat_tricks.deploy.runtimes.network import Network, Shapes, random_batch
+from qat_tricks.deploy.runtimes.registry import REFERENCE, open_network
 from qat_tricks.errors import QatTricksError
 
 MIN_RUNS = 5
-"""Timed runs that each network gets even when time is up; fewer say nothing about a 95th
-percentile.
+"""Timed runs that each network gets even when time is up; of fewer, a 95th percentile says nothing.
 """
 
 Paths = Mapping[str, str | PathLike[str]]
@@ -30,18 +29,18 @@ def measure_latency(
     max_seconds: float = 20.0,
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
-    """Times the networks run by run in turn, so that a slow moment of the machine slows all of them
-    alike.
+    """Times the networks run by run in turn, so that a slow moment of the machine slows them all.
 
     Args:
         paths: the ONNX files, by the name to report.
         image_shape: (channels, height, width); of networks with several inputs one shape for each.
         batch_size: images in a run.
         threads: threads within an operator.
-        runtime: who runs them.
+        runtime: name of the runtime that runs them.
         warmup: runs of each network that are not timed.
         runs: timed runs of each network.
-        max_seconds: stops sooner after this time, spent on all networks together, warm-up included.
+        max_seconds: the timing ends after this time, spent on all networks together, warm-up
+            included.
         seed: of the random inputs.
 
     Returns:
@@ -74,18 +73,17 @@ def measure_throughput(
     seconds: float = 0.3,
     seed: int = 0,
 ) -> list[dict[str, float]]:
-    """Measures how many images a second the networks take, at each number of threads with each size
-    of batch.
+    """Measures the images a second of the networks, at each number of threads and batch size.
 
     Args:
         paths, image_shape, runtime, warmup, seed: as of ``measure_latency``.
         batch_sizes, thread_counts: the values to combine.
-        seconds: of each combination, spent on all networks together; each gets ``MIN_RUNS`` in any
-            case.
+        seconds: for each combination, spent on all networks together; each network gets
+            ``MIN_RUNS`` in any case.
 
     Returns:
-        A row a combination: ``batch_size``, ``threads``, and images a second by the networks'
-            names.
+        A row for each combination: ``batch_size``, ``threads``, and images a second by the
+        networks' names.
 
     Raises:
         QatTricksError: as ``measure_latency``.
@@ -107,14 +105,17 @@ def measure_load(
 ) -> dict[str, float]:
     """Measures how long the networks take to open, optimization of the graph included.
 
+    Args:
+        paths, threads, runtime: as of ``measure_latency``.
+        runs: times that each network is opened.
+
     Returns:
-        For each name the median of ``runs`` times in milliseconds; the file is in the system's
-        cache.
+        For each name the median time in milliseconds; the file is in the system's cache.
 
     Raises:
         QatTricksError: no paths, or a file that does not open.
     """
-    _open(paths, threads, runtime)
+    _open(paths, threads, runtime)  # reads the files into the system's cache
     milliseconds: dict[str, list[float]] = {name: [] for name in paths}
     for _ in range(runs):
         for name, path in paths.items():
@@ -148,7 +149,7 @@ def _time_in_turn(
     }
     milliseconds: dict[str, list[float]] = {name: [] for name in networks}
     start = time.perf_counter()
-    for index in range(-warmup, runs):
+    for index in range(-warmup, runs):  # negative ones warm up
         late = time.perf_counter() - start > max_seconds
         if late and index < 0:
             continue

@@ -6,13 +6,8 @@ import sys
 from os import PathLike
 from pathlib import Path
 
-from qat_tricks.deploy.runtimes.session import (
-    SESSION_CONFIG,
-    Shapes,
-    batch_shapes,
-    input_specs,
-    open_session,
-)
+from qat_tricks.deploy.runtimes.network import Shapes, batch_shapes
+from qat_tricks.deploy.runtimes.session import SESSION_CONFIG, input_specs, open_session
 from qat_tricks.errors import QatTricksError
 
 _PROBE = Path(__file__).with_name("memory_probe.py")
@@ -27,8 +22,7 @@ def peak_memory_mib(
     threads: int,
     runs: int = 3,
 ) -> float:
-    """Returns the peak resident memory, in MiB, of a fresh interpreter that opens and runs the
-    network.
+    """Measures the peak resident memory of a fresh interpreter that opens and runs a network.
 
     The figure includes the interpreter, numpy and ONNX Runtime themselves, some 50 MiB.
 
@@ -39,9 +33,13 @@ def peak_memory_mib(
         threads: threads within an operator.
         runs: how many times the network runs.
 
+    Returns:
+        Peak memory in MiB.
+
     Raises:
         QatTricksError: the file does not open, the images do not fit, or the process fails.
     """
+    # a file or shape that does not fit is refused here, with an error of ours
     specs = input_specs(open_session(path, threads=threads))
     shapes = batch_shapes(specs, image_shape, batch_size)
     job = {
@@ -53,8 +51,7 @@ def peak_memory_mib(
         "config": dict(SESSION_CONFIG),
         "runs": runs,
     }
-    # -P keeps this folder off the probe's import path, where its file names would shadow other
-    # packages.
+    # -P keeps this folder off the probe's import path, where its files would shadow packages
     command = [sys.executable, "-P", str(_PROBE), json.dumps(job)]
     try:
         done = subprocess.run(

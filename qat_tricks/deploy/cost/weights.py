@@ -1,4 +1,4 @@
-"""The weights of an ONNX file: how many are zero, and the bytes they need at their own bits."""
+"""Measures the weights of an ONNX file: the share of zeros, and the bytes at their own bits."""
 
 import json
 from collections.abc import Iterator
@@ -19,25 +19,17 @@ WEIGHT_BITS_KEY = "qat_tricks.weight_bits"
 """
 
 _LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
-_MOVES = {
-    "Transpose",
-    "Identity",
-    "Reshape",
-    "Flatten",
-    "Squeeze",
-    "Unsqueeze",
-}  # values and their number unchanged
+# operators that move values and change none
+_MOVES = {"Transpose", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze"}
 _FOUR_BITS = {TensorProto.INT4, TensorProto.UINT4}
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightSize:
-    """Bytes of the file as it lies on disk, and as it would be with every weight packed at its own
-    bits.
-    """
+    """Bytes of an ONNX file."""
 
-    on_disk: int
-    packed: int
+    on_disk: int  # with its external data
+    packed: int  # as it would be with every weight at its own bits
 
 
 class _Weight(NamedTuple):
@@ -48,30 +40,29 @@ class _Weight(NamedTuple):
 
 
 def weight_sparsity(path: str | PathLike[str]) -> float:
-    """Returns the share, 0..1, of exact zeros among an ONNX file's conv and linear weights, biases
-    aside.
+    """Returns the share, 0..1, of exact zeros among an ONNX file's conv and linear weights.
 
-    A quantized weight is zero where it equals its zero point. A weight that several layers share
-    counts once.
+    Biases do not count. A quantized weight is zero where it equals its zero point. A weight that
+    several layers share counts once.
 
     Raises:
-        QatTricksError: the file does not load, has no such weights, or computes one in a way not
-            known here.
+        QatTricksError: the file does not load, has no such weights, or computes one by operators
+            that are not known here.
     """
     weights = _weights(path, load_model(path))
     return sum(weight.zeros for weight in weights) / sum(weight.values.size for weight in weights)
 
 
 def weight_size(path: str | PathLike[str]) -> WeightSize:
-    """Returns the bytes of the file, and those it would have with each weight at the bits stated in
-    it.
+    """Returns the bytes of the file, and the bytes with each weight at the bits that the file
+    states.
 
     The bits come from the metadata property ``WEIGHT_BITS_KEY``; a weight that it does not name
     keeps its stored width.
 
     Raises:
-        QatTricksError: as ``weight_sparsity``, or the property is no such table, or names what is
-            no weight.
+        QatTricksError: as ``weight_sparsity``; or the property is no such table, or names a tensor
+            that is no weight.
     """
     model = load_model(path)
     weights = _weights(path, model)
@@ -113,6 +104,7 @@ def file_bytes(path: str | PathLike[str]) -> int:
 
 
 def _bytes(count: int, bits: int) -> int:
+    """Bytes of ``count`` values of ``bits`` each, packed, rounded up."""
     return (count * bits + 7) // 8
 
 
@@ -139,6 +131,7 @@ def _weights(path: str | PathLike[str], model: onnx.ModelProto) -> list[_Weight]
     graph = model.graph
     constants = constant_tensors(graph)
     tensors = {tensor.name: tensor for tensor in graph.initializer}
+    # a weight may also be the value of a Constant
     for node in graph.node:
         if node.op_type == "Constant":
             values = [attribute.t for attribute in node.attribute if attribute.name == "value"]
@@ -168,7 +161,7 @@ def _weight_operands(
     for node in graph.node:
         if node.op_type in _LAYERS:
             constant = [name for name in node.input[:2] if name in constants]
-            # none: a product of activations; two: nothing that depends on the image
+            # none: a product of two activations; two: a constant
             if len(constant) == 1:
                 yield node, constant[0]
 
@@ -176,8 +169,10 @@ def _weight_operands(
 def _trace(
     name: str, tensors: dict[str, TensorProto], producers: dict[str, onnx.NodeProto]
 ) -> tuple[str, onnx.NodeProto | None]:
-    """Walks from a layer's weight to where its values are stored; returns the dequantization on the
-    way.
+    """Walks from a layer's weight to the tensor that stores its values.
+
+    Returns:
+        The tensor's name, and the DequantizeLinear on the way if there is one.
     """
     dequantize = None
     while name not in tensors:

@@ -1,7 +1,7 @@
-"""Whether two ways to run a network give the same logits."""
+"""Whether two ways to run a network give the same logits, and whether that is close enough."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,9 @@ def compare_logits(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, 
             )
         difference = other.astype(np.float64) - reference
         images += len(reference)
+        # the mean, and not the sum, also where each image has logits at several positions
         agreeing += len(reference) * float((reference.argmax(1) == other.argmax(1)).mean())
+        # NaN is no number to be the largest: it counts as an infinite error
         largest = max(largest, float(np.nan_to_num(np.abs(difference), nan=np.inf).max()))
         noise += float(np.square(difference).sum())
         signal += float(np.square(reference, dtype=np.float64).sum())
@@ -49,11 +51,44 @@ def compare_logits(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, 
     }
 
 
-def agrees(top1_agreement: float, images: int, least: float) -> bool:
-    """Whether so many of ``images`` got the same class as ``least``, a share, asks; below 1, one
-    image alone is never held against it.
+def check_agreement(
+    comparison: Mapping[str, Any],
+    fault: str,
+    *,
+    min_top1_agreement: float,
+    min_sqnr_db: float = -LARGEST_SQNR_DB,
+    remedy: str,
+) -> None:
+    """Refuses logits that differ more from those of the reference than is allowed.
+
+    Args:
+        comparison: the figures of ``compare_logits``.
+        fault: begins the error: who does not run as whom.
+        min_top1_agreement: least share of images, 0..1, with the same class (see ``agrees``).
+        min_sqnr_db: least ratio of the logits to their error, in dB; by default any ratio will do.
+        remedy: ends the error: how to mend it.
+
+    Raises:
+        QatTricksError: one line with the figures.
     """
-    return round((1 - top1_agreement) * images) <= max((1 - least) * images, float(least < 1))
+    agreement, images = comparison["top1_agreement"], comparison["images"]
+    sqnr_db = comparison["sqnr_db"]
+    if agrees(agreement, images, min_top1_agreement) and sqnr_db >= min_sqnr_db:
+        return
+    least_sqnr = f" (at least {min_sqnr_db:g})" if min_sqnr_db > -LARGEST_SQNR_DB else ""
+    raise QatTricksError(
+        f"{fault}: on {images} images top-1 agreement {agreement:.4f} (at least "
+        f"{min_top1_agreement}), SQNR {sqnr_db:.1f} dB{least_sqnr}, largest error of a logit "
+        f"{comparison['max_abs_error']:.3g}; {remedy}"
+    )
+
+
+def agrees(top1_agreement: float, images: int, least: float) -> bool:
+    """Whether agreement reaches ``least``; one differing image is always tolerated unless ``least``
+    is 1.
+    """
+    differing = round((1 - top1_agreement) * images)
+    return differing <= max((1 - least) * images, float(least < 1))
 
 
 def decibels(signal: float, noise: float) -> float:
@@ -62,4 +97,6 @@ def decibels(signal: float, noise: float) -> float:
         return LARGEST_SQNR_DB
     if not math.isfinite(noise) or not math.isfinite(signal):
         return -LARGEST_SQNR_DB
-    return min(max(10 * math.log10(max(signal, 1e-300) / noise), -LARGEST_SQNR_DB), LARGEST_SQNR_DB)
+    # a signal of zeros has no logarithm
+    ratio_db = 10 * math.log10(max(signal, 1e-300) / noise)
+    return min(max(ratio_db, -LARGEST_SQNR_DB), LARGEST_SQNR_DB)

@@ -1,22 +1,20 @@
-"""Parity: whether the network that runs gives the logits of the network that was simulated."""
+"""Parity of logits: the ONNX file in ONNX Runtime against the simulated network."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from qat_tricks.deploy.parity.logits import compare_logits
+from qat_tricks.deploy.parity.tensors import TensorParity
 from qat_tricks.deploy.runtimes.session import open_session, run_batch
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.inputs import as_tensors, call_network, input_names, inputs_of, on_cpu
 from qat_tricks.graph.workbench import logits_of
-
-if TYPE_CHECKING:
-    from qat_tricks.deploy.parity.layers import LayerParity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +24,10 @@ class ParityReport:
     top1_agreement: float  # share of images with the same best class, 0..1
     max_abs_error: float  # largest difference of a logit
     sqnr_db: float  # power of the simulated logits over that of the difference, in dB, at most 200
-    images: int  # how many were compared
-    # every quantized tensor, the worst first; none of a float network
-    layers: "tuple[LayerParity, ...]" = ()
+    images: int  # number of images compared
+    # every quantized tensor, the worst first; none of a float network (``report.json`` has long
+    # called them layers)
+    layers: tuple[TensorParity, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The report as ``report.json`` holds it."""
@@ -39,12 +38,13 @@ class ParityReport:
 def measure_parity(
     path: str | PathLike[str], network: nn.Module, batches: Iterable[object]
 ) -> ParityReport:
-    """Runs ``batches`` through the ONNX file and through ``network``, on the CPU and in evaluation
-    mode.
+    """Runs ``batches`` through an ONNX file and through a network, and compares the logits.
 
     Args:
-        batches: the network's inputs each, images ``[N, C, H, W]`` if it takes one, or what a
-            loader of them and labels yields.
+        path: the ONNX file.
+        network: on the CPU and in evaluation mode.
+        batches: inputs of the network, images ``[N, C, H, W]`` if it takes one; or batches of a
+            loader, which hold labels too.
 
     Raises:
         QatTricksError: no images, inputs that the network does not take, or logits of another shape

@@ -1,0 +1,1 @@
+"""The runtimes that run an ONNX file, all called in one way."""

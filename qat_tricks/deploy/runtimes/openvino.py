@@ -1,8 +1,8 @@
 """OpenVINO on the CPU, running the same file as ONNX Runtime.
 
-It fuses QuantizeLinear and DequantizeLinear into integer layers of its own, and rounds a few values
-to the neighbouring step. What is not integer is told to stay float32: by default OpenVINO takes
-bfloat16 where the processor has it, which is another network than the one that was measured.
+It fuses QuantizeLinear and DequantizeLinear into integer kernels of its own, and rounds a few
+values to the neighbouring step. All else is told to stay float32: by default OpenVINO takes
+bfloat16 where the processor has it, and then runs another network than the one that was measured.
 """
 
 from collections.abc import Callable
@@ -12,16 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from qat_tricks.deploy.runtimes.registry import Network
-from qat_tricks.deploy.runtimes.session import InputSpec, feed, one_line
-from qat_tricks.errors import QatTricksError
+from qat_tricks.deploy.runtimes.network import InputSpec, Network, feed
+from qat_tricks.errors import QatTricksError, one_line
 
 _LAYERS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
 _INTEGERS = ("u8", "i8")
 
 
 class OpenvinoNetwork(Network):
-    """An ONNX file compiled for the CPU; ``integer_layers`` comes from the graph that really runs."""
+    """An ONNX file compiled for the CPU; ``integer_layers`` is read from the compiled graph."""
 
     def __init__(self, path: str | PathLike[str], *, threads: int) -> None:
         if not Path(path).is_file():
@@ -33,14 +32,14 @@ class OpenvinoNetwork(Network):
             "INFERENCE_PRECISION_HINT": "f32",
             "PERFORMANCE_HINT": "LATENCY",
         }
-        import openvino  # optional
+        import openvino  # an optional dependency
 
         try:
             compiled = openvino.Core().compile_model(str(path), "CPU", settings)
         except Exception as error:  # OpenVINO's exceptions share no narrower base class
-            reason = one_line(error)
             raise QatTricksError(
-                f'OpenVINO cannot open "{path}" ({reason}): give a file that an export wrote'
+                f'OpenVINO cannot open "{path}" ({one_line(error)}): give a file that an export '
+                "wrote"
             ) from error
         self.specs = tuple(map(_input_spec, compiled.inputs))
         self.integer_layers = _integer_layers(compiled)
@@ -48,11 +47,11 @@ class OpenvinoNetwork(Network):
         self._lent: list[np.ndarray] = []
 
     def prepare(self, *inputs: np.ndarray) -> Callable[[], np.ndarray]:
-        given = list(feed(self.specs, inputs).values())
+        batch = list(feed(self.specs, inputs).values())
 
         def run() -> np.ndarray:
-            logits = self._request.infer(given, share_inputs=True)[0]
-            self._lent = given  # the request goes on pointing at them, and does not own them
+            logits = self._request.infer(batch, share_inputs=True)[0]
+            self._lent = batch  # the request goes on pointing at them, and does not own them
             return logits
 
         return run
@@ -64,6 +63,7 @@ def _input_spec(port: Any) -> InputSpec:
 
 
 def _integer_layers(compiled: Any) -> float | None:
+    """The share of convs and linears that run in integers; None where there are none."""
     facts = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
     precisions = [
         str(fact["runtimePrecision"].value)

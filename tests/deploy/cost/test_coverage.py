@@ -17,7 +17,7 @@ def test_a_quantized_convolution_is_integer(tmp_path):
     )
     assert report.coverage == 1.0
     assert report.total_macs == report.integer_macs == 8 * 8 * 16 * 4 * 9
-    assert [kernel.op_type for kernel in report.kernels] == ["QLinearConv"]
+    assert [operator.op_type for operator in report.operators] == ["QLinearConv"]
 
 
 @pytest.mark.parametrize("quantized_output", [True, False])
@@ -71,7 +71,7 @@ def test_the_share_of_a_mixed_network_is_by_macs(tmp_path):
     )
     first, second = 36 * 8 * 4 * 9, 36 * 2 * 8
     assert report.coverage == pytest.approx(first / (first + second))
-    assert {kernel.macs: kernel.integer for kernel in report.kernels} == {
+    assert {operator.macs: operator.integer for operator in report.operators} == {
         first: True,
         second: False,
     }
@@ -86,7 +86,8 @@ def test_transposed_convolutions_and_products_with_weights_count(tmp_path):
     report = integer_coverage(
         save(tmp_path / "m.onnx", nodes, inits, ["batch", 4, 8, 8]), (4, 8, 8)
     )
-    assert sorted(kernel.macs for kernel in report.kernels) == [4 * 64 * 6 * 4, 6 * 16 * 5 * 16]
+    macs = sorted(operator.macs for operator in report.operators)
+    assert macs == [4 * 64 * 6 * 4, 6 * 16 * 5 * 16]
 
 
 def test_products_of_activations_do_not_count(tmp_path):
@@ -99,7 +100,7 @@ def test_products_of_activations_do_not_count(tmp_path):
     report = integer_coverage(
         save(tmp_path / "m.onnx", nodes, inits, ["batch", 2, 8, 8]), (2, 8, 8)
     )
-    assert [kernel.macs for kernel in report.kernels] == [2 * 8 * 8 * 8]
+    assert [operator.macs for operator in report.operators] == [2 * 8 * 8 * 8]
 
 
 def test_work_that_cannot_be_counted_is_an_error(tmp_path):
@@ -109,10 +110,10 @@ def test_work_that_cannot_be_counted_is_an_error(tmp_path):
         integer_coverage(path, (2, 8, 8))
 
 
-def test_a_kernel_unknown_here_is_an_error(tmp_path, monkeypatch):
+def test_an_operator_unknown_here_is_an_error(tmp_path, monkeypatch):
     from qat_tricks.deploy.cost import coverage
 
-    monkeypatch.delitem(coverage._OPERATORS, "QLinearConv")
+    monkeypatch.delitem(coverage._PRODUCTS, "QLinearConv")
     path = qdq_layer(tmp_path / "m.onnx", np.ones((16, 4, 3, 3), np.int8))
     with pytest.raises(QatTricksError, match="QLinearConv"):
         integer_coverage(path, (4, 8, 8))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qat_tricks.deploy.parity.logits import LARGEST_SQNR_DB, compare_logits
+from qat_tricks.deploy.parity.logits import LARGEST_SQNR_DB, agrees, check_agreement, compare_logits
 from qat_tricks.errors import QatTricksError
 
 LOGITS = np.array([[3.0, 0, 0], [0, 3, 0], [0, 0, 3], [3, 0, 0]])
@@ -28,3 +28,30 @@ def test_what_cannot_be_compared_is_refused():
         compare_logits([])
     with pytest.raises(QatTricksError, match="shapes"):
         compare_logits([(LOGITS, LOGITS[:1])])
+
+
+@pytest.mark.parametrize(
+    ("differing", "images", "least", "agreeing"),
+    [
+        (0, 10, 1.0, True),
+        (1, 10, 1.0, False),
+        (1, 10, 0.99, True),
+        (2, 10, 0.99, False),
+        (5, 500, 0.99, True),
+        (6, 500, 0.99, False),
+    ],
+)
+def test_one_differing_image_is_tolerated_unless_all_must_agree(differing, images, least, agreeing):
+    assert agrees(1 - differing / images, images, least) is agreeing
+
+
+def test_an_error_holds_the_figures_and_the_remedy():
+    comparison = compare_logits([(LOGITS, np.roll(LOGITS, 1, axis=1))])
+    settings = {"min_top1_agreement": 0.5, "remedy": "turn them round"}
+    told = r"the wrong way: on 4 images top-1 agreement 0\.0000 \(at least 0\.5\), SQNR .* dB, "
+    with pytest.raises(QatTricksError, match=f"{told}largest error of a logit 3; turn them round"):
+        check_agreement(comparison, "the wrong way", **settings)
+    comparison["top1_agreement"] = 1.0
+    check_agreement(comparison, "the wrong way", **settings)
+    with pytest.raises(QatTricksError, match=r"dB \(at least 10\)"):
+        check_agreement(comparison, "the wrong way", **settings, min_sqnr_db=10.0)

@@ -6,13 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from qat_tricks.deploy.runtimes.session import (
-    InputSpec,
-    input_spec,
-    open_session,
-    random_inputs,
-    run_batch,
-)
+from qat_tricks.deploy.runtimes.network import InputSpec, random_batch
+from qat_tricks.deploy.runtimes.session import input_specs, open_session, run_batch
 from qat_tricks.errors import QatTricksError
 from tests.helpers.handmade import float_conv, qdq_layer
 
@@ -30,13 +25,13 @@ def test_largest_products_do_not_saturate(tmp_path, per_channel, linear, sign):
 
 
 def test_input_spec_tells_the_dynamic_batch_from_the_fixed_image(tmp_path):
-    spec = input_spec(open_session(float_conv(tmp_path / "m.onnx", np.ones((4, 3, 3, 3)))))
+    (spec,) = input_specs(open_session(float_conv(tmp_path / "m.onnx", np.ones((4, 3, 3, 3)))))
     assert (spec.name, spec.shape, spec.dtype) == ("x", (None, 3, 8, 8), np.float32)
 
 
 def test_random_pixels_fill_their_range():
     spec = InputSpec(name="x", shape=(None, 3, 8, 8), dtype=np.dtype(np.uint8))
-    given = random_inputs(spec, (3, 8, 8), 8)
+    (given,) = random_batch([spec], (3, 8, 8), 8)
     assert (given.dtype, given.min(), given.max()) == (np.uint8, 0, 255)
 
 
@@ -74,9 +69,9 @@ def test_a_file_that_is_no_network_is_one_line(tmp_path, damage):
 
 
 def test_measuring_needs_no_torch():
-    modules = ", ".join(
-        f"qat_tricks.deploy.{m}" for m in ("session", "latency", "memory", "coverage", "weights")
-    )
+    measuring = ("runtimes.session", "runtimes.registry", "cost.latency", "cost.memory")
+    measuring += ("cost.coverage", "cost.weights", "cost.device")
+    modules = ", ".join(f"qat_tricks.deploy.{module}" for module in measuring)
     code = f"import sys; sys.modules['torch'] = None; import {modules}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

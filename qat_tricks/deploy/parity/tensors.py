@@ -1,6 +1,4 @@
-"""Parity layer by layer: where the network that runs begins to differ from the one that was
-simulated.
-"""
+"""Parity tensor by tensor: where the network that runs begins to differ from the simulated one."""
 
 from dataclasses import asdict, dataclass
 from os import PathLike
@@ -17,7 +15,8 @@ from torch import Tensor, fx
 from qat_tricks.deploy.onnx_graph import load_model
 from qat_tricks.deploy.parity.logits import decibels
 from qat_tricks.deploy.passes import QUANTIZED
-from qat_tricks.deploy.runtimes.session import feed, input_specs, open_session
+from qat_tricks.deploy.runtimes.network import feed
+from qat_tricks.deploy.runtimes.session import input_specs, open_session
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.inputs import Inputs, as_tensors
 from qat_tricks.graph.trace import module_of
@@ -25,11 +24,11 @@ from qat_tricks.numerics import ActivationQuantizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerParity:
-    """A quantized tensor as ONNX Runtime has it against the simulated one."""
+class TensorParity:
+    """A quantized tensor of ONNX Runtime against the simulated one."""
 
-    name: str  # of the node in the traced network that makes it
-    place: int  # among the quantized tensors, in the order in which they are made
+    name: str  # of the node in the traced network that computes it
+    place: int  # among the quantized tensors, in the order in which they are computed
     sqnr_db: float  # power of the simulated values over that of the difference, in dB, at most 200
     differing: float  # share of its integers that differ, 0..1
 
@@ -39,19 +38,21 @@ class LayerParity:
 
 
 @torch.no_grad()
-def measure_layer_parity(
+def measure_tensor_parity(
     path: str | PathLike[str], network: fx.GraphModule, inputs: Inputs
-) -> list[LayerParity]:
-    """Compares every quantized tensor of the ONNX file with the simulation, the worst first, then
-    in order.
+) -> list[TensorParity]:
+    """Compares every quantized tensor of the ONNX file with the simulation.
 
     ONNX Runtime runs the graph that it optimizes, its integer kernels included. A gap begins at the
-    tensor with the smallest ``place`` among those that differ; what comes after carries it on.
+    tensor with the smallest ``place`` among those that differ; the tensors after it carry it on.
 
     Args:
         path: the file that ``export_onnx`` wrote of ``network``.
         network: the quantized network, on the CPU and in evaluation mode.
         inputs: of the network: images ``[N, C, H, W]``, or a tuple with a tensor for each input.
+
+    Returns:
+        A row for each tensor, the worst first, equal ones in the order in which they are computed.
 
     Raises:
         QatTricksError: the file has none of the network's quantized tensors.
@@ -68,7 +69,7 @@ def measure_layer_parity(
         expected = torch.round(values / quantizer.current_scale())
         difference = (integers * scale - values).double()
         rows.append(
-            LayerParity(
+            TensorParity(
                 name=name,
                 place=place,
                 sqnr_db=decibels(
@@ -86,7 +87,7 @@ def measure_layer_parity(
 
 
 class _Recorder(fx.Interpreter):
-    """Keeps what each call of a quantizer yields, by the name of the node that is quantized."""
+    """Records the values of each call of a quantizer, by the name of the quantized node."""
 
     def __init__(self, network: fx.GraphModule) -> None:
         super().__init__(network)
@@ -96,7 +97,7 @@ class _Recorder(fx.Interpreter):
         result = super().run_node(n)
         module = module_of(n, self.module)  # type: ignore[arg-type]
         if isinstance(module, ActivationQuantizer) and module.enabled:
-            # what follows may work in place
+            # the next operation may work in place
             self.quantized[n.all_input_nodes[0].name] = (result.clone(), module)
         return result
 
@@ -104,8 +105,11 @@ class _Recorder(fx.Interpreter):
 def _run(
     path: str | PathLike[str], inputs: Inputs
 ) -> tuple[dict[str, tuple[float, int]], dict[str, np.ndarray]]:
-    """Scale and zero point, and the integers, of each quantized tensor that the simulation knows by
-    name.
+    """Runs the file with its quantized tensors as outputs.
+
+    Returns:
+        Scale and zero point, and the integers, of each tensor that bears the name of a node of the
+        simulated network.
     """
     model = load_model(path)
     values = {
@@ -119,7 +123,7 @@ def _run(
         if node.op_type == "QuantizeLinear" and node.output[0].endswith(QUANTIZED):
             scale, zero_point = (values[name] for name in node.input[1:3])
             grids[node.output[0]] = (float(scale), int(zero_point))
-            # what is simulated is clamped
+            # the simulated integers are clamped
             shown.append(clipped.get(node.output[0], node.output[0]))
             kind = TensorProto.INT8 if zero_point.dtype == np.int8 else TensorProto.UINT8
             model.graph.output.append(onnx.helper.make_tensor_value_info(shown[-1], kind, None))
@@ -127,6 +131,6 @@ def _run(
         probe = Path(folder) / "probe.onnx"
         onnx.save(model, str(probe))
         session = open_session(probe, threads=torch.get_num_threads())
-        given = feed(input_specs(session), [values.numpy() for values in as_tensors(inputs)])
-        run = session.run(shown, given) if grids else []
+        batch = feed(input_specs(session), [values.numpy() for values in as_tensors(inputs)])
+        run = session.run(shown, batch) if grids else []
     return grids, dict(zip(grids, run, strict=True))

@@ -1,0 +1,13 @@
+"""The step between a simulated network and its file that export and forecast share."""
+
+from torch import fx
+
+from qat_tricks.graph.fold import fold_batchnorm
+
+
+def prepare_for_export(traced: fx.GraphModule) -> None:
+    """Makes the changes, in place, that export makes before it turns quantizers into operators.
+
+    A BatchNorm that is still there is folded into the conv or linear before it.
+    """
+    fold_batchnorm(traced)
