@@ -11,7 +11,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qat_tricks.cli.check_evaluate import check_evaluate, check_folder
+from qat_tricks.cli.check_evaluate import check_evaluate
+from qat_tricks.cli.checks import check_folder
 from qat_tricks.errors import QatTricksError
 from qat_tricks.jobs.config import evaluation_folder
 from qat_tricks.settings.binding import Problems

@@ -113,11 +113,11 @@ def _train_job(config: DictConfig) -> None:
 def _preflight_job(config: DictConfig) -> None:
     from rich.console import Console
 
-    from qat_tricks.jobs.train import foresee
+    from qat_tricks.jobs.forecast import forecast_job
 
     _say(f"{config.recipe.name}: {config.model.name} on {config.data.name}, nothing is trained")
     try:
-        Console().print(foresee(config).as_text())
+        Console().print(forecast_job(config).as_text())
     except QatTricksError as error:
         _tell(error)
         sys.exit(BAD_INPUT)

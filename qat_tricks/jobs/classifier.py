@@ -1,13 +1,15 @@
-"""The LightningModule that ``train.py`` trains; users bring their own."""
+"""The LightningModule that ``train.py`` trains; in Python, users bring their own."""
 
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn import functional as F
 
+from qat_tricks.data import ImageData
 from qat_tricks.models.build import build_model
 
 
@@ -15,12 +17,13 @@ class Classifier(pl.LightningModule):
     """An image classifier trained by SGD with Nesterov momentum under a one-cycle schedule.
 
     Args:
-        model: arguments of ``build_model``, as plain data, so that a checkpoint rebuilds its own
-            network.
-        data: the data's settings, kept for whoever evaluates the checkpoint.
-        preprocessing: what ``Preprocessing.described`` says, kept as well.
+        model: arguments of ``build_model`` as plain data; a checkpoint rebuilds its network from
+            them.
+        data: the settings of the data; an evaluation of the checkpoint reads them.
+        preprocessing: from ``Preprocessing.described``, for an evaluation too.
         lr: peak learning rate.
-        momentum, weight_decay: of SGD.
+        momentum: of SGD.
+        weight_decay: of SGD.
         label_smoothing: of the cross entropy, 0 to 1.
     """
 
@@ -75,3 +78,25 @@ class Classifier(pl.LightningModule):
             optimizer, max_lr=self.lr, total_steps=steps, pct_start=0.2, cycle_momentum=False
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def make_classifier(config: DictConfig, data: ImageData) -> Classifier:
+    """Makes the classifier of a composed config, with fresh weights.
+
+    Args:
+        config: composed from ``conf/train.yaml``; its ``model.weights`` are left to the baseline.
+        data: loaded; decides the classes and the channels.
+    """
+    settings: Any = OmegaConf.to_container(config.data, resolve=True)
+    return Classifier(
+        model={
+            "name": config.model.name,
+            "factory": config.model.factory,
+            "num_classes": data.num_classes,
+            "in_channels": data.in_channels,
+        },
+        data=settings,
+        preprocessing=data.preprocessing.described(),
+        lr=config.baseline.lr,
+        **config.optimizer,
+    )

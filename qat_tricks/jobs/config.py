@@ -2,19 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from qat_tricks.deploy.cost.latency import MIN_RUNS
-from qat_tricks.deploy.targets import OPSET, fit_to_target, target_named
+from qat_tricks.deploy.targets import OPSET
 from qat_tricks.errors import QatTricksError
-from qat_tricks.settings.binding import Problems, make
-
-if TYPE_CHECKING:
-    from qat_tricks.recipes.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,41 +139,6 @@ def _allow(settings: Any, **rules: tuple[bool, str]) -> None:
     ]
     if problems:
         raise QatTricksError("; ".join(problems))
-
-
-def recipe_of(config: DictConfig) -> "Recipe":
-    """The recipe of a composed config, fitted to its target, with ``stage.epochs``, ``.lr`` and
-    ``.max_drop`` in its stages.
-
-    Raises:
-        QatTricksError: all that is wrong with the three.
-    """
-    # these load Lightning, which an evaluation does without
-    from qat_tricks.recipes.recipe import build_recipe
-    from qat_tricks.tricks.quantize import Quantize
-
-    problems = Problems()
-    override = problems.of(
-        lambda: make("stage", StageOverride, OmegaConf.to_container(config.stage))
-    )  # type: ignore[arg-type]
-    recipe = problems.of(lambda: build_recipe(config.recipe))
-    target = problems.of(lambda: target_named(config.target))
-    problems.report()
-    assert override is not None
-    assert recipe is not None
-    assert target is not None
-    for trick in recipe.tricks:
-        if isinstance(trick, Quantize):
-            trick.settings = fit_to_target(trick.settings, target)
-    everywhere: dict[str, Any] = {"max_drop": override.max_drop}
-    in_training = {**everywhere, "epochs": override.epochs, "lr": override.lr}
-    stages = []
-    for stage in recipe.stages:
-        wanted = in_training if stage.epochs > 0 else everywhere
-        stages.append(
-            replace(stage, **{key: value for key, value in wanted.items() if value is not None})
-        )
-    return replace(recipe, stages=stages)
 
 
 def timing(measure: Any) -> dict[str, Any]:
