@@ -48,7 +48,7 @@ def check_train(config: DictConfig) -> None:
     """
     problems = Problems()
     groups = [*_DATACLASSES, "export", "data", "model", "recipe", "trainer", "stage"]
-    settings = sections(config, groups, ["seed", "preflight", "target"], problems)
+    settings = sections(config, groups, ["seed", "forecast", "target"], problems)
     for name, kind in _DATACLASSES.items():
         problems.of(lambda name=name, kind=kind: make(name, kind, settings[name]))  # type: ignore[misc]
     export = problems.of(lambda: make("export", Export, settings["export"]))
@@ -57,9 +57,9 @@ def check_train(config: DictConfig) -> None:
     problems.of(lambda: _check_model(settings["model"]))
     problems.of(lambda: check_data(settings["data"]))
     problems.of(lambda: _check_trainer(settings["trainer"]))
-    if not isinstance(settings["preflight"], bool):
+    if not isinstance(settings["forecast"], bool):
         problems.found.append(
-            f"preflight={settings['preflight']!r} is not allowed: give true or false"
+            f"forecast={settings['forecast']!r} is not allowed: give true or false"
         )
     problems.of(lambda: _check_seed(settings["seed"]))
     problems.report()

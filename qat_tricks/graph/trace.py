@@ -75,7 +75,7 @@ def trace(network: nn.Module, whole: Sequence[str] = ()) -> fx.GraphModule:
     for pattern in whole:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise QatTricksError(
-                f'whole: pattern "{pattern}" matches no submodule: {did_you_mean(pattern, names)}'
+                f'untraced: pattern "{pattern}" matches no submodule: {did_you_mean(pattern, names)}'
             )
     tracer = Tracer(whole)
     was_training = network.training
@@ -83,7 +83,7 @@ def trace(network: nn.Module, whole: Sequence[str] = ()) -> fx.GraphModule:
     try:
         graph = tracer.trace(network)
     except Exception as error:  # whatever user code raises when it meets a proxy
-        part = f'keep that part in float with whole=["{tracer.culprit}"]'
+        part = f'keep that part in float with untraced=["{tracer.culprit}"]'
         way_out = part if tracer.culprit else "hand over the part that can be"
         raise QatTricksError(
             f"{type(network).__name__} cannot be traced: {_user_line(error)}: "

@@ -1,4 +1,4 @@
-"""The description that a run's ONNX files carry in their metadata: recipe, model, data and so on."""
+"""The description that a run's ONNX files carry in their metadata, such as recipe and model."""
 
 import json
 from collections.abc import Mapping

@@ -1,6 +1,5 @@
 """Recipes: from the Hydra groups ``conf/recipe`` and ``conf/trick`` to checked stages of tricks."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -13,10 +12,12 @@ from omegaconf.errors import OmegaConfBaseException
 from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.settings.binding import make, unknown_keys
 from qat_tricks.settings.compose import Composer, config_dir, one_line
+from qat_tricks.settings.ranges import EPOCHS, LEARNING_RATE, MAX_DROP, check_ranges
+from qat_tricks.settings.renamed import rename_keys, rename_overrides
 from qat_tricks.trainer.order import check_order
 from qat_tricks.trainer.trick import Trick
 
-RECIPE_KEYS = {"name", "network", "whole", "stages"}
+RECIPE_KEYS = {"name", "network", "untraced", "stages"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,23 +31,7 @@ class Stage:
     max_drop: float | None = None  # points of accuracy that the stage may cost; None: any number
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.epochs < 0:
-            problems.append(
-                f"epochs={self.epochs} is not allowed: give 1 or more, or 0 for no training"
-            )
-        if self.lr is not None and not 0 < self.lr < math.inf:
-            problems.append(
-                f"lr={self.lr} is not allowed: give a number above 0, or null for the trainer's "
-                "default"
-            )
-        if self.max_drop is not None and not self.max_drop >= 0:
-            problems.append(
-                f"max_drop={self.max_drop} is not allowed: give 0 or more points of accuracy, or "
-                "null"
-            )
-        if problems:
-            raise QatTricksError("; ".join(problems))
+        check_ranges(self, epochs=EPOCHS, lr=LEARNING_RATE, max_drop=MAX_DROP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +95,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     if name not in options("recipe"):
         raise QatTricksError(f'unknown recipe "{name}": {did_you_mean(name, options("recipe"))}')
-    inside = [_in_recipe(override) for override in overrides]
+    inside = rename_overrides([_in_recipe(override) for override in overrides])
     config, problems = Composer("train").compose([f"recipe={name}", *inside])
     try:
         loaded = build_recipe(config.recipe)
@@ -142,6 +127,7 @@ def build_recipe(config: DictConfig | Mapping[str, Any]) -> Recipe:
         )
     except OmegaConfBaseException as error:
         raise QatTricksError(f"recipe: {one_line(error)}") from error
+    plain = rename_keys("recipe", plain)
     name, network = plain.get("name", "recipe"), plain.get("network")
     problems = unknown_keys(f"recipe {name}", plain, RECIPE_KEYS)
     problems += [
@@ -149,10 +135,10 @@ def build_recipe(config: DictConfig | Mapping[str, Any]) -> Recipe:
         for key in ("name", "network")
         if not _is_text(plain.get(key))
     ]
-    whole = plain.get("whole") or []
+    whole = plain.get("untraced") or []
     if not isinstance(whole, list) or not all(isinstance(pattern, str) for pattern in whole):
         problems.append(
-            f'recipe.whole={whole!r} is not allowed: give name patterns, such as ["stages.3.*"]'
+            f'recipe.untraced={whole!r} is not allowed: give name patterns, such as ["stages.3.*"]'
         )
         whole = []
     stages: list[Stage] = []
