@@ -18,6 +18,14 @@ def composed(*overrides: str, name: str = "train") -> DictConfig:
     return config
 
 
+def job_config(*overrides: str, name: str = "train") -> DictConfig:
+    """The config as a job gets it, without Hydra's node."""
+    config = composed(*overrides, name=name)
+    OmegaConf.set_struct(config, False)
+    del config.hydra
+    return config
+
+
 @cache
 def _shipped(name: str) -> DictConfig:
     return composed(name=name)

@@ -11,7 +11,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from omegaconf import OmegaConf
 from onnx import numpy_helper
 from PIL import Image
 
@@ -21,9 +20,9 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.jobs.artifact import load_artifact
 from qat_tricks.jobs.evaluate import evaluate_artifact
 from qat_tricks.jobs.train import run_job
-from qat_tricks.settings.compose import Composer
 from qat_tricks.trainer.session import load_checkpoint
 from tests.helpers import ROOT
+from tests.helpers.configs import job_config
 
 QUICK = ["measure.runs=5", "measure.threads=1"]
 EVALUATE = [
@@ -42,24 +41,15 @@ TRAIN = [
 ]
 
 
-def compose(name, overrides):
-    config, problems = Composer(name).compose(overrides)
-    assert not problems, problems
-    OmegaConf.set_struct(config, False)
-    del config.hydra
-    return config
-
-
 def run(folder, *overrides):
     os.environ["QAT_TRICKS_CACHE"] = str(folder / "cache")
-    config = compose("train", [*TRAIN, "trainer.enable_progress_bar=false", *overrides])
+    config = job_config(*TRAIN, "trainer.enable_progress_bar=false", *overrides)
     return run_job(config, folder)
 
 
 def evaluate(artifact, folder, *overrides):
-    return evaluate_artifact(
-        compose("evaluate", [f"artifact={artifact}", f"folder={folder}", *EVALUATE, *overrides])
-    )
+    settings = [f"artifact={artifact}", f"folder={folder}", *EVALUATE, *overrides]
+    return evaluate_artifact(job_config(*settings, name="evaluate"))
 
 
 @pytest.fixture(scope="module")
