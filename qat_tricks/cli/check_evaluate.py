@@ -30,14 +30,14 @@ def check_evaluate(config: DictConfig) -> None:
     problems.of(lambda: _check_runtimes(settings["runtimes"]))
     change = settings["allow_preprocessing_change"]
     if not isinstance(change, bool):
-        problems.found.append(
+        problems.messages.append(
             f"allow_preprocessing_change={change!r} is not allowed: give true or false"
         )
     for name in ("artifact", "float", "folder"):
         path = settings[name]
         is_optional = name != "artifact"
         if not (isinstance(path, str) and path) and not (path is None and is_optional):
-            problems.found.append(f"{name}={path!r} is not allowed: give a path")
+            problems.messages.append(f"{name}={path!r} is not allowed: give a path")
     problems.of(lambda: _check_optional_data(settings["data"]))
     problems.report()
 

@@ -58,7 +58,7 @@ def check_train(config: DictConfig) -> None:
     problems.of(lambda: check_data(settings["data"]))
     problems.of(lambda: _check_trainer(settings["trainer"]))
     if not isinstance(settings["forecast"], bool):
-        problems.found.append(
+        problems.messages.append(
             f"forecast={settings['forecast']!r} is not allowed: give true or false"
         )
     problems.of(lambda: _check_seed(settings["seed"]))
@@ -121,7 +121,7 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
             launcher = pl.Trainer(
                 **trainer, logger=False, enable_checkpointing=False, max_epochs=1
             ).strategy.launcher
-    except Exception as error:  # Lightning raises many kinds for what it cannot have
+    except Exception as error:  # Lightning raises many kinds of errors for bad arguments
         raise QatTricksError(f"trainer: {one_line(error)}") from error
     if not isinstance(launcher, _SubprocessScriptLauncher | None):
         raise QatTricksError(

@@ -30,7 +30,7 @@ def sections(
     """
     names = sorted({*groups, *values})
     present = sorted(str(key) for key in config if key != "hydra")
-    problems.found += unknown_keys("the config", present, names)
+    problems.messages += unknown_keys("the config", present, names)
     parts: dict[str, Any] = {}
     for name in names:
         try:
@@ -43,9 +43,9 @@ def sections(
                 raise QatTricksError(f"{name}={value!r} is not allowed: give {name}.KEY=VALUE")
             parts[name] = value
         except OmegaConfBaseException as error:  # such as an interpolation without a target
-            problems.found.append(f"{name}: {one_line(error)}")
+            problems.messages.append(f"{name}: {one_line(error)}")
         except QatTricksError as error:
-            problems.found.append(str(error))
+            problems.messages.append(str(error))
     if len(parts) < len(names):  # the checks that follow need all of them
         problems.report()
     return parts

@@ -40,7 +40,7 @@ def checked_arguments(name: str, arguments: Sequence[str]) -> CheckedArguments:
         QatTricksError: one line with all that is wrong, in all jobs of a sweep.
     """
     parsed = _parse(arguments)
-    flags = list(arguments)
+    flags = list(arguments)  # and their values
     for override in parsed.overrides:
         flags.remove(override)
     overrides = rename_overrides(parsed.overrides)
@@ -96,9 +96,9 @@ def _checked_jobs(name: str, parsed: Namespace, overrides: list[str]) -> list[Di
         parsed.config_name or name, Path(parsed.config_dir) if parsed.config_dir else None
     )
     is_sweep = parsed.multirun or any(line.lower() == "hydra.mode=multirun" for line in overrides)
-    config, found = composer.compose(overrides, sweep=is_sweep)
+    config, unapplied = composer.compose(overrides, sweep=is_sweep)
     problems = Problems()
-    problems.found += found
+    problems.messages += unapplied
     jobs: list[DictConfig] = []
     if parsed.help or parsed.cfg or parsed.info:
         pass  # Hydra only shows the config
@@ -117,7 +117,7 @@ def _check_evaluation(config: DictConfig, is_sweep: bool, problems: Problems) ->
     if is_sweep:
         raise QatTricksError("evaluate.py takes one artifact at a time: leave out --multirun")
     problems.of(lambda: check_evaluate(config))
-    if not problems.found:
+    if not problems.messages:
         problems.of(lambda: _check_artifact(config))
 
 
@@ -126,7 +126,7 @@ def _check_run(config: DictConfig, problems: Problems) -> list[DictConfig]:
     from qat_tricks.cli.check_train import check_train
 
     problems.of(lambda: check_train(config))
-    if not problems.found and not config.forecast:
+    if not problems.messages and not config.forecast:
         problems.of(lambda: _check_run_folder(config, "hydra.run.dir"))
     return [config]
 
@@ -138,23 +138,24 @@ def _check_sweep(
     from qat_tricks.cli.check_train import check_one_process, check_train
 
     jobs: list[DictConfig] = []
+    # the jobs of other sweepers cannot be checked: they follow from results
     sweeper = str(config.hydra.sweeper.get("_target_"))
     if sweeper.endswith("BasicSweeper"):
         for job_overrides in _sweep_overrides(composer, config, overrides):
-            job, found = composer.compose(job_overrides)
-            problems.found += found
+            job, unapplied = composer.compose(job_overrides)
+            problems.messages += unapplied
             problems.of(lambda job=job: check_train(job))  # type: ignore[misc]
             problems.of(lambda job=job: check_one_process(job))  # type: ignore[misc]
             jobs.append(job)
     elif config.get("forecast") is True:
-        problems.found.append(
+        problems.messages.append(
             f"forecast=true needs jobs that are known beforehand, and {sweeper} decides them as it "
             "goes: leave out one of the two"
         )
     wishes = {job.get("forecast") is True for job in jobs}
     if wishes == {True, False}:
-        problems.found.append("forecast is true in some jobs only: give one value to all of them")
-    if wishes != {True}:
+        problems.messages.append("forecast is true in some jobs only: give all the same value")
+    if wishes != {True}:  # forecasts write nothing
         problems.of(lambda: _check_run_folder(config, "hydra.sweep.dir"))
     return jobs
 

@@ -170,6 +170,7 @@ def scan(folder: Path, classes: Sequence[str] | None = None) -> tuple[list[str],
     folder_names = sorted(
         entry.name
         for entry in os.scandir(folder)
+        # hidden folders are caches of tools
         if entry.is_dir() and not entry.name.startswith(".")
     )
     if not folder_names:
@@ -199,6 +200,7 @@ def scan(folder: Path, classes: Sequence[str] | None = None) -> tuple[list[str],
 def _image_files(folder: Path) -> list[str]:
     return sorted(
         os.path.join(parent, name)
+        # data sets are often links to files elsewhere
         for parent, _, names in os.walk(folder, followlinks=True)
         for name in names
         if name.lower().endswith(SUFFIXES) and not name.startswith(".")
@@ -214,6 +216,7 @@ def _user_files(
         shares = (1 - val_fraction - test_fraction, val_fraction, test_fraction)
         return names, _pick(paths, labels, stratified_split(labels, shares, split_seed))
     names, paths, labels = scan(root / "train")
+    # folders that are there are used as they are
     val_folder = next((root / name for name in VAL_NAMES if (root / name).is_dir()), None)
     train: Files = (paths, labels)
     if val_folder is not None:
@@ -234,6 +237,7 @@ def _imagenet_files(
             f"{train_dir} has {len(names)} class folders, {num_classes} are expected: "
             f"add the missing ones (one image each will do), or set data.num_classes={len(names)}"
         )
+    # ImageNet's own test images have no labels
     val = scan(val_dir, names)[1:]
     return names, [(paths, labels), val, val]
 

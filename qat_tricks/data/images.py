@@ -125,7 +125,10 @@ class Splits:
 
 
 class UnreadableImageError(QatTricksError):
-    """A file is no image. The text stays one line when a loader's worker puts a traceback before it."""
+    """A file is no image.
+
+    The text stays one line when a loader's worker process puts a traceback before it.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__(text.rpartition("UnreadableImageError: ")[2].strip())

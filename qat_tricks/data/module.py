@@ -56,7 +56,7 @@ class ImageData:
 
     def with_preprocessing(self, preprocessing: Preprocessing) -> "ImageData":
         """Returns the same images under another preprocessing, not yet loaded."""
-        other = copy.copy(self)
+        other = copy.copy(self)  # shares the way to load, and not the loaded images
         other.preprocessing, other._splits = preprocessing, None
         return other
 
@@ -152,7 +152,8 @@ class ImageData:
             shuffle=shuffle,
             drop_last=drop_last,
             num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+            persistent_workers=self.num_workers > 0,  # starting them takes long
             pin_memory=torch.cuda.is_available(),
+            # of its own: the order depends on nothing that the run drew before
             generator=torch.Generator().manual_seed(self.seed),
         )

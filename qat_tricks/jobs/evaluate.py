@@ -68,12 +68,13 @@ def evaluate_artifact(config: DictConfig) -> dict[str, Any]:
     float_metrics = None
     if config.float or float_path.is_file():
         float_metrics = evaluation.measure_float(load_artifact(float_path))
-    deployed = artifact
+    deployed = artifact  # the ONNX file: the artifact itself, or its export
     if artifact.module is not None:
         deployed = evaluation.export_checkpoint(artifact, folder / "model.onnx")
     metrics = evaluation.enter("onnx", deployed, deployed.predict(config.measure.threads))
 
     paths = {"int8": deployed.path}
+    # a float checkpoint has no file to time
     if float_path.is_file() and float_path.suffix == ".onnx":
         paths["fp32"] = float_path
     report = evaluation.report(artifact, deployed, metrics, float_metrics, paths, runtimes)
@@ -152,7 +153,7 @@ class _Evaluation:
         measure = self.config.measure
         predict = deployed.predict(measure.threads)
         device = measure_device(paths, self.shape, **timing(measure))
-        compared = None
+        compared = None  # an ONNX file has no simulation to follow
         if self.simulated is not None:
             compared = parity(
                 predict, self.simulated, deployed.batches(self.data), against="simulated"

@@ -93,7 +93,7 @@ class RunRecord:
             QatTricksError: the stage lost more accuracy than it may, or its export does not run as
                 simulated.
         """
-        is_last = stage is self.recipe.stages[-1]
+        is_last = stage is self.recipe.stages[-1]  # its file is the result
         path = self.model_path if is_last else self.folder / "stages" / f"{stage.name}.onnx"
         before = self.ledger.stages[-1].after.accuracy
         metrics = self._measure_stage(stage.name, network, path)
@@ -119,7 +119,7 @@ class RunRecord:
     def save_interrupted(self) -> None:
         """Writes the network as it is now, and a report of the stages that were measured."""
         save_checkpoint(self.module, self.folder / "interrupted.ckpt")
-        if self.ledger.stages:
+        if self.ledger.stages:  # otherwise there is nothing to report
             report = dict.fromkeys(REQUIRED_KEYS) | self._identity()
             write_report(self.folder, {**report, "parity": self.parity, "interrupted": True})
         print(f"the state so far is in {self.folder}: interrupted.ckpt, report.md", flush=True)
@@ -155,6 +155,7 @@ class RunRecord:
 
     def _build_in_normalization(self, path: Path) -> None:
         preprocessing = self.data.preprocessing
+        # the same images before and after normalization
         loaders = zip(self.data.test_pixels(), self.data.test_dataloader(), strict=True)
         batches = ((pixels.numpy(), floats.numpy()) for (pixels, _), (floats, _) in loaders)
         build_in_normalization(
@@ -168,7 +169,8 @@ class RunRecord:
 
     def _parity_batches(self, batches: Any) -> Any:
         """Returns the first batches, which hold ``PARITY_IMAGES`` or, in one batch, more."""
-        return islice(batches, max(1, -(-PARITY_IMAGES // self.data.batch_size)))
+        count = -(-PARITY_IMAGES // self.data.batch_size)  # rounded up
+        return islice(batches, count)
 
     def _add_costs(self, path: Path) -> None:
         """Adds the costs of the file at ``path`` to the last row of the ledger."""
@@ -226,7 +228,9 @@ class RunRecord:
             self._deployed_batches(),
             against=REFERENCE,
         )
-        check_parity(name, compared, measure.min_top1_agreement)
+        check_parity(
+            name, compared, measure.min_top1_agreement
+        )  # before the costs, which take long
         metrics = self._evaluate(self._predictor(name), self._deployed_batches(), name)
         costs = measure_runtime(name, paths, image_shape=self.shape, measure=measure)
         return {name: {**costs, "accuracy": metrics.accuracy, "parity": compared}}

@@ -29,20 +29,20 @@ class Problems:
     """Gathers problems, which are told together."""
 
     def __init__(self) -> None:
-        self.found: list[str] = []
+        self.messages: list[str] = []  # one for each
 
     def of(self, check: Callable[[], T]) -> T | None:
         """Calls ``check`` and returns its result; None where it raises QatTricksError."""
         try:
             return check()
         except QatTricksError as error:
-            self.found.append(str(error))
+            self.messages.append(str(error))
             return None
 
     def report(self) -> None:
         """Raises QatTricksError with every problem, each once; does nothing if there is none."""
-        if self.found:
-            raise QatTricksError("; ".join(dict.fromkeys(self.found)))
+        if self.messages:
+            raise QatTricksError("; ".join(dict.fromkeys(self.messages)))
 
 
 def bind(

@@ -20,7 +20,7 @@ def test_the_sections_of_a_config_are_plain_data_without_hydras():
     config = OmegaConf.create({"a": {"x": 1, "y": "${b}"}, "b": 2, "hydra": {}, "c": 3})
     problems = Problems()
     assert sections(config, ["a"], ["b"], problems) == {"a": {"x": 1, "y": 2}, "b": 2}
-    assert problems.found == ['the config has no setting "c": allowed: a, b']
+    assert problems.messages == ['the config has no setting "c": allowed: a, b']
 
 
 def test_sections_that_cannot_be_had_are_told_at_once():
