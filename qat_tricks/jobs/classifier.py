@@ -73,7 +73,6 @@ class Classifier(pl.LightningModule):
             weight_decay=self.hparams["weight_decay"],
             nesterov=self.hparams["momentum"] > 0,
         )
-        # OneCycleLR divides by the steps of its phases, which must not be 0
         steps = max(2, int(self.trainer.estimated_stepping_batches))
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, max_lr=self.lr, total_steps=steps, pct_start=0.2, cycle_momentum=False

@@ -228,9 +228,8 @@ class RunRecord:
             self._deployed_batches(),
             against=REFERENCE,
         )
-        check_parity(
-            name, compared, measure.min_top1_agreement
-        )  # before the costs, which take long
+        # before the costs, whose measurement takes long
+        check_parity(name, compared, measure.min_top1_agreement)
         metrics = self._evaluate(self._predictor(name), self._deployed_batches(), name)
         costs = measure_runtime(name, paths, image_shape=self.shape, measure=measure)
         return {name: {**costs, "accuracy": metrics.accuracy, "parity": compared}}
