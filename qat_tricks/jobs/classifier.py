@@ -74,8 +74,10 @@ class Classifier(pl.LightningModule):
             nesterov=self.hparams["momentum"] > 0,
         )
         steps = max(2, int(self.trainer.estimated_stepping_batches))
+        # of 5 steps a fifth is a phase from step 0 to step 0, by whose length OneCycleLR divides
+        rise = 0.2 if steps != 5 else 0.4
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=self.lr, total_steps=steps, pct_start=0.2, cycle_momentum=False
+            optimizer, max_lr=self.lr, total_steps=steps, pct_start=rise, cycle_momentum=False
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
