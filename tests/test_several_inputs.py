@@ -32,7 +32,7 @@ from qat_tricks.graph import (
     trace,
 )
 from qat_tricks.graph.inputs import inputs_of
-from qat_tricks.jobs.evaluate import load_artifact
+from qat_tricks.jobs.artifact import load_artifact
 from qat_tricks.trainer.ranks import _first
 from qat_tricks.tricks import (
     Calibrate,

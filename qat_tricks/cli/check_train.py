@@ -1,17 +1,17 @@
-"""Checks that a run's composed config can work, everything at once, before anything is read,
-written or trained.
-"""
+"""Checks the composed config of a run before anything is read, written or trained."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from qat_tricks.cli.check_evaluate import check_data, sections
+from qat_tricks.cli.checks import check_data, sections
 from qat_tricks.deploy.targets import check_opset
 from qat_tricks.errors import QatTricksError, did_you_mean
-from qat_tricks.jobs.config import Baseline, Export, Measure, Optimizer, recipe_of
+from qat_tricks.jobs.config import Baseline, Export, Measure, Optimizer
+from qat_tricks.jobs.fitted_recipe import fitted_recipe
 from qat_tricks.jobs.isolation import isolated
 from qat_tricks.jobs.loggers import LoggerOptions
 from qat_tricks.models.build import build_model, model_names, register_models
@@ -29,44 +29,38 @@ OF_THE_JOB = (
     "enable_checkpointing",
     "default_root_dir",
 )
-"""Arguments of ``Trainer`` that a job decides itself."""
+"""Arguments of ``pl.Trainer`` that a job decides itself."""
+
+_DATACLASSES = {
+    "baseline": Baseline,
+    "optimizer": Optimizer,
+    "measure": Measure,
+    "logger": LoggerOptions,
+}
 
 
 def check_train(config: DictConfig) -> None:
-    """Checks a config composed from ``conf/train.yaml``: every key bound to what takes it, every
-    value.
-
-    Nothing is read, written or trained.
+    """Checks a config composed from ``conf/train.yaml``: every key and every value.
 
     Raises:
         QatTricksError: one line with all that is wrong.
     """
     problems = Problems()
-    parts = {
-        "baseline": Baseline,
-        "optimizer": Optimizer,
-        "measure": Measure,
-        "logger": LoggerOptions,
-    }
-    groups = {*parts, "export", "data", "model", "recipe", "trainer", "stage"}
-    given = sections(config, groups, {"seed", "preflight", "target"}, problems)
-    for name, kind in parts.items():
-        problems.of(lambda name=name, kind=kind: make(name, kind, given[name]))  # type: ignore[misc]
-    export = problems.of(lambda: make("export", Export, given["export"]))
-    if problems.of(lambda: recipe_of(config)) and export:
+    groups = [*_DATACLASSES, "export", "data", "model", "recipe", "trainer", "stage"]
+    settings = sections(config, groups, ["seed", "forecast", "target"], problems)
+    for name, kind in _DATACLASSES.items():
+        problems.of(lambda name=name, kind=kind: make(name, kind, settings[name]))  # type: ignore[misc]
+    export = problems.of(lambda: make("export", Export, settings["export"]))
+    if problems.of(lambda: fitted_recipe(config)) and export:
         problems.of(lambda: check_opset(config.target, export.opset))
-    problems.of(lambda: _check_model(given["model"]))
-    problems.of(lambda: check_data(given["data"]))
-    problems.of(lambda: _check_trainer(given["trainer"]))
-    if not isinstance(given["preflight"], bool):
-        problems.found.append(
-            f"preflight={given['preflight']!r} is not allowed: give true or false"
+    problems.of(lambda: _check_model(settings["model"]))
+    problems.of(lambda: check_data(settings["data"]))
+    problems.of(lambda: _check_trainer(settings["trainer"]))
+    if not isinstance(settings["forecast"], bool):
+        problems.messages.append(
+            f"forecast={settings['forecast']!r} is not allowed: give true or false"
         )
-    seed = given["seed"]
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        problems.found.append(
-            f"seed={seed!r} is not allowed: give a whole number from 0 to {2**32 - 1}"
-        )
+    problems.of(lambda: _check_seed(settings["seed"]))
     problems.report()
 
 
@@ -79,7 +73,8 @@ def check_one_process(config: DictConfig) -> None:
     trainer = config.trainer
     devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
     strategy = str(trainer.get("strategy", "auto"))
-    if strategy.startswith(("ddp", "fsdp", "deepspeed")) or _count(devices) != 1 or nodes != 1:
+    starts_others = strategy.startswith(("ddp", "fsdp", "deepspeed"))
+    if starts_others or _device_count(devices) != 1 or nodes != 1:
         raise QatTricksError(
             f"--multirun with trainer.strategy={strategy}, devices={devices}, num_nodes={nodes}: "
             "each other process would start the whole sweep again; sweep with trainer.devices=1 "
@@ -87,29 +82,29 @@ def check_one_process(config: DictConfig) -> None:
         )
 
 
-def _check_model(model: dict[str, Any]) -> None:
+def _check_model(model: Mapping[str, Any]) -> None:
+    # the data decide these two arguments
     problems = bind("model", build_model, model, without=("num_classes", "in_channels"))
-    name = model.get("name")
+    name, factory = model.get("name"), model.get("factory")
     register_models()
     composed = [
         *options("model"),
         *(file.removesuffix(".yaml") for file in ConfigStore.instance().list("model")),
     ]
-    # the latter loads timm: slow
+    # model_names() loads timm, which is slow: it comes last
     if not problems and name not in composed and name not in model_names():
         problems.append(
             f'unknown model "{name}": {did_you_mean(str(name), [*model_names(), "custom"])}'
         )
-    if not problems and (model.get("factory") is None) == (name == "custom"):
+    if not problems and (factory is None) == (name == "custom"):
         problems.append(
-            f"model.factory={model.get('factory')} with model={name}: model=custom, and it alone, "
-            "takes one"
+            f"model.factory={factory} with model={name}: model=custom, and no other, takes one"
         )
     if problems:
         raise QatTricksError("; ".join(problems))
 
 
-def _check_trainer(trainer: dict[str, Any]) -> None:
+def _check_trainer(trainer: Mapping[str, Any]) -> None:
     package = default_package()
     problems = [
         f"trainer.{key} is decided by the recipe and the job: see baseline.epochs, stage.epochs "
@@ -122,20 +117,29 @@ def _check_trainer(trainer: dict[str, Any]) -> None:
     if problems:
         raise QatTricksError("; ".join(problems))
     try:
-        with isolated():
+        with isolated():  # a trainer may set torch's precision and determinism
             launcher = package.Trainer(
                 **trainer, logger=False, enable_checkpointing=False, max_epochs=1
             ).strategy.launcher
-    except Exception as error:  # Lightning raises many kinds for what it cannot have
+    except Exception as error:  # Lightning raises many kinds of errors for bad arguments
         raise QatTricksError(f"trainer: {one_line(error)}") from error
     if not isinstance(launcher, package.strategies.launchers._SubprocessScriptLauncher | None):
         raise QatTricksError(
             f"trainer.strategy={trainer['strategy']} trains in processes that hand back weights "
-            "alone, and tricks change the network's structure: give ddp"
+            "only, and tricks change the network's structure: give ddp"
         )
 
 
-def _count(devices: Any) -> int:
+def _check_seed(seed: Any) -> None:
+    # True and False are whole numbers to Python
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise QatTricksError(
+            f"seed={seed!r} is not allowed: give a whole number from 0 to {2**32 - 1}"
+        )
+
+
+def _device_count(devices: Any) -> int:
+    """Returns the number of devices that ``trainer.devices`` asks for, in any of its forms."""
     if isinstance(devices, str) and "," in devices:
         devices = devices.strip(",").split(",")
     if isinstance(devices, int) and devices >= 0:

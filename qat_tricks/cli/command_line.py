@@ -5,43 +5,52 @@ import io
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qat_tricks.cli.check_evaluate import check_evaluate, check_folder
+from qat_tricks.cli.check_evaluate import check_evaluate
+from qat_tricks.cli.checks import check_folder
 from qat_tricks.errors import QatTricksError
 from qat_tricks.jobs.config import evaluation_folder
+from qat_tricks.models.build import register_models, register_timm_models
 from qat_tricks.settings.binding import Problems
 from qat_tricks.settings.compose import Composer, one_line
+from qat_tricks.settings.renamed import rename_overrides
 
 
-def preflight(name: str, arguments: Sequence[str]) -> list[str]:
-    """Composes and checks all that a command line asks for; nothing is run or written.
+class CheckedArguments(NamedTuple):
+    """A command line whose configs can work."""
+
+    arguments: list[str]  # flags first, as Hydra wants them
+    forecasts: list[DictConfig]  # the configs of its jobs where forecast=true, otherwise empty
+
+
+def checked_arguments(name: str, arguments: Sequence[str]) -> CheckedArguments:
+    """Composes and checks every job that a command line asks for; runs and writes nothing.
 
     Args:
         name: of the primary config, ``train`` or ``evaluate``.
         arguments: the command line without the program.
 
-    Returns:
-        The same arguments, flags first, as Hydra wants them.
-
     Raises:
         QatTricksError: one line with all that is wrong, in all jobs of a sweep.
     """
     parsed = _parse(arguments)
-    flags = list(arguments)
+    flags = list(arguments)  # and their values
     for override in parsed.overrides:
         flags.remove(override)
+    overrides = rename_overrides(parsed.overrides)
+    jobs: list[DictConfig] = []
     if not (parsed.shell_completion or parsed.hydra_help or parsed.experimental_rerun):
         if name == "train":
-            _register_models(parsed.overrides)
-        problems = _problems(name, parsed)
-        if problems:
-            raise QatTricksError("; ".join(dict.fromkeys(problems)))
-    return [*flags, *parsed.overrides]
+            _register_models(overrides)
+        jobs = _checked_jobs(name, parsed, overrides)
+    forecasts = [job for job in jobs if job.get("forecast")]
+    return CheckedArguments([*flags, *overrides], forecasts)
 
 
 def _parse(arguments: Sequence[str]) -> Namespace:
@@ -50,7 +59,7 @@ def _parse(arguments: Sequence[str]) -> Namespace:
         with contextlib.redirect_stderr(printed):
             parsed = get_args_parser().parse_intermixed_args(arguments)
     except SystemExit as error:
-        if error.code:
+        if error.code:  # argparse has printed its usage, and the reason last
             reason = printed.getvalue().strip().rpartition("error: ")[2]
             raise QatTricksError(
                 f"{' '.join(reason.split())}: --help shows what can be given"
@@ -62,9 +71,9 @@ def _parse(arguments: Sequence[str]) -> Namespace:
         "--cfg": parsed.cfg,
         "--info": parsed.info,
     }
-    given = [flag for flag, on in commands.items() if on]
-    if len(given) > 1:
-        raise QatTricksError(f"{' and '.join(given)} exclude each other: give one of them")
+    asked = [flag for flag, is_set in commands.items() if is_set]
+    if len(asked) > 1:
+        raise QatTricksError(f"{' and '.join(asked)} exclude each other: give one of them")
     if parsed.resolve and not (parsed.cfg or parsed.help):
         raise QatTricksError("--resolve belongs to --cfg or --help: add one of them")
     if parsed.config_path:
@@ -75,70 +84,109 @@ def _parse(arguments: Sequence[str]) -> Namespace:
 
 
 def _register_models(overrides: Sequence[str]) -> None:
-    from qat_tricks.models.build import register_models, register_timm_models
-
     register_models()
+    # timm is slow to load
     if any(line.startswith("model=") and "timm/" in line for line in overrides):
         register_timm_models()
 
 
-def _problems(name: str, parsed: Namespace) -> list[str]:
+def _checked_jobs(name: str, parsed: Namespace, overrides: list[str]) -> list[DictConfig]:
+    """Returns the checked configs of all jobs, as far as they are known and not only shown."""
     composer = Composer(
         parsed.config_name or name, Path(parsed.config_dir) if parsed.config_dir else None
     )
-    sweep = parsed.multirun or any(
-        line.lower() == "hydra.mode=multirun" for line in parsed.overrides
-    )
-    config, found = composer.compose(parsed.overrides, sweep=sweep)
+    is_sweep = parsed.multirun or any(line.lower() == "hydra.mode=multirun" for line in overrides)
+    config, unapplied = composer.compose(overrides, sweep=is_sweep)
     problems = Problems()
-    problems.found += found
-    if parsed.help or parsed.cfg or parsed.info:  # only shown
-        return problems.found
-    if name == "evaluate":
-        if sweep:
-            return ["evaluate.py takes one artifact at a time: leave out --multirun"]
-        problems.of(lambda: check_evaluate(config))
-        if not problems.found:
-            problems.of(lambda: _check_paths(config, "hydra.run.dir"))
-        return problems.found
+    problems.messages += unapplied
+    jobs: list[DictConfig] = []
+    if parsed.help or parsed.cfg or parsed.info:
+        pass  # Hydra only shows the config
+    elif name == "evaluate":
+        _check_evaluation(config, is_sweep, problems)
+    elif is_sweep:
+        problems.report()  # the jobs follow from a config that composes
+        jobs = _check_sweep(composer, config, overrides, problems)
+    else:
+        jobs = _check_run(config, problems)
+    problems.report()
+    return jobs
+
+
+def _check_evaluation(config: DictConfig, is_sweep: bool, problems: Problems) -> None:
+    if is_sweep:
+        raise QatTricksError("evaluate.py takes one artifact at a time: leave out --multirun")
+    problems.of(lambda: check_evaluate(config))
+    if not problems.messages:
+        problems.of(lambda: _check_artifact(config))
+
+
+def _check_run(config: DictConfig, problems: Problems) -> list[DictConfig]:
+    # loads Lightning, which an evaluation does without
+    from qat_tricks.cli.check_train import check_train
+
+    problems.of(lambda: check_train(config))
+    if not problems.messages and not config.forecast:
+        problems.of(lambda: _check_run_folder(config, "hydra.run.dir"))
+    return [config]
+
+
+def _check_sweep(
+    composer: Composer, config: DictConfig, overrides: list[str], problems: Problems
+) -> list[DictConfig]:
     # loads Lightning, which an evaluation does without
     from qat_tricks.cli.check_train import check_one_process, check_train
 
-    if not sweep:
-        problems.of(lambda: check_train(config))
-        if not problems.found:
-            problems.of(lambda: _check_paths(config, "hydra.run.dir"))
-        return problems.found
-    if found:
-        return found
-    # others decide their jobs as they go
-    if str(config.hydra.sweeper.get("_target_")).endswith("BasicSweeper"):
-        of_hydra = [line for line in parsed.overrides if line.lstrip("+~").startswith("hydra")]
-        swept = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-        swept += [line for line in parsed.overrides if line not in of_hydra]
-        jobs = composer.jobs(swept)
-        if not jobs:
-            return ["the sweep has no job: a range or glob in it matches nothing"]
-        for overrides in jobs:
-            job, found = composer.compose([*of_hydra, *overrides])
-            problems.found += found
+    jobs: list[DictConfig] = []
+    # the jobs of other sweepers cannot be checked: they follow from results
+    sweeper = str(config.hydra.sweeper.get("_target_"))
+    if sweeper.endswith("BasicSweeper"):
+        for job_overrides in _sweep_overrides(composer, config, overrides):
+            job, unapplied = composer.compose(job_overrides)
+            problems.messages += unapplied
             problems.of(lambda job=job: check_train(job))  # type: ignore[misc]
             problems.of(lambda job=job: check_one_process(job))  # type: ignore[misc]
-    problems.of(lambda: _check_paths(config, "hydra.sweep.dir"))
-    return problems.found
+            jobs.append(job)
+    elif config.get("forecast") is True:
+        problems.messages.append(
+            f"forecast=true needs jobs that are known beforehand, and {sweeper} decides them as it "
+            "goes: leave out one of the two"
+        )
+    wishes = {job.get("forecast") is True for job in jobs}
+    if wishes == {True, False}:
+        problems.messages.append("forecast is true in some jobs only: give all the same value")
+    if wishes != {True}:  # forecasts write nothing
+        problems.of(lambda: _check_run_folder(config, "hydra.sweep.dir"))
+    return jobs
 
 
-def _check_paths(config: DictConfig, key: str) -> None:
-    if "artifact" in config:
-        if not Path(config.artifact).is_file():
-            raise QatTricksError(
-                f"artifact={config.artifact} is not a file: give a .onnx or .ckpt that a run wrote"
-            )
-        return check_folder(evaluation_folder(config))
+def _sweep_overrides(
+    composer: Composer, config: DictConfig, overrides: list[str]
+) -> list[list[str]]:
+    """Returns the overrides of each job of a sweep by Hydra's own sweeper."""
+    of_hydra = [line for line in overrides if line.lstrip("+~").startswith("hydra")]
+    swept = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+    swept += [line for line in overrides if line not in of_hydra]
+    jobs = composer.jobs(swept)
+    if not jobs:
+        raise QatTricksError("the sweep has no job: a range or glob in it matches nothing")
+    return [[*of_hydra, *job] for job in jobs]
+
+
+def _check_artifact(config: DictConfig) -> None:
+    if not Path(config.artifact).is_file():
+        raise QatTricksError(
+            f"artifact={config.artifact} is not a file: give a .onnx or .ckpt that a run wrote"
+        )
+    check_folder(evaluation_folder(config))
+
+
+def _check_run_folder(config: DictConfig, key: str) -> None:
+    """Checks the folder that Hydra will make, whose name is at ``key``."""
     before = HydraConfig.instance().cfg
     try:
         HydraConfig.instance().set_config(config)  # for ${hydra:…} in the folder's name
-        return check_folder(Path(str(OmegaConf.select(config, key))))
+        check_folder(Path(str(OmegaConf.select(config, key))))
     except OmegaConfBaseException as error:
         raise QatTricksError(f"{key}: {one_line(error)}") from error
     finally:

@@ -1,5 +1,7 @@
-"""The command line: all is checked first; whatever the user did wrong is one line and exit status
-2.
+"""The command line: everything is checked first; bad input ends in one line and exit status 2.
+
+Imports that load torch or Lightning stand inside the functions. The program starts fast, an
+interrupt meanwhile is told as one, and an evaluation loads no Lightning.
 """
 
 import os
@@ -13,21 +15,26 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from qat_tricks.cli.quiet import quiet
 from qat_tricks.errors import QatTricksError
 
 BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses
 
 
 def train(arguments: Sequence[str] | None = None) -> None:
-    """Runs ``train.py`` with ``arguments``, by default the command line's; exits with 2 for bad
-    input.
+    """Runs ``train.py``; exits with 2 for bad input.
+
+    Args:
+        arguments: None means those of the command line.
     """
     _run("train", _train_job, arguments)
 
 
 def evaluate(arguments: Sequence[str] | None = None) -> None:
-    """Runs ``evaluate.py`` with ``arguments``, by default the command line's; exits with 2 for bad
-    input.
+    """Runs ``evaluate.py``; exits with 2 for bad input.
+
+    Args:
+        arguments: None means those of the command line.
     """
     _run("evaluate", _evaluate_job, arguments)
 
@@ -37,17 +44,21 @@ def _run(name: str, job: Callable[[DictConfig], None], arguments: Sequence[str] 
     try:
         if arguments is not None:
             sys.argv = [f"{name}.py", *arguments]
-        from qat_tricks.cli.command_line import (
-            preflight,
-        )  # loads torch: an interrupt meanwhile is an interrupt, not a traceback
-        from qat_tricks.cli.quiet import quiet
-        from qat_tricks.settings.compose import config_dir
+        # slow: they load torch
+        from qat_tricks.cli.command_line import checked_arguments
+        from qat_tricks.settings.config_dir import config_dir
 
         if name == "train":
-            import qat_tricks.cli.check_train  # noqa: F401 - loads Lightning, which sets up the loggers that quiet() silences
+            # slow: loads Lightning, which sets up the loggers that quiet() silences
+            import qat_tricks.cli.check_train  # noqa: F401
 
         quiet()
-        sys.argv = [sys.argv[0], *preflight(name, sys.argv[1:])]
+        checked = checked_arguments(name, sys.argv[1:])
+        if checked.forecasts:  # Hydra would make a folder for each
+            for config in checked.forecasts:
+                _forecast(config)
+            return
+        sys.argv = [sys.argv[0], *checked.arguments]
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name)(job)()
     except QatTricksError as error:
         _tell(error)
@@ -55,7 +66,7 @@ def _run(name: str, job: Callable[[DictConfig], None], arguments: Sequence[str] 
     except KeyboardInterrupt:
         _end_interrupted()
     except SystemExit as error:
-        # Lightning's way to end an interrupted fit
+        # Lightning ends an interrupted fit so
         if isinstance(error.__context__, KeyboardInterrupt):
             _end_interrupted()
         raise
@@ -64,28 +75,24 @@ def _run(name: str, job: Callable[[DictConfig], None], arguments: Sequence[str] 
 
 
 def _train_job(config: DictConfig) -> None:
-    """Runs one job; in a sweep one that fails leaves ``error.json``, and the others go on."""
-    from qat_tricks.cli.quiet import quiet
+    """Runs one job; a failed job of a sweep leaves ``error.json``, and the others go on."""
+    # slow: they load Lightning
     from qat_tricks.files import write_json
     from qat_tricks.jobs.isolation import free_memory, isolated
     from qat_tricks.jobs.loggers import finish_logger, make_logger
     from qat_tricks.jobs.train import run_job
 
     quiet()  # in a process of its own, where a launcher started one
-    if config.preflight:
-        _preflight_job(config)
-        return
-    this = HydraConfig.get()
-    folder, sweep = Path(this.runtime.output_dir), this.mode == RunMode.MULTIRUN
-    group = Path(this.sweep.dir).name if sweep else None
+    job = HydraConfig.get()
+    folder, is_sweep = Path(job.runtime.output_dir), job.mode == RunMode.MULTIRUN
     failure = folder / "error.json"
-    failure.unlink(missing_ok=True)
+    failure.unlink(missing_ok=True)  # of an earlier run in the same folder
     _say(f"{config.recipe.name}: {config.model.name} on {config.data.name}, into {_short(folder)}")
     logger = make_logger(
         config,
         folder,
-        group=group,
-        job_name=folder.name if sweep else f"{config.recipe.name}-{folder.name}",
+        group=Path(job.sweep.dir).name if is_sweep else None,
+        job_name=folder.name if is_sweep else f"{config.recipe.name}-{folder.name}",
     )
     done = False
     try:
@@ -93,37 +100,35 @@ def _train_job(config: DictConfig) -> None:
             run_job(config, folder, logger)
         done = True
     except QatTricksError as error:
-        _tell(error, f"job {folder.name}: " if sweep else "")
-        if not sweep:
+        _tell(error, f"job {folder.name}: " if is_sweep else "")
+        if not is_sweep:
             sys.exit(BAD_INPUT)
         write_json(failure, {"error": str(error)})
-    except Exception as error:  # a bug of ours: its traceback is told, and the other jobs still run
-        if not sweep:
+    except Exception as error:  # a bug of ours: its traceback is printed, the other jobs still run
+        if not is_sweep:
             raise
         traceback.print_exc()
         write_json(failure, {"error": f"{type(error).__name__}: {error}"})
     finally:
         finish_logger(logger, failed=not done)
-    if sweep:
+    if is_sweep:
         free_memory()
     if done:
         _say(f"the run is in {_short(folder)}: report.md, report.json, model.onnx")
 
 
-def _preflight_job(config: DictConfig) -> None:
+def _forecast(config: DictConfig) -> None:
+    # slow: they load Lightning
     from rich.console import Console
 
-    from qat_tricks.jobs.train import foresee
+    from qat_tricks.jobs.forecast import forecast_job
 
     _say(f"{config.recipe.name}: {config.model.name} on {config.data.name}, nothing is trained")
-    try:
-        Console().print(foresee(config).as_text())
-    except QatTricksError as error:
-        _tell(error)
-        sys.exit(BAD_INPUT)
+    Console().print(forecast_job(config).as_text())
 
 
 def _evaluate_job(config: DictConfig) -> None:
+    # slow: they load torch
     from qat_tricks.jobs.config import evaluation_folder
     from qat_tricks.jobs.evaluate import evaluate_artifact
 
@@ -151,9 +156,7 @@ def _say(message: str) -> None:
 
 
 def _rank() -> int:
-    """Of this process among those of one machine; 0 unless Lightning started it for distributed
-    training.
-    """
+    """Returns the rank of this process on its machine; only Lightning starts others than 0."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 

@@ -1,4 +1,4 @@
-"""Silences what libraries say at every run, and nothing that could matter."""
+"""Silences the messages that libraries print at every run, and no others."""
 
 import logging
 import warnings
@@ -17,15 +17,13 @@ _KNOWN = (
     r".*does not have many workers.*",  # the images are in memory
     r".*number of training batches .* is smaller than the logging interval.*",
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",  # Lightning's own use of torch
-    r".*GPU available but not used.*",
+    r".*GPU available but not used.*",  # the user chose trainer.accelerator
     r".*Checkpoint directory .* exists and is not empty.*",
 )
 
 
 def quiet() -> None:
-    """Sets the loggers of talkative libraries to warnings, and filters warnings that nobody can act
-    on.
-    """
+    """Sets the loggers of talkative libraries to warnings, and filters known, useless warnings."""
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in _KNOWN:

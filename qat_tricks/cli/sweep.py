@@ -1,4 +1,4 @@
-"""The end of a sweep: its jobs compared, from what they left on disk, wherever they ran."""
+"""The end of a sweep: its jobs are compared, from their files, so that they may run anywhere."""
 
 import sys
 from pathlib import Path
@@ -11,12 +11,11 @@ from rich.console import Console
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.comparison import comparison_rows, comparison_table, write_comparison
 
-WIDTH = 160  # columns of the table where it goes to a file
+WIDTH = 160  # columns of the table when it is printed to a file
 
 
 class CompareJobs(Callback):
-    """Hydra's callback that writes a sweep's ``comparison.csv`` and ``comparison.png``, and prints
-    the table.
+    """Hydra's callback that compares the jobs of a sweep; ``conf/train.yaml`` names it.
 
     It ends the program with status 2 if a job failed.
     """
@@ -28,7 +27,11 @@ class CompareJobs(Callback):
 
 
 def compare_jobs(folder: Path) -> bool:
-    """Writes and prints the comparison of a sweep; returns whether all its jobs did well."""
+    """Writes ``comparison.csv`` and ``comparison.png`` of a sweep, and prints the table.
+
+    Returns:
+        Whether no job failed.
+    """
     try:
         write_comparison(folder)
         rows = comparison_rows(folder)

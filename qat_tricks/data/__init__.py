@@ -21,13 +21,15 @@ _BUILDERS: dict[str, Callable[..., ImageData]] = {
 
 
 def data_names() -> list[str]:
-    """The names that ``build_data`` knows, sorted."""
+    """Returns the names that ``build_data`` knows, sorted."""
     return sorted(_BUILDERS)
 
 
 def data_builder(name: str) -> Callable[..., ImageData]:
-    """The function that builds ``name``; its keywords are the data set's options. Raises
-    ``QatTricksError`` if unknown.
+    """Returns the function that builds a data set; its keywords are the data set's options.
+
+    Raises:
+        QatTricksError: the name is unknown.
     """
     if name not in _BUILDERS:
         raise QatTricksError(f'unknown data "{name}": {did_you_mean(name, _BUILDERS)}')
@@ -35,9 +37,14 @@ def data_builder(name: str) -> Callable[..., ImageData]:
 
 
 def build_data(name: str, **options: Any) -> ImageData:
-    """The data set ``name`` with ``options``; nothing is read before its ``setup()``.
+    """Builds a data set; no image is read before its ``setup()``.
 
-    Raises ``QatTricksError`` for an unknown name or option, and for options that cannot be.
+    Args:
+        name: one of ``data_names()``.
+        options: keywords of ``data_builder(name)``.
+
+    Raises:
+        QatTricksError: the name or an option is unknown, or options are not allowed.
     """
     build = data_builder(name)
     allowed = inspect.signature(build).parameters

@@ -1,6 +1,4 @@
-"""CIFAR-10, decoded once into memory: torchvision's own files, or the same images as folders of
-files.
-"""
+"""CIFAR-10, decoded once into memory, from torchvision's own files or from folders of images."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +19,7 @@ from qat_tricks.data.splits import stratified_split
 from qat_tricks.errors import QatTricksError, one_line
 
 SIDE = 32  # pixels
-SPLIT_SEED = 0  # one fixed split of train and val, whatever the seed
+SPLIT_SEED = 0  # of train and val; the option seed does not change the split
 
 
 def cifar10(
@@ -37,15 +35,26 @@ def cifar10(
     num_workers: int = 0,
     seed: int = 0,
 ) -> ImageData:
-    """CIFAR-10 under ``root``, which holds ``cifar-10-batches-py``, or ``train/`` and ``test/``
-    with class folders.
+    """Builds CIFAR-10: images of 32x32 pixels, 3 channels, 10 classes.
 
-    ``val_fraction`` of the train images (5,000 of 50,000), the same in each class, are held out for
-    validation. ``download`` fetches torchvision's files into ``root`` where they are missing.
-    Raises ``QatTricksError`` where ``root`` is neither.
+    Args:
+        root: holds ``cifar-10-batches-py``, or ``train/`` and ``test/`` with class folders.
+        download: fetches torchvision's files into ``root`` where they are missing.
+        val_fraction: share of the train images that are held out for validation, the same in each
+            class.
+        shift: train images are moved by up to this many pixels each way.
+        flip: half of the train images are mirrored.
+        mean: of R, G, B in 0..1.
+        std: of R, G, B in 0..1.
+        batch_size: images in a batch.
+        num_workers: processes that load.
+        seed: decides the order of the train images, their augmentation and the calibration images.
+
+    Raises:
+        QatTricksError: ``root`` is no folder; later, in ``setup``, it holds neither form.
     """
     folder = existing_root(root, "cifar10", may_be_made=download)
-    if folder.name == CIFAR10.base_folder:
+    if folder.name == CIFAR10.base_folder:  # the files' own folder was given
         folder = folder.parent
     preprocessing = Preprocessing(image_size=(SIDE, SIDE), mean=tuple(mean), std=tuple(std))
     return ImageData(
@@ -68,10 +77,11 @@ def _load(
         raise QatTricksError(
             f"{folder}: train and test have different classes: {class_names} and {test_names}"
         )
-    kept, held_out = stratified_split(train_labels, (1 - val_fraction, val_fraction), SPLIT_SEED)
+    fractions = (1 - val_fraction, val_fraction)
+    train_part, val_part = stratified_split(train_labels, fractions, SPLIT_SEED)
     return memory_splits(
-        [train[kept], train[held_out], test],
-        [train_labels[kept], train_labels[held_out], test_labels],
+        [train[train_part], train[val_part], test],
+        [train_labels[train_part], train_labels[val_part], test_labels],
         class_names=class_names,
         preprocessing=preprocessing,
         shift=shift,
@@ -91,7 +101,9 @@ def _download(folder: Path) -> None:
 
 
 def _read_batches(folder: Path, split: str) -> tuple[list[str], Tensor, Tensor]:
-    """Class names, images uint8 ``[N, 3, 32, 32]`` and labels ``[N]`` from torchvision's files."""
+    """Returns class names, images uint8 ``[N, 3, 32, 32]`` and labels ``[N]`` of torchvision's
+    files.
+    """
     try:
         source = CIFAR10(folder, train=split == "train")
     except (OSError, RuntimeError) as error:
@@ -104,7 +116,7 @@ def _read_batches(folder: Path, split: str) -> tuple[list[str], Tensor, Tensor]:
 
 
 def _read_folders(folder: Path, split: str) -> tuple[list[str], Tensor, Tensor]:
-    """The same from class folders of image files of 32x32 pixels."""
+    """Returns the same as ``_read_batches``, of class folders with images of 32x32 pixels."""
     if not (folder / split).is_dir():
         raise QatTricksError(
             f"{folder} holds neither {CIFAR10.base_folder}/ nor train/ and test/ with class "
@@ -112,7 +124,7 @@ def _read_folders(folder: Path, split: str) -> tuple[list[str], Tensor, Tensor]:
         )
     class_names, paths, labels = scan(folder / split)
     images = np.empty((len(paths), SIDE, SIDE, 3), dtype=np.uint8)
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside of Python's lock
         decoded = pool.map(_decode, paths)
         for index, image in enumerate(
             track(decoded, f"decoding cifar10 {split}", total=len(paths), transient=True)

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1,797 real grey images of 8x8 pixels, which it ships."""
+"""scikit-learn's handwritten digits: 1,797 grey images of 8x8 pixels, which come with it."""
 
 from functools import partial
 
@@ -10,8 +10,8 @@ from qat_tricks.data.module import ImageData
 from qat_tricks.data.preprocessing import Preprocessing, pair
 from qat_tricks.data.splits import stratified_split
 
-SHARES = (0.6, 0.15, 0.25)  # train, val, test; one fixed split, whatever the seed
-SPLIT_SEED = 0
+SHARES = (0.6, 0.15, 0.25)  # train, val, test
+SPLIT_SEED = 0  # the option seed does not change the split
 
 
 def digits(
@@ -22,8 +22,17 @@ def digits(
     num_workers: int = 0,
     seed: int = 0,
 ) -> ImageData:
-    """Images of ``image_size`` pixels a side, 1 channel, 10 classes; train images are moved by up
-    to ``shift`` pixels.
+    """Builds the digits: square images, 1 channel, 10 classes.
+
+    Args:
+        image_size: pixels a side, to which the stored images are resized.
+        shift: train images are moved by up to this many pixels each way.
+        batch_size: images in a batch.
+        num_workers: processes that load.
+        seed: decides the order of the train images, their shifts and the calibration images.
+
+    Raises:
+        QatTricksError: a number is out of range.
     """
     size = pair("image_size", image_size)
     assert size is not None

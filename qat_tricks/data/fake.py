@@ -1,4 +1,4 @@
-"""Made-up images that a network can learn: a coarse pattern a class, under noise. For smoke tests."""
+"""Made-up images that a network can learn, for smoke tests: a coarse pattern a class, and noise."""
 
 from functools import partial
 
@@ -25,16 +25,25 @@ def fake(
     num_workers: int = 0,
     seed: int = 0,
 ) -> ImageData:
-    """Classes in turn, each image its class's pattern plus Gaussian ``noise`` (a fraction of the
-    pixel range).
+    """Builds images of classes in turn, each the pattern of its class plus Gaussian noise.
 
-    ``seed`` decides the patterns, the noise and the order of the batches.
+    Args:
+        num_classes: number of patterns.
+        image_size: pixels a side.
+        channels: 1 (grey) or 3 (RGB).
+        train_images: number of images.
+        val_images: number of images.
+        test_images: number of images.
+        noise: standard deviation, as a fraction of the pixel range.
+        batch_size: images in a batch.
+        num_workers: processes that load.
+        seed: decides the patterns, the noise, the order of the batches and the calibration images.
+
+    Raises:
+        QatTricksError: a number is out of range.
     """
-    counts = (train_images, val_images, test_images)
-    for name, value in {
-        "num_classes": num_classes,
-        **dict(zip(("train", "val", "test"), counts, strict=True)),
-    }.items():
+    images = {"train": train_images, "val": val_images, "test": test_images}
+    for name, value in {"num_classes": num_classes, **images}.items():
         if value < 1:
             raise QatTricksError(f"data=fake: {name} asks for {value}: give 1 or more")
     size = pair("image_size", image_size)
@@ -42,7 +51,7 @@ def fake(
     preprocessing = Preprocessing(
         image_size=size, channels=channels, mean=(0.5,) * channels, std=(0.25,) * channels
     )
-    load = partial(_load, (channels, *size), num_classes, counts, noise, seed)
+    load = partial(_load, (channels, *size), num_classes, tuple(images.values()), noise, seed)
     return ImageData(
         load, preprocessing=preprocessing, batch_size=batch_size, num_workers=num_workers, seed=seed
     )
@@ -58,6 +67,7 @@ def _load(
 ) -> Splits:
     generator = torch.Generator().manual_seed(seed)
     channels, height, width = shape
+    # 4x4 values a class, drawn out to the size of the images
     coarse = torch.rand(num_classes, channels, 4, 4, generator=generator)
     patterns = F.interpolate(coarse, size=[height, width], mode="bilinear")
     labels = [torch.arange(count) % num_classes for count in counts]

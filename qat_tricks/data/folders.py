@@ -1,4 +1,4 @@
-"""Images in class folders: any user's own, and ImageNet with its fixed class indices."""
+"""Images in class folders: the user's own, and ImageNet's with its fixed class indices."""
 
 import os
 from collections.abc import Sequence
@@ -40,14 +40,33 @@ def imagefolder(
     num_workers: int = 0,
     seed: int = 0,
 ) -> ImageData:
-    """Your own images: ``root/CLASS/*.jpg``, or ``root/train/CLASS/*.jpg`` beside ``root/val`` and,
-    if any, ``root/test``.
+    """Builds the user's own images.
 
-    A single folder of classes is split by ``split_seed``, stratified, by ``val_fraction`` and
-    ``test_fraction``. Beside ``train``, a missing ``val`` is taken from it by ``val_fraction``, and
-    a missing ``test`` is ``val``. Classes are the sorted names of the (train) folders. Train images
-    are random crops of at least ``min_area`` of the image, and mirrored if ``flip``. Raises
-    ``QatTricksError`` for a missing root, folders without images or unknown classes.
+    They are ``root/CLASS/*.jpg``, which are split here, or ``root/train/CLASS/*.jpg`` beside
+    ``root/val`` and, if any, ``root/test``. Without ``val`` it is a part of ``train``; without
+    ``test`` it is ``val``. Classes are the sorted names of the (train) folders.
+
+    Args:
+        root: the folder.
+        val_fraction: share for validation where there is no ``val`` folder.
+        test_fraction: share for the test where there is no ``train`` folder.
+        split_seed: decides these stratified splits.
+        channels: 1 (grey) or 3 (RGB).
+        resize: short side in pixels, or exact (height, width); None: as stored.
+        crop: centre crop, a side in pixels or (height, width); None: none.
+        interpolation: of the resize.
+        mean: one a channel, in units of ``scale``.
+        std: one a channel, in units of ``scale``.
+        scale: range of a pixel before mean and std, "0..1" or "0..255".
+        min_area: train images are random crops of at least this share of the image.
+        flip: half of the train images are mirrored.
+        batch_size: images in a batch.
+        num_workers: processes that load; 0 means this one.
+        seed: decides the order of the train images, their augmentation and the calibration images.
+
+    Raises:
+        QatTricksError: ``root`` is missing or settings contradict one another; later, in ``setup``,
+            folders have no images or unknown classes.
     """
     folder = existing_root(root, "imagefolder")
     preprocessing = _preprocessing(channels, resize, crop, interpolation, mean, std, scale)
@@ -76,13 +95,30 @@ def imagenet(
     num_workers: int = 0,
     seed: int = 0,
 ) -> ImageData:
-    """ImageNet, or a part of it: ``root/train`` and ``root/val``, one folder a class, named by its
-    WordNet id.
+    """Builds ImageNet, or a part of it, from one folder a class, named by its WordNet id.
 
-    A class's index is the place of its folder among the sorted ones of ``train``, which must be
-    ``num_classes``; ``val`` may hold fewer classes, and is the test split as well. ``train_dir``
-    and ``val_dir`` are relative to ``root``. Raises ``QatTricksError`` for missing folders, another
-    number of classes, or a class that ``train`` has not.
+    The index of a class is the place of its folder among the sorted ones of ``train_dir``.
+
+    Args:
+        root: holds the two folders.
+        train_dir: of the train images, in ``root``.
+        val_dir: of the validation images, which are the test images too; may hold fewer classes.
+        num_classes: folders that ``train_dir`` must have.
+        resize: short side in pixels, or exact (height, width); None: as stored.
+        crop: centre crop, a side in pixels or (height, width); None: none.
+        interpolation: of the resize.
+        mean: of R, G, B, in units of ``scale``.
+        std: of R, G, B, in units of ``scale``.
+        scale: range of a pixel before mean and std, "0..1" or "0..255".
+        min_area: train images are random crops of at least this share of the image.
+        flip: half of the train images are mirrored.
+        batch_size: images in a batch.
+        num_workers: processes that load; 0 means this one.
+        seed: decides the order of the train images, their augmentation and the calibration images.
+
+    Raises:
+        QatTricksError: ``root`` is missing or settings contradict one another; later, in ``setup``,
+            a folder is missing, or the classes are not those of ``train_dir``.
     """
     folder = existing_root(root, "imagenet")
     preprocessing = _preprocessing(3, resize, crop, interpolation, mean, std, scale)
@@ -94,8 +130,15 @@ def imagenet(
 
 
 def existing_root(root: str | None, name: str, *, may_be_made: bool = False) -> Path:
-    """``root`` as a path. Raises ``QatTricksError`` if not given or, unless it ``may_be_made``, if
-    it is no folder.
+    """Returns ``data.root`` as a path.
+
+    Args:
+        root: the setting.
+        name: of the data set, for the error.
+        may_be_made: the folder may be missing.
+
+    Raises:
+        QatTricksError: it is not set, or not a folder.
     """
     if not root:
         raise QatTricksError(f"data={name} needs the folder of its images: set data.root=PATH")
@@ -108,29 +151,37 @@ def existing_root(root: str | None, name: str, *, may_be_made: bool = False) -> 
 
 
 def scan(folder: Path, classes: Sequence[str] | None = None) -> tuple[list[str], list[str], Tensor]:
-    """Finds the images under ``folder``, one folder a class: class names (sorted), paths and labels
-    int64 ``[N]``.
+    """Lists the images under ``folder``, one folder a class.
 
-    With ``classes`` given, labels are indices into it, and ``folder`` may hold some of them only.
-    Raises ``QatTricksError`` for a missing or empty folder, a class without images, and one that is
-    not in ``classes``.
+    Args:
+        folder: holds the class folders.
+        classes: labels are indices into these; ``folder`` may hold only some of them. None means
+            the sorted names of the class folders.
+
+    Returns:
+        The class names, the paths, and the labels int64 ``[N]``.
+
+    Raises:
+        QatTricksError: the folder is missing or empty, or a class has no images or is not among
+            ``classes``.
     """
     if not folder.is_dir():
         raise QatTricksError(f"{folder} is missing: it should hold one folder of images a class")
-    found = sorted(
+    folder_names = sorted(
         entry.name
         for entry in os.scandir(folder)
+        # hidden folders are caches of tools
         if entry.is_dir() and not entry.name.startswith(".")
     )
-    if not found:
+    if not folder_names:
         raise QatTricksError(
             f"{folder} has no class folders: put each class's images into a folder of its own"
         )
-    names = found if classes is None else list(classes)
+    names = folder_names if classes is None else list(classes)
     index = {name: place for place, name in enumerate(names)}
     paths: list[str] = []
     labels: list[int] = []
-    for name in found:
+    for name in folder_names:
         if name not in index:
             raise QatTricksError(
                 f'{folder}: class "{name}" is not among the train classes: '
@@ -149,6 +200,7 @@ def scan(folder: Path, classes: Sequence[str] | None = None) -> tuple[list[str],
 def _image_files(folder: Path) -> list[str]:
     return sorted(
         os.path.join(parent, name)
+        # data sets are often links to files elsewhere
         for parent, _, names in os.walk(folder, followlinks=True)
         for name in names
         if name.lower().endswith(SUFFIXES) and not name.startswith(".")
@@ -158,24 +210,22 @@ def _image_files(folder: Path) -> list[str]:
 def _user_files(
     root: Path, val_fraction: float, test_fraction: float, split_seed: int
 ) -> tuple[list[str], list[Files]]:
-    """Class names, and the files of train, val and test."""
+    """Returns the class names, and the files of train, val and test."""
     if not (root / "train").is_dir():
         names, paths, labels = scan(root)
         shares = (1 - val_fraction - test_fraction, val_fraction, test_fraction)
         return names, _pick(paths, labels, stratified_split(labels, shares, split_seed))
     names, paths, labels = scan(root / "train")
-    train, val = (
-        (paths, labels),
-        next((root / name for name in VAL_NAMES if (root / name).is_dir()), None),
-    )
-    if val is not None:
-        val_files = scan(val, names)[1:]
+    # folders that are there are used as they are
+    val_folder = next((root / name for name in VAL_NAMES if (root / name).is_dir()), None)
+    train: Files = (paths, labels)
+    if val_folder is not None:
+        val: Files = scan(val_folder, names)[1:]
     else:
-        train, val_files = _pick(
-            paths, labels, stratified_split(labels, (1 - val_fraction, val_fraction), split_seed)
-        )
-    test_files = scan(root / "test", names)[1:] if (root / "test").is_dir() else val_files
-    return names, [train, val_files, test_files]
+        parts = stratified_split(labels, (1 - val_fraction, val_fraction), split_seed)
+        train, val = _pick(paths, labels, parts)
+    test = scan(root / "test", names)[1:] if (root / "test").is_dir() else val
+    return names, [train, val, test]
 
 
 def _imagenet_files(
@@ -187,6 +237,7 @@ def _imagenet_files(
             f"{train_dir} has {len(names)} class folders, {num_classes} are expected: "
             f"add the missing ones (one image each will do), or set data.num_classes={len(names)}"
         )
+    # ImageNet's own test images have no labels
     val = scan(val_dir, names)[1:]
     return names, [(paths, labels), val, val]
 
@@ -237,13 +288,13 @@ def _load(
             preprocessing.normalize(),
         ]
     )
-    still = preprocessing.transform()
+    unaugmented = preprocessing.transform()
     channels = preprocessing.channels
     return Splits(
         train=FolderImages(*train, channels, augment),
-        calibration=FolderImages(*train, channels, still),
-        val=FolderImages(*val, channels, still),
-        test=FolderImages(*test, channels, still),
+        calibration=FolderImages(*train, channels, unaugmented),
+        val=FolderImages(*val, channels, unaugmented),
+        test=FolderImages(*test, channels, unaugmented),
         pixels=FolderImages(*test, channels, preprocessing.geometry()),
         class_names=tuple(names),
     )

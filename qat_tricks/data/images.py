@@ -1,6 +1,4 @@
-"""Labelled images as torch data sets: those kept in memory, drawn and augmented a batch at a time,
-and those on disk.
-"""
+"""Labelled images as torch data sets: in memory, augmented a batch at a time, or on disk."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,19 +18,19 @@ Transform = Callable[[Any], Tensor]
 
 
 class ImageSet(Dataset[tuple[Tensor, Tensor]]):
-    """A data set whose labels are known without reading its images: ``labels`` is int64 ``[N]``."""
+    """A data set whose labels are known without reading its images."""
 
-    labels: Tensor
+    labels: Tensor  # int64 [N]
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """One batch: images ``[B, C, H, W]``, float32 or uint8; labels int64 ``[B]``."""
+        """Returns a batch: images ``[B, C, H, W]``, float32 or uint8, and labels int64 ``[B]``."""
         raise NotImplementedError
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """What a loader asks for: the images and labels of one batch, drawn together."""
+        """Returns the images and labels of one batch, drawn together; torch's loader calls this."""
         return list(zip(*self.batch(indices), strict=True))
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
@@ -41,34 +39,43 @@ class ImageSet(Dataset[tuple[Tensor, Tensor]]):
 
 
 class MemoryImages(ImageSet):
-    """Images held in memory as uint8 ``[N, C, H, W]``; ``transform`` takes a uint8 batch and
-    returns the one to hand out.
+    """Images in memory.
+
+    Args:
+        images: uint8 ``[N, C, H, W]``.
+        labels: int64 ``[N]``.
+        transform: from a uint8 batch to the one that a loader gets.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, transform: Transform) -> None:
         self.images, self.labels, self.transform = images, labels, transform
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        chosen = torch.as_tensor(indices)
-        return self.transform(self.images[chosen]), self.labels[chosen]
+        rows = torch.as_tensor(indices)
+        return self.transform(self.images[rows]), self.labels[rows]
 
 
 class FolderImages(ImageSet):
-    """Image files; ``transform`` takes one PIL image and returns a float32 or uint8 ``[C, H, W]``.
+    """Images in files, decoded with each batch.
 
-    A file that cannot be decoded, or comes out in another shape than those before it, raises
-    ``UnreadableImageError`` naming it.
+    Args:
+        paths: of the files.
+        labels: int64 ``[N]``.
+        channels: 1 (grey) or 3 (RGB).
+        transform: from a PIL image to float32 or uint8 ``[C, H, W]``.
+
+    Raises:
+        UnreadableImageError: when a batch is drawn, a file cannot be decoded, or its shape is not
+            that of the others.
     """
 
     def __init__(
         self, paths: Sequence[str], labels: Tensor, channels: int, transform: Transform
     ) -> None:
-        self.paths, self.labels, self.channels, self.transform = (
-            list(paths),
-            labels,
-            channels,
-            transform,
-        )
+        self.paths = list(paths)
+        self.labels = labels
+        self.channels = channels
+        self.transform = transform
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         images = [self.transform(read_image(self.paths[index], self.channels)) for index in indices]
@@ -82,12 +89,13 @@ class FolderImages(ImageSet):
 
 
 class SeededImages(ImageSet):
-    """``source`` with its random transforms drawn from a stream of this object's own, begun at
-    ``seed``.
+    """A data set whose random transforms draw from a stream of their own.
 
-    Augmentation is thus the same in every run, and takes nothing from PyTorch's global stream. In a
-    worker process the loader's generator has already seeded that process's global stream, which is
-    used as it is.
+    Augmentation is thus the same in every run, and takes nothing from PyTorch's global stream.
+
+    Args:
+        source: the data set.
+        seed: where the stream begins.
     """
 
     def __init__(self, source: ImageSet, seed: int) -> None:
@@ -95,7 +103,7 @@ class SeededImages(ImageSet):
         self._state = torch.Generator().manual_seed(seed).get_state()
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        if get_worker_info() is not None:
+        if get_worker_info() is not None:  # a worker's global stream is seeded by its loader
             return self.source.batch(indices)
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(self._state)
@@ -106,21 +114,20 @@ class SeededImages(ImageSet):
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """A loaded data set. ``calibration`` holds the images of ``train`` without augmentation, in the
-    same order; ``pixels`` those of ``test`` before normalization, uint8.
-    """
+    """A loaded data set."""
 
     train: ImageSet
-    calibration: ImageSet
+    calibration: ImageSet  # the images of train without augmentation, in the same order
     val: ImageSet
     test: ImageSet
-    pixels: ImageSet
+    pixels: ImageSet  # the images of test before normalization, uint8
     class_names: tuple[str, ...]
 
 
 class UnreadableImageError(QatTricksError):
-    """A file that is no image. Stays one line when a loader's worker process wraps it in a
-    traceback.
+    """A file is no image.
+
+    The text stays one line when a loader's worker process puts a traceback before it.
     """
 
     def __init__(self, text: str) -> None:
@@ -128,8 +135,10 @@ class UnreadableImageError(QatTricksError):
 
 
 def read_image(path: str | Path, channels: int) -> Image.Image:
-    """Decodes ``path`` as RGB (``channels=3``) or grey (1). Raises ``UnreadableImageError`` naming
-    the file.
+    """Decodes an image file as RGB (``channels=3``) or grey (1).
+
+    Raises:
+        UnreadableImageError: it cannot be decoded.
     """
     try:
         with Image.open(path) as image:
@@ -142,12 +151,11 @@ def read_image(path: str | Path, channels: int) -> Image.Image:
 
 
 def random_shift(images: Tensor, pixels: int) -> Tensor:
-    """Pads ``[B, C, H, W]`` with zeros and crops each image at its own random place, up to
-    ``pixels`` away each way.
-    """
+    """Moves each image of ``[B, C, H, W]`` by up to ``pixels`` each way; zeros fill the border."""
     if pixels == 0:
         return images
     height, width = images.shape[-2:]
+    # all windows of the padded images as a view, of which each image gets one
     windows = F.pad(images, [pixels] * 4).unfold(2, height, 1).unfold(3, width, 1)
     top, left = torch.randint(2 * pixels + 1, (2, len(images)))
     return windows[torch.arange(len(images)), :, top, left]
@@ -161,12 +169,13 @@ def random_flip(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """The train transform of images in memory: shift, flip, ``normalize``. Uint8 ``[B, C, H, W]``
-    to float32.
+    """The train transform of images in memory, uint8 ``[B, C, H, W]`` to float32.
+
+    It shifts, flips, then normalizes. A class, because worker processes pickle it.
     """
 
     shift: int  # pixels, each way
-    flip: bool
+    flip: bool  # mirror half of the images
     normalize: Transform
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -174,7 +183,7 @@ class Augment:
         return self.normalize(random_flip(shifted) if self.flip else shifted)
 
 
-def _as_they_are(images: Tensor) -> Tensor:
+def _unchanged(images: Tensor) -> Tensor:
     return images
 
 
@@ -187,10 +196,18 @@ def memory_splits(
     shift: int,
     flip: bool,
 ) -> Splits:
-    """``Splits`` of uint8 images ``[N, C, H, W]`` and labels ``[N]``, each given for train, val and
-    test.
+    """Builds ``Splits`` of images in memory.
 
-    The geometry of ``preprocessing`` is applied here, once.
+    Args:
+        images: uint8 ``[N, C, H, W]``, of train, val and test.
+        labels: int64 ``[N]``, of train, val and test.
+        class_names: in the order of the labels.
+        preprocessing: its geometry is applied here, once.
+        shift: train images are moved by up to this many pixels each way.
+        flip: half of the train images are mirrored.
+
+    Raises:
+        QatTricksError: ``shift`` is negative.
     """
     if shift < 0:
         raise QatTricksError(f"shift={shift}: give a number of pixels, 0 or greater")
@@ -201,6 +218,6 @@ def memory_splits(
         calibration=MemoryImages(train, labels[0], normalize),
         val=MemoryImages(val, labels[1], normalize),
         test=MemoryImages(test, labels[2], normalize),
-        pixels=MemoryImages(test, labels[2], _as_they_are),
+        pixels=MemoryImages(test, labels[2], _unchanged),
         class_names=tuple(class_names),
     )

@@ -1,6 +1,4 @@
-"""Any of this package's data sets, loaded and in batches; without Lightning, so that a device can
-measure on it.
-"""
+"""A loaded data set in batches, without Lightning, so that a device can measure on it."""
 
 import copy
 from collections.abc import Callable
@@ -18,13 +16,21 @@ Batches = DataLoader[tuple[Tensor, Tensor]]
 
 
 class ImageData:
-    """Batches of images float32 ``[B, C, H, W]`` and labels int64 ``[B]`` for train, val, test and
-    calibration.
+    """Batches of images float32 ``[B, C, H, W]`` and labels int64 ``[B]``.
 
-    ``load`` returns the data set under a preprocessing and is called by the first ``setup``;
-    ``prepare``, where given, is called before it by one process only (a download). The same
-    ``seed`` gives the same batches in every run. Raises ``QatTricksError`` for a batch size or
-    number of workers out of range.
+    There are loaders for train, val, test and calibration. The same ``seed`` gives the same batches
+    in every run.
+
+    Args:
+        load: returns the data set under a preprocessing; the first ``setup`` calls it.
+        preprocessing: of the images.
+        batch_size: images in a batch.
+        num_workers: processes that load; 0 means this one.
+        seed: of the order and the augmentation.
+        prepare: a download, which only one process does, before ``load``.
+
+    Raises:
+        QatTricksError: the batch size or the number of workers is out of range.
     """
 
     def __init__(
@@ -49,12 +55,13 @@ class ImageData:
         self._splits: Splits | None = None
 
     def with_preprocessing(self, preprocessing: Preprocessing) -> "ImageData":
-        """The same images, not yet loaded, that go through another preprocessing."""
-        other = copy.copy(self)
+        """Returns the same images under another preprocessing, not yet loaded."""
+        other = copy.copy(self)  # shares the way to load, and not the loaded images
         other.preprocessing, other._splits = preprocessing, None
         return other
 
     def prepare_data(self) -> None:
+        """Downloads the data, if they were asked for; one process does that."""
         if self._prepare is not None:
             self._prepare()
 
@@ -70,7 +77,11 @@ class ImageData:
 
     @property
     def splits(self) -> Splits:
-        """The loaded data set. Raises ``QatTricksError`` before ``setup``."""
+        """The loaded data set.
+
+        Raises:
+            QatTricksError: ``setup`` was not called yet.
+        """
         if self._splits is None:
             raise QatTricksError("the data is not loaded yet: call setup() first")
         return self._splits
@@ -93,8 +104,12 @@ class ImageData:
         return self.preprocessing.image_size
 
     def train_dataloader(self, rank: int = 0) -> Batches:
-        """Augmented and shuffled; a last, smaller batch is dropped if there is another. Begins at
-        ``seed`` each call; ``rank`` is that of the process, each of which augments in its own way.
+        """Returns train images, augmented and shuffled, beginning at ``seed`` with each call.
+
+        A last, smaller batch is dropped unless it is the only one.
+
+        Args:
+            rank: of this process; each augments differently.
         """
         images = SeededImages(self.splits.train, self.seed + rank)
         return self._loader(images, shuffle=True, drop_last=len(images) > self.batch_size)
@@ -106,18 +121,22 @@ class ImageData:
         return self._loader(self.splits.test)
 
     def test_pixels(self) -> Batches:
-        """The images of ``test_dataloader`` before their normalization: uint8 ``[B, C, H, W]``."""
+        """Returns the test images before normalization, uint8 ``[B, C, H, W]``."""
         return self._loader(self.splits.pixels)
 
     def calibration_loader(self, num_images: int, batch_size: int | None = None) -> Batches:
-        """``num_images`` of the train images without augmentation, seeded and balanced by class,
-        always in one order.
+        """Returns train images without augmentation, balanced by class, always in the same order.
 
-        All of them where the train split holds fewer. Raises ``QatTricksError`` when that is none.
+        Args:
+            num_images: number of images; all of them where the train split holds fewer.
+            batch_size: None means that of the other loaders.
+
+        Raises:
+            QatTricksError: that would be no image.
         """
         images = self.splits.calibration
-        chosen = balanced_subset(images.labels, num_images, self.seed)
-        return self._loader(Subset(images, chosen.tolist()), batch_size=batch_size)
+        indices = balanced_subset(images.labels, num_images, self.seed)
+        return self._loader(Subset(images, indices.tolist()), batch_size=batch_size)
 
     def _loader(
         self,
@@ -133,7 +152,8 @@ class ImageData:
             shuffle=shuffle,
             drop_last=drop_last,
             num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+            persistent_workers=self.num_workers > 0,  # starting them takes long
             pin_memory=torch.cuda.is_available(),
+            # of its own: the order depends on nothing that the run drew before
             generator=torch.Generator().manual_seed(self.seed),
         )

@@ -1,5 +1,6 @@
-"""What happens to an image between its file and the network, as data: one source for evaluation,
-reports and exports.
+"""The way of an image from its file to the network, as data.
+
+It is the one source for evaluation, reports and exports.
 """
 
 import hashlib
@@ -22,7 +23,10 @@ class Preprocessing:
     """The evaluation transform: channels, resize, centre crop, scale, then ``(x - mean) / std``.
 
     Lists become tuples and numbers floats, so that equal settings have an equal ``hash`` wherever
-    they were written. Raises ``QatTricksError`` for settings that contradict one another.
+    they were written.
+
+    Raises:
+        QatTricksError: settings contradict one another.
     """
 
     image_size: tuple[int, int]  # height and width that the network sees, in pixels
@@ -64,17 +68,17 @@ class Preprocessing:
                 )
         if min(self.std) <= 0:
             raise QatTricksError(f"std={list(self.std)}: every value must be greater than 0")
-        if self.image_size != (
-            expected := input_size(self.resize, self.crop, stored=self.image_size)
-        ):
+        expected = input_size(self.resize, self.crop, stored=self.image_size)
+        if self.image_size != expected:
             raise QatTricksError(
                 f"image_size={list(self.image_size)}, but resize={self.resize} and "
                 f"crop={self.crop} give {list(expected)}: make them agree"
             )
 
     def geometry(self) -> v2.Transform:
-        """The part that moves pixels: PIL image or uint8 ``[..., C, H, W]`` to uint8 ``[...,
-        channels, *image_size]``.
+        """Returns the part that moves pixels.
+
+        It maps a PIL image or uint8 ``[..., C, H, W]`` to uint8 ``[..., channels, *image_size]``.
         """
         mode = InterpolationMode(self.interpolation)
         resize = list(self.resize) if isinstance(self.resize, tuple) else self.resize
@@ -86,25 +90,25 @@ class Preprocessing:
         return v2.Compose([*steps, v2.PILToTensor()])
 
     def normalize(self) -> v2.Transform:
-        """The part that maps values: uint8 ``[..., C, H, W]`` to float32 of the same shape, as the
-        network wants it.
-        """
+        """Returns the part that maps values: uint8 ``[..., C, H, W]`` to float32 of that shape."""
         to_float = v2.ToDtype(torch.float32, scale=self.scale == "0..1")
         return v2.Compose([to_float, v2.Normalize(list(self.mean), list(self.std))])
 
     def transform(self) -> v2.Transform:
-        """The whole evaluation transform: ``geometry``, then ``normalize``."""
+        """Returns the whole transform: ``geometry``, then ``normalize``."""
         return v2.Compose([self.geometry(), self.normalize()])
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as plain JSON data; ``from_dict`` reads it back."""
+        """Returns the settings as plain JSON data; ``from_dict`` reads it back."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return plain
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> "Preprocessing":
-        """Reads what ``as_dict`` wrote. Raises ``QatTricksError`` for keys that are unknown or
-        missing.
+        """Reads the data of ``as_dict``.
+
+        Raises:
+            QatTricksError: a key is unknown or missing.
         """
         known = [field.name for field in fields(cls)]
         for key in settings:
@@ -117,15 +121,15 @@ class Preprocessing:
         return cls(**settings)
 
     def described(self) -> dict[str, Any]:
-        """The settings and their hash, as files and reports carry them; ``from_described`` reads it
-        back.
-        """
+        """Returns the settings and their hash, for files and reports; see ``from_described``."""
         return {**self.as_dict(), "hash": self.hash}
 
     @classmethod
     def from_described(cls, described: Mapping[str, Any]) -> "Preprocessing":
-        """Reads what ``described`` wrote. Raises ``QatTricksError`` as well where the hash is not
-        that of the settings.
+        """Reads the data of ``described``.
+
+        Raises:
+            QatTricksError: a key is unknown or missing, or the hash is not that of the settings.
         """
         preprocessing = cls.from_dict(
             {key: value for key, value in described.items() if key != "hash"}
@@ -144,16 +148,20 @@ class Preprocessing:
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def differences(self, other: "Preprocessing") -> list[str]:
-        """What changes from here to ``other``, as ``"mean: [0.5] → [0.4]"``; empty when nothing
-        does.
-        """
+        """Returns each setting that ``other`` has differently, as ``"mean: [0.5] → [0.4]"``."""
         ours, theirs = self.as_dict(), other.as_dict()
         return [f"{key}: {ours[key]} → {theirs[key]}" for key in ours if ours[key] != theirs[key]]
 
 
 def pair(name: str, size: int | Sequence[int] | None) -> tuple[int, int] | None:
-    """``size`` as (height, width): an int is a square. Raises ``QatTricksError`` naming ``name``
-    for anything else.
+    """Returns ``size`` as (height, width); an int is the side of a square.
+
+    Args:
+        name: of the setting, for the error.
+        size: None stays None.
+
+    Raises:
+        QatTricksError: it is neither a size nor None.
     """
     if size is None:
         return None
@@ -170,11 +178,16 @@ def input_size(
     crop: int | Sequence[int] | None,
     stored: tuple[int, int] | None = None,
 ) -> tuple[int, int]:
-    """(height, width) after ``resize`` and ``crop``; ``stored`` is the size of the images where
-    neither is given.
+    """Returns (height, width) after a resize and a crop.
 
-    Raises ``QatTricksError`` where images of different shapes would come out of it, or the crop is
-    larger than the image.
+    Args:
+        resize: short side, or exact (height, width); None: as stored.
+        crop: centre crop, a side or (height, width); None: none.
+        stored: the size of the stored images, if all have one.
+
+    Raises:
+        QatTricksError: images of different shapes would come out, or the crop is larger than the
+            image.
     """
     cropped = pair("crop", crop)
     resized = pair("resize", resize)
@@ -184,7 +197,7 @@ def input_size(
                 f"crop={list(cropped)} is larger than resize={resize}: make the crop smaller"
             )
         return cropped
-    if isinstance(resize, int):
+    if isinstance(resize, int):  # of the short side only
         raise QatTricksError(
             f"resize={resize} keeps each image's shape, so images would differ in size: "
             f"give a crop as well, or resize=[{resize}, {resize}]"

@@ -1,4 +1,4 @@
-"""Which image goes where: seeded stratified splits and class-balanced subsets of labels."""
+"""Seeded choices of images by their labels: stratified splits and class-balanced subsets."""
 
 from collections.abc import Sequence
 
@@ -12,10 +12,16 @@ from qat_tricks.errors import QatTricksError
 def stratified_split(labels: Tensor, fractions: Sequence[float], seed: int) -> list[Tensor]:
     """Splits images into parts that hold each class in the same proportions.
 
-    ``labels`` is int64 ``[N]``; ``fractions`` are the shares of the parts, in 0..1, with a sum of
-    1. Returns one sorted int64 index tensor a part; together they hold every image once, and depend
-    on nothing but the arguments. Raises ``QatTricksError`` for shares that are no shares, or that
-    leave a part without an image.
+    Args:
+        labels: int64 ``[N]``.
+        fractions: share of each part, above 0, with a sum of 1.
+        seed: with the other arguments, decides the result.
+
+    Returns:
+        A sorted int64 index tensor for each part; together they hold every image once.
+
+    Raises:
+        QatTricksError: the fractions are not as above, or leave a part without an image.
     """
     if min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
         shares = [round(float(fraction), 6) for fraction in fractions]
@@ -23,10 +29,10 @@ def stratified_split(labels: Tensor, fractions: Sequence[float], seed: int) -> l
             f"the shares of the splits are {shares}: each must be in (0, 1), and their sum 1"
         )
     order, rank = _shuffled_ranks(labels, seed)
-    count = torch.bincount(labels)[labels[order]]  # of the image's class
+    class_size = torch.bincount(labels)[labels[order]]  # [N]: of each image's class
     bounds = torch.tensor(fractions, dtype=torch.float64).cumsum(0)[:-1]
-    # [parts - 1, N]: ranks at which the next part begins
-    limits = (bounds[:, None] * count).round()
+    # [parts - 1, N]: the rank within its class at which the next part begins
+    limits = (bounds[:, None] * class_size).round()
     part = (rank >= limits).sum(0)
     parts = [order[part == index].sort().values for index in range(len(fractions))]
     if any(len(indices) == 0 for indices in parts):
@@ -39,23 +45,38 @@ def stratified_split(labels: Tensor, fractions: Sequence[float], seed: int) -> l
 
 
 def balanced_subset(labels: Tensor, count: int, seed: int) -> Tensor:
-    """A seeded random choice of ``count`` images that takes the classes in turn, so that none is
-    over-represented.
+    """Chooses random images, taking the classes in turn, so that none is over-represented.
 
-    ``labels`` is int64 ``[N]``. Returns int64 indices ``[min(count, N)]``; a smaller choice is the
-    start of a larger one. Raises ``QatTricksError`` when the choice would be empty.
+    Args:
+        labels: int64 ``[N]``.
+        count: number of images.
+        seed: of the choice.
+
+    Returns:
+        int64 indices ``[min(count, N)]``; a smaller choice is the beginning of a larger one.
+
+    Raises:
+        QatTricksError: the choice would be empty.
     """
     if count < 1 or len(labels) == 0:
         raise QatTricksError(
             f"{count} of {len(labels)} images chosen, which is none: choose at least one"
         )
     order, rank = _shuffled_ranks(labels, seed)
+    # all first images of the classes, then all second ones, and so on
     return order[rank.sort(stable=True).indices][:count]
 
 
 def check_labels(labels: Tensor, num_classes: int, where: str) -> None:
-    """Raises ``QatTricksError`` unless every label lies in 0..num_classes-1; ``where`` names the
-    split or the data.
+    """Checks that there are labels, and that all of them lie in 0..num_classes-1.
+
+    Args:
+        labels: int64 ``[N]``.
+        num_classes: number of classes.
+        where: the name of the split or the data in the error.
+
+    Raises:
+        QatTricksError: they do not.
     """
     if len(labels) == 0:
         raise QatTricksError(f"{where}: no images")
@@ -68,12 +89,13 @@ def check_labels(labels: Tensor, num_classes: int, where: str) -> None:
 
 
 def _shuffled_ranks(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """A seeded permutation ``[N]`` of the images and, for each in it, how many of its class came
-    before ``[N]``.
+    """Returns a seeded permutation of the images and their ranks in it, both ``[N]``.
+
+    The rank of an image is the number of images of its class before it.
     """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     shuffled = labels[order].numpy()
-    by_class = np.argsort(shuffled, kind="stable")
+    by_class = np.argsort(shuffled, kind="stable")  # places in the permutation, class by class
     starts = np.concatenate([[0], np.bincount(shuffled).cumsum()])
     rank = np.empty(len(labels), dtype=np.int64)
     rank[by_class] = np.arange(len(labels)) - starts[shuffled[by_class]]

@@ -1,4 +1,4 @@
-"""The float network that a recipe starts from: measured, or trained once and kept."""
+"""The float network that a recipe starts from: loaded, or trained once and cached."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ else:
 
 
 def cache_dir() -> Path:
-    """Where float baselines are kept: the user's cache folder, or ``QAT_TRICKS_CACHE``."""
+    """Returns the folder of the float baselines, in ``QAT_TRICKS_CACHE`` or the user's cache."""
     return Path(os.environ.get("QAT_TRICKS_CACHE") or user_cache_dir("qat_tricks")) / "baselines"
 
 
@@ -38,44 +38,46 @@ def prepare_baseline(
     trainer: Mapping[str, Any],
     ranks: Ranks,
 ) -> None:
-    """Gives ``module`` its float weights: those of ``model.weights``, or trained here, or trained
-    here before.
+    """Gives ``module`` its float weights: from ``model.weights``, from the cache, or trained here.
 
-    A network trained here is kept under a key of all that made it (model, data, training, seed,
-    versions), so that a sweep trains it once.
+    A network trained here is cached under a key of everything that made it (model, data, training,
+    seed, versions), so that a sweep trains it once.
 
     Args:
         config: the composed config of a run.
         module: the classifier, with fresh weights.
         datamodule: set up.
         trainer: arguments of ``pl.Trainer``.
-        ranks: its processes; all of them get the weights of rank zero, which alone looks into the
-            cache.
+        ranks: the trainer's processes. Only rank zero reads and writes the cache; all of them get
+            its weights.
 
     Raises:
-        QatTricksError: weights that are missing, damaged or of another network.
+        QatTricksError: ``model.weights`` are missing, damaged or of another network.
     """
     weights = config.model.weights
     if weights is not None:
         module.network = build_model(**{**module.hparams["model"], "weights": weights})
         if not config.baseline.finetune:
             return
-    kept = cache_dir() / f"{_key(config)}.pt"
-    if not (config.baseline.cache and ranks.on_zero(_restore, module, kept)):
+    cached = cache_dir() / f"{_key(config)}.pt"
+    if not (config.baseline.cache and ranks.on_zero(_restore, module, cached)):
         module.train().lr = config.baseline.lr
         fit = pl.Trainer(max_epochs=config.baseline.epochs, enable_checkpointing=False, **trainer)
         fit.fit(module, datamodule=datamodule)
         if config.baseline.cache:
-            ranks.on_zero(_keep, module, kept)
+            ranks.on_zero(_cache, module, cached)
+    # the ranks may have restored, trained or begun differently
     module.network.load_state_dict(ranks.on_zero(module.network.state_dict))
 
 
 def _key(config: DictConfig) -> str:
+    """Returns a hash of everything that the trained weights depend on."""
     made_by: dict[str, Any] = {
         name: OmegaConf.to_container(config[name], resolve=True)
         for name in ("model", "data", "baseline", "optimizer", "trainer")
     }
     weights = Path(str(config.model.weights))
+    # a file's content counts, not its name
     digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
     made_by |= {
         "seed": config.seed,
@@ -86,25 +88,26 @@ def _key(config: DictConfig) -> str:
     return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _restore(module: Classifier, kept: Path) -> bool:
-    if not kept.is_file():
+def _restore(module: Classifier, cached: Path) -> bool:
+    """Loads the cached weights; returns whether there were any."""
+    if not cached.is_file():
         return False
     try:
-        module.network.load_state_dict(torch.load(kept, map_location="cpu", weights_only=True))
-    # torch raises many kinds for a damaged file; training again mends any of them
+        module.network.load_state_dict(torch.load(cached, map_location="cpu", weights_only=True))
+    # torch raises many kinds for a damaged file; training again mends all of them
     except Exception as error:
         Console(stderr=True).print(
-            f"the kept float baseline {kept.name} is damaged ({type(error).__name__}): training it "
-            "again"
+            f"the cached float baseline {cached.name} is damaged ({type(error).__name__}): "
+            "training it again"
         )
         return False
     return True
 
 
-def _keep(module: Classifier, kept: Path) -> None:
+def _cache(module: Classifier, cached: Path) -> None:
     try:
-        write_tensors(module.network.state_dict(), kept)
+        write_tensors(module.network.state_dict(), cached)
     except QatTricksError as error:
         Console(stderr=True).print(
-            f"the float baseline could not be kept: {error}; the run goes on"
+            f"the float baseline could not be cached: {error}; the run goes on"
         )

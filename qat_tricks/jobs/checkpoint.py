@@ -1,8 +1,8 @@
-"""A checkpoint that a run wrote, as an evaluation needs it. Loads Lightning, which evaluating an
-ONNX file does without.
+"""A checkpoint that a run wrote, as an evaluation needs it.
+
+It loads Lightning, which the evaluation of an ONNX file does without.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,16 @@ from qat_tricks.data import build_data
 from qat_tricks.deploy.export import export_onnx
 from qat_tricks.errors import QatTricksError
 from qat_tricks.jobs.classifier import Classifier
+from qat_tricks.jobs.description import to_metadata
 from qat_tricks.trainer.checkpoints import load_from_checkpoint
-
-PREFIX = "qat_tricks."
 
 
 def load_classifier(path: Path) -> Classifier:
-    """Raises QatTricksError for a checkpoint that ``train.py`` did not write."""
+    """Loads the classifier of a checkpoint.
+
+    Raises:
+        QatTricksError: ``train.py`` did not write it.
+    """
     try:
         module = load_from_checkpoint(Classifier, path)
     except TypeError as error:
@@ -30,8 +33,7 @@ def load_classifier(path: Path) -> Classifier:
 
 
 def describe(module: Classifier) -> dict[str, Any]:
-    """What the checkpoint says of itself: ``recipe``, ``model``, ``data`` and ``preprocessing``, as
-    plain data.
+    """Returns the description of a checkpoint: ``recipe``, ``model``, ``data``, ``preprocessing``.
 
     Raises:
         QatTricksError: it does not say which data it was made for.
@@ -41,7 +43,7 @@ def describe(module: Classifier) -> dict[str, Any]:
         raise QatTricksError(
             "the checkpoint does not say which data it was made for: give one that train.py wrote"
         )
-    if preprocessing is None:  # that of its data
+    if preprocessing is None:  # older checkpoints: that of their data
         preprocessing = build_data(**data).preprocessing.described()
     return {
         "recipe": None,
@@ -52,8 +54,15 @@ def describe(module: Classifier) -> dict[str, Any]:
 
 
 def export_classifier(
-    module: Classifier, path: Path, described: dict[str, Any], shape: tuple[int, int, int]
+    module: Classifier, path: Path, description: dict[str, Any], shape: tuple[int, int, int]
 ) -> None:
-    """Writes the network to an ONNX file that says of itself what the checkpoint does."""
-    metadata = {f"{PREFIX}{key}": json.dumps(value) for key, value in described.items()}
-    export_onnx(module.network, path, torch.zeros(2, *shape), metadata=metadata)
+    """Writes the network to an ONNX file with a description.
+
+    Args:
+        module: the classifier.
+        path: of the file.
+        description: from ``describe``.
+        shape: channels, height and width of the images.
+    """
+    example = torch.zeros(2, *shape)
+    export_onnx(module.network, path, example, metadata=to_metadata(description))

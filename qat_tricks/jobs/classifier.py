@@ -1,11 +1,13 @@
-"""The LightningModule that ``train.py`` trains; users bring their own."""
+"""The LightningModule that ``train.py`` trains; in Python, users bring their own."""
 
 from typing import TYPE_CHECKING, Any
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.nn import functional as F
 
+from qat_tricks.data import ImageData
 from qat_tricks.models.build import build_model
 from qat_tricks.trainer.framework import default_package
 
@@ -19,12 +21,13 @@ class Classifier(pl.LightningModule):
     """An image classifier trained by SGD with Nesterov momentum under a one-cycle schedule.
 
     Args:
-        model: arguments of ``build_model``, as plain data, so that a checkpoint rebuilds its own
-            network.
-        data: the data's settings, kept for whoever evaluates the checkpoint.
-        preprocessing: what ``Preprocessing.described`` says, kept as well.
+        model: arguments of ``build_model`` as plain data; a checkpoint rebuilds its network from
+            them.
+        data: the settings of the data; an evaluation of the checkpoint reads them.
+        preprocessing: from ``Preprocessing.described``, for an evaluation too.
         lr: peak learning rate.
-        momentum, weight_decay: of SGD.
+        momentum: of SGD.
+        weight_decay: of SGD.
         label_smoothing: of the cross entropy, 0 to 1.
     """
 
@@ -75,7 +78,31 @@ class Classifier(pl.LightningModule):
             nesterov=self.hparams["momentum"] > 0,
         )
         steps = max(2, int(self.trainer.estimated_stepping_batches))
+        # of 5 steps a fifth is a phase from step 0 to step 0, by whose length OneCycleLR divides
+        rise = 0.2 if steps != 5 else 0.4
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=self.lr, total_steps=steps, pct_start=0.2, cycle_momentum=False
+            optimizer, max_lr=self.lr, total_steps=steps, pct_start=rise, cycle_momentum=False
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def make_classifier(config: DictConfig, data: ImageData) -> Classifier:
+    """Makes the classifier of a composed config, with fresh weights.
+
+    Args:
+        config: composed from ``conf/train.yaml``; its ``model.weights`` are left to the baseline.
+        data: loaded; decides the classes and the channels.
+    """
+    settings: Any = OmegaConf.to_container(config.data, resolve=True)
+    return Classifier(
+        model={
+            "name": config.model.name,
+            "factory": config.model.factory,
+            "num_classes": data.num_classes,
+            "in_channels": data.in_channels,
+        },
+        data=settings,
+        preprocessing=data.preprocessing.described(),
+        lr=config.baseline.lr,
+        **config.optimizer,
+    )

@@ -1,20 +1,26 @@
-"""The settings of ``conf/train.yaml`` and ``conf/evaluate.yaml``."""
+"""The settings of ``conf/train.yaml`` and ``conf/evaluate.yaml``: their defaults and ranges."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from qat_tricks.deploy.cost.latency import MIN_RUNS
-from qat_tricks.deploy.targets import OPSET, target_named
-from qat_tricks.errors import QatTricksError
-from qat_tricks.settings.binding import Problems, make
-
-if TYPE_CHECKING:
-    from qat_tricks.recipes.recipe import StagedRecipe
+from qat_tricks.deploy.targets import OPSET
+from qat_tricks.settings.ranges import (
+    EPOCHS,
+    LEARNING_RATE,
+    MAX_DROP,
+    NOT_NEGATIVE,
+    POSITIVE,
+    at_least,
+    below,
+    between,
+    check_ranges,
+    counts,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,15 +29,11 @@ class Baseline:
 
     epochs: int = 10
     lr: float = 0.1  # peak of a one-cycle schedule
-    finetune: bool = False  # also train when model.weights is given
-    cache: bool = True  # keep what was trained
+    finetune: bool = False  # train even with model.weights
+    cache: bool = True  # a network trained here is kept for later runs
 
     def __post_init__(self) -> None:
-        _allow(
-            self,
-            epochs=(self.epochs >= 0, "0 or more"),
-            lr=(0 < self.lr < math.inf, "a number above 0"),
-        )
+        check_ranges(self, epochs=EPOCHS, lr=POSITIVE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +45,8 @@ class Optimizer:
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        _allow(
-            self,
-            momentum=(0 <= self.momentum < 1, "0 to below 1"),
-            weight_decay=(0 <= self.weight_decay < math.inf, "0 or more"),
-            label_smoothing=(0 <= self.label_smoothing < 1, "0 to below 1"),
+        check_ranges(
+            self, momentum=below(0, 1), weight_decay=NOT_NEGATIVE, label_smoothing=below(0, 1)
         )
 
 
@@ -59,134 +58,71 @@ class Measure:
 
     batch_size: int = 1
     threads: int = 2
-    runs: int = 200
+    runs: int = 200  # timed ones, at most, for one file
     max_seconds: float = 5.0  # for one file
     min_top1_agreement: float = 0.99  # 0 to 1
 
     def __post_init__(self) -> None:
-        _allow(
+        check_ranges(
             self,
-            batch_size=(self.batch_size >= 1, "1 or more"),
-            threads=(self.threads >= 1, "1 or more"),
-            runs=(self.runs >= MIN_RUNS, f"{MIN_RUNS} or more"),
-            max_seconds=(0 < self.max_seconds < math.inf, "a number above 0"),
-            min_top1_agreement=(0 <= self.min_top1_agreement <= 1, "0 to 1"),
+            batch_size=at_least(1),
+            threads=at_least(1),
+            runs=at_least(MIN_RUNS),
+            max_seconds=POSITIVE,
+            min_top1_agreement=between(0, 1),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceMeasure(Measure):
-    """What an evaluation measures besides: throughput at each number of threads with each size of
+    """An evaluation's measurements: also throughput, at each number of threads with each size of
     batch.
     """
 
     batch_sizes: Sequence[int] = (1, 8, 32)
     thread_counts: Sequence[int] = (1, 2)
-    point_seconds: float = 0.3  # of one such combination
+    point_seconds: float = 0.3  # for one combination of the two
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _allow(
+        check_ranges(
             self,
-            batch_sizes=(
-                _counts(self.batch_sizes),
-                "a list of whole numbers, 1 or more, as in [1,8,32]",
-            ),
-            thread_counts=(
-                _counts(self.thread_counts),
-                "a list of whole numbers, 1 or more, as in [1,2]",
-            ),
-            point_seconds=(0 < self.point_seconds < math.inf, "a number above 0"),
+            batch_sizes=counts("[1,8,32]"),
+            thread_counts=counts("[1,2]"),
+            point_seconds=POSITIVE,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """What the exported files take and are made of."""
+    """The input and the format of the exported files."""
 
-    normalize: bool = False  # uint8 pixels, which the network normalizes itself
+    normalize: bool = False  # they take uint8 pixels, which the network normalizes itself
     opset: int = OPSET  # ONNX operator set
 
     def __post_init__(self) -> None:
-        _allow(self, opset=(self.opset >= OPSET, f"{OPSET} or more"))
+        check_ranges(self, opset=at_least(OPSET))
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageOverride:
-    """What every stage of the recipe does instead of its own setting; None leaves it."""
+    """Settings that replace those of every stage of the recipe; None replaces nothing."""
 
     epochs: int | None = None  # of the stages that train
     lr: float | None = None  # of the stages that train
     max_drop: float | None = None  # points of accuracy
 
     def __post_init__(self) -> None:
-        _allow(
-            self,
-            epochs=(self.epochs is None or self.epochs >= 0, "0 or more, or null"),
-            lr=(self.lr is None or 0 < self.lr < math.inf, "a number above 0, or null"),
-            max_drop=(
-                self.max_drop is None or self.max_drop >= 0,
-                "0 or more points of accuracy, or null",
-            ),
-        )
-
-
-def _counts(values: Sequence[int]) -> bool:
-    return len(values) > 0 and min(values) >= 1
-
-
-def _allow(settings: Any, **rules: tuple[bool, str]) -> None:
-    problems = [
-        f"{name}={getattr(settings, name)} is not allowed: give {allowed}"
-        for name, (holds, allowed) in rules.items()
-        if not holds
-    ]
-    if problems:
-        raise QatTricksError("; ".join(problems))
-
-
-def recipe_of(config: DictConfig) -> "StagedRecipe":
-    """The recipe of a composed config, fitted to its target, with ``stage.epochs``, ``.lr`` and
-    ``.max_drop`` in its stages.
-
-    Raises:
-        QatTricksError: all that is wrong with the three.
-    """
-    # these load Lightning, which an evaluation does without
-    from qat_tricks.recipes.recipe import build_recipe
-    from qat_tricks.tricks.quantize import Quantize
-
-    problems = Problems()
-    override = problems.of(
-        lambda: make("stage", StageOverride, OmegaConf.to_container(config.stage))
-    )  # type: ignore[arg-type]
-    recipe = problems.of(lambda: build_recipe(config.recipe))
-    target = problems.of(lambda: target_named(config.target))
-    problems.report()
-    assert override is not None
-    assert recipe is not None
-    assert target is not None
-    for trick in recipe.tricks:
-        if isinstance(trick, Quantize):
-            trick.settings = trick.settings.limited_to(target)
-    everywhere: dict[str, Any] = {"max_drop": override.max_drop}
-    in_training = {**everywhere, "epochs": override.epochs, "lr": override.lr}
-    stages = []
-    for stage in recipe.stages:
-        wanted = in_training if stage.epochs > 0 else everywhere
-        stages.append(
-            replace(stage, **{key: value for key, value in wanted.items() if value is not None})
-        )
-    return replace(recipe, stages=stages)
+        check_ranges(self, epochs=EPOCHS.or_null(), lr=LEARNING_RATE, max_drop=MAX_DROP)
 
 
 def timing(measure: Any) -> dict[str, Any]:
-    """How long, and under what, each file is timed: the settings of ``measure`` that
-    ``measure_latency`` takes.
-    """
+    """Returns the settings of ``measure`` that ``measure_latency`` takes."""
     return {key: measure[key] for key in ("batch_size", "threads", "runs", "max_seconds")}
 
 
 def evaluation_folder(config: DictConfig) -> Path:
-    """Where ``evaluate.py`` writes: ``folder``, or ``evaluation`` beside the artifact."""
+    """Returns the folder that ``evaluate.py`` writes to: ``config.folder``, or ``evaluation``
+    beside the artifact.
+    """
     return Path(config.folder) if config.folder else Path(config.artifact).parent / "evaluation"

@@ -13,10 +13,10 @@ import torch
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Restores, after the block, what a job may set for the whole process.
+    """Restores, after the block, the settings of the process that a job may have changed.
 
-    That is torch's threads, default type, determinism, matmul precision and gradient mode, the
-    random states, the environment variables, and open matplotlib figures.
+    They are torch's threads, default type, determinism, matmul precision and gradient mode, the
+    random states and the environment variables. Open matplotlib figures are closed.
     """
     environment = dict(os.environ)
     threads, dtype, grad = (
@@ -32,6 +32,7 @@ def isolated() -> Iterator[None]:
     try:
         yield
     finally:
+        # in place: os.environ passes each change on to the process
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         os.environ.update(environment)
@@ -44,12 +45,12 @@ def isolated() -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
-        if "matplotlib.pyplot" in sys.modules:
+        if "matplotlib.pyplot" in sys.modules:  # slow to load: only where a job did
             sys.modules["matplotlib.pyplot"].close("all")
 
 
 def free_memory() -> None:
-    """Gives back what a job that has ended still holds."""
+    """Frees the memory of a job that has ended, reference cycles among it."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

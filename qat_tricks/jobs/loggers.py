@@ -1,6 +1,4 @@
-"""Where a run's metrics go: Weights & Biases, offline unless you are logged in; a CSV file; or
-nowhere.
-"""
+"""The loggers of a run: Weights & Biases, offline unless you are logged in; a CSV file; or none."""
 
 import os
 import re
@@ -17,6 +15,14 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from qat_tricks.errors import QatTricksError, did_you_mean
+from qat_tricks.trainer.framework import default_package
+
+if TYPE_CHECKING:
+    from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
+else:
+    CSVLogger, Logger, WandbLogger = (
+        getattr(default_package().loggers, name) for name in ("CSVLogger", "Logger", "WandbLogger")
+    )
 from qat_tricks.trainer.framework import default_package
 
 if TYPE_CHECKING:
@@ -50,17 +56,17 @@ def make_logger(
 ) -> Logger | bool:
     """Makes the logger of one run; end it with ``finish_logger``.
 
-    With W&B it never asks for a login and never fails: where W&B cannot start, one line on stderr
-    says why, and the metrics go to a CSV file. WANDB_MODE is respected.
+    W&B never asks for a login and never stops a run: where it cannot start, one line on stderr says
+    why, and the metrics go to a CSV file. WANDB_MODE is respected.
 
     Args:
-        config: the composed config, ``config.logger`` a ``LoggerOptions``.
+        config: the composed config; ``config.logger`` holds ``LoggerOptions``.
         folder: the run's.
-        group: W&B's group, for the jobs of a sweep.
-        job_name: W&B's name of the run.
+        group: of W&B, for the jobs of a sweep.
+        job_name: the name of the run in W&B.
 
     Returns:
-        A logger for ``pl.Trainer``; False for none.
+        A logger for ``pl.Trainer``; False means none.
     """
     options = LoggerOptions(**OmegaConf.to_container(config.logger, resolve=True))  # type: ignore[arg-type]
     mode = _mode() if options.name == "wandb" else "disabled"
@@ -76,27 +82,27 @@ def make_logger(
 
 
 def finish_logger(logger: Logger | bool, *, failed: bool = False) -> None:
-    """Ends the run of a logger from ``make_logger``; uploads what is left if it is online."""
+    """Ends the run of a logger from ``make_logger``; one that is online uploads the rest first."""
     try:
         if isinstance(logger, WandbLogger) and _rank() == 0:
             logger.experiment.finish(exit_code=int(failed))
         elif isinstance(logger, CSVLogger):
             logger.save()
-    except Exception as error:  # the run itself is done: nothing here may undo it
+    except Exception as error:  # the run itself is done, and no logger may spoil it
         _warn(f"the logger could not be ended ({_reason(error)})")
 
 
 def log_report(logger: Any, report: Mapping[str, Any], folder: Path) -> None:
     """Logs a finished run's report.
 
-    The metrics are ``stage/NAME/accuracy`` and so on, one a stage and figure, and ``report/…`` for
-    everything else, such as ``report/size_bytes/int8``. W&B also gets them as the run's summary,
-    the stages as the table ``ledger``, and the report and ``model.onnx`` as an artifact.
+    The figures of a stage are ``stage/NAME/accuracy`` and so on; all others are ``report/…``, such
+    as ``report/size_bytes/int8``. W&B also gets them as the run's summary, the stages as the table
+    ``ledger``, and the report and ``model.onnx`` as an artifact.
 
     Args:
         logger: from ``make_logger``, a list of loggers, or False.
         report: as in ``report.json``.
-        folder: where the files are.
+        folder: holds the files.
     """
     for one in logger if isinstance(logger, list | tuple) else [logger]:
         if not isinstance(one, Logger) or _rank() != 0:
@@ -113,13 +119,15 @@ def log_report(logger: Any, report: Mapping[str, Any], folder: Path) -> None:
 
 
 def report_metrics(report: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of a report under stable names."""
-    stages = {
-        f"stage/{stage['name']}": {k: v for k, v in stage.items() if k != "before"}
-        for stage in report["stages"]
+    """Returns the figures of a report by their path, such as ``stage/onnx/accuracy``."""
+    stages = {f"stage/{stage['name']}": _without_before(stage) for stage in report["stages"]}
+    # neither of these describes the result
+    others = {
+        key: value
+        for key, value in report.items()
+        if key not in ("stages", "preprocessing", "environment")
     }
-    whole = {k: v for k, v in report.items() if k not in ("stages", "preprocessing", "environment")}
-    flat = _flatten({**stages, "report": whole})
+    flat = _flatten({**stages, "report": others})
     return {
         key: value
         for key, value in flat.items()
@@ -130,10 +138,8 @@ def report_metrics(report: Mapping[str, Any]) -> dict[str, float]:
 def _log_to_wandb(
     run: Any, metrics: dict[str, float], report: Mapping[str, Any], folder: Path
 ) -> None:
-    rows = [
-        _flatten({k: v for k, v in stage.items() if k != "before"}) for stage in report["stages"]
-    ]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    rows = [_flatten(_without_before(stage)) for stage in report["stages"]]
+    columns = list(dict.fromkeys(key for row in rows for key in row))  # in order, each once
     table = wandb.Table(
         columns=[*columns], data=[[row.get(column) for column in columns] for row in rows]
     )
@@ -147,7 +153,13 @@ def _log_to_wandb(
     run.log_artifact(artifact)
 
 
+def _without_before(stage: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a stage without the metrics before it, which are those of the stage before."""
+    return {key: value for key, value in stage.items() if key != "before"}
+
+
 def _flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested mappings as one, the keys joined by ``/``."""
     flat: dict[str, Any] = {}
     for key, value in data.items():
         flat |= (
@@ -163,8 +175,9 @@ def _rank() -> int:
 
 
 def _mode() -> str:
-    """online, offline or disabled: as WANDB_MODE or W&B's settings say, but never online without a
-    login.
+    """Returns W&B's mode, online, offline or disabled.
+
+    WANDB_MODE or W&B's settings decide; without a login it is never online.
     """
     try:
         settings = wandb.setup().settings
@@ -172,7 +185,7 @@ def _mode() -> str:
         if wish in ("disabled", "offline", "dryrun"):
             return "disabled" if wish == "disabled" else "offline"
         return "online" if _logged_in(settings) else "offline"
-    except Exception:  # shows again, and is told, when the run starts
+    except Exception:  # the same fault is told when the run starts
         return "offline"
 
 
@@ -183,22 +196,17 @@ def _logged_in(settings: Any) -> bool:
         or getattr(settings, "identity_token_file", None)
     ):
         return True
-    candidates = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
-    file = next(
-        (
-            path
-            for path in (Path(name).expanduser() for name in candidates if name)
-            if path.is_file()
-        ),
-        None,
-    )
+    # the files that "wandb login" may have written
+    names = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
+    candidates = (Path(name).expanduser() for name in names if name)
+    file = next((path for path in candidates if path.is_file()), None)
+    if file is None:
+        return False
     try:
-        known = netrc(file) if file else None
+        host = urlsplit(settings.base_url).netloc
+        return netrc(file).authenticators(host) is not None
     except (NetrcParseError, OSError):
         return False
-    return (
-        known is not None and known.authenticators(urlsplit(settings.base_url).netloc) is not None
-    )
 
 
 def _start(
@@ -209,8 +217,10 @@ def _start(
     group: str | None,
     job_name: str | None,
 ) -> Any:
-    """A W&B run of its own, whatever others this process has; None, and a line on stderr, if it
-    cannot be.
+    """Starts a W&B run, separate from others of this process.
+
+    Returns:
+        The run; None where W&B cannot start, which a line on stderr has told.
     """
     for attempt in dict.fromkeys([mode, "offline"]):
         try:
@@ -227,6 +237,7 @@ def _start(
                 reinit="create_new",
                 settings=wandb.Settings(silent=True, console="off", init_timeout=LOGIN_SECONDS),
             )
+            # as Lightning's logger does for a run that it starts itself
             run.define_metric("trainer/global_step")
             run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
             return run

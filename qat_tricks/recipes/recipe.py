@@ -1,6 +1,5 @@
 """Recipes: from the Hydra groups ``conf/recipe`` and ``conf/trick`` to checked stages of tricks."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +12,13 @@ from qat_tricks.recipes.registry import make_trick, options
 from qat_tricks.settings.binding import Problems, make, unknown_keys
 from qat_tricks.settings.config_dir import config_dir
 from qat_tricks.settings.plain import as_plain
+from qat_tricks.settings.ranges import EPOCHS, LEARNING_RATE, MAX_DROP, check_ranges
+from qat_tricks.settings.renamed import rename_keys, rename_overrides
 from qat_tricks.settings.shipped import NeedsHydraError, compose_recipe
 from qat_tricks.trainer.order import check_order
 from qat_tricks.trainer.trick import Trick
 
-RECIPE_KEYS = {"name", "network", "whole", "stages"}
+RECIPE_KEYS = {"name", "network", "untraced", "stages"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,23 +32,7 @@ class Stage:
     max_drop: float | None = None  # points of accuracy that the stage may cost; None: any number
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.epochs < 0:
-            problems.append(
-                f"epochs={self.epochs} is not allowed: give 1 or more, or 0 for no training"
-            )
-        if self.lr is not None and not 0 < self.lr < math.inf:
-            problems.append(
-                f"lr={self.lr} is not allowed: give a number above 0, or null for the trainer's "
-                "default"
-            )
-        if self.max_drop is not None and not self.max_drop >= 0:
-            problems.append(
-                f"max_drop={self.max_drop} is not allowed: give 0 or more points of accuracy, or "
-                "null"
-            )
-        if problems:
-            raise QatTricksError("; ".join(problems))
+        check_ranges(self, epochs=EPOCHS, lr=LEARNING_RATE, max_drop=MAX_DROP)
 
     def apply(self, work: Workbench) -> None:
         """Applies the tricks without training."""
@@ -109,9 +94,9 @@ def _compose(name: str, overrides: Sequence[str], problems: Problems) -> Any:
             pass
     from qat_tricks.settings.compose import Composer  # loads Hydra, which is slow
 
-    inside = [_in_recipe(override) for override in overrides]
+    inside = rename_overrides([_in_recipe(override) for override in overrides])
     config, failures = Composer("train").compose([f"recipe={name}", *inside])
-    problems.found += failures
+    problems.messages += failures
     return config.recipe
 
 
@@ -135,23 +120,28 @@ def build_recipe(settings: DictConfig | Mapping[str, Any]) -> StagedRecipe:
     config: dict[str, Any] = (
         as_plain(settings, "recipe") if isinstance(settings, DictConfig) else dict(settings)
     )
+    config = rename_keys("recipe", config)
     problems = Problems()
-    name, network, whole = config.get("name", "recipe"), config.get("network"), config.get("whole")
-    problems.found += unknown_keys(f"recipe {name}", config, RECIPE_KEYS)
+    name, network, untraced = (
+        config.get("name", "recipe"),
+        config.get("network"),
+        config.get("untraced"),
+    )
+    problems.messages += unknown_keys(f"recipe {name}", config, RECIPE_KEYS)
     for key in ("name", "network"):
         if not _is_text(config.get(key)):
-            problems.found.append(f"recipe.{key}={config[key]!r} is not allowed: give text")
-    if not isinstance(whole or [], list) or not all(isinstance(p, str) for p in whole or []):
-        problems.found.append(
-            f'recipe.whole={whole!r} is not allowed: give name patterns, such as ["stages.3.*"]'
+            problems.messages.append(f"recipe.{key}={config[key]!r} is not allowed: give text")
+    if not isinstance(untraced or [], list) or not all(isinstance(p, str) for p in untraced or []):
+        problems.messages.append(
+            f'recipe.untraced={untraced!r} is not allowed: give name patterns, such as ["stages.3.*"]'
         )
-        whole = None
+        untraced = None
     stages: list[Stage] = []
     done: list[str] = []
     for stage_name, of_stage in _mapping("recipe.stages", config.get("stages"), problems).items():
         stages += _build_stage(stage_name, of_stage, done, problems)
     problems.report()
-    return StagedRecipe(name=name, stages=stages, network=network, untraced=tuple(whole or ()))
+    return StagedRecipe(name=name, stages=stages, network=network, untraced=tuple(untraced or ()))
 
 
 def _build_stage(name: str, settings: Any, done: list[str], problems: Problems) -> list[Stage]:
@@ -172,15 +162,15 @@ def _build_stage(name: str, settings: Any, done: list[str], problems: Problems) 
         try:
             tricks.append(make_trick(trick_name, values))
         except QatTricksError as error:
-            problems.found.append(f"{where}: {error}")
+            problems.messages.append(f"{where}: {error}")
     try:
         if len(tricks) == len(of_tricks):  # else the order would lack those that were not made
             check_order(tricks, done)
     except QatTricksError as error:
-        problems.found.append(f"{where}: {error}")
+        problems.messages.append(f"{where}: {error}")
     done += [*of_tricks, *(trick.name for trick in tricks)]
     if "name" in settings:
-        problems.found.append(f'{where} has no setting "name"')
+        problems.messages.append(f'{where} has no setting "name"')
         return []
     stage = problems.of(lambda: make(where, Stage, {"name": name, "tricks": tricks, **settings}))
     return [] if stage is None else [stage]
@@ -193,5 +183,5 @@ def _is_text(value: Any) -> bool:
 def _mapping(where: str, value: Any, problems: Problems) -> dict[str, Any]:
     if value is None or isinstance(value, Mapping):
         return dict(value or {})
-    problems.found.append(f"{where}={value!r} is not allowed: give keys with values")
+    problems.messages.append(f"{where}={value!r} is not allowed: give keys with values")
     return {}

@@ -1,5 +1,6 @@
-"""Binds settings to what takes them: unknown keys, missing ones and wrong types, before anything
-runs.
+"""Binds settings to the function or class that takes them, before anything runs.
+
+Unknown keys, missing ones and values of a wrong type are found, all of them at once.
 """
 
 import inspect
@@ -18,28 +19,30 @@ _NAMES = {
     str: "text",
     NoneType: "null",
 }
+# get_origin gives collections.abc's classes, as imported here
 _SEQUENCES = (list, tuple, Sequence)
 _MAPPINGS = (dict, Mapping)
+_UNIONS = (Union, UnionType)
 
 
 class Problems:
-    """Gathers all that is wrong, to be told at once."""
+    """Gathers problems, which are told together."""
 
     def __init__(self) -> None:
-        self.found: list[str] = []
+        self.messages: list[str] = []  # one for each
 
     def of(self, check: Callable[[], T]) -> T | None:
-        """Returns what ``check`` returns, or None once it has found fault."""
+        """Calls ``check`` and returns its result; None where it raises QatTricksError."""
         try:
             return check()
         except QatTricksError as error:
-            self.found.append(str(error))
+            self.messages.append(str(error))
             return None
 
     def report(self) -> None:
-        """Raises QatTricksError with every different problem, if there is any."""
-        if self.found:
-            raise QatTricksError("; ".join(dict.fromkeys(self.found)))
+        """Raises QatTricksError with every problem, each once; does nothing if there is none."""
+        if self.messages:
+            raise QatTricksError("; ".join(dict.fromkeys(self.messages)))
 
 
 def bind(
@@ -49,13 +52,16 @@ def bind(
     *,
     without: Collection[str] = (),
 ) -> list[str]:
-    """Returns what is wrong with ``settings`` as the arguments of ``target``, a message each.
+    """Compares ``settings`` with the parameters of ``target``.
 
     Args:
-        where: what the messages call the settings, such as ``data``.
+        where: the name of the settings in the messages, such as ``data``.
         target: a function or class whose parameters are annotated.
         settings: plain data by name.
         without: parameters that are not settings.
+
+    Returns:
+        A message for each problem.
     """
     parameters = {
         name: p
@@ -77,10 +83,15 @@ def bind(
 
 
 def make(where: str, target: Callable[..., T], settings: Mapping[str, Any]) -> T:
-    """Calls ``target`` with ``settings`` once they bind.
+    """Calls ``target`` with ``settings`` and returns its result.
+
+    Args:
+        where: the name of the settings in the messages.
+        target: a function or class whose parameters are annotated.
+        settings: plain data by name.
 
     Raises:
-        QatTricksError: settings that do not bind, or that ``target`` itself refuses.
+        QatTricksError: the settings do not bind, or ``target`` itself refuses them.
     """
     problems = bind(where, target, settings)
     if problems:
@@ -91,11 +102,11 @@ def make(where: str, target: Callable[..., T], settings: Mapping[str, Any]) -> T
         raise QatTricksError(f"{where}: {error}") from error
 
 
-def unknown_keys(where: str, given: Collection[str], allowed: Collection[str]) -> list[str]:
-    """Returns a message for each of the ``given`` keys that is not ``allowed``."""
+def unknown_keys(where: str, keys: Collection[str], allowed: Collection[str]) -> list[str]:
+    """Returns a message for each key that is not ``allowed``."""
     return [
         f'{where} has no setting "{key}": {did_you_mean(str(key), allowed)}'
-        for key in given
+        for key in keys
         if key not in allowed
     ]
 
@@ -108,44 +119,52 @@ def _hints(target: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    origin, arguments = get_origin(hint), get_args(hint)
+    """Returns whether ``value``, as YAML gives it, has the type ``hint``."""
     if hint is Any or isinstance(hint, TypeVar):
         return True
-    if origin in (Union, UnionType):
+    kind, arguments = get_origin(hint) or hint, get_args(hint)
+    if kind in _UNIONS:
         return any(_fits(value, argument) for argument in arguments)
-    if origin is Literal:
-        return any(value == argument and type(value) is type(argument) for argument in arguments)
-    if (origin or hint) in _SEQUENCES:
-        return isinstance(value, list | tuple) and all(
-            _fits(item, (*arguments, Any)[0]) for item in value
-        )
-    if (origin or hint) in _MAPPINGS:
+    if kind is Literal:
+        # 1 == True to Python: the types have to agree as well
+        return any(value == choice and type(value) is type(choice) for choice in arguments)
+    if kind in _SEQUENCES:
+        item_hint = arguments[0] if arguments else Any
+        return isinstance(value, list | tuple) and all(_fits(item, item_hint) for item in value)
+    if kind in _MAPPINGS:
+        value_hint = arguments[1] if arguments else Any
         return isinstance(value, Mapping) and all(
-            _fits(item, (*arguments, Any, Any)[1]) for item in value.values()
+            _fits(item, value_hint) for item in value.values()
         )
-    if isinstance(value, bool) and hint is not bool:
-        return False
-    kind = {float: (int, float)}.get(hint, origin or hint)
-    return not isinstance(kind, type | tuple) or isinstance(value, kind)
+    return _is_instance(value, kind)
+
+
+def _is_instance(value: Any, kind: Any) -> bool:
+    if isinstance(value, bool):  # a whole number to Python
+        return kind is bool
+    if kind is float:
+        return isinstance(value, int | float)
+    # a hint that is no type, such as a string that names one, allows everything
+    return not isinstance(kind, type) or isinstance(value, kind)
 
 
 def _describe(hint: Any) -> str:
-    if get_origin(hint) in (Union, UnionType):
-        known = [_describe(argument) for argument in get_args(hint) if _is_plain(argument)]
+    """Returns the values that ``hint`` allows, in words that complete "give …"."""
+    kind, arguments = get_origin(hint) or hint, get_args(hint)
+    if kind in _UNIONS:
+        known = [_describe(argument) for argument in arguments if _is_plain(argument)]
+        # two lists, for one, may have the same words
         return " or ".join(dict.fromkeys(" or ".join(known).split(" or ")))
-    if get_origin(hint) is Literal:
-        return " or ".join(str(argument) for argument in get_args(hint))
-    if (get_origin(hint) or hint) in _SEQUENCES:
-        return f"a list of {_describe(get_args(hint)[0])}" if get_args(hint) else "a list"
-    if (get_origin(hint) or hint) in _MAPPINGS:
+    if kind is Literal:
+        return " or ".join(str(choice) for choice in arguments)
+    if kind in _SEQUENCES:
+        return f"a list of {_describe(arguments[0])}" if arguments else "a list"
+    if kind in _MAPPINGS:
         return "keys with values"
     return _NAMES.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def _is_plain(hint: Any) -> bool:
-    """Whether YAML can hold a value of this type."""
-    return (
-        hint in _NAMES
-        or get_origin(hint) in (Literal, Union, UnionType, *_SEQUENCES, *_MAPPINGS)
-        or hint in _SEQUENCES
-    )
+    """Returns whether YAML can hold a value of this type."""
+    kind = get_origin(hint) or hint
+    return kind in (Literal, *_NAMES, *_UNIONS, *_SEQUENCES) or get_origin(hint) in _MAPPINGS

@@ -1,7 +1,7 @@
-"""Composes the Hydra configs in ``conf`` and tells what is wrong in one line, everything at once.
+"""Composes the Hydra configs in ``conf``; everything wrong is told at once, in one line.
 
-Hydra's public ``compose`` needs global state, which a running Hydra application has taken already;
-its config loader, used here, needs none.
+Hydra's public ``compose`` needs global state, which a running Hydra application has taken already.
+Its config loader, used here, needs none.
 """
 
 import re
@@ -33,12 +33,10 @@ COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueE
 
 
 class Composition(NamedTuple):
-    """A composed config, the ``hydra`` node included, without the overrides that could not be
-    applied.
-    """
+    """A composed config, without the overrides that could not be applied."""
 
-    config: DictConfig
-    problems: list[str]  # why they could not, a message each
+    config: DictConfig  # with the hydra node
+    problems: list[str]  # a message for each override that could not be applied
 
 
 class Composer:
@@ -46,7 +44,8 @@ class Composer:
 
     Args:
         config_name: of the primary config.
-        extra: a folder of the user's own YAML files, which go first.
+        extra: a folder of the user's own YAML files. As in Hydra itself, ours win where the names
+            are the same.
 
     Raises:
         QatTricksError: ``extra`` is not a folder.
@@ -85,34 +84,32 @@ class Composer:
             try:
                 return Composition(self._load(overrides, sweep), [])
             except COMPOSE_ERRORS:
-                pass  # found and explained one by one below
-        kept: list[str] = []
-        # groups whose choice failed: what is set inside them is not to blame
+                pass  # the overrides are tried one by one below
+        applied: list[str] = []
+        # groups whose choice failed: a setting inside them is not to blame
         lost: set[str] = set()
         try:
             config = self._load([], sweep)
         except COMPOSE_ERRORS as error:
             raise QatTricksError(one_line(error)) from error
-        for override in sorted(
-            parsed, key=lambda override: "." in override.key_or_group
-        ):  # groups are chosen first
+        # groups come first, because the settings inside depend on their choice
+        for override in sorted(parsed, key=lambda override: "." in override.key_or_group):
             if override.key_or_group.partition(".")[0] in lost:
                 continue
             line = str(override.input_line)
             try:
-                config = self._load([*kept, line], sweep)
-                kept.append(line)
+                config = self._load([*applied, line], sweep)
+                applied.append(line)
             except COMPOSE_ERRORS as error:
                 lost.add(override.key_or_group)
                 problems.append(self._explain(override, config, error, sweep))
         return Composition(config, problems)
 
     def jobs(self, overrides: Sequence[str]) -> list[list[str]]:
-        """Expands a sweep, ranges and globs included, to the overrides of each job, as Hydra's
-        sweeper does.
+        """Expands a sweep to the overrides of each job, as Hydra's own sweeper does.
 
         Raises:
-            QatTricksError: a sweep that only other sweepers know.
+            QatTricksError: the sweep has values that only other sweepers know.
         """
         try:
             parsed = OverridesParser.create(config_loader=self.loader).parse_overrides(
@@ -137,6 +134,7 @@ class Composer:
             try:
                 parsed += parser.parse_overrides([override])
             except HydraException as error:
+                # the parser's position and its list of tokens help nobody
                 reason = re.sub(
                     r"^Error parsing override '.*?' (?=\w)| expecting .*| See https.*",
                     "",
@@ -154,7 +152,10 @@ class Composer:
         if isinstance(error, MissingConfigException):
             return self._missing_option(error)
         if override.is_sweep_override():
-            return f'"{override.input_line}" has several values: add --multirun, or write a list as [a,b]'
+            return (
+                f'"{override.input_line}" has several values: add --multirun, or write a list as '
+                "[a,b]"
+            )
         if not (override.is_add() or override.is_force_add()) and override.package is None:
             unknown = unknown_path(config, override.key_or_group)
             if unknown:
@@ -166,11 +167,13 @@ class Composer:
             return f'"{override.input_line}" adds what is there already: leave out the +'
         choices = self._options(override.key_or_group)
         if choices and not override.is_delete():
-            return f'"{override.input_line}" chooses nothing: {did_you_mean(str(override.value()), choices)}'
+            hint = did_you_mean(str(override.value()), choices)
+            return f'"{override.input_line}" chooses nothing: {hint}'
         return f'"{override.input_line}": {one_line(error)}'
 
     def _missing_option(self, error: MissingConfigException) -> str:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
+        # Hydra names the file whose defaults list asks for it
         where = re.match(r"In '([^']+)'", str(error))
         inside = f"in {where[1]}: " if where and where[1] != self.config_name else ""
         if group == "model/timm" and not self._options(group):
@@ -182,33 +185,35 @@ class Composer:
 
 
 def unknown_path(config: DictConfig, key: str) -> str | None:
-    """Says which part of a dotted key is not in ``config``, with the nearest keys; None if all of
-    it is.
+    """Finds the first part of a dotted key that is not in ``config``.
+
+    Returns:
+        A message with the nearest keys; None if ``config`` has the key.
     """
     node: Any = config
-    done: list[str] = []
+    path: list[str] = []  # the parts that are there
     for part in re.findall(r"[^.\[\]]+", key):
-        where = ".".join(done) or "the config"
+        where = ".".join(path) or "the config"
         if not isinstance(node, DictConfig):
             return f'{where} is a value and has no setting "{part}"'
         if part not in node:
             keys = [str(known) for known in node if known != "hydra"]
-            elsewhere = [path for path in _paths(config) if path.endswith(f".{key}")]
-            hint = (
-                f"did you mean {' or '.join(elsewhere)}?" if elsewhere else did_you_mean(part, keys)
-            )
-            hint += (
-                f"; other arguments of pl.Trainer with a plus: +{key}="
-                if done == ["trainer"]
-                else ""
-            )
+            # the same key deeper in the config, where its user left out the beginning
+            elsewhere = [longer for longer in _paths(config) if longer.endswith(f".{key}")]
+            if elsewhere:
+                hint = f"did you mean {' or '.join(elsewhere)}?"
+            else:
+                hint = did_you_mean(part, keys)
+            if path == ["trainer"]:
+                hint += f"; other arguments of pl.Trainer with a plus: +{key}="
             return f'{where} has no setting "{part}": {hint}'
         node = OmegaConf.select(node, part, throw_on_resolution_failure=False)
-        done.append(part)
+        path.append(part)
     return None
 
 
 def _paths(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Yields the dotted keys of a config, without Hydra's."""
     for key, value in node.items_ex(resolve=False):
         if prefix or key != "hydra":
             yield f"{prefix}{key!s}"

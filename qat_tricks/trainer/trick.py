@@ -42,6 +42,11 @@ class Trick(Callback):
         here.
         """
 
+    def restructure(self, work: Workbench) -> None:
+        """Does the part of ``apply`` that changes the network's structure, for a forecast; values
+        do not matter.
+        """
+
     def apply_once(self, work: Workbench) -> bool:
         """Applies the trick unless this stage has done so; returns whether it did."""
         if self.name in work.applied:

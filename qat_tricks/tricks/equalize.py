@@ -83,11 +83,7 @@ def equalize(
     if iterations < 1:
         raise QatTricksError(f"iterations={iterations} is not allowed: give 1 or more")
     if uncap:
-        names = [
-            node.name for node in traced.graph.nodes if n.activation_of(node, traced) == "relu6"
-        ]
-        uncap_nodes(traced, names)
-        spec_of(traced).setdefault("uncapped", []).extend(names)
+        uncap_all(traced)
     pairs, capped = find_pairs(traced), _capped(traced)
     with torch.no_grad():
         largest = _channel_maxima(traced, [*pairs, *capped], batches)
@@ -102,6 +98,13 @@ def equalize(
             for pair in capped:
                 _fill_cap(traced, pair, largest[pair.between])
     return pairs
+
+
+def uncap_all(traced: fx.GraphModule) -> None:
+    """Lets every ReLU6 of ``traced`` become a ReLU, and records it in the spec."""
+    names = [node.name for node in traced.graph.nodes if n.activation_of(node, traced) == "relu6"]
+    uncap_nodes(traced, names)
+    spec_of(traced).setdefault("uncapped", []).extend(names)
 
 
 def _capped(traced: fx.GraphModule) -> list[Pair]:
@@ -341,6 +344,10 @@ class Equalize(Trick):
             "uncap": uncap,
         }
         self.num_images = num_images
+
+    def restructure(self, work: Workbench) -> None:
+        if self.settings["uncap"]:
+            uncap_all(work.network)
 
     def apply(self, work: Workbench) -> None:
         batches = work.batches(self.num_images) if self.num_images else []

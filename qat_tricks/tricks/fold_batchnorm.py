@@ -17,6 +17,9 @@ __all__ = ["FoldBatchnorm", "batchnorms_to_convs", "fold_batchnorm"]
 class FoldBatchnorm(Trick):
     """Callback of ``fold_batchnorm``."""
 
+    def restructure(self, work: Workbench) -> None:
+        self.apply(work)
+
     def apply(self, work: Workbench) -> None:
         fold_batchnorm(work.network)
         batchnorms_to_convs(work.network)

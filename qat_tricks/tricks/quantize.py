@@ -76,8 +76,11 @@ class Quantize(Trick):
             activations=activations,
         )
 
-    def apply(self, work: Workbench) -> None:
+    def restructure(self, work: Workbench) -> None:
         if len(input_names(work.network)) > 1:
             note_integers(work.network, work.batches(2)[0])
-        work.keep_reference()
         quantize(work.network, self.settings)
+
+    def apply(self, work: Workbench) -> None:
+        work.keep_reference()
+        self.restructure(work)

@@ -174,7 +174,11 @@ def test_a_run_says_what_and_where_and_keeps_its_config(tmp_path, ran, capsys):
 def test_a_recipe_of_ones_own_is_found_and_checked(tmp_path, ran, capsys):
     mine = tmp_path / "mine" / "recipe"
     mine.mkdir(parents=True)
-    text = "defaults: [int8_ptq, _self_]\nname: kl\nstages: {ptq: {tricks: {calibrate: {estimator: kl}}}}\n"
+    text = (
+        "defaults: [int8_ptq, _self_]\n"
+        "name: kl\n"
+        "stages: {ptq: {tricks: {calibrate: {estimator: kl}}}}\n"
+    )
     (mine / "kl.yaml").write_text(text)
     (mine / "misspelt.yaml").write_text(text.replace("estimator", "estimater"))
     (mine / "orphan.yaml").write_text(text.replace("int8_ptq", "int8_pqt"))

@@ -14,7 +14,6 @@ from qat_tricks.cli import main as cli
 from qat_tricks.cli.sweep import compare_jobs
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.report import write_report
-from qat_tricks.jobs.isolation import isolated
 from qat_tricks.jobs.loggers import log_report
 from qat_tricks.settings.compose import Composer
 from tests.helpers import wandb_file
@@ -159,12 +158,3 @@ def test_the_comparison_is_made_from_disk_alone(tmp_path, capsys):
     assert compare_jobs(tmp_path)
     assert not compare_jobs(tmp_path / "0_a")
     assert "no job" in capsys.readouterr().err
-
-
-def test_isolation_restores_the_random_state_too():
-    before = torch.get_rng_state()
-    with isolated():
-        torch.manual_seed(7)
-        torch.set_grad_enabled(False)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.is_grad_enabled()

@@ -363,8 +363,8 @@ def test_a_part_that_cannot_be_traced_is_named_and_can_be_kept_whole(tmp_path):
     with pytest.raises(QatTricksError, match=r'test_awkward.py:\d+ .* untraced=\["between.2"\]'):
         qat_tricks.quantize(net, [images(64)])
     with pytest.raises(QatTricksError, match=r'"betwixt\.2" matches no submodule'):
-        qat_tricks.quantize(net, [images(64)], overrides=["whole=[betwixt.2]"])
-    quantized = qat_tricks.quantize(net, [images(64)], overrides=["whole=[between.2]"])
+        qat_tricks.quantize(net, [images(64)], overrides=["untraced=[betwixt.2]"])
+    quantized = qat_tricks.quantize(net, [images(64)], overrides=["untraced=[between.2]"])
     expected = net(images(64)).detach()
     assert (quantized(images(64)) - expected).square().mean() < 0.01 * expected.square().mean()
     assert set(layers(quantized)) == {"stem.0", "between.0", "between.3", "last.0", "fc"}

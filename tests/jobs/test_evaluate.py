@@ -8,19 +8,21 @@ import subprocess
 import sys
 
 import numpy as np
+import onnx
 import pytest
 import torch
-from omegaconf import OmegaConf
+from onnx import numpy_helper
 from PIL import Image
 
 from qat_tricks.data import Preprocessing, build_data
-from qat_tricks.deploy.runtimes.session import input_specs, open_session
+from qat_tricks.deploy.runtimes.session import input_spec, open_session
 from qat_tricks.errors import QatTricksError
-from qat_tricks.jobs.evaluate import evaluate_artifact, load_artifact
+from qat_tricks.jobs.artifact import load_artifact
+from qat_tricks.jobs.evaluate import evaluate_artifact
 from qat_tricks.jobs.train import run_job
-from qat_tricks.settings.compose import Composer
 from qat_tricks.trainer.checkpoints import load_checkpoint
 from tests.helpers import ROOT
+from tests.helpers.configs import job_config
 
 QUICK = ["measure.runs=5", "measure.threads=1"]
 EVALUATE = [
@@ -39,24 +41,15 @@ TRAIN = [
 ]
 
 
-def compose(name, overrides):
-    config, problems = Composer(name).compose(overrides)
-    assert not problems, problems
-    OmegaConf.set_struct(config, False)
-    del config.hydra
-    return config
-
-
 def run(folder, *overrides):
     os.environ["QAT_TRICKS_CACHE"] = str(folder / "cache")
-    config = compose("train", [*TRAIN, "trainer.enable_progress_bar=false", *overrides])
+    config = job_config(*TRAIN, "trainer.enable_progress_bar=false", *overrides)
     return run_job(config, folder)
 
 
 def evaluate(artifact, folder, *overrides):
-    return evaluate_artifact(
-        compose("evaluate", [f"artifact={artifact}", f"folder={folder}", *EVALUATE, *overrides])
-    )
+    settings = [f"artifact={artifact}", f"folder={folder}", *EVALUATE, *overrides]
+    return evaluate_artifact(job_config(*settings, name="evaluate"))
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +93,8 @@ def test_an_onnx_file_is_measured_without_lightning_or_loggers(ran, tmp_path):
 import sys
 from qat_tricks.cli.main import evaluate
 evaluate(sys.argv[1:])
-absent = {"pytorch_lightning", "lightning_fabric", "wandb", "onnxscript", "qat_tricks.trainer.session", "qat_tricks.recipes.recipe"}
+absent = {"pytorch_lightning", "lightning_fabric", "wandb", "onnxscript"}
+absent |= {"qat_tricks.trainer.session", "qat_tricks.recipes.recipe"}
 print(sorted(absent & set(sys.modules)))
 """
     command = [
@@ -195,8 +189,7 @@ def test_a_float_network_of_another_preprocessing_is_no_reference(ran, tmp_path)
 def test_files_that_normalize_take_pixels_and_give_the_same(ran, pixels, tmp_path):
     reports = [json.loads((folder / "report.json").read_text()) for folder in (ran, pixels)]
     for file in ("model.onnx", "model_fp32.onnx"):
-        (spec,) = input_specs(open_session(pixels / file))
-        assert spec.dtype == np.uint8
+        assert input_spec(open_session(pixels / file)).dtype == np.uint8
     for key in ("accuracy", "nll", "ece"):
         assert reports[0]["stages"][-1][key] == reports[1]["stages"][-1][key]
     assert reports[1]["int8_coverage"] == reports[0]["int8_coverage"]
@@ -237,9 +230,6 @@ def test_a_target_runs_the_file_in_its_runtime(tmp_path):
 
 def test_a_target_without_vnni_gets_weights_that_cannot_saturate(tmp_path):
     report = run(tmp_path, "target=onnxruntime_cpu_no_vnni", "baseline.epochs=1")
-    import onnx
-    from onnx import numpy_helper
-
     model = onnx.load(tmp_path / "model.onnx")
     weights = [
         numpy_helper.to_array(t) for t in model.graph.initializer if t.name.endswith(".weight")
@@ -251,8 +241,6 @@ def test_a_target_without_vnni_gets_weights_that_cannot_saturate(tmp_path):
 
 
 def _rewrite(path, to, preprocessing):
-    import onnx
-
     model = onnx.load(path)
     for entry in model.metadata_props:
         if entry.key == "qat_tricks.preprocessing":

@@ -3,7 +3,6 @@
 import inspect
 import sys
 import urllib.error
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,38 +14,9 @@ from torch import nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.models.build import build_model, model_names, register_models, register_timm_models
+from tests.helpers import ROOT
 
-CONF = Path(__file__).parents[2] / "conf"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize(("name", "parameters"), [("resnet20", 269_722), ("resnet56", 853_018)])
-def test_cifar_resnets_have_the_published_size_and_trace(name, parameters):
-    net = build_model(name, num_classes=10).eval()
-    assert sum(p.numel() for p in net.parameters()) == parameters
-    traced = torch.fx.symbolic_trace(net)
-    images = torch.randn(2, 3, 32, 32)
-    assert torch.equal(traced(images), net(images))
-    assert net(images).shape == (2, 10)
-    calls = [node.target for node in traced.graph.nodes if node.op == "call_module"]
-    assert len(calls) == len(set(calls)), "a module is used twice"
-
-
-def test_cifar_shortcut_takes_every_second_pixel_and_pads_both_sides():
-    block = build_model("resnet20", num_classes=10).layer2[0].eval()
-    nn.init.zeros_(block.bn2.weight)  # leaves the shortcut alone
-    images = torch.rand(1, 16, 8, 8) + 0.1
-    out = block(images)
-    assert torch.equal(out[:, 8:24], images[:, :, ::2, ::2])
-    assert out[:, :8].abs().sum() == 0
-    assert out[:, 24:].abs().sum() == 0
+CONF = ROOT / "conf"
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v2", "squeezenet1_1", "googlenet"])
@@ -79,72 +49,6 @@ def test_adapted_first_conv_keeps_its_other_settings():
 def test_unknown_names_are_told_the_nearest(given, near):
     with pytest.raises(QatTricksError, match=near):
         build_model(given, num_classes=10)
-
-
-def save(tmp_path: Path, content: object) -> str:
-    path = tmp_path / "weights.pt"
-    torch.save(content, path)
-    return str(path)
-
-
-@pytest.mark.parametrize("wrap", ["bare", "lightning", "with-loss", "without-counters"])
-def test_weights_load_from_every_form_of_file(tmp_path, wrap):
-    source = build_model("resnet20", num_classes=10)
-    state = source.state_dict()
-    content = {
-        "bare": state,
-        "lightning": {"state_dict": {f"net.{k}": v for k, v in state.items()}, "epoch": 3},
-        "with-loss": {
-            "state_dict": {f"model.{k}": v for k, v in state.items()}
-            | {"loss.weight": torch.ones(10)}
-        },
-        "without-counters": {k: v for k, v in state.items() if "num_batches" not in k},
-    }[wrap]
-    loaded = build_model("resnet20", num_classes=10, weights=save(tmp_path, content))
-    assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
-
-
-def test_weights_for_other_classes_get_a_message_of_their_own(tmp_path):
-    path = save(tmp_path, build_model("resnet20", num_classes=100).state_dict())
-    with pytest.raises(QatTricksError, match=r"for 100 classes, the data has 10\b") as caught:
-        build_model("resnet20", num_classes=10, weights=path)
-    assert path in str(caught.value)
-
-
-def test_weights_of_another_network_name_the_keys(tmp_path):
-    path = save(tmp_path, build_model("resnet56", num_classes=10).state_dict())
-    with pytest.raises(QatTricksError, match=r"unexpected \(layer1\.3\.conv1\.weight"):
-        build_model("resnet20", num_classes=10, weights=path)
-    path = save(tmp_path, build_model("resnet20", num_classes=10, in_channels=1).state_dict())
-    with pytest.raises(
-        QatTricksError, match=r"conv1\.weight \[16, 1, 3, 3\] instead of \[16, 3, 3, 3\]"
-    ):
-        build_model("resnet20", num_classes=10, weights=path)
-
-
-def test_a_checkpoint_with_two_such_networks_is_refused(tmp_path):
-    state = build_model("resnet20", num_classes=10).state_dict()
-    both = {f"{part}.{key}": value for part in ("net", "teacher") for key, value in state.items()}
-    with pytest.raises(QatTricksError, match=r"net\., teacher\."):
-        build_model("resnet20", num_classes=10, weights=save(tmp_path, {"state_dict": both}))
-
-
-@pytest.mark.parametrize("fault", ["missing", "truncated", "text", "no-state-dict", "whole-module"])
-def test_unusable_files_are_one_line_that_names_them(tmp_path, fault):
-    net = build_model("resnet20", num_classes=10)
-    path = Path(
-        save(tmp_path, {"whole-module": net, "no-state-dict": [1, 2]}.get(fault, net.state_dict()))
-    )
-    if fault == "missing":
-        path.unlink()
-    elif fault == "truncated":
-        path.write_bytes(path.read_bytes()[:5000])
-    elif fault == "text":
-        path.write_text("these are not the weights you are looking for")
-    with pytest.raises(QatTricksError) as caught:
-        build_model("resnet20", num_classes=10, weights=str(path))
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 def test_misspelt_torchvision_weights_are_told_the_nearest():

@@ -3,7 +3,6 @@ import torch
 from torch import nn
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 
-from qat_tricks.cli import main as cli
 from qat_tricks.deploy.cost.coverage import integer_coverage
 from qat_tricks.deploy.cost.forecast import forecast, forecast_network
 from qat_tricks.deploy.export import export_onnx
@@ -154,21 +153,3 @@ def test_the_network_stays_and_bad_patterns_are_refused():
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     with pytest.raises(QatTricksError, match="matches no"):
         forecast_network(net, networks.images(1), QuantizeSettings(exclude=["rigth"]))
-
-
-def test_preflight_prints_what_stays_in_float_and_trains_nothing(tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-    cli.train(["recipe=int8_ptq", "preflight=true", "model=mobilenet_v3_small", "data=fake"])
-    printed = capfd.readouterr().out
-    assert "int8 coverage 1.0000" in printed
-    assert "features.0.2" in printed
-    assert "Hardswish" in printed
-    assert not list(tmp_path.rglob("report.json"))
-
-
-def test_preflight_of_what_does_not_quantize_is_refused(tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as end:
-        cli.train(["recipe=fp32", "preflight=true"])
-    assert end.value.code == 2
-    assert "does not quantize" in capfd.readouterr().err

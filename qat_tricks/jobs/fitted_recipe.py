@@ -1,0 +1,43 @@
+"""A run's recipe: built from its config, fitted to its target, with the settings of ``stage``."""
+
+from dataclasses import replace
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from qat_tricks.deploy.targets import target_named
+from qat_tricks.jobs.config import StageOverride
+from qat_tricks.recipes.recipe import Stage, StagedRecipe, build_recipe
+from qat_tricks.settings.binding import Problems, make
+from qat_tricks.tricks.quantize import Quantize
+
+
+def fitted_recipe(config: DictConfig) -> StagedRecipe:
+    """Builds the recipe of a composed config.
+
+    Its quantizers are fitted to ``config.target``, and ``config.stage`` replaces the settings of
+    its stages.
+
+    Raises:
+        QatTricksError: one line with all that is wrong with ``recipe``, ``target`` and ``stage``.
+    """
+    problems = Problems()
+    settings: Any = OmegaConf.to_container(config.stage)
+    override = problems.of(lambda: make("stage", StageOverride, settings))
+    recipe = problems.of(lambda: build_recipe(config.recipe))
+    target = problems.of(lambda: target_named(config.target))
+    problems.report()
+    assert override is not None
+    assert recipe is not None
+    assert target is not None
+    for trick in recipe.tricks:
+        if isinstance(trick, Quantize):
+            trick.settings = trick.settings.limited_to(target)
+    return replace(recipe, stages=[_overridden(stage, override) for stage in recipe.stages])
+
+
+def _overridden(stage: Stage, override: StageOverride) -> Stage:
+    settings: dict[str, Any] = {"max_drop": override.max_drop}
+    if stage.epochs > 0:  # a stage without training stays one
+        settings |= {"epochs": override.epochs, "lr": override.lr}
+    return replace(stage, **{key: value for key, value in settings.items() if value is not None})

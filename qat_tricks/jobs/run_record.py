@@ -1,0 +1,279 @@
+"""The record of one run: each stage is measured, exported and entered in the ledger and the report.
+
+Everything here happens in one process, rank zero's.
+"""
+
+import time
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from torch import nn
+
+from qat_tricks.data import ImageData
+from qat_tricks.data.module import Batches
+from qat_tricks.deploy.cost.device import measure_device, measure_runtime
+from qat_tricks.deploy.cost.latency import measure_latency
+from qat_tricks.deploy.cost.weights import file_bytes, weight_sparsity
+from qat_tricks.deploy.export import export_onnx
+from qat_tricks.deploy.normalization import BUILT_IN, build_in_normalization
+from qat_tricks.deploy.parity.runtimes import (
+    Predict,
+    check_parity,
+    parity,
+    predictor,
+)
+from qat_tricks.deploy.runtimes.registry import REFERENCE
+from qat_tricks.deploy.targets import target_named
+from qat_tricks.evidence.ledger import Ledger, LedgerRow, check_drop
+from qat_tricks.evidence.metrics import Metrics, agreement, evaluate_classifier
+from qat_tricks.evidence.report import REQUIRED_KEYS, write_report
+from qat_tricks.jobs.classifier import Classifier
+from qat_tricks.jobs.config import timing
+from qat_tricks.jobs.description import to_metadata
+from qat_tricks.jobs.loggers import log_report
+from qat_tricks.recipes.recipe import Stage, StagedRecipe
+from qat_tricks.trainer.checkpoints import save_checkpoint
+
+PARITY_IMAGES = 512  # images on which each export is compared with its simulation
+
+
+class RunRecord:
+    """The measurements of a run so far, and the files that they are written to.
+
+    Args:
+        config: the composed config.
+        folder: the run's.
+        recipe: the recipe of ``config``.
+        data: loaded.
+        module: the classifier that the run trains.
+    """
+
+    def __init__(
+        self,
+        config: DictConfig,
+        folder: Path,
+        recipe: StagedRecipe,
+        data: ImageData,
+        module: Classifier,
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.recipe = recipe
+        self.data = data
+        self.module = module
+        self.ledger = Ledger()
+        self.parity: dict[str, Any] = {}  # of the newest export with its simulation
+        self.shape = (data.in_channels, *data.image_size)
+        self.stage_started = time.perf_counter()
+
+    @property
+    def model_path(self) -> Path:
+        """The ONNX file of the last stage."""
+        return self.folder / "model.onnx"
+
+    @property
+    def float_path(self) -> Path:
+        """The ONNX file of the float network."""
+        return self.folder / "model_fp32.onnx"
+
+    def save_config(self) -> None:
+        """Writes the composed config into the folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.config, self.folder / "config.yaml", resolve=True)
+
+    def measure_float(self, network: nn.Module) -> None:
+        """Measures the float network that the recipe starts from."""
+        self._measure_stage("fp32", network, self.float_path)
+
+    def after_stage(self, stage: Stage, network: nn.Module) -> None:
+        """Measures the network after a stage.
+
+        Raises:
+            QatTricksError: the stage lost more accuracy than it may, or its export does not run as
+                simulated.
+        """
+        is_last = stage is self.recipe.stages[-1]  # its file is the result
+        path = self.model_path if is_last else self.folder / "stages" / f"{stage.name}.onnx"
+        before = self.ledger.stages[-1].after.accuracy
+        metrics = self._measure_stage(stage.name, network, path)
+        ledger_path = self.folder / "ledger.json"
+        check_drop(stage.name, before, metrics.accuracy, stage.max_drop, ledger_path=ledger_path)
+
+    def finish(self, logger: Any) -> dict[str, Any]:
+        """Writes the checkpoint and the report, prints the ledger, and logs both.
+
+        Args:
+            logger: one of Lightning's loggers, several, or False.
+
+        Returns:
+            The report.
+        """
+        save_checkpoint(self.module, self.folder / "model.ckpt")
+        report = self._report()
+        write_report(self.folder, report)
+        Console().print(self.ledger.as_table())
+        log_report(logger, report, self.folder)
+        return report
+
+    def save_interrupted(self) -> None:
+        """Writes the network as it is now, and a report of the stages that were measured."""
+        save_checkpoint(self.module, self.folder / "interrupted.ckpt")
+        if self.ledger.stages:  # otherwise there is nothing to report
+            report = dict.fromkeys(REQUIRED_KEYS) | self._identity()
+            write_report(self.folder, {**report, "parity": self.parity, "interrupted": True})
+        print(f"the state so far is in {self.folder}: interrupted.ckpt, report.md", flush=True)
+
+    def _measure_stage(self, name: str, network: nn.Module, path: Path) -> Metrics:
+        """Measures ``network`` as it is simulated and exports it; the ledger gets both."""
+        metrics = self._evaluate(network, self.data.test_dataloader(), name)
+        before = self.ledger.stages[-1].after if self.ledger.stages else None
+        seconds = time.perf_counter() - self.stage_started
+        self.ledger.add(LedgerRow(name=name, before=before, after=metrics, seconds=seconds))
+        self._write_ledger()  # before the export, which may refuse the network
+        self._export(network, path)
+        self._add_costs(path)
+        self.stage_started = time.perf_counter()
+        return metrics
+
+    def _export(self, network: nn.Module, path: Path) -> None:
+        measure, export = self.config.measure, self.config.export
+        example = torch.zeros(2, *self.shape)
+        images = (images for images, _ in self._parity_batches(self.data.test_dataloader()))
+        self.parity = export_onnx(
+            network,
+            path,
+            example,
+            images=images,
+            metadata=self._metadata(),
+            min_top1_agreement=measure.min_top1_agreement,
+            opset=export.opset,
+            layout=target_named(self.config.target).layout,
+        ).as_dict()
+        if export.normalize:
+            self._build_in_normalization(path)
+
+    def _build_in_normalization(self, path: Path) -> None:
+        preprocessing = self.data.preprocessing
+        # the same images before and after normalization
+        loaders = zip(self.data.test_pixels(), self.data.test_dataloader(), strict=True)
+        batches = ((pixels.numpy(), floats.numpy()) for (pixels, _), (floats, _) in loaders)
+        build_in_normalization(
+            path,
+            self._parity_batches(batches),
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+            scale=preprocessing.scale,
+            min_top1_agreement=self.config.measure.min_top1_agreement,
+        )
+
+    def _parity_batches(self, batches: Any) -> Any:
+        """Returns the first batches, which hold ``PARITY_IMAGES`` or, in one batch, more."""
+        count = -(-PARITY_IMAGES // self.data.batch_size)  # rounded up
+        return islice(batches, count)
+
+    def _add_costs(self, path: Path) -> None:
+        """Adds the costs of the file at ``path`` to the last row of the ledger."""
+        latency = measure_latency(
+            {"model": path}, image_shape=self.shape, **timing(self.config.measure)
+        )["model"]
+        self.ledger.stages[-1] = replace(
+            self.ledger.stages[-1],
+            size_bytes=file_bytes(path),
+            latency_ms=latency,
+            sparsity=weight_sparsity(path),
+        )
+        self._write_ledger()
+
+    def _report(self) -> dict[str, Any]:
+        """Measures the last ONNX file in its runtimes and returns the report."""
+        if not self.recipe.stages:  # recipe=fp32: the float network is the result
+            self.model_path.write_bytes(self.float_path.read_bytes())
+        started = time.perf_counter()
+        metrics = self._evaluate(self._predictor(REFERENCE), self._deployed_batches(), "onnx")
+        paths = {"fp32": self.float_path, "int8": self.model_path}
+        device = measure_device(paths, self.shape, **timing(self.config.measure))
+        self.ledger.add(
+            LedgerRow(
+                name="onnx",
+                before=self.ledger.stages[-1].after,
+                after=metrics,
+                seconds=time.perf_counter() - started,
+                size_bytes=device["size_bytes"]["int8"],
+                latency_ms=device["latency_ms"]["int8"],
+                sparsity=device["sparsity"],
+            )
+        )
+        self._write_ledger()
+        return {
+            **self._identity(),
+            "agreement": agreement(metrics.predictions, self.ledger.stages[0].after.predictions),
+            "parity": self.parity,
+            **device,
+            "runtimes": self._measure_target_runtime(paths),
+        }
+
+    def _measure_target_runtime(self, paths: dict[str, Path]) -> dict[str, Any]:
+        """Measures the file in the target's runtime, if that is another than ONNX Runtime.
+
+        Raises:
+            QatTricksError: it does not compute as ONNX Runtime does.
+        """
+        name, measure = target_named(self.config.target).runtime, self.config.measure
+        if name == REFERENCE:
+            return {}
+        compared = parity(
+            self._predictor(name),
+            self._predictor(REFERENCE),
+            self._deployed_batches(),
+            against=REFERENCE,
+        )
+        # before the costs, whose measurement takes long
+        check_parity(name, compared, measure.min_top1_agreement)
+        metrics = self._evaluate(self._predictor(name), self._deployed_batches(), name)
+        costs = measure_runtime(name, paths, self.shape, **timing(measure))
+        return {name: {**costs, "accuracy": metrics.accuracy, "parity": compared}}
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "recipe": self.recipe.name,
+            "model": self.config.model.name,
+            "data": self.config.data.name,
+            "stages": self.ledger.rows(),
+            "preprocessing": self.data.preprocessing.described(),
+            "normalization": BUILT_IN if self.config.export.normalize else "outside",
+            "target": self.config.target,
+        }
+
+    def _metadata(self) -> dict[str, str]:
+        return to_metadata(
+            {
+                "recipe": self.recipe.name,
+                "target": self.config.target,
+                "model": self.module.hparams["model"],
+                "data": self.module.hparams["data"],
+                "preprocessing": self.module.hparams["preprocessing"],
+                "class_names": list(self.data.class_names),
+            }
+        )
+
+    def _evaluate(self, predict: Any, batches: Batches, name: str) -> Metrics:
+        return evaluate_classifier(
+            predict, batches, self.data.num_classes, description=f"measure {name}"
+        )
+
+    def _deployed_batches(self) -> Batches:
+        """Returns the test images as the exported file takes them."""
+        if self.config.export.normalize:
+            return self.data.test_pixels()
+        return self.data.test_dataloader()
+
+    def _predictor(self, runtime: str) -> Predict:
+        return predictor(self.model_path, self.config.measure.threads, runtime)
+
+    def _write_ledger(self) -> None:
+        self.ledger.write(self.folder / "ledger.json")

@@ -1,0 +1,26 @@
+"""An evaluation's config: checked before any file is opened."""
+
+from qat_tricks.cli.check_evaluate import check_evaluate
+from qat_tricks.jobs.config import evaluation_folder
+from tests.helpers import configs
+from tests.helpers.configs import composed
+
+
+def refusal(*settings):
+    return configs.refusal(check_evaluate, *settings, name="evaluate")
+
+
+def test_evaluate_needs_an_artifact_and_knows_where_to_write():
+    assert "artifact is missing" in refusal()
+    assert "float=3" in refusal("artifact=a.onnx", "float=3")
+    assert "data.shift" in refusal("artifact=a", "data.name=digits", "data.shift=x")
+    config = composed("artifact=runs/a.onnx", "data=digits", name="evaluate")
+    check_evaluate(config)
+    assert str(evaluation_folder(config)) == "runs/evaluation"
+
+
+def test_all_wrong_settings_are_told_at_once():
+    told = refusal("artifact=3", "float=", "runtimes=[]", "data=3", "measure.runs=0", "foo=1")
+    for part in ("artifact=3 is", "runtimes=[] is", "data=3 is", "runs=0", '"foo"'):
+        assert part in told
+    assert "float=" not in told  # null: the one beside the artifact

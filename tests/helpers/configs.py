@@ -1,0 +1,44 @@
+"""Configs as they are shipped, with overrides, and what a check says of them."""
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from qat_tricks.errors import QatTricksError
+from qat_tricks.settings.compose import Composer
+
+
+def composed(*overrides: str, name: str = "train") -> DictConfig:
+    """The primary config ``name`` with Hydra's overrides, all of which must apply."""
+    config, problems = Composer(name).compose(overrides)
+    assert not problems, problems
+    return config
+
+
+def job_config(*overrides: str, name: str = "train") -> DictConfig:
+    """The config as a job gets it, without Hydra's node."""
+    config = composed(*overrides, name=name)
+    OmegaConf.set_struct(config, False)
+    del config.hydra
+    return config
+
+
+@cache
+def _shipped(name: str) -> DictConfig:
+    return composed(name=name)
+
+
+def refusal(check: Callable[[DictConfig], None], *settings: str, name: str = "train") -> str:
+    """The error of ``check`` for the shipped config with these settings, even unknown ones."""
+    config = _shipped(name).copy()
+    OmegaConf.set_struct(config, False)
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        OmegaConf.update(config, key, yaml.safe_load(value), merge=True, force_add=True)
+    with pytest.raises(QatTricksError) as caught:
+        check(config)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)

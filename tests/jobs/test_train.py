@@ -1,0 +1,62 @@
+"""A run: its files, and where it stops."""
+
+import json
+
+import pytest
+
+from qat_tricks.errors import QatTricksError
+from qat_tricks.jobs.train import run_job
+from tests.helpers.configs import job_config
+from tests.helpers.nets import SmallNet
+
+QUICK = [
+    "data=fake",
+    "model=custom",
+    "model.factory=tests.helpers.nets.SmallNet",
+    "baseline.epochs=1",
+    "measure.runs=5",
+    "measure.threads=1",
+    "trainer.accelerator=cpu",
+    "trainer.enable_progress_bar=false",
+]
+
+
+def ten_classes(in_channels):
+    return SmallNet(10, in_channels)
+
+
+def files(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_float_recipe_hands_out_its_network_as_the_result(tmp_path):
+    report = run_job(job_config("recipe=fp32", *QUICK), tmp_path / "run")
+    written = ["report.json", "report.md", "ledger.json", "model.ckpt", "config.yaml"]
+    assert files(tmp_path / "run") >= {*written, "model.onnx", "model_fp32.onnx"}
+    assert [stage["name"] for stage in report["stages"]] == ["fp32", "onnx"]
+    assert report["agreement"] == 1
+    models = [(tmp_path / "run" / f"{name}.onnx").read_bytes() for name in ("model", "model_fp32")]
+    assert models[0] == models[1]
+
+
+def test_each_stage_is_exported_and_one_that_loses_too_much_ends_the_run(tmp_path):
+    config = job_config("recipe=int8_prune50", *QUICK, "baseline.epochs=4", "stage.epochs=1")
+    config.recipe.stages.prune_qat.max_drop = 0
+    config.recipe.stages.prune_qat.tricks.prune.sparsity = 0.99
+    config.measure.min_top1_agreement = 0
+    with pytest.raises(QatTricksError, match=r"stage \"prune_qat\".*ledger\.json"):
+        run_job(config, tmp_path / "run")
+    assert "stages/ptq.onnx" in files(tmp_path / "run")
+    assert "report.json" not in files(tmp_path / "run")
+    rows = json.loads((tmp_path / "run" / "ledger.json").read_text())
+    assert [row["name"] for row in rows] == ["fp32", "ptq", "prune_qat"]
+    assert rows[2]["accuracy"] < rows[1]["accuracy"] == rows[2]["before"]["accuracy"]
+    assert all(row["size_bytes"] > 0 for row in rows)
+
+
+def test_a_network_of_other_classes_than_the_data_is_refused(tmp_path):
+    config = job_config("recipe=int8_ptq", *QUICK)
+    config.model.factory = f"{__name__}.ten_classes"
+    with pytest.raises(QatTricksError, match="has 10 classes and the data 4"):
+        run_job(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
