@@ -186,8 +186,8 @@ def _covers(pattern: str, imported: str) -> bool:
 
 def test_imports_inside_functions_have_a_reason():
     deferred = [found for found in imports() if found.deferred]
-    unexplained = [
-        str(found)
+    unexplained = {
+        str(found): None
         for found in deferred
         if not any(
             found.importer == importer and _covers(pattern, found.imported)

@@ -1,4 +1,4 @@
-"""Two processes that Lightning starts: both train, and the first alone measures, writes and tells."""
+"""Two processes that Lightning starts: both train; the first measures, writes and tells."""
 
 import csv
 import os
@@ -10,8 +10,8 @@ import pytest
 from tests.helpers import ROOT
 
 SETTINGS = (
-    "recipe=int8_qat data=fake model=custom model.factory=tests.helpers.nets.SmallNet trainer=ddp_cpu "
-    "logger=csv hydra.run.dir=run stage.epochs=1 baseline.epochs=2 measure.runs=5 "
+    "recipe=int8_qat data=fake model=custom model.factory=tests.helpers.nets.SmallNet "
+    "trainer=ddp_cpu logger=csv hydra.run.dir=run stage.epochs=1 baseline.epochs=2 measure.runs=5 "
     "measure.threads=1 measure.min_top1_agreement=0.9 trainer.enable_progress_bar=false"
 )
 

@@ -12,8 +12,8 @@ from qat_tricks.settings.compose import Composer
 from tests.helpers import ROOT
 
 SWEEP = (
-    "-m recipe=fp32 seed=0,1 data=fake model=custom model.factory=tests.helpers.nets.SmallNet logger=none "
-    "hydra.sweep.dir=sweep baseline.epochs=1 measure.runs=5 measure.threads=1 "
+    "-m recipe=fp32 seed=0,1 data=fake model=custom model.factory=tests.helpers.nets.SmallNet "
+    "logger=none hydra.sweep.dir=sweep baseline.epochs=1 measure.runs=5 measure.threads=1 "
     "measure.min_top1_agreement=0 trainer.accelerator=cpu trainer.enable_progress_bar=false "
     "hydra/launcher=joblib hydra.launcher.n_jobs=2"
 )

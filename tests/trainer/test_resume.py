@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -108,10 +109,16 @@ class Kill(pl.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def be_killed(folder):
+    """Runs in a process of its own, for it does not end."""
+    torch.set_num_threads(1)
+    run(Path(folder), extra=[Kill()])
+
+
 @pytest.mark.feature('resume after SIGKILL with ckpt_path="last"')
 @pytest.mark.usefixtures("never_calibrated_again")
 def test_a_killed_run_resumes_exactly_from_last(whole, tmp_path):
-    code = f"import tests.trainer.test_resume as t; t.torch.set_num_threads(1); t.run(t.Path({str(tmp_path)!r}), extra=[t.Kill()])"
+    code = f"import tests.trainer.test_resume as t; t.be_killed({str(tmp_path)!r})"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     killed = subprocess.run(
         [sys.executable, "-c", code],
@@ -127,7 +134,7 @@ def test_a_killed_run_resumes_exactly_from_last(whole, tmp_path):
 
 @pytest.mark.feature("resume under gradient accumulation and clipping")
 def test_resume_between_accumulated_gradients(tmp_path):
-    """A checkpoint is written only where an optimizer step was made, so that no gradient is lost."""
+    """A checkpoint is written only after an optimizer step, so that no gradient is lost."""
     settings = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
     expected = run(tmp_path, **settings)
     resumed = run(tmp_path / "resumed", tmp_path / "step=3.ckpt", seed=5, **settings)
