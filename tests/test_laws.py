@@ -123,7 +123,7 @@ def room_of(module: str) -> str:
 
 
 def _list(lines: Iterable[str]) -> str:
-    return "\n" + "\n".join(lines)
+    return "\n" + "\n".join(dict.fromkeys(lines))
 
 
 def test_every_folder_has_its_place_and_few_files_lie_beside_them():
@@ -186,8 +186,8 @@ def _covers(pattern: str, imported: str) -> bool:
 
 def test_imports_inside_functions_have_a_reason():
     deferred = [found for found in imports() if found.deferred]
-    unexplained = {
-        str(found): None
+    unexplained = [
+        str(found)
         for found in deferred
         if not any(
             found.importer == importer and _covers(pattern, found.imported)
@@ -216,7 +216,7 @@ def _loaded_with_each_room() -> dict[str, set[str]]:
         lines.append(f"import {', '.join(inside)}")
         lines.append(f"print({room!r}, *(set({FRAMEWORKS}) & set(sys.modules)))")
     done = subprocess.run(
-        [sys.executable, "-c", "\n".join(lines)],
+        [sys.executable, "-c", "\n".join(dict.fromkeys(lines))],
         cwd=ROOT,
         capture_output=True,
         text=True,
