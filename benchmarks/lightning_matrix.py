@@ -75,9 +75,9 @@ def main() -> None:
     args = parser.parse_args()
     os.chdir(TESTS.parent)
     matrix = Matrix()
-    status = pytest.main(
-        ["-q", "-W", "ignore", "--durations=0", "--no-header", str(TESTS)], plugins=[matrix]
-    )
+    # -n0: the plugin sees only what runs in this process
+    options = ["-n0", "-q", "-W", "ignore", "--durations=0", "--no-header"]
+    status = pytest.main([*options, str(TESTS)], plugins=[matrix])
     rows = matrix.rows()
     lines = [
         "# In a Lightning trainer",

@@ -2,9 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -13,8 +10,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 import qat_tricks
 from qat_tricks.tricks import Calibrate, Prune
-from tests.helpers import ROOT
 from tests.helpers.lit import Lit, ResumableLoader, differences, loader, trainer
+from tests.helpers.process import run_forked
 
 EPOCHS, STEPS = 3, 12
 
@@ -111,22 +108,13 @@ class Kill(pl.Callback):
 
 def be_killed(folder):
     """Runs in a process of its own, for it does not end."""
-    torch.set_num_threads(1)
-    run(Path(folder), extra=[Kill()])
+    run(folder, extra=[Kill()])
 
 
 @pytest.mark.feature('resume after SIGKILL with ckpt_path="last"')
 @pytest.mark.usefixtures("never_calibrated_again")
 def test_a_killed_run_resumes_exactly_from_last(whole, tmp_path):
-    code = f"import tests.trainer.test_resume as t; t.be_killed({str(tmp_path)!r})"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    killed = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=environment,
-        timeout=120,
-        check=False,
-    )
+    killed = run_forked(be_killed, tmp_path, output=tmp_path / "output")
     assert killed.returncode == -signal.SIGKILL
     resumed = run(tmp_path, "last", seed=5)
     assert differences(end_of(whole[1]), end_of(resumed)) == []
