@@ -131,27 +131,6 @@ def test_several_networks_are_listed_and_one_can_be_named():
         find_network(Two(), "bone")
 
 
-def test_a_recipe_of_several_fits_names_the_function_that_runs_it():
-    with pytest.raises(QatTricksError, match="run_stages"):
-        qat_tricks.recipe("int8_prune50_multistage")
-    lit = Lit()
-    seen = []
-    qat_tricks.run_stages(
-        lit,
-        Data(),
-        "int8_prune50_multistage",
-        trainer={"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False},
-        after_stage=lambda stage, network: seen.append(
-            (stage.name, bool(layers(network)["head"].weight_quantizer))
-        ),
-    )
-    assert seen == [("prune", False), ("ptq", True), ("qat", True)]
-    weights = torch.cat(
-        [layer.effective_weight().flatten() for layer in layers(lit.backbone).values()]
-    )
-    assert (weights == 0).float().mean() >= 0.5
-
-
 def test_schedules_need_an_end():
     with pytest.raises(QatTricksError, match="max_epochs"):
         trainer(qat_tricks.recipe("int8_prune50"), max_epochs=-1, max_time="00:00:01:00").fit(
