@@ -339,7 +339,7 @@ def test_evaluate_and_train_refuse_them_in_one_line(deployed):
     with pytest.raises(
         QatTricksError, match=r"network of 2 inputs \(crop, whole\), and the data sets"
     ):
-        build_model("custom", factory="several.TwoImages", num_classes=4)
+        build_model("custom", factory="tests.helpers.several.TwoImages", num_classes=4)
 
 
 def fit(folder, recipe="int8_prune50", ckpt_path=None, module=None, batches=None, epochs=2, seed=0):
