@@ -66,7 +66,7 @@ def main() -> None:
     out = args.out and args.out.resolve()  # the tests run in the project's folder
     os.chdir(TESTS.parent)
     matrix = Matrix()
-    options = ["-q", "-W", "ignore", "--durations=0", "--no-header", str(TESTS)]
+    options = ["-n0", "-q", "-W", "ignore", "--durations=0", "--no-header", str(TESTS)]
     status = pytest.main(options, plugins=[matrix])
     report = Report(
         "In a Lightning trainer",

@@ -1,3 +1,5 @@
+import functools
+import importlib
 import os
 
 import pytest
@@ -5,11 +7,47 @@ import torch
 
 os.environ["WANDB_MODE"] = "offline"
 
+# Modules whose single tests take longest come first, so that no process has one left at the end.
+LONGEST = (
+    "trainer/test_launchers.py",
+    "trainer/test_ddp.py",
+    "trainer/test_scale_out.py",
+    "deploy/test_awkward.py",
+    "deploy/test_export.py",
+    "deploy/test_signed.py",
+    "jobs/test_evaluate.py",
+)
+
 
 def pytest_configure(config):
     config.addinivalue_line(
         "markers", "feature(name): a row of docs/results/lightning.md that the test proves"
     )
+    _read_translations_once()
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        path = item.path.as_posix()
+        return next((i for i, end in enumerate(LONGEST) if path.endswith(end)), len(LONGEST))
+
+    items.sort(key=place)
+
+
+def _read_translations_once():
+    """PyTorch's exporter parses the sources of its 500 translations to ONNX at every export: a
+    quarter of the time that a small network takes. They are the same each time.
+    """
+    try:
+        lazy = importlib.import_module("torch.onnx._internal._lazy_import").onnxscript_apis
+    except (ImportError, AttributeError):
+        return  # another PyTorch, which is only slower
+
+    @functools.cache
+    def parsed():
+        return importlib.import_module(lazy._name).get_torchlib_ops()
+
+    lazy.get_torchlib_ops = lambda: list(parsed())
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,8 @@
 """Normalization inside the file: the same logits from pixels, to the last bit."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -26,10 +29,17 @@ def batches(settings):
     return [(part.numpy(), normalize(part).numpy()) for part in pixels().split(6)]
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    path = tmp_path_factory.mktemp("exported") / "m.onnx"
+    export_onnx(quantized(Residual), path, images()[:2], metadata={"kept": "yes"})
+    return path
+
+
 @pytest.fixture
-def path(tmp_path):
-    export_onnx(quantized(Residual), tmp_path / "m.onnx", images()[:2], metadata={"kept": "yes"})
-    return tmp_path / "m.onnx"
+def path(exported, tmp_path):
+    """A copy of the file, for tests change it."""
+    return Path(shutil.copy(exported, tmp_path))
 
 
 @pytest.mark.parametrize("settings", [SETTINGS, LARGE], ids=["0..1", "0..255"])

@@ -1,8 +1,5 @@
-"""python ddp_fit.py FOLDER RECIPE DEVICES STEPS [fail] [shuffle]: fits on so many processes; each
-leaves its end in FOLDER.
-"""
+"""A fit on one process or several, whose ends can be compared."""
 
-import sys
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -57,6 +54,9 @@ class Watched(Lit):
 
 
 def fit(folder, recipe, devices, steps, *, fails=False, shuffle=False):
+    """Fits on ``devices`` processes, of which this is one; it leaves its end in ``folder`` and
+    returns it.
+    """
     torch.set_num_threads(1)
     data = Counted(fails)
     lit = Watched(data).train()
@@ -87,8 +87,3 @@ def fit(folder, recipe, devices, steps, *, fails=False, shuffle=False):
     }
     torch.save(end, Path(folder) / f"rank{run.global_rank}of{devices}.pt")
     return end
-
-
-if __name__ == "__main__":
-    folder, recipe, devices, steps, *flags = sys.argv[1:]
-    fit(folder, recipe, int(devices), int(steps), fails="fail" in flags, shuffle="shuffle" in flags)

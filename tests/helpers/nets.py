@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    """A residual block with one ReLU module for both of its activations, as torchvision writes it."""
+    """A residual block with one ReLU module for both activations, as torchvision writes it."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
 def records(folder: Path) -> list[Record]:
-    """All records of the one run in ``folder``; W&B may write the last of them after the run's end."""
+    """All records of the one run in ``folder``, once W&B has written the last of them."""
     (path,) = folder.glob("wandb/*run-*/run-*.wandb")
     end = time.monotonic() + 10
     while time.monotonic() < end:

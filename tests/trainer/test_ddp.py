@@ -1,17 +1,15 @@
-"""Two processes that Lightning starts: both train, and the first alone measures, writes and tells."""
+"""Two processes that Lightning starts: both train; the first measures, writes and tells."""
 
 import csv
-import os
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers.process import run_forked, train_py
 
 SETTINGS = (
-    "recipe=int8_qat data=fake model=custom model.factory=tests.helpers.nets.SmallNet trainer=ddp_cpu "
-    "logger=csv hydra.run.dir=run stage.epochs=1 baseline.epochs=2 measure.runs=5 "
+    "recipe=int8_qat data=fake model=custom model.factory=tests.helpers.nets.SmallNet "
+    "trainer=ddp_cpu logger=csv hydra.run.dir=run stage.epochs=1 baseline.epochs=2 measure.runs=5 "
     "measure.threads=1 measure.min_top1_agreement=0.9 trainer.enable_progress_bar=false"
 )
 
@@ -23,21 +21,10 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def train(tmp_path, cache):
-    """Runs ``train.py`` in ``tmp_path``."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "QAT_TRICKS_CACHE": str(cache),
-        "OMP_NUM_THREADS": "1",
-    }
-
-    def run(*overrides):
-        command = [sys.executable, str(ROOT / "train.py"), *SETTINGS.split(), *overrides]
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-        )
-
-    return run
+    """Runs ``train.py`` in ``tmp_path``; Lightning starts the second process."""
+    settings = {"cwd": tmp_path, "output": tmp_path / "output"}
+    environment = {"QAT_TRICKS_CACHE": str(cache)}
+    return partial(run_forked, train_py, *SETTINGS.split(), environment=environment, **settings)
 
 
 @pytest.mark.feature("DDP in train.py: both train, the first alone measures, writes and tells")

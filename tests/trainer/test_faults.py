@@ -295,10 +295,13 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_a_report(tmp_path, monkeypat
 
     monkeypatch.setattr(LearnScales, "on_before_backward", interrupt)
     monkeypatch.chdir(tmp_path)
-    settings = "recipe=int8_qat data=fake model=custom model.factory=tests.helpers.nets.SmallNet logger=none hydra.run.dir=run "
-    settings += "baseline.epochs=1 measure.runs=5 measure.threads=1 measure.min_top1_agreement=0 trainer.accelerator=cpu"
+    settings = (
+        "recipe=int8_qat data=fake model=custom model.factory=tests.helpers.nets.SmallNet "
+        "logger=none hydra.run.dir=run baseline.epochs=1 measure.runs=5 measure.threads=1 "
+        "measure.min_top1_agreement=0 trainer.accelerator=cpu trainer.enable_progress_bar=false"
+    )
     with pytest.raises(SystemExit) as ended:
-        cli.train([*settings.split(), "trainer.enable_progress_bar=false"])
+        cli.train(settings.split())
     assert ended.value.code == cli.INTERRUPTED
     kept = read_report(tmp_path / "run")
     assert [stage["name"] for stage in kept["stages"]] == ["fp32", "ptq"]

@@ -1,7 +1,6 @@
 import copy
 
 import pytest
-import pytorch_lightning as pl
 import torch
 from torch import nn
 
@@ -11,7 +10,7 @@ from qat_tricks.graph import activation_quantizers, layers, spec_of
 from qat_tricks.trainer.checkpoints import save_checkpoint
 from qat_tricks.trainer.module import find_network
 from tests.helpers.lit import Data, Lit, loader, trainer
-from tests.helpers.nets import images, small_net
+from tests.helpers.nets import images
 
 
 def _same_state(a, b):
@@ -74,40 +73,6 @@ def test_evaluation_changes_nothing_and_training_goes_on():
     assert _same_state(state, lit.state_dict()) != []
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_scales_have_a_group_without_weight_decay(optimizer):
-    lit = Lit(optimizer).train()
-    run = trainer(qat_tricks.recipe("w4a4_qat"), max_epochs=1)
-    run.fit(lit, datamodule=Data())
-    (made,) = run.optimizers
-    everything = [id(p) for group in made.param_groups for p in group["params"]]
-    assert sorted(everything) == sorted({id(p) for p in lit.parameters()})  # each exactly once
-    scales = [
-        p for name, p in lit.named_parameters() if name.endswith(".scale") and p.requires_grad
-    ]
-    group = made.param_groups[-1]
-    assert {id(p) for p in scales} <= {id(p) for p in group["params"]}
-    assert all(p.numel() < 100 for p in group["params"])
-    assert group["weight_decay"] == 0
-    assert made.param_groups[0]["weight_decay"] == 0.1
-    if optimizer == "sgd":  # the schedule goes on for both groups
-        assert group["lr"] == made.param_groups[0]["lr"] < 0.01
-    else:
-        assert group["lr"] == pytest.approx(1e-5)
-
-
-def test_scales_learn():
-    lit = Lit().train()
-    trainer(qat_tricks.recipe("int8_ptq")).validate(lit, Data(), verbose=False)
-    before = {name: q.scale.item() for name, q in activation_quantizers(lit.backbone).items()}
-    lit = Lit().train()
-    trainer(qat_tricks.recipe("int8_qat")).fit(lit, datamodule=Data())
-    after = {name: q.scale.item() for name, q in activation_quantizers(lit.backbone).items()}
-    # the image's stays
-    assert after["activation_quantizers.x"] == before["activation_quantizers.x"]
-    assert sum(after[name] != before[name] for name in before) >= len(before) - 1
-
-
 def test_checkpoint_stands_alone(tmp_path):
     lit = Lit().train()
     run = trainer(qat_tricks.recipe("int8_prune30"))
@@ -165,44 +130,6 @@ def test_several_networks_are_listed_and_one_can_be_named():
     assert layers(two.backbone)
     with pytest.raises(QatTricksError, match='no submodule "bone"'):
         find_network(Two(), "bone")
-
-
-def test_a_recipe_of_several_fits_names_the_function_that_runs_it():
-    with pytest.raises(QatTricksError, match="run_stages"):
-        qat_tricks.recipe("int8_prune50_multistage")
-    lit = Lit()
-    seen = []
-    qat_tricks.run_stages(
-        lit,
-        Data(),
-        "int8_prune50_multistage",
-        trainer={"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False},
-        after_stage=lambda stage, network: seen.append(
-            (stage.name, bool(layers(network)["head"].weight_quantizer))
-        ),
-    )
-    assert seen == [("prune", False), ("ptq", True), ("qat", True)]
-    weights = torch.cat(
-        [layer.effective_weight().flatten() for layer in layers(lit.backbone).values()]
-    )
-    assert (weights == 0).float().mean() >= 0.5
-
-
-def test_distillation_pulls_towards_the_float_network():
-    def distance(weight):
-        pl.seed_everything(0, verbose=False)
-        lit = Lit().train()
-        overrides = [f"stages.qat.tricks.distill.weight={weight}"]
-        trainer(qat_tricks.recipe("w4a8_qat", overrides), max_epochs=4).fit(lit, datamodule=Data())
-        assert "training_step" not in lit.__dict__  # the module is its own again
-        teacher = small_net(0, num_classes=4)
-        return float(
-            (lit.backbone.eval()(images(64)).detach() - teacher(images(64)).detach())
-            .square()
-            .mean()
-        )
-
-    assert distance(1.0) < 0.5 * distance(0.0)
 
 
 def test_schedules_need_an_end():

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import pytorch_lightning as pl
@@ -12,8 +10,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 import qat_tricks
 from qat_tricks.tricks import Calibrate, Prune
-from tests.helpers import ROOT
 from tests.helpers.lit import Lit, ResumableLoader, differences, loader, trainer
+from tests.helpers.process import run_forked
 
 EPOCHS, STEPS = 3, 12
 
@@ -108,24 +106,15 @@ class Kill(pl.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def be_killed(folder):
+    """Runs in a process of its own, for it does not end."""
+    run(folder, extra=[Kill()])
+
+
 @pytest.mark.feature('resume after SIGKILL with ckpt_path="last"')
 @pytest.mark.usefixtures("never_calibrated_again")
 def test_a_killed_run_resumes_exactly_from_last(whole, tmp_path):
-    code = f"""
-from pathlib import Path
-import torch
-from tests.trainer.test_resume import Kill, run
-torch.set_num_threads(1)
-run(Path({str(tmp_path)!r}), extra=[Kill()])
-"""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    killed = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=environment,
-        timeout=120,
-        check=False,
-    )
+    killed = run_forked(be_killed, tmp_path, output=tmp_path / "output")
     assert killed.returncode == -signal.SIGKILL
     resumed = run(tmp_path, "last", seed=5)
     assert differences(end_of(whole[1]), end_of(resumed)) == []
@@ -133,7 +122,7 @@ run(Path({str(tmp_path)!r}), extra=[Kill()])
 
 @pytest.mark.feature("resume under gradient accumulation and clipping")
 def test_resume_between_accumulated_gradients(tmp_path):
-    """A checkpoint is written only where an optimizer step was made, so that no gradient is lost."""
+    """A checkpoint is written only after an optimizer step, so that no gradient is lost."""
     settings = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
     expected = run(tmp_path, **settings)
     resumed = run(tmp_path / "resumed", tmp_path / "step=3.ckpt", seed=5, **settings)

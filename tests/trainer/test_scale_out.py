@@ -1,12 +1,11 @@
 """Several processes end as one would; what shards parameters is refused."""
 
 import copy
-import os
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 import torch
+from lightning_fabric.plugins.environments.lightning import find_free_network_port
 from pytorch_lightning.plugins.layer_sync import TorchSyncBatchNorm
 from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
@@ -15,37 +14,45 @@ import qat_tricks
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import trace
 from qat_tricks.graph.fold import fold_batchnorm
-from tests.helpers import ROOT
 from tests.helpers.ddp_fit import fit
 from tests.helpers.lit import Data, Lit, differences, trainer
 from tests.helpers.nets import images, small_net
+from tests.helpers.process import Forked
 
 
-def two_processes(folder, recipe, steps, *flags):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        str(ROOT / "tests/helpers/ddp_fit.py"),
-        str(folder),
-        recipe,
-        "2",
-        str(steps),
-        *flags,
+def two_processes(folder, recipe, steps, **flags):
+    """Fits on two processes, started as a cluster starts them, and returns how each ended.
+
+    They leave their ends in ``folder``.
+    """
+    folder.mkdir()
+    meeting = {
+        "NODE_RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(find_free_network_port()),
+    }
+    ranks = [
+        Forked(
+            partial(fit, **flags),
+            *(folder, recipe, 2, steps),
+            output=folder.with_name(f"rank{rank}"),
+            environment={**meeting, "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
     ]
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=180, check=False
-    )
+    return [rank.wait() for rank in ranks]
 
 
 @pytest.mark.feature("DDP: both ranks end alike, and as one process with the same global batch")
 def test_two_processes_end_as_one(tmp_path):
-    recipe = "int8_prune50"
-    done = two_processes(tmp_path, recipe, 8)
-    assert done.returncode == 0, done.stderr
-    first, second = (torch.load(tmp_path / f"rank{rank}of2.pt") for rank in (0, 1))
+    recipe, folder = "int8_prune50", tmp_path / "ends"
+    for done in two_processes(folder, recipe, 8):
+        assert done.returncode == 0, done.stderr
+    first, second = (torch.load(folder / f"rank{rank}of2.pt") for rank in (0, 1))
     assert differences(first["state"], second["state"]) == []
     assert first["spec"] == second["spec"]
-    single = fit(tmp_path, recipe, 1, 8)
+    single = fit(folder, recipe, 1, 8)
     assert first["spec"] == single["spec"]
     assert differences(first["start"], single["start"]) == []
     for name, end in single["state"].items():
@@ -56,9 +63,10 @@ def test_two_processes_end_as_one(tmp_path):
 
 @pytest.mark.feature("DDP: calibration reads the images once, on the first rank, in whatever order")
 def test_calibration_reads_once(tmp_path):
-    done = two_processes(tmp_path, "w4a8_qat", 1, "shuffle")
-    assert done.returncode == 0, done.stderr
-    first, second = (torch.load(tmp_path / f"rank{rank}of2.pt") for rank in (0, 1))
+    folder = tmp_path / "ends"
+    for done in two_processes(folder, "w4a8_qat", 1, shuffle=True):
+        assert done.returncode == 0, done.stderr
+    first, second = (torch.load(folder / f"rank{rank}of2.pt") for rank in (0, 1))
     assert first["read_before"] >= 48
     assert second["read_before"] == 0
     assert differences(first["state"], second["state"]) == []
@@ -66,10 +74,11 @@ def test_calibration_reads_once(tmp_path):
 
 @pytest.mark.feature("DDP: a calibration that fails ends all ranks")
 def test_a_calibration_that_fails_ends_both(tmp_path):
-    done = two_processes(tmp_path, "int8_qat", 1, "fail")
-    assert done.returncode != 0
-    assert "the disk is gone" in done.stderr
-    assert not list(tmp_path.iterdir())
+    folder = tmp_path / "ends"
+    for done in two_processes(folder, "int8_qat", 1, fails=True):
+        assert done.returncode != 0
+        assert "the disk is gone" in done.stderr
+    assert not list(folder.iterdir())
 
 
 @pytest.mark.feature("SyncBatchNorm: folded, and converted where it is not folded")

@@ -1,0 +1,103 @@
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader
+
+import qat_tricks
+from qat_tricks.errors import QatTricksError
+from qat_tricks.graph import activation_quantizers, layers, spec_of
+from qat_tricks.recipes.recipe import load_recipe
+from qat_tricks.recipes.stages import calibration_images
+from tests.helpers.lit import Data, Lit, dataset
+
+QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+
+
+def test_each_stage_has_its_own_tricks_and_its_own_fit():
+    lit = Lit()
+    seen = []
+    qat_tricks.run_stages(
+        lit,
+        Data(),
+        "int8_prune50_multistage",
+        trainer=QUIET,
+        after_stage=lambda stage, network: seen.append(
+            (stage.name, bool(layers(network)["head"].weight_quantizer))
+        ),
+    )
+    assert seen == [("prune", False), ("ptq", True), ("qat", True)]
+    weights = torch.cat(
+        [layer.effective_weight().flatten() for layer in layers(lit.backbone).values()]
+    )
+    assert (weights == 0).float().mean() >= 0.5
+    assert spec_of(lit.backbone)["history"].count("quantize") == 1
+
+
+class Rated(Lit):
+    """A module with a learning rate that a stage can set."""
+
+    def __init__(self):
+        super().__init__()
+        self.lr = 0.5
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+class Note(pl.Callback):
+    def __init__(self):
+        self.fits = []
+
+    def on_train_start(self, trainer, pl_module):
+        self.fits.append((trainer.max_epochs, trainer.optimizers[0].param_groups[0]["lr"]))
+        assert pl_module.training
+
+
+@pytest.mark.parametrize(("kind", "rate"), [(Rated, 0.25), (Lit, 0.01)])
+def test_a_stage_trains_for_its_epochs_at_its_rate_where_the_module_has_one(kind, rate):
+    note = Note()
+    recipe = load_recipe("int8_qat", ["stages.qat.epochs=2", "stages.qat.lr=0.25"])
+    lit = kind().eval()
+    assert qat_tricks.run_stages(lit, Data(), recipe, trainer={**QUIET, "callbacks": [note]}) is lit
+    assert note.fits == [(2, rate)]
+
+
+def test_what_is_called_after_a_stage_can_stop_the_run():
+    def stop(stage, network):
+        raise RuntimeError(f"{stage.name} is enough")
+
+    lit = Lit()
+    with pytest.raises(RuntimeError, match="ptq is enough"):
+        qat_tricks.run_stages(lit, Data(), "int8_qat", trainer=QUIET, after_stage=stop)
+    assert spec_of(lit.backbone)["history"][-1] == "correct_bias"  # nothing was trained
+
+
+class WithCalibration(Data):
+    """Images for calibration that are brighter than those for training."""
+
+    def calibration_loader(self, num_images):
+        images, labels = dataset().tensors
+        return DataLoader(torch.utils.data.TensorDataset(3 * images, labels), batch_size=16)
+
+
+def test_calibration_reads_the_loader_made_for_it_else_the_one_for_training():
+    def range_of_images(data):
+        lit = Lit()
+        recipe = load_recipe("int8_ptq", ["stages.ptq.tricks.calibrate.estimator=minmax"])
+        qat_tricks.run_stages(lit, data, recipe, trainer=QUIET)
+        low, high = activation_quantizers(lit.backbone)["activation_quantizers.x"].range
+        return high - low
+
+    # no module stands before the network here: what the loader yields is what it sees
+    assert range_of_images(WithCalibration()) == pytest.approx(
+        3 * range_of_images(Data()), rel=0.01
+    )
+    (batch, *_) = calibration_images(WithCalibration(), 16)
+    assert torch.equal(batch[0], 3 * dataset().tensors[0][:16])
+
+
+def test_an_unknown_recipe_is_refused_before_anything_is_changed():
+    lit = Lit()
+    with pytest.raises(QatTricksError, match='did you mean "int8_qat"'):
+        qat_tricks.run_stages(lit, Data(), "int8_qta", trainer=QUIET)
+    assert not layers(lit.backbone)

@@ -1,0 +1,171 @@
+import copy
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+import qat_tricks
+from qat_tricks.errors import QatTricksError
+from qat_tricks.tricks import Distill, distill
+from tests.helpers.lit import Data, Lit, differences, loader, trainer
+from tests.helpers.nets import images, small_net
+
+WEIGHT, TEMPERATURE = 0.3, 2.0
+DISTIL = [
+    f"stages.qat.tricks.distill.weight={WEIGHT}",
+    f"stages.qat.tricks.distill.temperature={TEMPERATURE}",
+]
+
+
+def logits(count=6, classes=5, seed=0):
+    return 3 * torch.randn(count, classes, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_value_and_gradient_are_the_formulas(temperature):
+    student, teacher = logits(seed=1).requires_grad_(), logits(seed=2).requires_grad_()
+    loss = distill(student, teacher, temperature=temperature)
+    p, q = (values.detach().div(temperature).softmax(1) for values in (student, teacher))
+    expected = temperature**2 * (q * (q / p).log()).sum(1).mean()
+    torch.testing.assert_close(loss.detach(), expected)
+    loss.backward()
+    torch.testing.assert_close(student.grad, temperature * (p - q) / len(p))
+    assert teacher.grad is None
+
+
+def test_equal_logits_cost_nothing_and_half_precision_is_computed_in_float():
+    assert float(distill(logits(), logits())) == pytest.approx(0, abs=1e-6)
+    half = distill(logits(seed=1).bfloat16(), logits(seed=2).bfloat16())
+    full = distill(logits(seed=1).bfloat16().float(), logits(seed=2).bfloat16().float())
+    assert half.dtype == torch.float32
+    assert float(half) == float(full)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight": 1.5}, "weight=1.5 is not allowed"),
+        ({"weight": -0.1}, "weight=-0.1 is not allowed"),
+        ({"temperature": 0.0}, "temperature=0.0 is not allowed: give a number above 0"),
+    ],
+)
+def test_settings_are_checked_when_made(settings, message):
+    with pytest.raises(QatTricksError, match=message):
+        Distill(**settings)
+
+
+class Noting(Lit):
+    """Notes the loss and the logits of each of its own training steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.own = []
+
+    def training_step(self, batch, _):
+        student = self(batch[0])
+        loss = torch.nn.functional.cross_entropy(student, batch[1])
+        self.own.append((loss.detach(), batch[0], student.detach()))
+        return loss
+
+
+class NotingLosses(pl.Callback):
+    """Notes the losses that the trainer has minimized, and the teacher at the end."""
+
+    def __init__(self):
+        self.losses, self.teacher = [], None
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, *args):
+        self.losses.append(outputs["loss"].detach())
+
+    def on_train_end(self, trainer, pl_module):
+        (trick,) = (callback for callback in trainer.callbacks if isinstance(callback, Distill))
+        self.teacher = copy.deepcopy(trick.state_dict()["teacher"])
+
+
+def test_a_trainer_minimizes_the_weighted_sum_and_the_teacher_stays_the_float_network():
+    lit, noting = Noting().train(), NotingLosses()
+    recipe = qat_tricks.recipe("w4a8_qat", DISTIL)
+    trainer([*recipe, noting], max_epochs=1).fit(lit, datamodule=Data())
+    teacher = small_net(0, num_classes=4)
+    assert len(lit.own) == len(noting.losses) == 4
+    for (own, x, student), loss in zip(lit.own, noting.losses, strict=True):
+        with torch.no_grad():
+            pull = distill(student, teacher(0.5 * x), temperature=TEMPERATURE)
+        torch.testing.assert_close(loss, (1 - WEIGHT) * own + WEIGHT * pull)
+        assert pull > 0
+    assert differences(dict(teacher.state_dict()), dict(noting.teacher)) == []
+    assert "training_step" not in lit.__dict__  # the module's own step is back
+
+
+def test_a_step_that_returns_a_mapping_keeps_what_else_is_in_it():
+    class Mapping(Noting):
+        def training_step(self, batch, index):
+            return {"loss": super().training_step(batch, index), "labels": batch[1]}
+
+    seen = []
+
+    class See(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, *args):
+            seen.append(torch.equal(outputs["labels"], batch[1]))
+
+    lit, noting = Mapping().train(), NotingLosses()
+    recipe = qat_tricks.recipe("w4a8_qat", DISTIL)
+    trainer([*recipe, noting, See()], max_epochs=1).fit(lit, datamodule=Data())
+    assert seen == [True] * 4
+    assert all(loss != own for (own, *_), loss in zip(lit.own, noting.losses, strict=True))
+
+
+def test_the_modules_own_step_is_back_after_an_exception():
+    class Failing(Lit):
+        def training_step(self, batch, index):
+            if index == 1:
+                raise RuntimeError("the user's own mistake")
+            return super().training_step(batch, index)
+
+    lit = Failing().train()
+    with pytest.raises(RuntimeError, match="the user's own mistake"):
+        trainer(qat_tricks.recipe("w4a8_qat", DISTIL), max_epochs=1).fit(lit, datamodule=Data())
+    assert "training_step" not in lit.__dict__
+    assert not lit.backbone._forward_hooks  # nobody listens any more
+
+
+class WithoutNetwork(Lit):
+    def training_step(self, batch, _):
+        return sum(p.square().sum() for p in self.parameters())
+
+
+class WithoutLoss(Lit):
+    def training_step(self, batch, index):
+        super().training_step(batch, index)
+
+
+@pytest.mark.parametrize("kind", [WithoutNetwork, WithoutLoss])
+def test_a_step_that_cannot_be_distilled_is_refused(kind):
+    with pytest.raises(QatTricksError, match=f"distill needs {kind.__name__}.training_step to run"):
+        trainer(qat_tricks.recipe("w4a8_qat", DISTIL), max_epochs=1).fit(
+            kind().train(), datamodule=Data()
+        )
+
+
+def test_a_network_that_was_quantized_before_has_no_teacher():
+    lit = Lit()
+    trainer(qat_tricks.recipe("int8_ptq")).validate(lit, Data(), verbose=False)
+    with pytest.raises(QatTricksError, match="distill has no teacher"):
+        trainer([Distill()], max_epochs=1).fit(lit.train(), loader())
+
+
+def test_distillation_pulls_towards_the_float_network():
+    def distance(weight):
+        pl.seed_everything(0, verbose=False)
+        lit = Lit().train()
+        overrides = [f"stages.qat.tricks.distill.weight={weight}"]
+        trainer(qat_tricks.recipe("w4a8_qat", overrides), max_epochs=4).fit(lit, datamodule=Data())
+        assert "training_step" not in lit.__dict__  # the module is its own again
+        teacher = small_net(0, num_classes=4)
+        return float(
+            (lit.backbone.eval()(images(64)).detach() - teacher(images(64)).detach())
+            .square()
+            .mean()
+        )
+
+    assert distance(1.0) < 0.5 * distance(0.0)

@@ -1,0 +1,134 @@
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+import qat_tricks
+from qat_tricks.errors import QatTricksError
+from qat_tricks.graph import layers, trace
+from qat_tricks.tricks import ReestimateBatchnorm, fold_batchnorm, reestimate_batchnorm
+from tests.helpers.lit import Lit, OrderedData, loader, trainer
+from tests.helpers.nets import images, small_net
+
+UNFOLDED = [
+    "~stages.ptq.tricks.fold_batchnorm",
+    "~stages.ptq.tricks.equalize",
+    "~stages.ptq.tricks.correct_bias",
+]
+
+
+def norms(network):
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, nn.BatchNorm2d)
+    }
+
+
+def averages(network, batches):
+    """The plain average over ``batches`` of each BatchNorm's batch means and variances.
+
+    The BatchNorms normalize by the batch while they are estimated, dropout does nothing.
+    """
+    seen = {name: [] for name in norms(network)}
+    handles = [
+        norm.register_forward_pre_hook(
+            lambda _, inputs, name=name: seen[name].append(
+                (inputs[0].mean([0, 2, 3]), inputs[0].var([0, 2, 3]))
+            )
+        )
+        for name, norm in norms(network).items()
+    ]
+    kept = {key: value.clone() for key, value in network.state_dict().items()}
+    network.eval()
+    for norm in norms(network).values():
+        norm.train()
+    with torch.no_grad():
+        for batch in batches:
+            network(batch)
+    for handle in handles:
+        handle.remove()
+    network.load_state_dict(kept)
+    network.eval()
+    return {
+        name: [torch.stack(values).mean(0) for values in zip(*pairs, strict=True)]
+        for name, pairs in seen.items()
+    }
+
+
+def assert_statistics(network, expected):
+    for name, norm in norms(network).items():
+        mean, variance = expected[name]
+        torch.testing.assert_close(norm.running_mean, mean, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(norm.running_var, variance, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_statistics_are_the_plain_average_over_the_batches():
+    traced = trace(small_net())
+    batches = [images(16, seed=5), images(16, seed=6) * 3, images(16, seed=7) + 1]
+    expected = averages(traced, batches)
+    reestimate_batchnorm(traced, batches)
+    assert_statistics(traced, expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_nothing_but_the_statistics_changes(training):
+    traced = trace(small_net()).train(training)
+    momenta = [norm.momentum for norm in norms(traced).values()]
+    before = {key: value.clone() for key, value in traced.state_dict().items()}
+    reestimate_batchnorm(traced, [images()])
+    assert traced.training == training
+    assert all(norm.training == training for norm in norms(traced).values())
+    assert [norm.momentum for norm in norms(traced).values()] == momenta == [0.1] * 4
+    for key, value in traced.state_dict().items():
+        is_statistic = "running" in key or "num_batches" in key
+        assert is_statistic != torch.equal(before[key], value), key
+
+
+def test_errors():
+    with pytest.raises(QatTricksError, match="no images to re-estimate"):
+        reestimate_batchnorm(trace(small_net()), [])
+    folded = trace(small_net())
+    fold_batchnorm(folded)
+    with pytest.raises(QatTricksError, match="no BatchNorm is left to re-estimate"):
+        reestimate_batchnorm(folded, [images()])
+    with pytest.raises(QatTricksError, match="num_images=0 is not allowed"):
+        ReestimateBatchnorm(num_images=0)
+
+
+def as_the_network_sees():
+    """``Lit.forward`` halves the images before the network."""
+    return [0.5 * batch[0] for batch in loader(64)]
+
+
+def test_without_training_it_is_done_at_once_with_the_quantizers_on():
+    recipe = qat_tricks.recipe(
+        "int8_ptq", [*UNFOLDED, "+trick@recipe.stages.ptq.tricks=reestimate_batchnorm"]
+    )
+    lit = Lit()
+    trainer(recipe).validate(lit, OrderedData(), verbose=False)
+    assert all(layer.weight_quantizer for layer in layers(lit.backbone).values())
+    assert_statistics(lit.backbone, averages(lit.backbone, as_the_network_sees()))
+    assert not torch.allclose(
+        lit.backbone.get_submodule("stem.1").running_mean, small_net().stem[1].running_mean
+    )
+
+
+class Count(pl.Callback):
+    """Notes after each epoch how many batches the statistics are made of."""
+
+    def __init__(self):
+        self.batches = []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.batches.append(int(pl_module.backbone.get_submodule("stem.1").num_batches_tracked))
+
+
+def test_in_a_fit_it_is_done_once_at_the_end_of_the_last_epoch():
+    recipe = qat_tricks.recipe(
+        "int8_qat", [*UNFOLDED, "+trick@recipe.stages.qat.tricks=reestimate_batchnorm"]
+    )
+    lit, count = Lit().train(), Count()
+    trainer([*recipe, count], max_epochs=3).fit(lit, datamodule=OrderedData())
+    assert count.batches == [4, 8, 4]  # not 12: they were estimated anew
+    assert_statistics(lit.backbone, averages(lit.backbone, as_the_network_sees()))
