@@ -18,7 +18,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from qat_tricks.graph.workbench import Workbench
-from qat_tricks.recipes.ptq import do_stage
 from qat_tricks.recipes.recipe import load_recipe
 
 BARS = {"mobilenet_v2": 1.3, "resnet18": 1.4}
@@ -32,7 +31,7 @@ def quantized(net: nn.Module, images: torch.Tensor) -> nn.Module:
         assert not any(trick.needs_teacher for trick in stage.tricks), (
             "a teacher's forward pass would belong to the step"
         )
-        do_stage(stage, work)
+        stage.apply(work)
     return work.network.train()
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "QatTricksError",
+    "Recipe",
     "export_onnx",
     "load_from_checkpoint",
     "quantize",

@@ -5,6 +5,9 @@ import os
 import pytest
 import torch
 
+# First of all: what follows takes the package that is imported already.
+from tests.helpers.lightning import NAME as LIGHTNING
+
 os.environ["WANDB_MODE"] = "offline"
 
 # Modules whose single tests take longest come first, so that no process has one left at the end.
@@ -17,6 +20,10 @@ LONGEST = (
     "deploy/test_signed.py",
     "jobs/test_evaluate.py",
 )
+
+
+def pytest_report_header():
+    return f"Lightning: {LIGHTNING}"
 
 
 def pytest_configure(config):

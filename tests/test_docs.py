@@ -4,7 +4,6 @@ import re
 import sys
 
 import pytest
-import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -13,6 +12,7 @@ import qat_tricks
 from qat_tricks.graph import layers
 from qat_tricks.settings.config_dir import config_dir
 from tests.helpers import ROOT
+from tests.helpers.lightning import pl
 from tests.helpers.lit import Data, Lit, loader, trainer
 from tests.helpers.nets import images, small_net
 

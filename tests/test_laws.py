@@ -35,15 +35,16 @@ MOST_LOOSE = 5
 
 # Rooms that are plain PyTorch, and what they must not load.
 PLAIN_ROOMS = ("numerics", "graph", "deploy", "trainer", "tricks", "recipes")
-FRAMEWORKS = ("pytorch_lightning", "lightning_fabric", "hydra", "wandb")
+FRAMEWORKS = ("pytorch_lightning", "lightning", "lightning_fabric", "hydra", "wandb")
 
 # Imports inside functions, (importing module, imported module): why. ``.*`` stands for the rest.
 DEFERRED = {
     ("cli.main", "qat_tricks.*"): "a wrong argument or Ctrl-C while torch loads ends in one line",
     ("cli.main", "rich.*"): "as above",
     ("cli.command_line", "qat_tricks.cli.check_train"): "evaluate.py does without Lightning",
-    ("cli.command_line", "qat_tricks.models.*"): "evaluate.py does without torchvision's networks",
-    ("jobs.evaluate", "qat_tricks.jobs.checkpoint"): "an ONNX file is measured without Lightning",
+    ("jobs.artifact", "qat_tricks.jobs.checkpoint"): "an ONNX file is measured without Lightning",
+    ("recipes.recipe", "qat_tricks.settings.compose"): "a recipe without overrides needs no Hydra",
+    ("files", "torch"): "reading and writing JSON costs nothing",
     ("deploy.runtimes.openvino", "openvino"): "an extra",
     ("models.build", "timm"): "an extra",
     (

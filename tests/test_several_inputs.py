@@ -6,7 +6,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -43,6 +42,7 @@ from qat_tricks.tricks import (
     tune_ranges,
 )
 from tests.helpers import several
+from tests.helpers.lightning import pl
 from tests.helpers.lit import differences, trainer
 from tests.helpers.several import (
     KINDS,
@@ -346,7 +346,9 @@ def test_evaluate_and_train_refuse_them_in_one_line(deployed):
 def fit(folder, recipe="int8_prune50", ckpt_path=None, module=None, batches=None, epochs=2, seed=0):
     torch.manual_seed(11)
     lit = (module or Lit)(seed=seed).train()
-    keep = ModelCheckpoint(dirpath=folder, save_top_k=-1, every_n_train_steps=4, filename="{step}")
+    keep = pl.callbacks.ModelCheckpoint(
+        dirpath=folder, save_top_k=-1, every_n_train_steps=4, filename="{step}"
+    )
     run = trainer([*qat_tricks.recipe(recipe), keep], max_epochs=epochs, enable_checkpointing=True)
     run.fit(lit, batches or loader(), ckpt_path=ckpt_path)
     run.save_checkpoint(folder / "end.ckpt")

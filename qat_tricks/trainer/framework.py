@@ -5,10 +5,11 @@ hand decides which one is meant. Nothing here imports either of them before it i
 """
 
 import sys
-from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any
+
+import wrapt
 
 from qat_tricks.errors import QatTricksError
 
@@ -38,45 +39,33 @@ def default_package() -> ModuleType:
     Raises:
         QatTricksError: there is none.
     """
-    imported = [sys.modules[name] for name in PACKAGES if sys.modules.get(name) is not None]
-    packages = imported or _installed()
-    if not packages:
-        raise QatTricksError(f"training needs Lightning, which is not installed: {INSTALL}")
-    return packages[0]
-
-
-@cache
-def _installed() -> list[ModuleType]:
-    packages = []
-    for name in PACKAGES:
+    imported = [name for name in PACKAGES if sys.modules.get(name) is not None]
+    for name in (*imported, *PACKAGES):
         try:
-            packages.append(import_module(name))
+            return import_module(name)
         except ImportError:  # not installed, or not complete: the other one may be
             continue
-    return packages
+    raise QatTricksError(f"training needs Lightning, which is not installed: {INSTALL}")
 
 
 class _Nothing:
-    """Stands where Lightning's callbacks will: a class whose base is ``object`` cannot get others."""
+    """The base of ``Callback`` without Lightning, for a class of ``object`` cannot get others."""
 
 
 class Callback(_Nothing):
-    """What our callbacks derive from: a ``Callback`` of every Lightning package that is installed.
+    """The base of our callbacks: a ``Callback`` of every Lightning package in this process.
 
-    It becomes one in ``join_lightning``, for classes and objects made before as well. So whichever
-    trainer gets our callbacks takes them, whatever was imported first, and a process that only
+    It becomes one when a package is imported, by us or by the user, before or after our callbacks
+    are made. So the trainer takes them, whichever package it comes from, and a process that only
     quantizes never loads Lightning.
     """
 
 
-def join_lightning() -> None:
-    """Makes ``Callback`` derive from the callbacks of the Lightning packages installed here."""
-    bases = tuple(package.Callback for package in _installed())
-    if bases and Callback.__bases__ != bases:
-        Callback.__bases__ = bases
+def _join(package: ModuleType) -> None:
+    """Makes ``Callback``, with its classes and objects, derive from a package's callbacks."""
+    bases = tuple(base for base in Callback.__bases__ if base is not _Nothing)
+    Callback.__bases__ = (*bases, package.Callback)
 
 
-def join_if_imported() -> None:
-    """``join_lightning`` in a process that uses Lightning; in others nothing, at no cost."""
-    if any(sys.modules.get(name) is not None for name in PACKAGES):
-        join_lightning()
+for _name in PACKAGES:
+    wrapt.register_post_import_hook(_join, _name)  # at once where it is imported already

@@ -1,11 +1,12 @@
 """Restores what a trainer is told to go on from: a quantized run, or a float one to begin with."""
 
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.trainer.checkpoints import load_checkpoint, load_state
@@ -33,15 +34,21 @@ def spec_to_restore(trainer: "Trainer", pl_module: "LightningModule") -> dict[st
     if CHECKPOINT_KEY in checkpoint:
         return checkpoint[CHECKPOINT_KEY]["spec"]
     load_state(pl_module, checkpoint, path, strict=pl_module.strict_loading)
-    rank_zero_info(
-        f"{path} holds a float network: its weights are loaded, and the recipe begins from them"
-    )
+    if trainer.is_global_zero:
+        _log(trainer).info(
+            f"{path} holds a float network: its weights are loaded, and the recipe begins from them"
+        )
     stateful = (trainer.precision_plugin, trainer.datamodule)  # type: ignore[attr-defined]
     gone = {*_RUN_STATE, *(type(plugin).__qualname__ for plugin in stateful)}
     rest = {key: value for key, value in checkpoint.items() if key not in gone}
     fresh_optimizers: dict[str, Any] = {"optimizer_states": [], "lr_schedulers": []}
     _HandOver(trainer, lambda: {**rest, "state_dict": pl_module.state_dict(), **fresh_optimizers})
     return None
+
+
+def _log(trainer: "Trainer") -> logging.Logger:
+    """The logger of the trainer's own package; both packages share one in ``rank_zero_info``."""
+    return logging.getLogger(f"{package_of(trainer).__name__}.utilities.rank_zero")
 
 
 def check_restore(trainer: "Trainer") -> None:

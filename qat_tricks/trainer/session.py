@@ -16,7 +16,7 @@ from qat_tricks.graph.workbench import Workbench
 from qat_tricks.trainer.averaging import is_averaging, keep_grids
 from qat_tricks.trainer.calibration_images import network_inputs
 from qat_tricks.trainer.checkpoints import is_mid_epoch
-from qat_tricks.trainer.framework import Callback, join_lightning, package_of
+from qat_tricks.trainer.framework import Callback, package_of
 from qat_tricks.trainer.module import (
     CHECKPOINT_KEY,
     attach_workbench,
@@ -71,7 +71,6 @@ class Session(Callback):
         network: str | None = None,
         untraced: Sequence[str] = (),
     ) -> None:
-        join_lightning()
         self.tricks, self.network, self.untraced = list(tricks), network, tuple(untraced)
         # Of a run resumed in the middle of an epoch, until it goes on.
         self._random_state: dict[str, Any] | None = None

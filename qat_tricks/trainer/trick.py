@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.workbench import Workbench
-from qat_tricks.trainer.framework import Callback, join_if_imported
+from qat_tricks.trainer.framework import Callback
 from qat_tricks.trainer.order import trick_name
 from qat_tricks.trainer.session import Session
 
@@ -28,9 +28,6 @@ class Trick(Callback):
     requires: ClassVar[tuple[type["Trick"], ...]] = ()
     after: ClassVar[tuple[str, ...]] = ()
     needs_teacher: ClassVar[bool] = False
-
-    def __init__(self) -> None:
-        join_if_imported()  # a trick that a user hands to a trainer
 
     @property
     def name(self) -> str:

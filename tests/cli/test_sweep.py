@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import wandb
-from pytorch_lightning import seed_everything
 
 import qat_tricks.jobs.train
 from qat_tricks.cli import main as cli
@@ -17,6 +16,7 @@ from qat_tricks.evidence.report import write_report
 from qat_tricks.jobs.loggers import log_report
 from qat_tricks.settings.compose import Composer
 from tests.helpers import wandb_file
+from tests.helpers.lightning import pl
 from tests.helpers.samples import report
 
 
@@ -27,7 +27,7 @@ def jobs(tmp_path, monkeypatch):
 
     def run_job(config, folder, logger):
         name = config.recipe.name
-        seed_everything(config.seed, workers=True, verbose=False)
+        pl.seed_everything(config.seed, workers=True, verbose=False)
         state = {
             "dtype": torch.get_default_dtype(),
             "deterministic": torch.are_deterministic_algorithms_enabled(),

@@ -1,10 +1,10 @@
 """Made-up images that a network can learn."""
 
-import pytorch_lightning as pl
 import torch
 
 from qat_tricks.data import build_data
 from qat_tricks.jobs.datamodule import ImageDataModule
+from tests.helpers.lightning import pl
 
 
 def test_fake_images_can_be_learned_in_a_real_trainer():

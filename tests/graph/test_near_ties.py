@@ -1,7 +1,6 @@
 import copy
 
 import pytest
-import pytorch_lightning as pl
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -10,6 +9,7 @@ import qat_tricks
 from qat_tricks.graph import activation_quantizers
 from qat_tricks.graph.near_ties import MARGIN, STEP, TRIES, avoid_rounding_ties
 from qat_tricks.recipes.ptq import quantize
+from tests.helpers.lightning import pl
 from tests.helpers.lit import Lit, loader, trainer
 from tests.helpers.nets import images, small_net
 

@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from qat_tricks.deploy.cost.forecast import forecast
+from qat_tricks.deploy.cost.forecast import forecast_network
 from qat_tricks.graph import activation_quantizers, operations, spec_of, trace
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.near_ties import avoid_rounding_ties
@@ -89,7 +89,9 @@ def test_ties_of_a_new_function_are_avoided_by_its_entry(monkeypatch, as_module)
 @pytest.mark.parametrize("as_module", [False, True], ids=["function", "module"])
 def test_forecast_gives_the_reason_of_a_new_entry(monkeypatch, as_module):
     def foreseen():
-        return {row.name: row.reason for row in forecast(network(as_module), images(1)).in_float}
+        return {
+            row.name: row.reason for row in forecast_network(network(as_module), images(1)).in_float
+        }
 
     assert foreseen() == {"bend": UNKNOWN.float_reason}
     add_entry(monkeypatch, is_elementwise=True, float_reason="bends have no integer kernel")

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 import qat_tricks
+from tests.helpers.lightning import pl
 from tests.helpers.lit import Lit, dataset, trainer
 
 GLOBAL_BATCH = 16

@@ -1,4 +1,4 @@
-"""The Lightning package that a test run uses: ``pytorch_lightning``, or as LIGHTNING_PACKAGE says."""
+"""The Lightning package of a test run: LIGHTNING_PACKAGE, by default ``pytorch_lightning``."""
 
 import os
 from importlib import import_module

@@ -1,10 +1,10 @@
 """LightningModules as users write them: they have never heard of us."""
 
-import pytorch_lightning as pl
 import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.helpers.lightning import pl
 from tests.helpers.nets import images, small_net
 
 

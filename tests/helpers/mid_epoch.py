@@ -1,10 +1,10 @@
 """The fit of which tests/artifacts holds a checkpoint, written in the middle of an epoch."""
 
-import pytorch_lightning as pl
 import torch
 
 import qat_tricks
 from tests.helpers import ROOT
+from tests.helpers.lightning import pl
 from tests.helpers.lit import Lit, ResumableLoader, loader, trainer
 
 ARTIFACTS = ROOT / "tests" / "artifacts"

@@ -1,10 +1,11 @@
 """Networks that take several inputs, what they take, and a LightningModule with one."""
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from tests.helpers.lightning import pl
 
 
 def conv(into: int, out: int, **settings: int) -> nn.Sequential:

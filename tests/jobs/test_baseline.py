@@ -1,7 +1,6 @@
 """The float network: trained once for all runs with the same settings, or loaded."""
 
 import pytest
-import pytorch_lightning as pl
 import torch
 
 from qat_tricks.jobs.baseline import cache_dir, prepare_baseline
@@ -9,6 +8,7 @@ from qat_tricks.jobs.classifier import make_classifier
 from qat_tricks.jobs.datamodule import ImageDataModule, load_data
 from qat_tricks.trainer.ranks import Ranks
 from tests.helpers.configs import job_config
+from tests.helpers.lightning import pl
 
 QUICK = [
     "data=fake",
@@ -43,7 +43,9 @@ def baseline(*overrides):
     config = job_config(*QUICK, *overrides)
     data = load_data(config.data)
     module = make_classifier(config, data)
-    prepare_baseline(config, module, ImageDataModule(data), TRAINER, Ranks(TRAINER))
+    prepare_baseline(
+        config, module, ImageDataModule(data), TRAINER, Ranks(pl.Trainer(**TRAINER).strategy)
+    )
     return module.network.state_dict()
 
 

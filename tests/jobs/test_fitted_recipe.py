@@ -11,10 +11,10 @@ def test_a_target_reaches_the_quantizers_of_every_stage():
     )
     settings = [trick.settings for trick in recipe.tricks if isinstance(trick, Quantize)]
     assert settings
-    assert all((given["weight_bits"], given["activation_bits"]) == (7, 8) for given in settings)
+    assert all((each.weight_bits, each.activation_bits) == (7, 8) for each in settings)
     recipe = fitted_recipe(composed("recipe=int8_prune50_multistage", "target=tensorrt"))
     assert {
-        trick.settings["activations"] for trick in recipe.tricks if isinstance(trick, Quantize)
+        trick.settings.activations for trick in recipe.tricks if isinstance(trick, Quantize)
     } == {"signed_symmetric"}
 
 

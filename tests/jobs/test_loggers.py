@@ -3,13 +3,13 @@ import json
 import pytest
 import wandb
 from omegaconf import OmegaConf
-from pytorch_lightning.loggers import CSVLogger, WandbLogger
 
 from qat_tricks.evidence.report import write_report
 from qat_tricks.jobs import loggers
 from qat_tricks.jobs.loggers import finish_logger, log_report, make_logger, report_metrics
 from qat_tricks.settings.compose import Composer
 from tests.helpers import wandb_file
+from tests.helpers.lightning import pl
 from tests.helpers.samples import report
 
 
@@ -49,7 +49,7 @@ def test_an_offline_run_holds_metrics_config_table_and_artifact(tmp_path, capfd)
     write_report(tmp_path, written)
     (tmp_path / "model.onnx").write_bytes(b"network")
     logger = make_logger(config("recipe=int8_ptq"), tmp_path, group="sweep", job_name="0_int8_ptq")
-    assert isinstance(logger, WandbLogger)
+    assert isinstance(logger, pl.loggers.WandbLogger)
     logger.log_metrics({"train/loss": 0.5}, step=3)
     log_report(logger, written, tmp_path)
     finish_logger(logger)
@@ -128,7 +128,7 @@ def test_with_a_login_wandb_is_online_and_offline_where_that_fails(
 @pytest.mark.feature("W&B unreachable: one line, and the run is kept as csv")
 def test_where_wandb_cannot_start_a_line_says_so_and_csv_takes_over(tmp_path, modes, capsys):
     logger = make_logger(config(), tmp_path)
-    assert isinstance(logger, CSVLogger)
+    assert isinstance(logger, pl.loggers.CSVLogger)
     told = capsys.readouterr().err
     assert told.count("\n") == 1
     assert "no such service at all" in told
@@ -140,7 +140,7 @@ def test_where_wandb_cannot_start_a_line_says_so_and_csv_takes_over(tmp_path, mo
 @pytest.mark.feature("W&B's folder unwritable: one line, and the run is kept as csv")
 def test_an_unwritable_wandb_folder_does_not_stop_the_run(tmp_path, capsys):
     (tmp_path / "wandb").write_text("a file where W&B wants its folder")
-    assert isinstance(make_logger(config(), tmp_path), CSVLogger)
+    assert isinstance(make_logger(config(), tmp_path), pl.loggers.CSVLogger)
     assert "logs to csv instead" in capsys.readouterr().err
 
 
@@ -154,7 +154,7 @@ def test_disabled_and_none_log_nothing(tmp_path, monkeypatch):
 
 
 def test_a_logger_that_fails_at_the_end_is_a_warning(tmp_path, capsys):
-    class Broken(CSVLogger):
+    class Broken(pl.loggers.CSVLogger):
         def log_metrics(self, metrics, step=None):
             raise OSError("disk full")
 

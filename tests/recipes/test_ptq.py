@@ -5,7 +5,6 @@ import qat_tricks
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import layers
 from qat_tricks.graph.workbench import Workbench
-from qat_tricks.recipes.ptq import do_stage
 from qat_tricks.recipes.recipe import load_recipe
 from tests.helpers.nets import images, small_net
 
@@ -54,7 +53,7 @@ def test_what_comes_back_is_quantized_and_in_evaluation_mode():
 def test_a_stage_notes_its_tricks_and_lets_the_reference_go():
     (stage,) = load_recipe("int8_ptq").stages
     work = Workbench(small_net(), lambda num_images: [images(16)])
-    do_stage(stage, work)
+    stage.apply(work)
     names = [trick.name for trick in stage.tricks]
     assert work.applied == work.history == names
     with pytest.raises(QatTricksError, match="there is no float reference"):

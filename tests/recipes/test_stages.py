@@ -1,5 +1,4 @@
 import pytest
-import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
@@ -7,7 +6,8 @@ import qat_tricks
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import activation_quantizers, layers, spec_of
 from qat_tricks.recipes.recipe import load_recipe
-from qat_tricks.recipes.stages import calibration_images
+from qat_tricks.trainer.calibration_images import datamodule_images
+from tests.helpers.lightning import pl
 from tests.helpers.lit import Data, Lit, dataset
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
@@ -92,7 +92,7 @@ def test_calibration_reads_the_loader_made_for_it_else_the_one_for_training():
     assert range_of_images(WithCalibration()) == pytest.approx(
         3 * range_of_images(Data()), rel=0.01
     )
-    (batch, *_) = calibration_images(WithCalibration(), 16)
+    (batch, *_) = datamodule_images(WithCalibration(), 16)
     assert torch.equal(batch[0], 3 * dataset().tensors[0][:16])
 
 

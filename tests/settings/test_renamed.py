@@ -60,7 +60,7 @@ def test_the_old_flag_forecasts(tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize("override", ["whole=[conv]", "recipe.whole=[conv]"])
 def test_an_override_of_a_recipe_may_have_the_old_name(override, capsys):
-    assert load_recipe("int8_ptq", [override]).whole == ("conv",)
+    assert load_recipe("int8_ptq", [override]).untraced == ("conv",)
     assert capsys.readouterr().err == warning("recipe.whole")
 
 

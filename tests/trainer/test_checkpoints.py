@@ -5,21 +5,14 @@ beside ours.
 import logging
 
 import pytest
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import (
-    BatchSizeFinder,
-    EarlyStopping,
-    LearningRateFinder,
-    ModelCheckpoint,
-    StochasticWeightAveraging,
-)
 
 import qat_tricks
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import activation_quantizers, layers, spec_of
 from qat_tricks.trainer.checkpoints import save_checkpoint
 from qat_tricks.tricks.prune import sparsity_of
+from tests.helpers.lightning import pl
 from tests.helpers.lit import Data, Lit, ResumableLoader, differences, loader, trainer
 from tests.helpers.nets import images
 
@@ -37,14 +30,14 @@ def ema():
 
 
 def swa():
-    return StochasticWeightAveraging(swa_lrs=0.1)
+    return pl.callbacks.StochasticWeightAveraging(swa_lrs=0.1)
 
 
 def fit(callbacks=(), recipe="int8_prune50", lit=None, **settings):
     lit = lit or Lit().train()
     settings = {
         "max_epochs": 3,
-        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        "enable_checkpointing": any(isinstance(c, pl.callbacks.ModelCheckpoint) for c in callbacks),
         **settings,
     }
     run = trainer([*qat_tricks.recipe(recipe), *callbacks], **settings)
@@ -63,7 +56,7 @@ def agrees_with_itself(lit, path):
 @pytest.mark.feature("checkpoint alone: load_from_checkpoint and test(ckpt_path), weights_only")
 @pytest.mark.parametrize("weights_only", [False, True], ids=["whole", "save_weights_only"])
 def test_a_checkpoint_of_modelcheckpoint_stands_alone(tmp_path, weights_only):
-    best = ModelCheckpoint(
+    best = pl.callbacks.ModelCheckpoint(
         tmp_path, monitor="val_acc", mode="max", save_top_k=2, save_weights_only=weights_only
     )
     run, lit = fit([best])
@@ -132,7 +125,7 @@ def test_a_float_checkpoint_gives_its_weights_to_a_quantized_run(tmp_path, caplo
 
     for method in (lambda run: run.fit, lambda run: run.validate, lambda run: run.test):
         caplog.clear()
-        with caplog.at_level(logging.INFO, logger="pytorch_lightning.utilities.rank_zero"):
+        with caplog.at_level(logging.INFO, logger=f"{pl.__name__}.utilities.rank_zero"):
             found = result(method, Lit(seed=5).train(), tmp_path / "float.ckpt")
         assert "holds a float network: its weights are loaded" in caplog.text
         assert differences(expected(method), found) == []
@@ -157,11 +150,12 @@ def test_a_float_checkpoint_of_another_network_is_refused(tmp_path):
         )
 
 
-@pytest.mark.feature("EarlyStopping")
+@pytest.mark.feature("pl.callbacks.EarlyStopping")
 def test_early_stopping_ends_the_fit_and_the_pruning_says_so():
     with pytest.warns(UserWarning, match="before the pruning schedule did"):
         run, lit = fit(
-            [EarlyStopping("val_acc", mode="min", patience=1, min_delta=2.0)], max_epochs=20
+            [pl.callbacks.EarlyStopping("val_acc", mode="min", patience=1, min_delta=2.0)],
+            max_epochs=20,
         )
     assert 1 < run.current_epoch < 10
     assert spec_of(lit.backbone)["history"][-1] == "distill"
@@ -182,20 +176,28 @@ def grids_are_exact(lit):
     )
 
 
-@pytest.mark.feature("StochasticWeightAveraging")
+@pytest.mark.feature("pl.callbacks.StochasticWeightAveraging")
 def test_stochastic_weight_averaging_keeps_masks_and_grids():
     _, plain = fit()
-    _, lit = fit([StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1, annealing_epochs=1)])
+    _, lit = fit(
+        [
+            pl.callbacks.StochasticWeightAveraging(
+                swa_lrs=0.01, swa_epoch_start=1, annealing_epochs=1
+            )
+        ]
+    )
     assert differences(plain.state_dict(), lit.state_dict()) != []
     assert sparsity_of(layers(lit.backbone).values()) >= 0.5
     assert grids_are_exact(lit.eval())
 
 
-@pytest.mark.feature("StochasticWeightAveraging: scales keep their share of the learning rate")
+@pytest.mark.feature(
+    "pl.callbacks.StochasticWeightAveraging: scales keep their share of the learning rate"
+)
 @pytest.mark.parametrize("rates", [0.02, [0.02]])
 def test_stochastic_weight_averaging_steps_scales_in_proportion(rates):
     run, _ = fit(
-        [StochasticWeightAveraging(swa_lrs=rates, swa_epoch_start=1)],
+        [pl.callbacks.StochasticWeightAveraging(swa_lrs=rates, swa_epoch_start=1)],
         lit=Lit(optimizer="adam").train(),
     )
     weights, scales = run.optimizers[0].param_groups
@@ -230,7 +232,7 @@ def test_weight_averaging_resumes_exactly(tmp_path):
     def run(seed, path=None):
         pl.seed_everything(1, verbose=False)
         lit = Lit(seed=seed).train()
-        keep = ModelCheckpoint(
+        keep = pl.callbacks.ModelCheckpoint(
             dirpath=tmp_path, save_top_k=-1, every_n_train_steps=1, filename="{step}"
         )
         callbacks = [*qat_tricks.recipe("int8_prune50"), ema(), *([] if path else [keep])]
@@ -268,14 +270,14 @@ class Tuned(Lit):
         return torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.1)
 
 
-@pytest.mark.feature("LearningRateFinder")
+@pytest.mark.feature("pl.callbacks.LearningRateFinder")
 def test_the_learning_rate_finder_finds_and_leaves_no_trace(tmp_path):
     class See(pl.Callback):
         def on_train_start(self, trainer, pl_module):
             state.append({key: value.clone() for key, value in pl_module.state_dict().items()})
 
     state = []
-    finder = LearningRateFinder(
+    finder = pl.callbacks.LearningRateFinder(
         num_training_steps=20, early_stop_threshold=None, min_lr=1e-5, max_lr=1e-2
     )
     for extra in ([], [finder]):
@@ -292,10 +294,10 @@ def test_the_learning_rate_finder_finds_and_leaves_no_trace(tmp_path):
     assert (scales["lr"], scales["weight_decay"]) == (pytest.approx(0.01 * weights["lr"]), 0)
 
 
-@pytest.mark.feature("BatchSizeFinder")
+@pytest.mark.feature("pl.callbacks.BatchSizeFinder")
 def test_the_batch_size_finder_changes_the_batch_size_alone(tmp_path):
     lit = Tuned().train()
-    finder = BatchSizeFinder(steps_per_trial=1, init_val=4, max_trials=2)
+    finder = pl.callbacks.BatchSizeFinder(steps_per_trial=1, init_val=4, max_trials=2)
     run = trainer(
         [*qat_tricks.recipe("int8_prune50"), finder], max_epochs=1, default_root_dir=tmp_path
     )

@@ -10,9 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
 
 import qat_tricks
 from qat_tricks.cli import main as cli
@@ -23,6 +21,7 @@ from qat_tricks.jobs.classifier import Classifier
 from qat_tricks.trainer.checkpoints import save_checkpoint
 from qat_tricks.tricks import LearnScales
 from tests.helpers import ROOT
+from tests.helpers.lightning import pl
 from tests.helpers.lit import Data, Lit, ResumableLoader, dataset, differences, trainer
 from tests.helpers.nets import images
 
@@ -47,7 +46,7 @@ def run(
         "save_last": True,
         **checkpoints,
     }
-    keep = ModelCheckpoint(dirpath=folder, **settings)
+    keep = pl.callbacks.ModelCheckpoint(dirpath=folder, **settings)
     fit = trainer(
         [*qat_tricks.recipe(recipe, overrides), *extra, keep],
         max_epochs=2,

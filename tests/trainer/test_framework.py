@@ -99,7 +99,5 @@ def test_objects_tell_their_package(package):
 def test_without_lightning_the_error_says_how_to_get_it(monkeypatch):
     for name in ("pytorch_lightning", "lightning", "lightning.pytorch"):
         monkeypatch.setitem(sys.modules, name, None)
-    framework._installed.cache_clear()
     with pytest.raises(QatTricksError, match="pip install pytorch-lightning"):
         framework.default_package()
-    framework._installed.cache_clear()

@@ -3,7 +3,6 @@ parameter exactly once.
 """
 
 import pytest
-import pytorch_lightning as pl
 import torch
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import (
@@ -20,6 +19,7 @@ import qat_tricks
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import layers
 from qat_tricks.tricks.prune import sparsity_of
+from tests.helpers.lightning import pl
 from tests.helpers.lit import Data, Lit, dataset, differences, trainer
 
 WITHOUT_DISTILL = {

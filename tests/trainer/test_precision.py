@@ -1,12 +1,12 @@
 """Mixed precision, compilation and memory formats change speed, and no grid."""
 
 import pytest
-import pytorch_lightning as pl
 import torch
 
 import qat_tricks
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import layers
+from tests.helpers.lightning import pl
 from tests.helpers.lit import Data, Lit, differences, loader, trainer
 from tests.helpers.nets import images
 

@@ -4,11 +4,12 @@ import pytest
 from torch import distributed
 
 from qat_tricks.trainer.ranks import Ranks, loaded_once
+from tests.helpers.lightning import pl
 from tests.helpers.nets import images
 
 
 def test_one_process_does_the_work_itself():
-    ranks = Ranks({"accelerator": "cpu", "devices": 1, "logger": False})
+    ranks = Ranks(pl.Trainer(accelerator="cpu", devices=1, logger=False).strategy)
     assert not distributed.is_initialized()
     assert ranks.on_zero(lambda a, *, b: a - b, 5, b=2) == 3
     with pytest.raises(ValueError, match="mine"):

@@ -4,12 +4,11 @@ import os
 import signal
 
 import pytest
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
 
 import qat_tricks
 from qat_tricks.tricks import Calibrate, Prune
+from tests.helpers.lightning import pl
 from tests.helpers.lit import Lit, ResumableLoader, differences, loader, trainer
 from tests.helpers.process import run_forked
 
@@ -23,7 +22,7 @@ def run(folder, ckpt_path=None, *, seed=0, train=None, extra=(), **settings):
     pl.seed_everything(11, verbose=False)
     lit = Lit(seed=seed).train()
     callbacks = qat_tricks.recipe("int8_prune50", ["stages.prune_qat.tricks.prune.updates=7"])
-    keep = ModelCheckpoint(
+    keep = pl.callbacks.ModelCheckpoint(
         dirpath=folder, save_top_k=-1, every_n_train_steps=1, filename="{step}", save_last=True
     )
     fit = trainer(
@@ -42,7 +41,9 @@ def run(folder, ckpt_path=None, *, seed=0, train=None, extra=(), **settings):
 def end_of(checkpoint):
     """What must be the same: weights, scales, masks, spec, optimizer, schedules and generators."""
     callbacks = [
-        state for name, state in checkpoint["callbacks"].items() if "ModelCheckpoint" not in name
+        state
+        for name, state in checkpoint["callbacks"].items()
+        if "pl.callbacks.ModelCheckpoint" not in name
     ]
     return {
         key: checkpoint[key]

@@ -6,8 +6,6 @@ from functools import partial
 import pytest
 import torch
 from lightning_fabric.plugins.environments.lightning import find_free_network_port
-from pytorch_lightning.plugins.layer_sync import TorchSyncBatchNorm
-from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
 import qat_tricks
@@ -15,6 +13,7 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import trace
 from qat_tricks.graph.fold import fold_batchnorm
 from tests.helpers.ddp_fit import fit
+from tests.helpers.lightning import pl
 from tests.helpers.lit import Data, Lit, differences, trainer
 from tests.helpers.nets import images, small_net
 from tests.helpers.process import Forked
@@ -100,16 +99,20 @@ def test_synchronized_batchnorms_fold_and_convert():
     assert len(fold_batchnorm(copy.deepcopy(lit.backbone))) == 4
     with torch.no_grad():
         expected = lit.eval().backbone(x)
-        converted = TorchSyncBatchNorm().apply(lit)
+        converted = pl.plugins.layer_sync.TorchSyncBatchNorm().apply(lit)
         assert sum(isinstance(module, nn.SyncBatchNorm) for module in converted.modules()) == 4
         assert torch.equal(converted.backbone(x), expected)
-        reverted = TorchSyncBatchNorm().revert(converted).eval()  # as after a fit
+        reverted = (
+            pl.plugins.layer_sync.TorchSyncBatchNorm().revert(converted).eval()
+        )  # as after a fit
         assert torch.equal(reverted.backbone(x), expected)
     assert len(fold_batchnorm(reverted.backbone)) == 4
 
 
 @pytest.mark.feature("FSDP and other sharding: refused in one line")
-@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
+@pytest.mark.parametrize(
+    "strategy", [pl.strategies.FSDPStrategy, pl.strategies.ModelParallelStrategy]
+)
 def test_sharding_is_refused(strategy):
     run = trainer(qat_tricks.recipe("int8_qat"))
     # on CPU Lightning itself refuses them as arguments

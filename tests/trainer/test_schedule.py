@@ -1,8 +1,8 @@
 import pytest
-import pytorch_lightning as pl
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.trainer.schedule import check_fraction, progress, total_batches
+from qat_tricks.trainer.schedule import check_fraction, fit_progress, total_batches
+from tests.helpers.lightning import pl
 from tests.helpers.lit import Data, Lit, ResumableLoader, trainer
 
 PER_EPOCH = 4
@@ -15,12 +15,12 @@ class Note(pl.Callback):
         self.stop_before, self.seen = stop_before, []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.seen.append((total_batches(trainer), progress(trainer)))
+        self.seen.append((total_batches(trainer), fit_progress(trainer)))
         if trainer.global_step == self.stop_before:
             raise RuntimeError("stopped")
 
     def on_train_end(self, trainer, pl_module):
-        self.seen.append((total_batches(trainer), progress(trainer)))
+        self.seen.append((total_batches(trainer), fit_progress(trainer)))
 
 
 def fit(note, **settings):

@@ -26,9 +26,9 @@ def test_a_trick_is_named_as_its_class_in_small_letters():
 
 def test_a_trick_is_done_once_in_a_stage_and_noted_in_the_networks_history():
     trick, work = MyOwnTrick(), Workbench(small_net())
-    assert [trick.do(work), trick.do(work)] == [True, False]
+    assert [trick.apply_once(work), trick.apply_once(work)] == [True, False]
     work.applied.clear()  # a stage that follows
-    assert trick.do(work)
+    assert trick.apply_once(work)
     assert trick.count == 2
     assert work.applied == ["my_own_trick"]
     assert work.history == ["my_own_trick"] * 2

@@ -1,12 +1,12 @@
 import copy
 
 import pytest
-import pytorch_lightning as pl
 import torch
 
 import qat_tricks
 from qat_tricks.errors import QatTricksError
 from qat_tricks.tricks import Distill, distill
+from tests.helpers.lightning import pl
 from tests.helpers.lit import Data, Lit, differences, loader, trainer
 from tests.helpers.nets import images, small_net
 

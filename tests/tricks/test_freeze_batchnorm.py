@@ -1,5 +1,4 @@
 import pytest
-import pytorch_lightning as pl
 import torch
 from torch import nn
 
@@ -7,6 +6,7 @@ import qat_tricks
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import trace
 from qat_tricks.tricks import FreezeBatchnorm, fold_batchnorm, freeze_batchnorm
+from tests.helpers.lightning import pl
 from tests.helpers.lit import Data, Lit, trainer
 from tests.helpers.nets import images, small_net
 

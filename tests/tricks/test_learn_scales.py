@@ -1,5 +1,4 @@
 import pytest
-import pytorch_lightning as pl
 import torch
 from torch import nn
 from torch.optim import LBFGS, SGD, AdamW
@@ -14,6 +13,7 @@ from qat_tricks.tricks.learn_scales import (
     give_scales_own_group,
     rates_with_scales,
 )
+from tests.helpers.lightning import pl
 from tests.helpers.lit import Data, Lit, OrderedData, loader, trainer
 from tests.helpers.nets import images, small_net
 
