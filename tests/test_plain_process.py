@@ -65,7 +65,8 @@ import torch
 import qat_tricks
 from tests.helpers.nets import images, small_net
 qat_tricks.quantize(small_net(), [images()])
-print(*sorted({"pytorch_lightning", "lightning", "hydra", "wandb", "torchvision"} & set(sys.modules)))
+unasked = {"pytorch_lightning", "lightning", "hydra", "wandb", "torchvision"}
+print(*sorted(unasked & set(sys.modules)))
 """
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120

@@ -1,4 +1,4 @@
-"""Networks with several inputs, from ``quantize`` and a trainer to a file that runs as simulated."""
+"""Networks with several inputs, from ``quantize`` and a trainer to the exported file."""
 
 import copy
 

@@ -7,6 +7,7 @@ _CHATTY = (
     "pytorch_lightning",
     "lightning_fabric",
     "lightning.pytorch",
+    "lightning.fabric",
     "torch.onnx",
     "onnxscript",
     "onnx_ir",

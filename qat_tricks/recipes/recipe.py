@@ -133,7 +133,8 @@ def build_recipe(settings: DictConfig | Mapping[str, Any]) -> StagedRecipe:
             problems.messages.append(f"recipe.{key}={config[key]!r} is not allowed: give text")
     if not isinstance(untraced or [], list) or not all(isinstance(p, str) for p in untraced or []):
         problems.messages.append(
-            f'recipe.untraced={untraced!r} is not allowed: give name patterns, such as ["stages.3.*"]'
+            f"recipe.untraced={untraced!r} is not allowed: give name patterns, such as "
+            '["stages.3.*"]'
         )
         untraced = None
     stages: list[Stage] = []

@@ -5,6 +5,7 @@ hand decides which one is meant. Nothing here imports either of them before it i
 """
 
 import sys
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -33,8 +34,11 @@ def package_of(thing: Any) -> ModuleType:
     )
 
 
+@cache
 def default_package() -> ModuleType:
-    """The Lightning package for modules of our own: one that is imported already, or is installed.
+    """The Lightning package for modules of our own, the same one all the time.
+
+    It is one that is imported already, else one that is installed.
 
     Raises:
         QatTricksError: there is none.

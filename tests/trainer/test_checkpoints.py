@@ -150,7 +150,7 @@ def test_a_float_checkpoint_of_another_network_is_refused(tmp_path):
         )
 
 
-@pytest.mark.feature("pl.callbacks.EarlyStopping")
+@pytest.mark.feature("EarlyStopping")
 def test_early_stopping_ends_the_fit_and_the_pruning_says_so():
     with pytest.warns(UserWarning, match="before the pruning schedule did"):
         run, lit = fit(
@@ -176,7 +176,7 @@ def grids_are_exact(lit):
     )
 
 
-@pytest.mark.feature("pl.callbacks.StochasticWeightAveraging")
+@pytest.mark.feature("StochasticWeightAveraging")
 def test_stochastic_weight_averaging_keeps_masks_and_grids():
     _, plain = fit()
     _, lit = fit(
@@ -192,7 +192,7 @@ def test_stochastic_weight_averaging_keeps_masks_and_grids():
 
 
 @pytest.mark.feature(
-    "pl.callbacks.StochasticWeightAveraging: scales keep their share of the learning rate"
+    "StochasticWeightAveraging: scales keep their share of the learning rate"
 )
 @pytest.mark.parametrize("rates", [0.02, [0.02]])
 def test_stochastic_weight_averaging_steps_scales_in_proportion(rates):
@@ -270,7 +270,7 @@ class Tuned(Lit):
         return torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.1)
 
 
-@pytest.mark.feature("pl.callbacks.LearningRateFinder")
+@pytest.mark.feature("LearningRateFinder")
 def test_the_learning_rate_finder_finds_and_leaves_no_trace(tmp_path):
     class See(pl.Callback):
         def on_train_start(self, trainer, pl_module):
@@ -294,7 +294,7 @@ def test_the_learning_rate_finder_finds_and_leaves_no_trace(tmp_path):
     assert (scales["lr"], scales["weight_decay"]) == (pytest.approx(0.01 * weights["lr"]), 0)
 
 
-@pytest.mark.feature("pl.callbacks.BatchSizeFinder")
+@pytest.mark.feature("BatchSizeFinder")
 def test_the_batch_size_finder_changes_the_batch_size_alone(tmp_path):
     lit = Tuned().train()
     finder = pl.callbacks.BatchSizeFinder(steps_per_trial=1, init_val=4, max_trials=2)

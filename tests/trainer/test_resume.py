@@ -41,9 +41,7 @@ def run(folder, ckpt_path=None, *, seed=0, train=None, extra=(), **settings):
 def end_of(checkpoint):
     """What must be the same: weights, scales, masks, spec, optimizer, schedules and generators."""
     callbacks = [
-        state
-        for name, state in checkpoint["callbacks"].items()
-        if "pl.callbacks.ModelCheckpoint" not in name
+        state for name, state in checkpoint["callbacks"].items() if "ModelCheckpoint" not in name
     ]
     return {
         key: checkpoint[key]

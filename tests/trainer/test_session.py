@@ -106,7 +106,8 @@ def test_a_config_lists_a_recipe_as_one_entry():
     from hydra.utils import instantiate
 
     config = OmegaConf.create(
-        "callbacks:\n  quantize: {_target_: qat_tricks.Recipe, name: int8_ptq, overrides: [network=backbone]}"
+        "callbacks:\n  quantize:\n    _target_: qat_tricks.Recipe\n    name: int8_ptq\n"
+        "    overrides: [network=backbone]"
     )
     callbacks = [instantiate(entry) for entry in config.callbacks.values()]
     lit = Lit()
