@@ -2,10 +2,11 @@
 """The cost of a QAT step: one training step of ``int8_qat``'s network against one of the untouched
 float network.
 
-Both run in one process, interleaved step by step, eager, so that a machine that speeds up or slows
-down does so for both.
+Both run in one process, interleaved step by step, so that a machine that speeds up or slows down
+does so for both.
 """
 
+import argparse
 import copy
 import platform
 import statistics
@@ -20,7 +21,8 @@ from torch.nn import functional as F
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.recipes.recipe import load_recipe
 
-BARS = {"mobilenet_v2": 1.3, "resnet18": 1.4}
+BARS = {"mobilenet_v2": 1.3, "resnet18": 1.4}  # on the CPU, eager
+PRECISIONS = {"32-true": None, "16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
 
 def quantized(net: nn.Module, images: torch.Tensor) -> nn.Module:
@@ -35,34 +37,54 @@ def quantized(net: nn.Module, images: torch.Tensor) -> nn.Module:
     return work.network.train()
 
 
-def step(
-    net: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor
-) -> float:
-    """Runs one training step and returns its seconds."""
-    started = time.perf_counter()
-    optimizer.zero_grad(set_to_none=True)
-    F.cross_entropy(net(images), labels).backward()
-    optimizer.step()
-    return time.perf_counter() - started
+class Contender:
+    """A network, its optimizer, and the seconds of its training steps."""
+
+    def __init__(self, net: nn.Module, precision: str, compiled: bool) -> None:
+        self.optimizer = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9)
+        self.net = torch.compile(net) if compiled else net
+        self.precision = precision
+        self.scaler = torch.amp.GradScaler(enabled=precision == "16-mixed")
+        self.seconds: list[float] = []
+
+    def step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        """Runs one training step, as Lightning does in this precision."""
+        device = images.device.type
+        _wait(device)
+        started = time.perf_counter()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(
+            device, PRECISIONS[self.precision], enabled=self.precision != "32-true"
+        ):
+            loss = F.cross_entropy(self.net(images), labels)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        _wait(device)
+        self.seconds.append(time.perf_counter() - started)
 
 
-def measure(
-    name: str, *, batch: int, size: int, steps: int, warmup: int
-) -> tuple[float, float, float, float]:
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(name: str, args: argparse.Namespace) -> tuple[float, float, float, float]:
     """Returns median seconds of a float and of a QAT step, their ratio's median and its middle
     half's width.
     """
     torch.manual_seed(0)
-    images, labels = torch.randn(batch, 3, size, size), torch.randint(0, 1000, (batch,))
-    plain = getattr(torchvision.models, name)().train()
-    contenders = [plain, quantized(plain, images)]
-    optimizers = [torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9) for net in contenders]
-    seconds: list[list[float]] = [[], []]
-    for i in range(warmup + steps):
-        for times, net, optimizer in zip(seconds, contenders, optimizers, strict=True):
-            taken = step(net, optimizer, images, labels)
-            if i >= warmup:
-                times.append(taken)
+    torch._dynamo.reset()
+    images = torch.randn(args.batch, 3, args.size, args.size, device=args.device)
+    labels = torch.randint(0, 1000, (args.batch,), device=args.device)
+    plain = getattr(torchvision.models, name)().to(args.device).train()
+    contenders = [
+        Contender(net, args.precision, args.compile) for net in (plain, quantized(plain, images))
+    ]
+    for _ in range(args.warmup + args.steps):
+        for contender in contenders:
+            contender.step(images, labels)
+    seconds = [contender.seconds[args.warmup :] for contender in contenders]
     ratios = sorted(b / a for a, b in zip(*seconds, strict=True))
     quarter = len(ratios) // 4
     spread = ratios[-1 - quarter] - ratios[quarter]
@@ -81,14 +103,20 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--precision", choices=list(PRECISIONS), default="32-true")
+    parser.add_argument("--compile", action="store_true", help="torch.compile both networks")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     processor = platform.processor() or platform.machine()
+    if args.device == "cuda":
+        processor = torch.cuda.get_device_name()
+    how = "compiled" if args.compile else "eager"
     report = Report(
         "Cost of a QAT step",
         [
-            command(args, "batch", "size", "threads", "steps"),
-            f"on {processor}, torch {torch.__version__}, eager, float32.",
+            command(args, "batch", "size", "threads", "steps", "device", "precision"),
+            f"on {processor}, torch {torch.__version__}, {how}, {args.precision}.",
         ],
         (
             "network",
@@ -101,16 +129,14 @@ def main() -> None:
         args.out,
     )
     for name in args.models:
-        plain, qat, ratio, spread = measure(
-            name, batch=args.batch, size=args.size, steps=args.steps, warmup=args.warmup
-        )
+        plain, qat, ratio, spread = measure(name, args)
         report.add(
             name,
-            f"{plain * 1e3:.0f}",
-            f"{qat * 1e3:.0f}",
+            f"{plain * 1e3:.1f}",
+            f"{qat * 1e3:.1f}",
             f"**{ratio:.2f}**",
             f"{spread:.2f} wide",
-            BARS.get(name, ""),
+            BARS.get(name, "") if args.device == "cpu" else "",
         )
 
 

@@ -246,3 +246,21 @@ def test_a_trick_has_a_file_a_yaml_and_a_test(trick):
 def test_no_file_of_a_trick_lacks_its_yaml():
     files = {name.removeprefix("tricks.") for name in modules() if name.startswith("tricks.")}
     assert files == set(TRICKS)
+
+
+LONGEST_FUNCTION = 60  # lines
+
+
+def test_no_function_is_longer_than_a_page():
+    functions = (
+        (name, node)
+        for name, tree in modules().items()
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    )
+    long = [
+        f"{name}:{node.lineno} {node.name} has {node.end_lineno - node.lineno + 1} lines"
+        for name, node in functions
+        if node.end_lineno - node.lineno + 1 > LONGEST_FUNCTION
+    ]
+    assert not long, _list(long)

@@ -43,6 +43,11 @@ from qat_tricks.graph.workbench import logits_of
 INPUT, OUTPUT = "images", "logits"
 TENSOR_IMAGES = 8  # for parity tensor by tensor, which holds the values of all tensors at once
 
+# The limits of parity catch faults, and not rounding: a value that float arithmetic puts on the
+# other side of a rounding boundary than integer arithmetic does spreads through a deep network.
+FAULT = "the ONNX file does not run as simulated, so it was not kept"
+REMEDY = "compare on real images, or lower min_top1_agreement or min_sqnr_db"
+
 
 def export_onnx(
     network: nn.Module,
@@ -74,20 +79,14 @@ def export_onnx(
         metadata: the file's properties, such as class names and preprocessing.
         min_top1_agreement: least share of the images, 0..1, with the same class as in the
             simulation; one differing image is always tolerated unless it is 1.
-        min_sqnr_db: least ratio of the logits to their error, in dB. Both limits are set to catch
-            faults, and not rounding: a value that float arithmetic puts on the other side of a
-            rounding boundary than integer arithmetic does spreads through a deep network.
+        min_sqnr_db: least ratio of the logits to their error, in dB.
         opset: ONNX operator set, 18 or newer.
         layout: ``onnxruntime`` or ``tensorrt`` (see ``deploy.layouts``); ONNX Runtime runs the
             latter too, mostly in float.
 
-    Returns:
-        The figures of the comparison.
-
     Raises:
-        QatTricksError: ``example`` is not what the network takes, the network cannot be exported,
-            has quantizers without range, parity is below a threshold, or ``path`` cannot be
-            written.
+        QatTricksError: the network does not take ``example``, cannot be exported or has quantizers
+            without range, parity is below a limit, or ``path`` cannot be written.
     """
     if opset < OPSET:
         raise QatTricksError(f"opset={opset} is not supported: give {OPSET} or newer")
@@ -102,13 +101,8 @@ def export_onnx(
         model = _to_onnx(copy.deepcopy(simulated), on_cpu(example), file_inputs, opset, layout)
         _save(model, draft, metadata or {})
         report = measure_parity(draft, simulated, batches)
-        check_agreement(
-            report.as_dict(),
-            "the ONNX file does not run as simulated, so it was not kept",
-            min_top1_agreement=min_top1_agreement,
-            min_sqnr_db=min_sqnr_db,
-            remedy="compare on real images, or lower min_top1_agreement or min_sqnr_db",
-        )
+        limits = {"min_top1_agreement": min_top1_agreement, "min_sqnr_db": min_sqnr_db}
+        check_agreement(report.as_dict(), FAULT, **limits, remedy=REMEDY)
         if any(quantizer.enabled for quantizer in activation_quantizers(simulated).values()):
             assert isinstance(simulated, fx.GraphModule)
             few = on_cpu(first_images(inputs_of(batches[0], names), TENSOR_IMAGES))

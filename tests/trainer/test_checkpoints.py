@@ -191,9 +191,7 @@ def test_stochastic_weight_averaging_keeps_masks_and_grids():
     assert grids_are_exact(lit.eval())
 
 
-@pytest.mark.feature(
-    "StochasticWeightAveraging: scales keep their share of the learning rate"
-)
+@pytest.mark.feature("StochasticWeightAveraging: scales keep their share of the learning rate")
 @pytest.mark.parametrize("rates", [0.02, [0.02]])
 def test_stochastic_weight_averaging_steps_scales_in_proportion(rates):
     run, _ = fit(
