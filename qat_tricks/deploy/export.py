@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from onnx import helper
 from torch import Tensor, fx, nn
 from torch.utils._pytree import MappingKey, tree_flatten_with_path
 
+from qat_tricks import __version__
 from qat_tricks.deploy.cost.weights import WEIGHT_BITS_KEY
 from qat_tricks.deploy.layouts import DEFAULT_LAYOUT
 from qat_tricks.deploy.parity.logits import check_agreement
@@ -127,7 +127,7 @@ def _check_inputs(example: Inputs, names: list[str]) -> None:
 
 def _save(model: onnx.ModelProto, path: Path, metadata: Mapping[str, str]) -> None:
     """Writes and checks the file, with its producer and ``metadata`` among its properties."""
-    model.producer_name, model.producer_version = "qat_tricks", version("qat_tricks")
+    model.producer_name, model.producer_version = "qat_tricks", __version__
     # setting properties drops those that are there
     present = {entry.key: entry.value for entry in model.metadata_props}
     helper.set_model_props(model, {**present, **metadata})
