@@ -92,6 +92,7 @@ class Session(Callback):
         callbacks[place:place] = [trick for trick in self.tricks if trick not in callbacks]
         tricks: list[Any] = [c for c in callbacks if isinstance(c, Callback) and c is not self]
         self._check_trainer(trainer)
+        self._random_state = None
         if trainer.state.fn == "fit":
             for trick in tricks:
                 trick.reset()
