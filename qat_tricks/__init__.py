@@ -5,6 +5,8 @@ with the evidence.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from qat_tricks.version import __version__
+
 if TYPE_CHECKING:
     from qat_tricks.deploy.export import export_onnx
     from qat_tricks.errors import QatTricksError
@@ -13,10 +15,11 @@ if TYPE_CHECKING:
     from qat_tricks.recipes.stages import run_stages
     from qat_tricks.trainer.checkpoints import load_from_checkpoint
 
-__version__ = "0.1.0"
+
 __all__ = [
     "QatTricksError",
     "Recipe",
+    "__version__",
     "export_onnx",
     "load_from_checkpoint",
     "quantize",

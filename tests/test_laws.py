@@ -30,7 +30,7 @@ ROOMS = {
 }
 ROOMS["jobs"] = set(ROOMS)
 ROOMS["cli"] = set(ROOMS)
-LOOSE = {"errors", "files", "progress"}
+LOOSE = {"errors", "files", "progress", "version"}
 MOST_LOOSE = 5
 
 # Rooms that are plain PyTorch, and what they must not load.
@@ -96,10 +96,7 @@ def _imports_of(tree: ast.AST, deferred: bool) -> Iterator[tuple[str, int, bool]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: write the whole name of a module"
             for alias in node.names:
-                if (
-                    alias.name != "__version__"
-                ):  # of the package, which is loaded before its modules
-                    yield _imported_module(str(node.module), alias.name), node.lineno, deferred
+                yield _imported_module(str(node.module), alias.name), node.lineno, deferred
         is_function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
         yield from _imports_of(node, deferred or is_function)
 

@@ -16,7 +16,6 @@ from onnx import helper
 from torch import Tensor, fx, nn
 from torch.utils._pytree import MappingKey, tree_flatten_with_path
 
-from qat_tricks import __version__
 from qat_tricks.deploy.cost.weights import WEIGHT_BITS_KEY
 from qat_tricks.deploy.layouts import DEFAULT_LAYOUT
 from qat_tricks.deploy.parity.logits import check_agreement
@@ -39,6 +38,7 @@ from qat_tricks.graph.inputs import (
 )
 from qat_tricks.graph.layers import activation_quantizers, layers
 from qat_tricks.graph.workbench import logits_of
+from qat_tricks.version import __version__
 
 INPUT, OUTPUT = "images", "logits"
 TENSOR_IMAGES = 8  # for parity tensor by tensor, which holds the values of all tensors at once

@@ -12,13 +12,13 @@ from omegaconf import DictConfig, OmegaConf
 from platformdirs import user_cache_dir
 from rich.console import Console
 
-from qat_tricks import __version__
 from qat_tricks.errors import QatTricksError
 from qat_tricks.files import write_tensors
 from qat_tricks.jobs.classifier import Classifier
 from qat_tricks.models.build import build_model
 from qat_tricks.trainer.framework import default_package
 from qat_tricks.trainer.ranks import Ranks
+from qat_tricks.version import __version__
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
