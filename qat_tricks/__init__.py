@@ -1,5 +1,6 @@
-"""Quantization-aware training and pruning for PyTorch Lightning: int8, sparse classifiers that run,
-with the evidence.
+"""Quantization-aware training and pruning for PyTorch Lightning.
+
+The results are int8, sparse classifiers in ONNX files, with measurements of accuracy and cost.
 """
 
 from importlib import import_module

@@ -1,6 +1,4 @@
-"""Errors written for the person who reads them: one line that says what was given, what is allowed
-and how to mend it.
-"""
+"""Errors for the user: one line with the value, the allowed values and the remedy."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -10,14 +8,19 @@ LINE = 200  # characters of somebody else's error that are quoted in ours
 
 
 class QatTricksError(Exception):
-    """Bad input. Its text is one line for the user; the command line prints it without a traceback
-    and exits with 2.
+    """Bad input.
+
+    Its text is one line for the user. The command line prints it without a traceback and exits
+    with 2.
     """
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
-    """Returns ``did you mean "…"?`` for the nearest names, or the list of all that are allowed when
-    none is near.
+    """Returns a hint: the nearest names, or the list of allowed names if none is near.
+
+    Args:
+        given: the wrong name.
+        allowed: all names to choose from.
     """
     names = sorted(set(allowed))
     near = get_close_matches(given, names, n=3, cutoff=0.6)

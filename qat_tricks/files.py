@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written beside, then put in place. JSON, text, tensors."""
+"""Writes JSON, text and tensors atomically: beside the path first, then in its place."""
 
 import io
 import json
@@ -15,8 +15,9 @@ from qat_tricks.errors import QatTricksError
 
 @contextmanager
 def replacing(path: str | PathLike[str]) -> Iterator[Path]:
-    """Yields a path to write to, beside ``path``, whose folder is made. The file written there
-    takes its place if all goes well, and is gone otherwise.
+    """Yields a draft's path beside ``path``, whose folder is made.
+
+    The draft becomes ``path`` after the block. After an error it is deleted.
 
     Raises:
         QatTricksError: the folder cannot be made or written; a file that was at ``path`` stays.
@@ -50,8 +51,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Writes plain data as JSON, atomically. Infinite and NaN figures, which JSON has not, become
-    null.
+    """Writes plain data as JSON, atomically; infinity and NaN become null.
 
     Raises:
         QatTricksError: the folder cannot be made or written.
@@ -87,7 +87,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_tensors(data: Any, path: str | PathLike[str]) -> None:
-    """``torch.save``, atomically.
+    """Writes tensors with ``torch.save``, atomically.
 
     Raises:
         QatTricksError: the folder cannot be made or written.

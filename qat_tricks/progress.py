@@ -1,4 +1,4 @@
-"""Progress of long work on the terminal, gone when it is done; silent where nobody watches."""
+"""Shows the progress of long work on a terminal; prints nothing elsewhere."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -13,6 +13,7 @@ T = TypeVar("T")
 def track(items: Iterable[T], description: str) -> Iterator[T]:
     """Yields ``items`` under a progress bar."""
     console = Console(stderr=True)
+    # A log file would get a line for every step of the bar.
     yield from rich_track(
         items, description, transient=True, console=console, disable=not sys.stderr.isatty()
     )

@@ -18,7 +18,7 @@ def check_evaluate(config: DictConfig) -> None:
     """Checks a config composed from ``conf/evaluate.yaml``; opens no file.
 
     Raises:
-        QatTricksError: one line with all that is wrong.
+        QatTricksError: one line with every error.
     """
     if OmegaConf.is_missing(config, "artifact"):
         raise QatTricksError(
@@ -26,6 +26,7 @@ def check_evaluate(config: DictConfig) -> None:
         )
     problems = Problems()
     settings = sections(config, ["measure"], _VALUES, problems)
+    # Every part is checked, and all errors are reported at once.
     problems.of(lambda: make("measure", DeviceMeasure, settings["measure"]))
     problems.of(lambda: _check_runtimes(settings["runtimes"]))
     change = settings["allow_preprocessing_change"]

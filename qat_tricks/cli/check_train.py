@@ -43,7 +43,7 @@ def check_train(config: DictConfig) -> None:
     """Checks a config composed from ``conf/train.yaml``: every key and every value.
 
     Raises:
-        QatTricksError: one line with all that is wrong.
+        QatTricksError: one line with every error.
     """
     problems = Problems()
     groups = [*_DATACLASSES, "export", "data", "model", "recipe", "trainer", "stage"]
@@ -51,6 +51,7 @@ def check_train(config: DictConfig) -> None:
     for name, kind in _DATACLASSES.items():
         problems.of(lambda name=name, kind=kind: make(name, kind, settings[name]))  # type: ignore[misc]
     export = problems.of(lambda: make("export", Export, settings["export"]))
+    # The target's limit of opsets is checked only if both are known.
     if problems.of(lambda: fitted_recipe(config)) and export:
         problems.of(lambda: check_opset(config.target, export.opset))
     problems.of(lambda: _check_model(settings["model"]))

@@ -55,7 +55,7 @@ def check_data(data: Mapping[str, Any]) -> None:
     """Checks the settings of a data set; reads no image.
 
     Raises:
-        QatTricksError: one line with all that is wrong.
+        QatTricksError: one line with every error.
     """
     options = {key: value for key, value in data.items() if key != "name"}
     problems = bind("data", data_builder(str(data.get("name"))), options)
@@ -71,6 +71,7 @@ def check_folder(folder: Path) -> None:
         QatTricksError: it cannot.
     """
     candidates = (folder.absolute(), *folder.absolute().parents)
+    # The folder itself may not exist yet: its nearest parent decides.
     nearest = next(path for path in candidates if path.exists())
     try:
         with tempfile.TemporaryDirectory(dir=nearest, prefix=".qat_tricks"):

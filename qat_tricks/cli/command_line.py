@@ -37,7 +37,7 @@ def checked_arguments(name: str, arguments: Sequence[str]) -> CheckedArguments:
         arguments: the command line without the program.
 
     Raises:
-        QatTricksError: one line with all that is wrong, in all jobs of a sweep.
+        QatTricksError: one line with every error, in all jobs of a sweep.
     """
     parsed = _parse(arguments)
     flags = list(arguments)  # and their values

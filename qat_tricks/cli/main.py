@@ -1,7 +1,7 @@
-"""The command line: everything is checked first; bad input ends in one line and exit status 2.
+"""The command line: it checks all input first; bad input ends in one line and exit status 2.
 
-Imports that load torch or Lightning stand inside the functions. The program starts fast, an
-interrupt meanwhile is told as one, and an evaluation loads no Lightning.
+Imports that load torch or Lightning stand inside the functions. So the program starts fast, reports
+an interrupt during these imports in one line, and evaluates without Lightning.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The end of a sweep: its jobs are compared, from their files, so that they may run anywhere."""
+"""Compares the jobs of a sweep, from their files, after the last job."""
 
 import sys
 from pathlib import Path
@@ -34,6 +34,7 @@ def compare_jobs(folder: Path) -> bool:
     """
     try:
         write_comparison(folder)
+        # From files, so that jobs may have run in other processes or on other machines.
         rows = comparison_rows(folder)
     except QatTricksError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -48,6 +48,7 @@ def build_data(name: str, **options: Any) -> ImageData:
     """
     build = data_builder(name)
     allowed = inspect.signature(build).parameters
+    # All unknown options at once, each with the nearest name.
     unknown = [f'"{key}" ({did_you_mean(key, allowed)})' for key in options if key not in allowed]
     if unknown:
         raise QatTricksError(f"data={name} has no option {', '.join(unknown)}")

@@ -71,12 +71,14 @@ def _load(
     folder: Path, val_fraction: float, shift: int, flip: bool, preprocessing: Preprocessing
 ) -> Splits:
     read = _read_batches if (folder / CIFAR10.base_folder).is_dir() else _read_folders
+    # Labels are indices into the class names, so both parts must have the same.
     class_names, train, train_labels = read(folder, "train")
     test_names, test, test_labels = read(folder, "test")
     if test_names != class_names:
         raise QatTricksError(
             f"{folder}: train and test have different classes: {class_names} and {test_names}"
         )
+    # CIFAR-10 has no validation images of its own.
     fractions = (1 - val_fraction, val_fraction)
     train_part, val_part = stratified_split(train_labels, fractions, SPLIT_SEED)
     return memory_splits(
@@ -101,8 +103,10 @@ def _download(folder: Path) -> None:
 
 
 def _read_batches(folder: Path, split: str) -> tuple[list[str], Tensor, Tensor]:
-    """Returns class names, images uint8 ``[N, 3, 32, 32]`` and labels ``[N]`` of torchvision's
-    files.
+    """Reads torchvision's files.
+
+    Returns:
+        The class names, images uint8 ``[N, 3, 32, 32]``, and labels ``[N]``.
     """
     try:
         source = CIFAR10(folder, train=split == "train")
@@ -111,6 +115,7 @@ def _read_batches(folder: Path, split: str) -> tuple[list[str], Tensor, Tensor]:
             f"{folder / CIFAR10.base_folder} is incomplete or damaged: delete it and set "
             "data.download=true"
         ) from error
+    # torchvision keeps channels last.
     images = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
     return list(source.classes), images, torch.tensor(source.targets)
 

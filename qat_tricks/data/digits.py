@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1,797 grey images of 8x8 pixels, which come with it."""
+"""The handwritten digits that scikit-learn ships: 1,797 grey images of 8x8 pixels."""
 
 from functools import partial
 

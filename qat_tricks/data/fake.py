@@ -1,4 +1,4 @@
-"""Made-up images that a network can learn, for smoke tests: a coarse pattern a class, and noise."""
+"""Synthetic images that a network can learn, for smoke tests: a pattern a class, and noise."""
 
 from functools import partial
 
@@ -65,11 +65,13 @@ def _load(
     seed: int,
     preprocessing: Preprocessing,
 ) -> Splits:
+    # One stream for patterns and noise: a seed decides all images.
     generator = torch.Generator().manual_seed(seed)
     channels, height, width = shape
     # 4x4 values a class, drawn out to the size of the images
     coarse = torch.rand(num_classes, channels, 4, 4, generator=generator)
     patterns = F.interpolate(coarse, size=[height, width], mode="bilinear")
+    # Classes in turn, so that each split holds all of them.
     labels = [torch.arange(count) % num_classes for count in counts]
 
     def draw(split: Tensor) -> Tensor:

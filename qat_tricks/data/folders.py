@@ -167,6 +167,7 @@ def scan(folder: Path, classes: Sequence[str] | None = None) -> tuple[list[str],
     """
     if not folder.is_dir():
         raise QatTricksError(f"{folder} is missing: it should hold one folder of images a class")
+    # Sorted, because the order on disk differs from machine to machine.
     folder_names = sorted(
         entry.name
         for entry in os.scandir(folder)
@@ -213,8 +214,10 @@ def _user_files(
     """Returns the class names, and the files of train, val and test."""
     if not (root / "train").is_dir():
         names, paths, labels = scan(root)
+        # No split is given, so all three are made.
         shares = (1 - val_fraction - test_fraction, val_fraction, test_fraction)
         return names, _pick(paths, labels, stratified_split(labels, shares, split_seed))
+    # The train folder decides the classes and their order.
     names, paths, labels = scan(root / "train")
     # folders that are there are used as they are
     val_folder = next((root / name for name in VAL_NAMES if (root / name).is_dir()), None)
@@ -232,6 +235,7 @@ def _imagenet_files(
     train_dir: Path, val_dir: Path, num_classes: int
 ) -> tuple[list[str], list[Files]]:
     names, paths, labels = scan(train_dir)
+    # A missing folder would shift the index of every class behind it.
     if len(names) != num_classes:
         raise QatTricksError(
             f"{train_dir} has {len(names)} class folders, {num_classes} are expected: "

@@ -51,6 +51,7 @@ class MemoryImages(ImageSet):
         self.images, self.labels, self.transform = images, labels, transform
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Returns the transformed images at ``indices``, and their labels."""
         rows = torch.as_tensor(indices)
         return self.transform(self.images[rows]), self.labels[rows]
 
@@ -78,8 +79,10 @@ class FolderImages(ImageSet):
         self.transform = transform
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Reads and transforms the images at ``indices``."""
         images = [self.transform(read_image(self.paths[index], self.channels)) for index in indices]
         for index, image in zip(indices, images, strict=True):
+            # Stacking would name neither the file nor the remedy.
             if image.shape != images[0].shape:
                 raise UnreadableImageError(
                     f"{self.paths[index]} has the shape {tuple(image.shape)} and the others "
@@ -103,8 +106,10 @@ class SeededImages(ImageSet):
         self._state = torch.Generator().manual_seed(seed).get_state()
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Returns a batch of the source, drawn from its own random stream."""
         if get_worker_info() is not None:  # a worker's global stream is seeded by its loader
             return self.source.batch(indices)
+        # Transforms draw from the global stream, so it is lent to them and put back.
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(self._state)
             batch = self.source.batch(indices)
@@ -163,6 +168,7 @@ def random_shift(images: Tensor, pixels: int) -> Tensor:
 
 def random_flip(images: Tensor) -> Tensor:
     """Mirrors each image of ``[B, C, H, W]`` left to right with probability one half."""
+    # One draw for each image, broadcast over its pixels.
     mirrored = torch.rand(len(images), 1, 1, 1) < 0.5
     return torch.where(mirrored, images.flip(-1), images)
 
@@ -212,6 +218,7 @@ def memory_splits(
     if shift < 0:
         raise QatTricksError(f"shift={shift}: give a number of pixels, 0 or greater")
     geometry, normalize = preprocessing.geometry(), preprocessing.normalize()
+    # Resizing is the slow part, and the same in every epoch.
     train, val, test = (geometry(split) for split in images)
     return Splits(
         train=MemoryImages(train, labels[0], Augment(shift=shift, flip=flip, normalize=normalize)),

@@ -51,6 +51,7 @@ class ImageData:
             )
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.preprocessing = preprocessing
+        # Not loaded yet: evaluations ask for options before they read images.
         self._load, self._prepare = load, prepare
         self._splits: Splits | None = None
 
@@ -68,6 +69,7 @@ class ImageData:
     def setup(self) -> None:
         """Loads the data once; later calls do nothing."""
         if self._splits is None:
+            # Checked before they are kept: a later call must not find damaged data.
             splits = self._load(self.preprocessing)
             for name in ("train", "val", "test"):
                 check_labels(
@@ -88,14 +90,17 @@ class ImageData:
 
     @property
     def class_names(self) -> tuple[str, ...]:
+        """The classes, in the order of the labels."""
         return self.splits.class_names
 
     @property
     def num_classes(self) -> int:
+        """The number of classes."""
         return len(self.class_names)
 
     @property
     def in_channels(self) -> int:
+        """The channels that the network sees."""
         return self.preprocessing.channels
 
     @property
@@ -115,9 +120,11 @@ class ImageData:
         return self._loader(images, shuffle=True, drop_last=len(images) > self.batch_size)
 
     def val_dataloader(self) -> Batches:
+        """Returns validation images."""
         return self._loader(self.splits.val)
 
     def test_dataloader(self) -> Batches:
+        """Returns test images."""
         return self._loader(self.splits.test)
 
     def test_pixels(self) -> Batches:
@@ -135,6 +142,7 @@ class ImageData:
             QatTricksError: that would be no image.
         """
         images = self.splits.calibration
+        # Balanced, so that the range of a rare class is seen too.
         indices = balanced_subset(images.labels, num_images, self.seed)
         return self._loader(Subset(images, indices.tolist()), batch_size=batch_size)
 

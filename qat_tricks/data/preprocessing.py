@@ -1,7 +1,4 @@
-"""The way of an image from its file to the network, as data.
-
-It is the one source for evaluation, reports and exports.
-"""
+"""The preprocessing of images, as data: the one source for evaluation, reports and exports."""
 
 import hashlib
 import json
@@ -68,6 +65,7 @@ class Preprocessing:
                 )
         if min(self.std) <= 0:
             raise QatTricksError(f"std={list(self.std)}: every value must be greater than 0")
+        # The size is stated and computed: a wrong crop shows here, and not in the network.
         expected = input_size(self.resize, self.crop, stored=self.image_size)
         if self.image_size != expected:
             raise QatTricksError(
@@ -134,6 +132,7 @@ class Preprocessing:
         preprocessing = cls.from_dict(
             {key: value for key, value in described.items() if key != "hash"}
         )
+        # Settings edited by hand no longer describe the network that was trained.
         if described.get("hash") != preprocessing.hash:
             raise QatTricksError(
                 f"the preprocessing's hash is {described.get('hash')} and its settings have "
@@ -144,11 +143,12 @@ class Preprocessing:
     @property
     def hash(self) -> str:
         """Sixteen hex digits of the SHA-256 of the settings as canonical JSON."""
+        # Sorted and without spaces, so that equal settings give equal text.
         canonical = json.dumps(self.as_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def differences(self, other: "Preprocessing") -> list[str]:
-        """Returns each setting that ``other`` has differently, as ``"mean: [0.5] → [0.4]"``."""
+        """Returns each setting that differs in ``other``, as ``"mean: [0.5] → [0.4]"``."""
         ours, theirs = self.as_dict(), other.as_dict()
         return [f"{key}: {ours[key]} → {theirs[key]}" for key in ours if ours[key] != theirs[key]]
 

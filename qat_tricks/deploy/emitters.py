@@ -11,8 +11,9 @@ from qat_tricks.numerics import ActivationQuantizer
 
 
 class EmitActivation(nn.Module):
-    """``QuantizeLinear`` and ``DequantizeLinear`` of one activation, with a ``Clip`` between where
-    the layout has one and saturating does not give the range.
+    """Emits ``QuantizeLinear`` and ``DequantizeLinear`` of one activation.
+
+    A ``Clip`` stands between them if the layout has one and saturating does not give the range.
     """
 
     scale: Tensor
@@ -30,6 +31,7 @@ class EmitActivation(nn.Module):
         self.dtype = torch.int8 if quantizer.scheme.signed else torch.uint8
         qmin, qmax = quantizer.integers
         saturated = torch.iinfo(self.dtype)
+        # Integers of fewer bits are stored in 8, which saturate later.
         self.clips = layout.clips and (qmin, qmax) != (saturated.min, saturated.max)
         self.register_buffer("scale", quantizer.current_scale().detach().clone())
         integers = {"zero_point": int(quantizer.zero_point), "qmin": qmin, "qmax": qmax}
@@ -37,6 +39,7 @@ class EmitActivation(nn.Module):
             self.register_buffer(key, torch.tensor(value, dtype=self.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Emits the operators; raises QatTricksError for integers."""
         if not x.is_floating_point():
             raise QatTricksError(
                 f'quantizer "{self.name}" is given {x.dtype}: turn the values into floats before, '
@@ -83,6 +86,7 @@ class EmitLayer(nn.Module):
             self.register_buffer("bias_scale", bias_scale.float())
 
     def forward(self, x: Tensor) -> Tensor:
+        """Emits the dequantized weight and bias, and the layer on them."""
         weight = _dequantize(self.weight, self.weight_scale, self.weight_zero_point)
         bias = self.bias
         if bias is not None and not bias.is_floating_point():
@@ -93,6 +97,7 @@ class EmitLayer(nn.Module):
         if x.dim() == 2:
             return F.linear(x, weight, bias)
         rows = x.flatten(0, -2)  # integer linears take a matrix
+        # The matrix is quantized again: it is the value that the linear reads.
         out = F.linear(rows if grid is None else grid(rows), weight, bias)
         return out.reshape(-1, *x.shape[1:-1], layer.out_features)
 
@@ -100,14 +105,16 @@ class EmitLayer(nn.Module):
 def _emit(
     operator: str, inputs: tuple[Tensor, ...], like: Tensor, dtype: torch.dtype, **attributes: int
 ) -> Tensor:
+    # The exporter writes the operator as it stands; torch itself computes nothing.
     return torch.onnx.ops.symbolic(
         operator, inputs, dict(attributes), dtype=dtype, shape=like.shape
     )
 
 
 def _dequantize(*initializers: Tensor) -> Tensor:
-    """Dequantizes ``(values, scale)`` or ``(values, scale, zero point)``, along dimension 0 if each
-    channel has its own scale.
+    """Dequantizes ``(values, scale)`` or ``(values, scale, zero point)``.
+
+    A scale of each channel runs along dimension 0.
     """
     values, scale = initializers[:2]
     axis = {"axis": 0} if scale.dim() else {}

@@ -85,14 +85,15 @@ def export_onnx(
             latter too, mostly in float.
 
     Raises:
-        QatTricksError: the network does not take ``example``, cannot be exported or has quantizers
-            without range, parity is below a limit, or ``path`` cannot be written.
+        QatTricksError: the network does not take ``example``, cannot be exported, or has quantizers
+            without a range; parity is below a limit; or ``path`` cannot be written.
     """
     if opset < OPSET:
         raise QatTricksError(f"opset={opset} is not supported: give {OPSET} or newer")
     names = input_names(network)
     example = inputs_of(example, names)
     _check_inputs(example, names)
+    # In float32 on the CPU, where the file will run, and the caller's network stays.
     simulated = copy.deepcopy(network).cpu().float().eval()
     batches = [example] if images is None else list(images)
     # a single input is called "images", and not by the argument's name
@@ -157,6 +158,7 @@ def _to_onnx(
                 f'layer "{name}" is quantized, the network around it not traced: hand over the '
                 "traced network"
             )
+        # Pruned weights become zeros in the file, which knows no masks.
         layer.weight.data, layer.weight_mask = layer.masked_weight().data, None
     # two images: the exporter would freeze a batch size of one
     pair = as_tensors(map_tensors(example, lambda values: torch.cat([values[:1]] * 2)))
@@ -183,6 +185,7 @@ def _to_onnx(
     model.graph.ClearField("output")
     model.graph.output.extend(logits_first)
     name_quantized(model.graph, emitted.calls)
+    # After the names, because rewrites merge tensors.
     tidy(model)
     if emitted.bits:
         bits = _bits_of_initializers(model.graph, emitted.bits)

@@ -60,8 +60,10 @@ def build_in_normalization(
     if before.spec.dtype == np.uint8:
         raise QatTricksError(f'"{path}" takes uint8 images: its normalization is built in already')
     _prepend(model.graph, mean, std, scale)
+    # ``set_model_props`` drops all properties that it is not given.
     properties = {entry.key: entry.value for entry in model.metadata_props}
     helper.set_model_props(model, {**properties, NORMALIZATION_KEY: f'"{BUILT_IN}"'})
+    # Compared before it replaces the file.
     with replacing(path) as draft:
         onnx.save(model, str(draft))
         onnx.checker.check_model(str(draft))
@@ -83,6 +85,7 @@ def _prepend(
 ) -> None:
     """Puts the normalization between the graph's input and its readers."""
     (images,) = graph.input
+    # The input keeps its name, and takes pixels.
     images.type.tensor_type.elem_type = TensorProto.UINT8
     steps = [("Mul", np.array(1 / 255, np.float32))] if scale == "0..1" else []
     steps += [("Sub", _by_channel(mean)), ("Div", _by_channel(std))]

@@ -30,12 +30,14 @@ def load_model(path: str | PathLike[str]) -> onnx.ModelProto:
         ) from error
     if not model.graph.node:
         raise QatTricksError(f'"{path}" holds no ONNX network: export it again')
+    # A function would hide the operators that are looked for.
     return inliner.inline_local_functions(model) if model.functions else model
 
 
 def constant_tensors(graph: onnx.GraphProto) -> set[str]:
-    """Returns the names of the tensors that do not depend on the input: initializers, and tensors
-    computed from them.
+    """Returns the names of the tensors that do not depend on the input.
+
+    They are initializers, and tensors computed from initializers.
     """
     constants = {tensor.name for tensor in graph.initializer}
     for node in graph.node:  # ONNX graphs are sorted topologically

@@ -39,6 +39,7 @@ def name_quantized(graph: onnx.GraphProto, calls: Mapping[str, Sequence[str | No
 
 def tidy(model: onnx.ModelProto) -> None:
     """Applies every rewrite below to ``model`` in place."""
+    # Pads that a conv takes over are gone before the others are moved to integers.
     _fold_pads(model.graph)
     _use_global_pools(model.graph)
     _pad_integers(model.graph)
@@ -80,8 +81,9 @@ def _pads_zeros(pad: onnx.NodeProto, values: dict[str, np.ndarray]) -> bool:
 
 
 def _pad_integers(graph: onnx.GraphProto) -> None:
-    """DequantizeLinear, Pad with zeros, QuantizeLinear on the same grid: the integers can be
-    padded.
+    """Pads integers in place of floats between two grids that are the same.
+
+    The operators are DequantizeLinear, Pad with zeros, QuantizeLinear.
     """
     values, producers = _initializers(graph), _producers(graph)
     for pad in graph.node:
@@ -122,6 +124,7 @@ def _keep_in_float(graph: onnx.GraphProto) -> None:
         )
         is_float = node.op_type == "Softmax" or (before is not None and node.input[1] in values)
         if before is not None and before.op_type == "DequantizeLinear" and is_float:
+            # A Sum of one input changes no value, and no fusion looks through it.
             apart = f"{node.output[0]}_in_float"
             graph.node.insert(at, helper.make_node("Sum", [node.input[0]], [apart], apart))
             node.input[0] = apart
@@ -192,6 +195,7 @@ def _give_layers_their_own_weights(graph: onnx.GraphProto) -> None:
                 or len(dequantize.input) < 3
             ):
                 continue
+            # A copy's copy is named after the weight itself.
             weight = dequantize.input[0].partition(COPY)[0]
             if weight not in tensors:
                 continue

@@ -1,4 +1,4 @@
-"""The step between a simulated network and its file that export and forecast share."""
+"""Prepares a simulated network for its file; export and forecast share this step."""
 
 from torch import fx
 

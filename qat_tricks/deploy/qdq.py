@@ -1,8 +1,8 @@
-"""From the simulated network to one that says QuantizeLinear and DequantizeLinear where it rounds.
+"""Turns the simulated network into one that has QuantizeLinear and DequantizeLinear.
 
 The integers are those of the simulation: int8 weights with a zero point a channel (ONNX Runtime
 needs it spelled out to keep products exact on x86 without VNNI) and, in most layouts, an int32 bias
-in steps of input scale times weight scale. ``deploy.layouts`` says what stands around them.
+in steps of input scale times weight scale. ``deploy.layouts`` has the operators around them.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ Quantizers = Mapping[str, ActivationQuantizer]  # by name
 
 
 class Emitted(NamedTuple):
-    """What the ONNX file will hold."""
+    """The weights and quantizers that the ONNX file will hold."""
 
     bits: dict[str, int]  # of each int8 weight, by the name that its initializer will have
     # of each quantizer by name, in order: the node quantized, None for a repetition
@@ -62,7 +62,7 @@ def to_qdq(traced: fx.GraphModule, layout: str = DEFAULT_LAYOUT) -> Emitted:
     enabled = _enabled(traced)
     if wanted.int8_symmetric_only:
         _check_int8_symmetric(enabled)
-    # All that is to be known of the graph is read before its first change.
+    # The graph is read completely before its first change.
     layer_calls = _layer_calls(traced)
     names = {quantizer: name for name, quantizer in enabled.items()}
     repetitions = [
@@ -78,7 +78,9 @@ def to_qdq(traced: fx.GraphModule, layout: str = DEFAULT_LAYOUT) -> Emitted:
     emitters = {
         name: EmitActivation(name, quantizer, wanted) for name, quantizer in enabled.items()
     }
+    # Before the layers are replaced, whose parameters it copies.
     _keep_what_is_read(traced, {str(call.node.target) for call in layer_calls})
+    # Layers know their quantizers as objects, and not by name.
     by_quantizer = {quantizer: emitters[name] for name, quantizer in enabled.items()}
     bits = _emit_layers(traced, layer_calls, by_quantizer, wanted)
     for name, emitter in emitters.items():
@@ -119,8 +121,9 @@ def _layer_calls(traced: fx.GraphModule) -> list[_LayerCall]:
 
 
 def _put_relus_first(traced: fx.GraphModule, enabled: Quantizers) -> None:
-    """Puts the ReLU that a quantizer stands in for before it; the cap of a ReLU6 is where the
-    integers end.
+    """Puts the ReLU that a quantizer stands in for before it.
+
+    The cap of a ReLU6 needs no operator: the integers end there.
     """
     for node in traced.graph.nodes:
         if node.target in enabled and enabled[node.target].activation is not None:
@@ -149,6 +152,7 @@ def _emit_layers(
             bits[f"{name}.{WEIGHT}"] = layer.weight_quantizer.scheme.bits
             names[layer, quantizer] = name
         node.target = names[layer, quantizer]
+        # The argument ``call`` chose the grids, which the new module has built in.
         node.args, node.kwargs = (node.all_input_nodes[0],), {}
     return bits
 
@@ -166,8 +170,9 @@ def _repeat_quantizers(traced: fx.GraphModule, repetitions: list[tuple[fx.Node, 
 
 
 def _call_functions(traced: fx.GraphModule) -> None:
-    """Turns modules that simulate integer operations back into the float functions, which a runtime
-    fuses itself.
+    """Turns modules that simulate integer operations back into float functions.
+
+    A runtime fuses these itself.
     """
     for node in traced.graph.nodes:
         module = module_of(node, traced)
@@ -179,8 +184,9 @@ def _call_functions(traced: fx.GraphModule) -> None:
 
 
 def _keep_what_is_read(traced: fx.GraphModule, layers: set[str]) -> None:
-    """Copies the parameters of ``layers`` that the network reads itself, be it for their dtype: the
-    layers' own become integers.
+    """Copies the parameters of ``layers`` that the network also reads itself.
+
+    The layers' own become integers; the network may read even the dtype only.
     """
     for node in traced.graph.nodes:
         owner, _, name = str(node.target).rpartition(".")
@@ -202,8 +208,10 @@ def _enabled(traced: fx.GraphModule) -> dict[str, ActivationQuantizer]:
 def _grid_to_repeat(node: fx.Node, traced: fx.GraphModule) -> ActivationQuantizer | None:
     """The quantizer to call again behind ``node``, because its values are on that grid, or None."""
     operation = n.operation_of(node, traced)
+    # A quantizer takes a tensor, and not a tuple of them.
     if operation.yields_parts or not (n.is_passthrough(node, traced) or operation.concatenates):
         return None
+    # Before the output or a folded pad, a quantizer would be of no use.
     if all(user.op == "output" or _is_folded_pad(node, user, traced) for user in node.users):
         return None
     return grid_of(node, traced, accepts=lambda quantizer: quantizer.enabled)

@@ -1,4 +1,4 @@
-"""Where a network is to run, and the quantization and file that this asks for.
+"""Targets: devices and runtimes, with the quantization and the file that they ask for.
 
 Quantizers are placed for ONNX Runtime's fast kernels on x86: weights int8, symmetric, per channel;
 activations uint8, affine, per tensor. A target narrows or changes that, and refuses settings with
@@ -19,7 +19,7 @@ OPSET = 18  # PyTorch's exporter writes it without converting, and all targets r
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What a runtime on a device needs; ``QuantizeSettings.limited_to`` takes it as its limits."""
+    """The needs of a runtime on a device, which are limits for ``QuantizeSettings.limited_to``."""
 
     about: str
     runtime: str = "onnxruntime"  # runs the finished file, besides ONNX Runtime, to prove it
@@ -27,7 +27,7 @@ class Target:
     # kinds that it takes, of ``scheme.ACTIVATIONS``; its own choice first
     activations: Sequence[str] = ("unsigned_affine",)
     activation_bits: int = 2  # the fewest that it takes
-    because: str = ""  # why no other activations
+    because: str = ""  # the reason for these activations
     layout: str = DEFAULT_LAYOUT  # of the ONNX file: a name of ``deploy.layouts.LAYOUTS``
     newest_opset: int | None = None  # that it reads; None: all that ONNX Runtime reads
 

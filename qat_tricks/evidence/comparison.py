@@ -1,4 +1,4 @@
-"""The comparison that ends a sweep: one row a job, as CSV and as a table, and a picture."""
+"""Compares the jobs of a sweep: one row for each, as CSV, as a table, and as a picture."""
 
 import csv
 import io
@@ -38,8 +38,10 @@ Row = dict[str, Any]
 
 
 def write_comparison(sweep_folder: Path) -> Path:
-    """Writes ``comparison.csv`` and ``comparison.png`` into a sweep's folder, and returns the path
-    of the first.
+    """Writes ``comparison.csv`` and ``comparison.png`` into a sweep's folder.
+
+    Returns:
+        The path of the CSV file.
 
     Raises:
         QatTricksError: the folder holds no job, or cannot be written.
@@ -57,8 +59,9 @@ def write_comparison(sweep_folder: Path) -> Path:
 
 
 def comparison_rows(sweep_folder: Path) -> list[Row]:
-    """Returns one row a job, by ``COLUMNS``, in the order of the jobs' folders. A figure that was
-    not measured is None.
+    """Returns one row for each job, by ``COLUMNS``, in the order of the jobs' folders.
+
+    A figure that was not measured is None.
 
     A job is a folder, one or two levels down, with a ``report.json`` or, where it failed, an
     ``error.json``.
@@ -78,6 +81,7 @@ def comparison_rows(sweep_folder: Path) -> list[Row]:
             f'no job in "{sweep_folder}": expected folders, one or two levels down, with '
             "report.json or error.json"
         )
+    # The relative path tells jobs of several sub-sweeps apart.
     names = {job.relative_to(sweep_folder).as_posix(): job for job in jobs}
     return [_row(name, names[name]) for name in sorted(names, key=_natural)]
 
@@ -100,6 +104,7 @@ def comparison_table(rows: list[Row]) -> Table:
     }
     for title in figures:
         table.add_column(title, justify="right")
+    # A column of empty cells would take the width of the others.
     failed = any(row["error"] for row in rows)
     if failed:
         table.add_column("error", style="red")
@@ -125,6 +130,7 @@ def _row(name: str, job: Path) -> Row:
             row["error"] = str(read_json(job / "error.json")["error"])
     except QatTricksError as error:
         row["error"] = str(error)
+    # One damaged job must not spoil the comparison of the others.
     except (KeyError, TypeError):
         row["error"] = "failed, and its error.json names no error"
     return row
@@ -132,6 +138,7 @@ def _row(name: str, job: Path) -> Row:
 
 def _figures(report: dict[str, Any]) -> Row:
     stages = {stage["name"]: stage["accuracy"] for stage in report["stages"]}
+    # A run that was interrupted has fewer stages.
     fp32, onnx = stages.get("fp32"), stages.get("onnx")
     size, memory, latency = (
         report[key] or {} for key in ("size_bytes", "memory_mib", "latency_ms")

@@ -24,8 +24,7 @@ class _Point(NamedTuple):
 
 
 def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draws a comparison's rows as PNG. A job without a figure is left out of the panel that needs
-    it.
+    """Draws a comparison's rows as PNG; a panel leaves out jobs that lack its figure.
 
     Raises:
         QatTricksError: the file cannot be written.
@@ -40,6 +39,7 @@ def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
     # each panel has a column of labels at its right
     size = (10 + 2 * width, max(4.2, 1.2 + _LABEL_INCHES * labels))
     figure = Figure(figsize=size, layout="constrained")
+    # Without pyplot, which would keep the figure and may need a display.
     FigureCanvasAgg(figure)
     for axes, (title, points) in zip(figure.subplots(1, 2), panels, strict=True):
         _panel(axes, title, points)
@@ -82,6 +82,7 @@ def _points(
         if x is not None and accuracy is not None:
             parts = ["float", *(str(row[key]) for key in ("model", "data") if _several(rows, key))]
             point = _Point(" · ".join(parts), x * scale, accuracy * 100, _FLOAT_COLOUR, "D")
+            # Several jobs may begin from the same float network.
             floats.setdefault((row["model"], row["data"], round(accuracy, 6)), point)
     return points + list(floats.values())
 
@@ -111,17 +112,15 @@ def _panel(axes: Axes, title: str, points: list[_Point]) -> None:
 
 
 def _label(axes: Axes, points: list[_Point]) -> None:
-    """Writes the labels in a column to the right, in the order of the points, so that none
-    overlaps.
-    """
+    """Writes the labels in a column to the right, in the order of the points, without overlaps."""
     low, high = axes.get_ylim()
     ordered = sorted(points, key=lambda point: (-point.accuracy, -point.x))
     step = 1.0 / max(len(ordered), 12)
     heights = [(point.accuracy - low) / (high - low) for point in ordered]
-    for index in range(1, len(heights)):  # push down what is too near the one above
+    for index in range(1, len(heights)):  # push down a label too near the one above
         heights[index] = min(heights[index], heights[index - 1] - step)
     floor = step / 2
-    for index in reversed(range(len(heights))):  # and up again what fell out at the bottom
+    for index in reversed(range(len(heights))):  # and up again a label below the panel
         heights[index] = max(heights[index], floor)
         floor = heights[index] + step
     for point, height in zip(ordered, heights, strict=True):

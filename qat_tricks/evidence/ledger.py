@@ -32,7 +32,7 @@ class LedgerRow:
 
 @dataclass
 class Ledger:
-    """All stages in order, the float one first; it is what later accuracies are compared with."""
+    """All stages in order; the first, in float, is the reference for later accuracies."""
 
     stages: list[LedgerRow] = field(default_factory=list)
 
@@ -41,15 +41,14 @@ class Ledger:
         self.stages.append(row)
 
     def drop(self, row: LedgerRow) -> float:
-        """Returns the points of accuracy, 0..100, that a stage lost against the first; negative if
-        it gained some.
+        """Returns the points of accuracy, 0..100, that a stage lost against the first.
+
+        A gain is negative.
         """
         return (self.stages[0].after.accuracy - row.after.accuracy) * 100
 
     def rows(self) -> list[dict[str, Any]]:
-        """Returns the ledger as plain data: for each stage its metrics, those before it, and its
-        costs.
-        """
+        """Returns the ledger as plain data: for each stage metrics, metrics before it, costs."""
         return [
             {
                 "name": row.name,

@@ -53,7 +53,7 @@ def evaluate_classifier(
             num_classes].
         loader: yields (images, labels), or a tuple of inputs and labels, with int64 labels [batch].
         num_classes: of the network; the data may hold fewer.
-        description: what the progress bar calls this.
+        description: the text of the progress bar.
 
     Raises:
         QatTricksError: the loader is empty or yields something else, labels are out of range, the

@@ -50,6 +50,7 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
         QatTricksError: a key is missing, or the folder cannot be written.
     """
     _check(report, "report")
+    # The report's own environment wins: it may be of another machine.
     report = finite({"environment": environment(), **report})
     folder = Path(folder)
     write_json(folder / "report.json", report)
@@ -106,9 +107,7 @@ def render(report: dict[str, Any]) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Returns the machine that figures depend on: versions of Python and packages, system,
-    processor, cores.
-    """
+    """Returns the machine's facts: versions of Python and packages, system, processor, cores."""
     return {
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
@@ -125,6 +124,7 @@ def _check(report: Any, where: str) -> None:
         )
     missing = [key for key in REQUIRED_KEYS if key not in report]
     stages = report.get("stages")
+    # Stages are looked into only if they are there.
     if not missing and (not isinstance(stages, list) or not stages):
         missing = ["stages[0]"]
     if not missing:
@@ -153,11 +153,13 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
+    # Linux has a line for each core; all are alike.
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or "unknown")
 
 
 def _cell(text: object) -> str:
+    # A line break or a bar would end the cell of a Markdown table.
     return " ".join(str(text).split()).replace("|", "\\|")
 
 

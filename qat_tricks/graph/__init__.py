@@ -1,5 +1,6 @@
-"""``torch.fx`` tracing and surgery: what the tricks stand on. Plain PyTorch; nothing here knows of
-Lightning.
+"""``torch.fx`` tracing and surgery, on which the tricks stand.
+
+It is plain PyTorch; nothing here knows of Lightning.
 """
 
 from qat_tricks.graph.integers import note_integers

@@ -1,12 +1,12 @@
 """Self-attention as linears and float products.
 
-In the modules that they replace, no trick could reach the projections.
+Tricks can then reach the projections, which the replaced modules hide.
 
 ``nn.MultiheadAttention``: Vaswani et al. 2017, "Attention is all you need" (arXiv 1706.03762),
 section 3.2. torchvision's attention in shifted windows: Liu et al. 2021, "Swin Transformer" (arXiv
 2103.14030), section 3.2, and Liu et al. 2022, "Swin Transformer V2" (arXiv 2111.09883), section 3.
-Three functions that a tracer does not trace through hold all that depends on the image's size: two
-move tokens into windows and back, one masks.
+Three functions that a tracer does not trace through hold all code that depends on the image's size:
+two move tokens into windows and back, one masks.
 """
 
 import math
@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 _IN_WINDOWS = {"ShiftedWindowAttention", "ShiftedWindowAttentionV2"}
-_MASKED = -100.0  # added to a score; what the networks were trained with
+_MASKED = -100.0  # added to a score; the networks were trained with this number
 
 
 def is_plain(module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -45,6 +45,7 @@ def attend(module: nn.MultiheadAttention, x: Any) -> Any:
     heads, depth = module.num_heads, module.head_dim
     images, length = x.size(0), x.size(1)
     qkv = F.linear(x, module.in_proj_weight, module.in_proj_bias)
+    # One linear makes all three, so that it is one layer to quantize; then heads come forward.
     query, key, value = (
         qkv.reshape(images, length, 3, heads, depth).permute(2, 0, 3, 1, 4).unbind(0)
     )
@@ -76,6 +77,7 @@ def attend_in_windows(module: Any, x: Any) -> Any:
     """
     heads, window, shift = module.num_heads, tuple(module.window_size), tuple(module.shift_size)
     depth = module.qkv.in_features // heads
+    # Kept as nodes of the graph: the image's size may differ from call to call.
     rows, columns = x.size(1), x.size(2)
     qkv = _project(module, to_windows(x, window, shift))
     query, key, value = qkv.unflatten(-1, (3, heads, depth)).permute(3, 0, 1, 4, 2, 5).unbind(0)
@@ -97,7 +99,7 @@ def attend_in_windows(module: Any, x: Any) -> Any:
 
 
 def _project(module: Any, x: Any) -> Any:
-    """Query, key and value. V2 adds no bias to keys, whatever numbers stand in its place."""
+    """Query, key and value; V2 ignores the part of the bias that belongs to keys."""
     bias = module.qkv.bias
     if bias is None or not hasattr(module, "logit_scale"):
         return module.qkv(x)
@@ -147,6 +149,7 @@ def from_windows(
     x = x.unflatten(2, tuple(window)).unflatten(
         1, (padded_rows // window[0], padded_columns // window[1])
     )
+    # Windows and tokens interleave again to rows and columns.
     x = x.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2)
     return _roll(x, row_shift, column_shift)[:, :rows, :columns]
 
@@ -165,6 +168,7 @@ def mask_windows(
         shift: as in ``to_windows``.
     """
     sides = _padded(rows, columns, window, shift)
+    # Nothing was rolled where one window holds the whole image.
     if not any(by for _, by in sides):
         return scores
     wrapped_rows, wrapped_columns = (

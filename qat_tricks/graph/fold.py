@@ -37,6 +37,7 @@ def fold_batchnorm(traced: fx.GraphModule) -> list[tuple[str, str]]:
     for layer_name, name in pairs:
         layer, batchnorm = layer_at(traced, layer_name), layer_at(traced, name)
         give_bias(layer)
+        # Behind a concat, each layer has its own part of the BatchNorm's channels, in order.
         begin = begins.get(name, 0)
         begins[name] = begin + layer.weight.shape[0]
         _fold(layer, batchnorm, slice(begin, begins[name]))
@@ -60,6 +61,7 @@ def batchnorms_to_convs(traced: fx.GraphModule) -> list[str]:
     uses = n.uses_of_weights(traced)
     names = [str(node.target) for node in traced.graph.nodes if _takes_integers(node, traced, uses)]
     for name in names:
+        # Read before surgery, which takes the BatchNorm out.
         factor, mean, beta, gamma = _affine_of(layer_at(traced, name))
         conv = batchnorm_to_conv(traced, name)
         conv.weight.copy_(factor.view(conv.weight.shape))
@@ -85,6 +87,7 @@ def _takes_integers(node: fx.Node, traced: fx.GraphModule, uses: n.Uses) -> bool
     ):
         return False
     source = node.all_input_nodes[0]
+    # Moved values are still on the kernel's grid.
     while n.is_passthrough(source, traced):
         source = source.all_input_nodes[0]
     if n.activation_of(source, traced) is not None:
@@ -99,6 +102,7 @@ def _affine_of(
 
     In evaluation it computes ``(x - mean) * factor + beta``.
     """
+    # In float64: the product is rounded once, when it is stored.
     mean, var = batchnorm.running_mean[channels].double(), batchnorm.running_var[channels].double()
     gamma = (
         torch.ones_like(var) if batchnorm.weight is None else batchnorm.weight[channels].double()

@@ -1,9 +1,11 @@
-"""Functions with weights become modules: convs, linears and BatchNorms that a network calls as
-functions are then pruned, folded and quantized like others.
+"""Turns functions with weights into modules.
 
-A weight that is a parameter of the user's stays that very parameter, under the user's key where a
-module of its own holds it (as in timm's ``Conv2dSame``). One that is computed from nothing but
-parameters, as in weight standardization, is computed once: from then on it is a parameter itself.
+Convs, linears and BatchNorms that a network calls as functions are then pruned, folded and
+quantized like others.
+
+A weight that is a parameter of the user's stays that very parameter. It keeps the user's key where
+a module of its own holds it (as in timm's ``Conv2dSame``). A weight that is computed from
+parameters only, as in weight standardization, is computed once and becomes a parameter itself.
 """
 
 from collections.abc import Callable
@@ -51,6 +53,7 @@ def functions_to_modules(traced: fx.GraphModule, network: nn.Module) -> None:
     for calls in _calls_by_weights(traced):
         first, arguments = calls[0]
         module = _module(_MODULE_OF[first.target], arguments, traced)
+        # The name decides the checkpoint's keys: a made-up one only where the user has none.
         name = _user_name({node for node, _ in calls}, arguments["weight"], traced)
         name = name or f"layers.{first.name}"
         install(traced, name, module)
@@ -59,7 +62,7 @@ def functions_to_modules(traced: fx.GraphModule, network: nn.Module) -> None:
     for node in traced.graph.nodes:
         if node.op == "call_function" and node.target is F.batch_norm:
             _batchnorm_to_module(node, traced, network)
-    _drop_unused(traced)  # the weights' own nodes, and what computed them
+    _drop_unused(traced)  # the weights' nodes, and those that computed them
     traced.recompile()
 
 
@@ -74,6 +77,7 @@ def _calls_by_weights(traced: fx.GraphModule) -> list[list[tuple[fx.Node, Argume
             continue
         arguments = _arguments(node)
         if arguments is not None:
+            # Two calls compute with the same numbers if these come from the same parameters.
             weights = _origin(arguments["weight"]), _origin(arguments["bias"])
             settings = {key: arguments[key] for key in _CONV_SETTINGS}
             key = node.target, repr(settings), arguments["bias"] is None, weights
@@ -94,6 +98,7 @@ def _batchnorm_to_module(node: fx.Node, traced: fx.GraphModule, network: nn.Modu
     mean: Any = arguments["running_mean"]
     if not isinstance(mean, fx.Node) or mean.op != "get_attr" or arguments["training"] is not False:
         return
+    # The module that holds the statistics tells the kind, and the settings that a call hides.
     owner = str(mean.target).rpartition(".")[0]
     original: Any = network.get_submodule(owner)
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -116,7 +121,7 @@ def _batchnorm_to_module(node: fx.Node, traced: fx.GraphModule, network: nn.Modu
 
 
 def install(traced: fx.GraphModule, name: str, module: nn.Module) -> None:
-    """Adds ``module`` as ``name``; it takes over the parts of a module that was there before.
+    """Adds ``module`` as ``name``; it takes over the parts of an earlier module of that name.
 
     timm's BatchNorms hold an activation as such a part.
     """
@@ -176,6 +181,7 @@ def _module(kind: type[nn.Module], arguments: Arguments, traced: fx.GraphModule)
     """A conv or linear that computes as a function does with ``arguments``."""
     weight, bias = (_parameter(arguments[name], traced) for name in ("weight", "bias"))
     assert weight is not None
+    # A conv's weight has the input channels of one group only.
     out, into, *kernel = weight.shape
     # On the meta device, so that no values are drawn: random states stay as they were.
     settings: dict[str, Any] = {"bias": bias is not None, "device": "meta"}
@@ -227,6 +233,7 @@ def _user_name(calls: set[fx.Node], weight: fx.Node, traced: fx.GraphModule) -> 
     prefix = name.removesuffix("_weight")
     if owner and prefix != name and not hasattr(traced.get_submodule(owner), prefix):
         return f"{owner}.{prefix}"
+    # If other nodes read parameters of the owner, the owner must stay as it is.
     readers = {
         user
         for node in traced.graph.nodes
@@ -244,16 +251,18 @@ def _only_for(users: set[fx.Node], calls: set[fx.Node]) -> bool:
 
 
 def _drop_unused(traced: fx.GraphModule) -> None:
-    """Takes out what nothing computes with any more.
+    """Removes nodes and parameters that nothing computes with any more.
 
     An optimizer would wait for the gradients of such parameters.
     """
+    # Backwards, so that a node's readers are gone before the node is looked at.
     for node in reversed(list(traced.graph.nodes)):
         is_constant = node.op == "get_attr" or (
             node.op.startswith("call_") and _origin(node) is not None
         )
         if is_constant and not node.users:
             traced.graph.erase_node(node)
+    # Parameters outside of modules that are called, and that no node reads, are dead.
     read = {str(node.target) for node in traced.graph.nodes if node.op == "get_attr"}
     called = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}
     for name, _ in list(traced.named_parameters(remove_duplicate=False)):

@@ -1,4 +1,4 @@
-"""On whose grid is a value? The walk from a tensor back to the quantizers that round its values."""
+"""Finds on whose grid a value is: walks from a tensor back to the quantizers that round it."""
 
 from collections.abc import Callable
 
@@ -54,7 +54,8 @@ def input_grid_of(node: fx.Node, traced: fx.GraphModule) -> ActivationQuantizer 
 
 
 def output_grid_of(node: fx.Node, traced: fx.GraphModule) -> ActivationQuantizer | None:
-    """The quantizer that takes what ``node`` yields, if nothing else does, or None."""
+    """The quantizer that is the only reader of ``node``, or None."""
+    # With a second reader, the float values are needed too.
     user = n.only_user(node, lambda user: True)
     module = None if user is None else module_of(user, traced)
     return module if isinstance(module, ActivationQuantizer) else None

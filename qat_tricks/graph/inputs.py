@@ -1,4 +1,4 @@
-"""A network's inputs: one tensor for each argument of its ``forward`` that has no default.
+"""Handles a network's inputs: one tensor for each argument of ``forward`` without a default.
 
 A batch is these inputs, or begins with them, as ``(inputs, labels)`` does. Several inputs are a
 tuple of tensors in the order of the arguments; each has one entry for each image. That tuple may
@@ -24,6 +24,7 @@ def input_names(function: nn.Module | Callable[..., Any]) -> list[str]:
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     call = function.forward if isinstance(function, nn.Module) else function
     parameters = inspect.signature(call).parameters.values()
+    # ``*args`` and ``**kwargs`` have no default either, and name no input.
     return [p.name for p in parameters if p.default is p.empty and p.kind not in variable]
 
 
@@ -36,11 +37,12 @@ def inputs_of(batch: Any, names: Sequence[str]) -> Inputs:
         names: those of the network's arguments, see ``input_names``.
 
     Raises:
-        QatTricksError: they are not there, or have different numbers of images.
+        QatTricksError: the batch lacks inputs, or they have different numbers of images.
     """
     if len(names) < 2:
         return _images_of(batch)
     takes = f"the network takes {len(names)} inputs ({', '.join(names)})"
+    # ``(inputs, labels)``: the inputs are a tuple or mapping of their own.
     values: Any = batch[0] if is_nested(batch) else batch
     if isinstance(values, Mapping):
         values = [values[name] for name in names if name in values]
@@ -80,6 +82,7 @@ def _images_of(batch: Any) -> Tensor:
     else:
         candidates = [batch]
     for candidate in candidates:
+        # Labels are integers; images are not.
         if isinstance(candidate, Tensor) and candidate.is_floating_point():
             return candidate
     raise QatTricksError(

@@ -26,6 +26,7 @@ class Kernel(nn.Module):
     @property
     def is_exact(self) -> bool:
         """Whether to compute as the kernel does: in evaluation, and with every grid known."""
+        # Integers have no gradient.
         return not (self.training or torch.is_grad_enabled()) and all(
             grid.is_on for grid in self.quantizers
         )
@@ -41,6 +42,7 @@ class Elementwise(Kernel):
     broadcasts: bool
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Computes as the integer kernel does where it applies, else in float."""
         if self.is_exact and (self.broadcasts or x.shape == y.shape):
             return self.kernel(x, y, *self.quantizers)
         return self.function(x, y)
@@ -68,6 +70,8 @@ class Mean(Kernel):
         self.dims, self.keepdim = dims, keepdim
 
     def forward(self, x: Tensor) -> Tensor:
+        """Computes as the integer kernel does where it applies, else in float."""
+        # The kernel repeated here averages images; means of other shapes are computed in float.
         if self.is_exact and x.dim() == 4:
             return kernels.mean(x, *self.quantizers, keepdim=self.keepdim)
         return x.mean(self.dims, keepdim=self.keepdim)

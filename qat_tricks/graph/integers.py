@@ -19,7 +19,7 @@ def note_integers(traced: fx.GraphModule, inputs: Inputs) -> fx.GraphModule:
 
     Args:
         traced: a traced network; it is run once, in evaluation mode.
-        inputs: of two images or more, which show what the nodes yield.
+        inputs: of two images or more; the nodes' values show their types.
     """
     with evaluating(traced):
         _Notes(traced).run(*as_tensors(first_images(inputs, 2)))

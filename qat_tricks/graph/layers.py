@@ -148,21 +148,29 @@ class Layer(nn.Module):
 
 
 class Conv1d(Layer, nn.Conv1d):  # type: ignore[misc]
+    """A 1d conv."""
+
     def _compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._conv_forward(input, weight, bias)
 
 
 class Conv2d(Layer, nn.Conv2d):  # type: ignore[misc]
+    """A 2d conv."""
+
     def _compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._conv_forward(input, weight, bias)
 
 
 class Conv3d(Layer, nn.Conv3d):  # type: ignore[misc]
+    """A 3d conv."""
+
     def _compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._conv_forward(input, weight, bias)
 
 
 class Linear(Layer, nn.Linear):  # type: ignore[misc]
+    """A linear layer."""
+
     output_axis = -1
 
     def _compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ from qat_tricks.numerics import ActivationQuantizer, WeightQuantizer
 @contextmanager
 def evaluating(*networks: nn.Module) -> Iterator[None]:
     """Puts ``networks`` into evaluation mode, and afterwards each module back into its own mode."""
+    # Each by itself: a user may hold some modules in evaluation mode during training.
     modes = [(module, module.training) for network in networks for module in network.modules()]
     try:
         for network in networks:
@@ -44,6 +45,7 @@ def float_mode(network: nn.Module) -> Iterator[None]:
     quantizers = [
         m for m in network.modules() if isinstance(m, (ActivationQuantizer, WeightQuantizer))
     ]
+    # Blocks may be nested: the inner one must not switch the outer one's quantizers on.
     was_enabled = [quantizer.enabled for quantizer in quantizers]
     try:
         for quantizer in quantizers:

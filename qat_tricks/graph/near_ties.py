@@ -1,10 +1,9 @@
-"""Move scales by a hair, so that no value of an activation function lies in the middle between two
-steps.
+"""Moves scales by a hair, so that no value of a function lies in the middle between two steps.
 
-Between two grids a function such as SiLU stays in float, and of the 256 values that it can have
-there, one that lies nearly in the middle between two steps is rounded to one side by one library
-and to the other by the next, whose ``exp`` ends in another last bit. Every activation with that
-input then differs by a step. A scale that is larger by some 0.00001 has no such value.
+Between two grids a function such as SiLU stays in float, where it has at most 256 values. One of
+them may lie nearly in the middle between two steps. Libraries differ in the last bit of ``exp``, so
+one rounds that value up and another rounds it down. Every activation with that input then differs
+by a step. A scale that is larger by some 0.00001 has no such value.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,6 +37,7 @@ def avoid_rounding_ties(traced: fx.GraphModule) -> list[str]:
     changed: dict[str, None] = {}
     for _ in range(PASSES):
         moved = []
+        # The tables are computed when they are asked for, with the scales moved so far.
         for name, tables in _tables(traced).items():
             quantizer = traced.get_submodule(name)
             assert isinstance(quantizer, ActivationQuantizer)
@@ -70,6 +70,7 @@ def _functions_before(node: fx.Node, traced: fx.GraphModule) -> tuple[list[fx.No
     chain: list[fx.Node] = []
     source = node.all_input_nodes[0]
     while n.is_function_of_one(source, traced):
+        # Several functions in a row have one table, from the first grid to the last value.
         chain.insert(0, source)
         source = source.all_input_nodes[0]
     return chain, source

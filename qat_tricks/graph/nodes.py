@@ -1,4 +1,4 @@
-"""What a node of a traced network computes: a layer, a BatchNorm, an operation of the table.
+"""Questions about a node of a traced network: which layer, BatchNorm or operation it calls.
 
 Every other module asks here, and not in the graph or the table itself.
 """
@@ -17,12 +17,12 @@ from qat_tricks.graph.trace import layer_at, module_of
 # The key in a node's meta under which ``note_integers`` says that it yields integers.
 INTEGERS = "qat_tricks.integers"
 _SIZES = {"size", "dim", "numel", "shape"}  # methods that yield no tensor
-# 1d to 3d, synchronized, and what Lightning makes of a synchronized one
+# 1d to 3d, synchronized, and Lightning's replacement of a synchronized one
 BATCHNORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
 def operation_of(node: fx.Node, traced: fx.GraphModule) -> Operation:
-    """The entry of what ``node`` calls in the table of operations, or ``UNKNOWN``."""
+    """The entry in the table of operations for the call of ``node``, or ``UNKNOWN``."""
     if not node.op.startswith("call_"):
         return UNKNOWN
     module = module_of(node, traced)
@@ -44,6 +44,7 @@ def is_tensor(node: fx.Node) -> bool:
 
     Others yield sizes, numbers worked out from sizes, or an argument's default.
     """
+    # An argument of ``forward`` with a default, which no batch fills.
     if node.op == "placeholder" and node.args:
         return False
     if node.op == "call_method" and node.target in _SIZES:
@@ -51,6 +52,7 @@ def is_tensor(node: fx.Node) -> bool:
     if node.op == "call_function" and node.target is getattr:
         return node.args[1] not in ("shape", "ndim", "dtype", "device")
     if node.op == "call_function" and (
+        # Part of a tuple of tensors, or arithmetic with sizes: the inputs tell which.
         node.target is operator.getitem or getattr(node.target, "__module__", "") == "_operator"
     ):
         return any(is_tensor(n) for n in node.all_input_nodes)
@@ -62,6 +64,7 @@ def depends_on_images(node: fx.Node) -> bool:
 
     Otherwise it is the same for all images. ``nodes_from_images`` asks it of all nodes at once.
     """
+    # Not recursive: deep networks would exceed Python's limit.
     seen, left = {node}, [node]
     while left:
         node = left.pop()
@@ -74,7 +77,7 @@ def depends_on_images(node: fx.Node) -> bool:
 
 
 def nodes_from_images(traced: fx.GraphModule) -> set[fx.Node]:
-    """All nodes of which ``depends_on_images`` is true, found in one pass."""
+    """All nodes of which ``depends_on_images`` is true, collected in one pass."""
     dependent: set[fx.Node] = set()
     for node in traced.graph.nodes:
         if node.op == "placeholder" or not dependent.isdisjoint(node.all_input_nodes):
@@ -97,7 +100,7 @@ Uses = Mapping[fx.Node, Sequence[fx.Node]]
 
 
 def uses_of_weights(traced: fx.GraphModule) -> Uses:
-    """Who uses the weight of each module that is called, found in one pass over the graph.
+    """The users of the weight of each module that is called, collected in one pass.
 
     A weight is used by each call of its module, or of another module that shares it, and by each
     operation that reads its values. A module without a weight counts as its own.
@@ -127,9 +130,9 @@ def is_used_once(node: fx.Node, uses: Uses) -> bool:
 def folds_into(node: fx.Node, traced: fx.GraphModule, uses: Uses) -> list[fx.Node]:
     """The calls of the convs or linears that can take in the BatchNorm that ``node`` calls.
 
-    The BatchNorm must have running statistics and be the layers' only reader: directly, behind a
-    concat of channels, or behind a linear's rows made one matrix. Where several inputs pass the
-    same layers, that must hold at each call of either.
+    The BatchNorm must have running statistics and be the layers' only reader. It may follow them
+    directly, behind a concat of channels, or behind a flatten of a linear's rows to one matrix. If
+    the layers are called several times, that must hold at each call.
 
     Returns:
         The calls in the order of their channels; none if it cannot be folded.
@@ -144,6 +147,7 @@ def folds_into(node: fx.Node, traced: fx.GraphModule, uses: Uses) -> list[fx.Nod
         return []
     parts = layers_before[node]
     names = [part.target for part in parts]
+    # At another call, the BatchNorm follows other layers.
     if any([part.target for part in others] != names for others in layers_before.values()):
         return []
     for calls in zip(*layers_before.values(), strict=True):  # of one layer, at each call
@@ -154,12 +158,14 @@ def folds_into(node: fx.Node, traced: fx.GraphModule, uses: Uses) -> list[fx.Nod
 
 
 def _layers_before(node: fx.Node, traced: fx.GraphModule) -> list[fx.Node]:
-    """The calls of convs or linears whose outputs nothing but the BatchNorm ``node`` reads.
+    """The calls of convs or linears whose outputs only the BatchNorm ``node`` reads.
 
-    None if it reads anything else.
+    Returns:
+        The calls; an empty list if the BatchNorm reads anything else.
     """
     before = node.all_input_nodes[0]
     is_only_reader = len(before.users) == 1
+    # A BatchNorm1d takes ``[N, C]``: of a linear's rows, channels stay last.
     if is_only_reader and _flattens_rows(before, traced):
         parts = [before.all_input_nodes[0]]
         if not hasattr(module_of(parts[0], traced), "in_features"):  # channels last
@@ -174,6 +180,7 @@ def _layers_before(node: fx.Node, traced: fx.GraphModule) -> list[fx.Node]:
 
 def _readers(node: fx.Node) -> list[fx.Node]:
     """The users of the values of ``node``, without those that read only its shape."""
+    # A tensor given only for its shape is read for no values.
     as_shape = {"reshape_as", "view_as"}
     return [
         user
@@ -185,6 +192,7 @@ def _readers(node: fx.Node) -> list[fx.Node]:
 def _concats_channels(node: fx.Node, traced: fx.GraphModule) -> bool:
     if not is_cat(node, traced):
         return False
+    # torch accepts "axis" for "dim".
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
     return bool(dim == 1)
 

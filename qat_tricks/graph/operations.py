@@ -233,7 +233,7 @@ OPERATIONS: Sequence[Operation] = (
         is_homogeneous=True,
     ),
     _average("mean", torch.mean, "mean", Mean),
-    # These move values about and make no new ones: what was on a grid stays on it.
+    # These move values about and make no new ones: values on a grid stay on it.
     _moves("max_pool1d", nn.MaxPool1d, F.max_pool1d),
     _moves("max_pool2d", nn.MaxPool2d, F.max_pool2d, is_homogeneous=True),
     _moves("adaptive_max_pool2d", nn.AdaptiveMaxPool2d, F.adaptive_max_pool2d),

@@ -1,10 +1,10 @@
-"""Where quantizers go: where an integer kernel has them, and nowhere else.
+"""Places quantizers where an integer kernel has them, and nowhere else.
 
 They go on the network's inputs, on the output of each conv and linear (after its BatchNorm and
 ReLU), of residual adds, products and average pools, and on whatever else feeds a conv or linear.
 Inputs of a concat share one quantizer, unless only some of them come from a ReLU. Operations that
-only move values need none. What depends on no image stays as it is: a runtime works it out once.
-The last linear's output stays float: the integer kernel hands out float logits.
+only move values need none. Values that depend on no image stay as they are: a runtime computes them
+once. The last linear's output stays float: the integer kernel hands out float logits.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -58,7 +58,7 @@ def place_quantizers(
     layer_bits = _bits_of_layers(traced, settings, from_images)
     groups = _tensors_to_quantize(traced, layer_bits, from_images)
 
-    # Surgery inserts what the spec says, here and when a checkpoint is rebuilt.
+    # Surgery reads the spec, here and when a checkpoint is rebuilt.
     spec = spec_of(traced)
     spec["layers"] = {**spec.get("layers", {})}
     for name, bits in layer_bits.items():
@@ -139,6 +139,7 @@ def _tensors_to_quantize(
     from_images: Collection[fx.Node],
 ) -> list[_Group]:
     """The tensors that integer kernels take and make, in groups that share a quantizer."""
+    # Decided first, because a mixed concat ends the search for the sources of a value.
     mixed = {
         node for node in traced.graph.nodes if n.is_cat(node, traced) and _is_mixed(node, traced)
     }
@@ -150,6 +151,7 @@ def _tensors_to_quantize(
         sources = _sources(node, traced, mixed)
         # A concat has several sources, and one kernel reads them all: they share a grid.
         for source in sources:
+            # A tensor of two readers has one quantizer, and a list of both wishes.
             group = group_of.setdefault(source, _Group({source: []}))
             group.bits[source] += [] if bits is None else [bits]
         for source in sources[1:]:
@@ -185,8 +187,7 @@ def _merge(group_of: dict[fx.Node, _Group], node: fx.Node, other: fx.Node) -> No
 def _sources(
     node: fx.Node, traced: fx.GraphModule, apart: Collection[fx.Node] = ()
 ) -> list[fx.Node]:
-    """The nodes that make the values of ``node``: itself, or those before operations that only move
-    values.
+    """The nodes that make the values of ``node``, before operations that only move values.
 
     Concats in ``apart`` have a grid of their own.
     """

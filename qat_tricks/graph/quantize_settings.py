@@ -12,7 +12,7 @@ OVERRIDES = ("weight_bits", "activation_bits")
 
 
 class Limits(Protocol):
-    """What a runtime's kernels can take."""
+    """The limits of a runtime's kernels."""
 
     @property
     def max_weight_bits(self) -> int:
@@ -35,8 +35,8 @@ class Limits(Protocol):
 class QuantizeSettings:
     """Which layers are quantized, and with how many bits.
 
-    Patterns are names of convs and linears, with the wildcards of ``fnmatch``. Whether they match a
-    layer is found out when quantizers are placed.
+    Patterns are names of convs and linears, with the wildcards of ``fnmatch``. A pattern that
+    matches no layer is refused when quantizers are placed.
 
     Raises:
         QatTricksError: everything that is wrong with the values, in one message.

@@ -1,4 +1,4 @@
-"""The spec: a record, as plain data, of what was done to a network; it travels in the checkpoint.
+"""The spec: a record of the changes to a network, as plain data; it travels in the checkpoint.
 
 ::
 

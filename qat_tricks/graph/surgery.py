@@ -34,6 +34,7 @@ def rebuild(network: nn.Module, spec: dict[str, Any]) -> fx.GraphModule:
     Raises:
         QatTricksError: the spec is of another network.
     """
+    # The spec becomes the network's own, and tricks add to it.
     spec = copy.deepcopy(spec)
     if "whole" in spec:  # the key of older checkpoints
         spec["untraced"] = spec.pop("whole")
@@ -134,6 +135,7 @@ def insert_quantizers(traced: fx.GraphModule) -> None:
     """Inserts the quantizers that the spec of ``traced`` describes."""
     spec = spec_of(traced)
     by_name = {node.name: node for node in traced.graph.nodes}
+    # Without parameters there is no device to follow, and the CPU will do.
     device = next((p.device for p in traced.parameters()), torch.device("cpu"))
     for name, entry in spec.get("activations", {}).items():
         _insert_activation_quantizer(
@@ -146,6 +148,7 @@ def insert_quantizers(traced: fx.GraphModule) -> None:
             quantizer = WeightQuantizer(Scheme(**entry["weight"]), channel_axis=layer.channel_axis)
             layer.weight_quantizer = quantizer.to(device)
             if entry.get("scale"):
+                # A parameter must exist before a state dict can fill it.
                 scale = layer.weight_quantizer.own_scale(layer.weight)
                 scale.requires_grad_(entry.get("learned", False))
     _connect(traced)
@@ -223,6 +226,7 @@ def _kernel_for(node: fx.Node, traced: fx.GraphModule) -> Kernel | None:
         return None
     if elementwise := n.elementwise_of(node, traced):
         before = [grid_of(operand, traced) for operand in node.args]  # type: ignore[arg-type]
+        # An operand in float leaves the whole operation to float.
         operands = [grid for grid in before if grid is not None]
         return elementwise(*operands, after) if len(operands) == 2 else None
     if mean := n.mean_of(node, traced):
@@ -232,7 +236,8 @@ def _kernel_for(node: fx.Node, traced: fx.GraphModule) -> Kernel | None:
 
 
 def _call_behind(traced: fx.GraphModule, node: fx.Node, module: str) -> None:
-    """Lets all that reads ``node`` read what ``module`` makes of it; the caller recompiles."""
+    """Lets all readers of ``node`` read the output of ``module`` for it; the caller recompiles."""
     with traced.graph.inserting_after(node):
         call = traced.graph.call_module(module, (node,))
+    # The call goes on reading the node itself.
     node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)

@@ -36,6 +36,7 @@ class Tracer(fx.Tracer):
         self.culprit: str | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module stays one call."""
         if super().is_leaf_module(m, module_qualified_name) or any(
             fnmatchcase(module_qualified_name, p) for p in self.untraced
         ):
@@ -44,6 +45,7 @@ class Tracer(fx.Tracer):
         has_parts = any(True for _ in m.children()) or any(
             True for _ in m.parameters(recurse=False)
         )
+        # Only the code tells: a module without parts that reads its mode acts on it.
         return not has_parts and "training" in type(m).forward.__code__.co_names
 
     def call_module(
@@ -69,8 +71,7 @@ def trace(network: nn.Module, untraced: Sequence[str] = ()) -> fx.GraphModule:
 
     Args:
         network: takes images, or several inputs, and yields logits.
-        untraced: name patterns (``fnmatch``) of submodules to keep as they are, in float: what they
-            do is not looked at.
+        untraced: name patterns (``fnmatch``) of submodules to keep whole, in float.
 
     Raises:
         QatTricksError: the network's control flow depends on the values of its inputs (names the
@@ -110,6 +111,7 @@ def trace(network: nn.Module, untraced: Sequence[str] = ()) -> fx.GraphModule:
 
 def _user_line(error: BaseException) -> str:
     """``file:line "code"`` of the innermost frame outside of torch and of this package."""
+    # Of an error inside torch, the user's line that led to it is named.
     own = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
     frames = [
         f
@@ -133,6 +135,7 @@ def _dropout_to_modules(traced: fx.GraphModule) -> None:
     for node in list(traced.graph.nodes):
         dropout = _dropout_module(node.target) if node.op == "call_function" else None
         if dropout is not None:
+            # torch's functions have 0.5 as their default.
             p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
             name = f"dropouts.{node.name}"
             replace_with_module(traced, node, name, dropout(p), node.all_input_nodes[:1])
@@ -146,7 +149,8 @@ def _dropout_module(function: Any) -> type[nn.Module] | None:
 
 
 def _erase_assertions(traced: fx.GraphModule) -> None:
-    """Takes out checks of shapes, which held while tracing, and the numbers that only they read."""
+    """Removes checks of shapes, which held while tracing, and the numbers that only they read."""
+    # Backwards: a check is gone before the numbers that only it has read.
     for node in reversed(list(traced.graph.nodes)):
         is_read = node.target is getattr or node.target in (operator.eq, operator.ne)
         if (
@@ -158,11 +162,12 @@ def _erase_assertions(traced: fx.GraphModule) -> None:
 
 
 def _erase_identities(traced: fx.GraphModule) -> None:
-    """Takes out ``nn.Identity``, and additions of the number 0, with which ``sum`` begins."""
+    """Removes ``nn.Identity``, and additions of the number 0, with which ``sum`` begins."""
     for node in list(traced.graph.nodes):
         adds_zero = node.target in (operator.add, operator.iadd) and any(
             isinstance(arg, int) and arg == 0 for arg in node.args
         )
+        # Two tensors would be a true sum.
         tensors = node.all_input_nodes
         if len(tensors) == 1 and (adds_zero or type(module_of(node, traced)) is nn.Identity):
             node.replace_all_uses_with(tensors[0])
@@ -178,7 +183,7 @@ def replace_with_module(
         traced: the network; ``module`` becomes its submodule ``name``.
         node: the node to replace.
         name: of the submodule.
-        module: what is called instead.
+        module: the module to call instead.
         inputs: the call's arguments.
 
     Returns:

@@ -31,7 +31,7 @@ class Workbench:
         loader: called with a number of images, yields batches of training images: that number or
             more, unless there are fewer.
         teacher: the float network as it came, for distillation.
-        network_name: the attribute of the LightningModule that holds the network, if there is one.
+        network_name: the attribute of the LightningModule that holds the network, or empty.
         trains: whether training follows; without it a trick that acts gradually does all at once.
         parameters_before: the network's parameters as it came, which an optimizer may still hold.
     """
@@ -67,12 +67,15 @@ class Workbench:
             raise QatTricksError(
                 "this recipe needs images to calibrate on: give a loader of training images"
             )
+        # Loaders yield on the CPU; the network may be on a GPU.
         device = next((p.device for p in self.network.parameters()), torch.device("cpu"))
         names = input_names(self.network)
         batches: list[Inputs] = []
         missing = num_images
         for batch in self.loader(num_images):
+            # Just the number asked for, so that results do not depend on the loader's batch size.
             inputs = first_images(inputs_of(batch, names), missing)
+            # One NaN would become the range of every tensor behind it.
             if not are_finite(inputs):
                 raise QatTricksError(
                     "the calibration loader yields NaN or infinite pixels: check its transforms"
@@ -89,6 +92,7 @@ class Workbench:
 
     @property
     def reference(self) -> fx.GraphModule:
+        """The float copy; raises QatTricksError if none was kept."""
         if self._reference is None:
             raise QatTricksError(
                 "there is no float reference: place quantizers with the quantize trick first"

@@ -92,6 +92,7 @@ def preprocessing_changes(artifact: Artifact, data: ImageData, *, allowed: bool)
     """
     changes = artifact.preprocessing.differences(data.preprocessing)
     if artifact.normalizes:
+        # Its file has them built in, so the data's are not used.
         changes = [
             change for change in changes if change.partition(":")[0] not in ("mean", "std", "scale")
         ]

@@ -59,6 +59,7 @@ def prepare_baseline(
         module.network = build_model(**{**module.hparams["model"], "weights": weights})
         if not config.baseline.finetune:
             return
+    # Also with ``finetune``: the key holds the content of the weights' file.
     cached = cache_dir() / f"{_key(config)}.pt"
     if not (config.baseline.cache and ranks.on_zero(_restore, module, cached)):
         module.train().lr = config.baseline.lr
@@ -79,6 +80,7 @@ def _key(config: DictConfig) -> str:
     weights = Path(str(config.model.weights))
     # a file's content counts, not its name
     digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
+    # Another version may train otherwise.
     made_by |= {
         "seed": config.seed,
         "weights": digest,

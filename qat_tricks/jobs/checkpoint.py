@@ -24,6 +24,7 @@ def load_classifier(path: Path) -> Classifier:
     """
     try:
         module = load_from_checkpoint(Classifier, path)
+    # A checkpoint of another LightningModule lacks the argument ``model``.
     except TypeError as error:
         raise QatTricksError(
             f"{path} was not written by train.py: it does not say which network it holds"
@@ -64,5 +65,6 @@ def export_classifier(
         description: from ``describe``.
         shape: channels, height and width of the images.
     """
+    # Two images, so that the exporter keeps the batch size open.
     example = torch.zeros(2, *shape)
     export_onnx(module.network, path, example, metadata=to_metadata(description))

@@ -42,8 +42,10 @@ class Classifier(pl.LightningModule):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
+        # A checkpoint can so be loaded without the config.
         self.save_hyperparameters()
         self.network = build_model(**model)
+        # A plain attribute: ``run_stages`` sets it before each stage.
         self.lr = lr
 
     def forward(self, images: Tensor) -> Tensor:
@@ -51,6 +53,7 @@ class Classifier(pl.LightningModule):
         return self.network(images)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Returns the cross entropy, with label smoothing."""
         images, labels = batch
         loss = F.cross_entropy(
             self(images), labels, label_smoothing=self.hparams["label_smoothing"]
@@ -59,6 +62,7 @@ class Classifier(pl.LightningModule):
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Logs the cross entropy and the accuracy."""
         images, labels = batch
         logits = self(images)
         self.log("val/loss", F.cross_entropy(logits, labels), sync_dist=True)
@@ -70,6 +74,7 @@ class Classifier(pl.LightningModule):
         )
 
     def configure_optimizers(self) -> Any:
+        """Makes SGD under a one-cycle schedule, stepped with each batch."""
         optimizer = torch.optim.SGD(
             self.parameters(),
             lr=self.lr,
@@ -77,6 +82,7 @@ class Classifier(pl.LightningModule):
             weight_decay=self.hparams["weight_decay"],
             nesterov=self.hparams["momentum"] > 0,
         )
+        # Fewer steps give OneCycleLR a phase of no length.
         steps = max(2, int(self.trainer.estimated_stepping_batches))
         # of 5 steps a fifth is a phase from step 0 to step 0, by whose length OneCycleLR divides
         rise = 0.2 if steps != 5 else 0.4

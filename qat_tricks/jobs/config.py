@@ -25,7 +25,7 @@ from qat_tricks.settings.ranges import (
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """How the float network is trained."""
+    """The settings of the float network's training."""
 
     epochs: int = 10
     lr: float = 0.1  # peak of a one-cycle schedule
@@ -52,9 +52,7 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """How latency and memory are measured, and how closely ONNX Runtime must follow the simulated
-    network.
-    """
+    """The settings of measurements: of latency, of memory, and of parity with the simulation."""
 
     batch_size: int = 1
     threads: int = 2
@@ -75,8 +73,9 @@ class Measure:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceMeasure(Measure):
-    """An evaluation's measurements: also throughput, at each number of threads with each size of
-    batch.
+    """The settings of an evaluation's measurements, which include throughput.
+
+    Throughput is measured at each number of threads with each batch size.
     """
 
     batch_sizes: Sequence[int] = (1, 8, 32)
@@ -122,7 +121,8 @@ def timing(measure: Any) -> dict[str, Any]:
 
 
 def evaluation_folder(config: DictConfig) -> Path:
-    """Returns the folder that ``evaluate.py`` writes to: ``config.folder``, or ``evaluation``
-    beside the artifact.
+    """Returns the folder that ``evaluate.py`` writes to.
+
+    It is ``config.folder``, or ``evaluation`` beside the artifact.
     """
     return Path(config.folder) if config.folder else Path(config.artifact).parent / "evaluation"

@@ -39,6 +39,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.images = images
 
     def prepare_data(self) -> None:
+        """Downloads the data, if the settings ask for it."""
         self.images.prepare_data()
 
     def setup(self, stage: str | None = None) -> None:
@@ -46,13 +47,17 @@ class ImageDataModule(pl.LightningDataModule):
         self.images.setup()
 
     def train_dataloader(self) -> Batches:
+        """Returns train images, augmented for this process."""
+        # Each process draws its own augmentation.
         rank = self.trainer.global_rank if self.trainer is not None else 0
         return self.images.train_dataloader(rank)
 
     def val_dataloader(self) -> Batches:
+        """Returns validation images."""
         return self.images.val_dataloader()
 
     def test_dataloader(self) -> Batches:
+        """Returns test images."""
         return self.images.test_dataloader()
 
     def calibration_loader(self, num_images: int) -> Batches:

@@ -49,8 +49,10 @@ def evaluate_artifact(config: DictConfig) -> dict[str, Any]:
         QatTricksError: an artifact is missing, damaged or not ours, the data have other classes or
             another preprocessing, or a runtime is not installed.
     """
+    # The simulated network runs on as many threads as the file.
     torch.set_num_threads(config.measure.threads)
     runtimes = list(config.runtimes) if config.runtimes else installed_runtimes()
+    # Before the measurements, which take minutes.
     check_runtimes(runtimes)
     folder = evaluation_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,6 +124,7 @@ class _Evaluation:
 
     def measure_float(self, original: Artifact) -> Metrics:
         """Measures the float network, which must have the artifact's preprocessing."""
+        # Accuracies under different preprocessing cannot be compared.
         preprocessing_changes(original, self.data, allowed=False)
         return self.enter("fp32", original, original.predict(self.config.measure.threads))
 

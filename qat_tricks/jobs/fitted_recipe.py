@@ -1,4 +1,4 @@
-"""A run's recipe: built from its config, fitted to its target, with the settings of ``stage``."""
+"""Builds a run's recipe from its config, fits it to the target, and applies ``stage``."""
 
 from dataclasses import replace
 from typing import Any
@@ -19,10 +19,11 @@ def fitted_recipe(config: DictConfig) -> StagedRecipe:
     its stages.
 
     Raises:
-        QatTricksError: one line with all that is wrong with ``recipe``, ``target`` and ``stage``.
+        QatTricksError: one line with every error in ``recipe``, ``target`` and ``stage``.
     """
     problems = Problems()
     settings: Any = OmegaConf.to_container(config.stage)
+    # Each part is checked by itself, so that one error does not hide the others.
     override = problems.of(lambda: make("stage", StageOverride, settings))
     recipe = problems.of(lambda: build_recipe(config.recipe))
     target = problems.of(lambda: target_named(config.target))
@@ -32,6 +33,7 @@ def fitted_recipe(config: DictConfig) -> StagedRecipe:
     assert target is not None
     for trick in recipe.tricks:
         if isinstance(trick, Quantize):
+            # The tricks were made for this run, and no other recipe shares them.
             trick.settings = trick.settings.limited_to(target)
     return replace(recipe, stages=[_overridden(stage, override) for stage in recipe.stages])
 

@@ -1,4 +1,4 @@
-"""The forecast of one run: how much of its network will run in integers, without training it."""
+"""Forecasts how much of a run's network will run in integers; trains nothing."""
 
 import copy
 
@@ -28,6 +28,7 @@ def forecast_job(config: DictConfig) -> Forecast:
         )
     data = load_data(config.data)
     network = copy.deepcopy(make_classifier(config, data).network).eval()
+    # Only shapes matter. Two images, as an operation may treat one in its own way.
     images = torch.zeros(2, data.in_channels, *data.image_size)
     work = Workbench(network, lambda num_images: [images], untraced=recipe.untraced)
     # The recipe's own tricks prepare the network, so that the forecast cannot differ from the run.

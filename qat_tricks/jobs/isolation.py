@@ -51,6 +51,7 @@ def isolated() -> Iterator[None]:
 
 def free_memory() -> None:
     """Frees the memory of a job that has ended, reference cycles among it."""
+    # A trainer and its callbacks refer to each other.
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

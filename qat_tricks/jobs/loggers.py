@@ -56,8 +56,8 @@ def make_logger(
 ) -> Logger | bool:
     """Makes the logger of one run; end it with ``finish_logger``.
 
-    W&B never asks for a login and never stops a run: where it cannot start, one line on stderr says
-    why, and the metrics go to a CSV file. WANDB_MODE is respected.
+    W&B never asks for a login and never stops a run: if it cannot start, one line on stderr has
+    the reason, and the metrics go to a CSV file. WANDB_MODE is respected.
 
     Args:
         config: the composed config; ``config.logger`` holds ``LoggerOptions``.
@@ -185,7 +185,7 @@ def _mode() -> str:
         if wish in ("disabled", "offline", "dryrun"):
             return "disabled" if wish == "disabled" else "offline"
         return "online" if _logged_in(settings) else "offline"
-    except Exception:  # the same fault is told when the run starts
+    except Exception:  # the same fault is reported when the run starts
         return "offline"
 
 
@@ -220,7 +220,7 @@ def _start(
     """Starts a W&B run, separate from others of this process.
 
     Returns:
-        The run; None where W&B cannot start, which a line on stderr has told.
+        The run; None if W&B cannot start, for which a line on stderr has the reason.
     """
     for attempt in dict.fromkeys([mode, "offline"]):
         try:

@@ -1,4 +1,4 @@
-"""The record of one run: each stage is measured, exported and entered in the ledger and the report.
+"""The record of one run: measures and exports each stage, and writes the ledger and the report.
 
 Everything here happens in one process, rank zero's.
 """
@@ -99,6 +99,7 @@ class RunRecord:
         """
         is_last = stage is self.recipe.stages[-1]  # its file is the result
         path = self.model_path if is_last else self.folder / "stages" / f"{stage.name}.onnx"
+        # Read before this stage is entered.
         before = self.ledger.stages[-1].after.accuracy
         metrics = self._measure_stage(stage.name, network, path)
         ledger_path = self.folder / "ledger.json"
@@ -113,6 +114,7 @@ class RunRecord:
         Returns:
             The report.
         """
+        # First: a failure in the report must not cost the training.
         save_checkpoint(self.module, self.folder / "model.ckpt")
         report = self._report()
         write_report(self.folder, report)
@@ -124,6 +126,7 @@ class RunRecord:
         """Writes the network as it is now, and a report of the stages that were measured."""
         save_checkpoint(self.module, self.folder / "interrupted.ckpt")
         if self.ledger.stages:  # otherwise there is nothing to report
+            # A report has all its keys; those that were not measured are None.
             report = dict.fromkeys(REQUIRED_KEYS) | self._identity()
             write_report(self.folder, {**report, "parity": self.parity, "interrupted": True})
         print(f"the state so far is in {self.folder}: interrupted.ckpt, report.md", flush=True)
@@ -142,6 +145,7 @@ class RunRecord:
 
     def _export(self, network: nn.Module, path: Path) -> None:
         measure, export = self.config.measure, self.config.export
+        # Two images, so that the exporter keeps the batch size open.
         example = torch.zeros(2, *self.shape)
         images = (images for images, _ in self._parity_batches(self.data.test_dataloader()))
         self.parity = export_onnx(
@@ -194,6 +198,7 @@ class RunRecord:
         if not self.recipe.stages:  # recipe=fp32: the float network is the result
             self.model_path.write_bytes(self.float_path.read_bytes())
         started = time.perf_counter()
+        # The result is measured as it will run, and not as it was simulated.
         metrics = self._evaluate(self._predictor(REFERENCE), self._deployed_batches(), "onnx")
         paths = {"fp32": self.float_path, "int8": self.model_path}
         device = measure_device(paths, self.shape, **timing(self.config.measure))
@@ -224,6 +229,7 @@ class RunRecord:
             QatTricksError: it does not compute as ONNX Runtime does.
         """
         name, measure = target_named(self.config.target).runtime, self.config.measure
+        # The report has its figures already.
         if name == REFERENCE:
             return {}
         compared = parity(

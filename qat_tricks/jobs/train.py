@@ -1,6 +1,4 @@
-"""One run: data, float baseline, the stages of a recipe, export, and the evidence in the run's
-folder.
-"""
+"""Runs one job: data, float baseline, the stages of a recipe, export, and the evidence."""
 
 from pathlib import Path
 from typing import Any
@@ -56,9 +54,11 @@ def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[st
     data = load_data(config.data)
     module = make_classifier(config, data)
     trainer = {**OmegaConf.to_container(config.trainer, resolve=True), "logger": logger}  # type: ignore[dict-item]
+    # Checked now: training would fail only at its first loss.
     _check_classes(module.network, data)
 
     datamodule = ImageDataModule(data)
+    # Before the baseline: the other processes start here, from the top of the program.
     ranks = Ranks(package.Trainer(enable_checkpointing=False, **trainer).strategy)
     record = RunRecord(config, folder, recipe, data, module)
 

@@ -1,6 +1,4 @@
-"""Builds classifiers by name: CIFAR ResNets, torchvision's, timm's as ``timm/NAME``, and the
-user's own.
-"""
+"""Builds classifiers by name: CIFAR ResNets, torchvision's, timm's, and the user's own."""
 
 import importlib
 import inspect
@@ -73,17 +71,13 @@ def model_names() -> list[str]:
 
 
 def register_models() -> None:
-    """Adds a config for each torchvision classifier to Hydra's group ``model``, as in
-    ``model=mobilenet_v2``.
-    """
+    """Adds torchvision's classifiers to Hydra's group ``model``, as in ``model=mobilenet_v2``."""
     for name in _torchvision_names():
         _register("model", name, name)
 
 
 def register_timm_models() -> None:
-    """Adds a config for each timm classifier to Hydra's group ``model/timm``, as in
-    ``model=timm/resnet18``.
-    """
+    """Adds timm's classifiers to Hydra's group ``model/timm``, as in ``model=timm/resnet18``."""
     for name in _timm_names():
         _register("model/timm", name.removeprefix(TIMM), name)
 
@@ -205,6 +199,7 @@ def _from_factory(factory: str, num_classes: int, in_channels: int) -> nn.Module
         key: value for key, value in known.items() if takes_any or key in signature.parameters
     }
     try:
+        # Tried before the call, so that an error inside the factory is not taken for this one.
         signature.bind(**arguments)
     except TypeError as error:
         raise QatTricksError(

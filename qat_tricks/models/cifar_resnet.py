@@ -13,8 +13,9 @@ CIFAR_RESNETS = {"resnet20": 3, "resnet56": 9}  # blocks in each of the three la
 
 
 class CifarResNet(nn.Module):
-    """Maps images of about 32x32 pixels, ``[B, in_channels, H, W]``, to logits
-    ``[B, num_classes]``.
+    """Maps images of about 32x32 pixels to logits.
+
+    The images are ``[B, in_channels, H, W]``, the logits ``[B, num_classes]``.
 
     Args:
         blocks: in each of the three layers.
@@ -37,6 +38,7 @@ class CifarResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns logits ``[B, num_classes]``."""
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(torch.flatten(self.avgpool(x), 1))
@@ -62,6 +64,7 @@ class BasicBlock(nn.Module):
         self.new_channels = (before, channels - in_channels - before)  # before and after the old
 
     def forward(self, x: Tensor) -> Tensor:
+        """Adds the shortcut to two convolutions."""
         out = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
         if self.stride != 1 or any(self.new_channels):
             # the last pair of F.pad is that of the channels

@@ -76,7 +76,7 @@ def _without_prefix(
 ) -> dict[str, Tensor]:
     """Returns the part of ``state`` whose prefix leads to the most expected keys, without it."""
     wanted = {key for key in expected if not _is_counter(key)}
-    # a prefix is what stands before an expected key in one of the file's keys
+    # a prefix stands before an expected key in one of the file's keys
     candidates = (key.removesuffix(want) for key in state for want in wanted if key.endswith(want))
     prefixes = {prefix for prefix in candidates if prefix == "" or prefix.endswith(".")}
     matches = {

@@ -1,5 +1,4 @@
-"""Quantization schemes, fake-quant with straight-through gradients, learned step sizes and range
-estimators.
+"""Numerics: schemes, fake-quant with straight-through gradients, learned scales, range estimators.
 
 Plain PyTorch: nothing here knows of graphs or Lightning. ``integer_kernels`` repeats the arithmetic
 of ONNX Runtime's kernels to the last bit, without importing it; everything else belongs to no

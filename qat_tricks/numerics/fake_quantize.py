@@ -24,7 +24,7 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
         steps = x / scale
-        # Only what this backward needs is kept: a scale that is not learned needs no output.
+        # Only tensors that this backward needs are kept: without a learned scale, no output.
         out = _dequantize(torch.round(steps), scale, low, high)
         if ctx.needs_input_grad[1]:
             ctx.save_for_backward(steps, scale, out)
@@ -85,7 +85,7 @@ def _dequantize(
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: int, scheme: Scheme) -> Tensor:
     """Quantizes and dequantizes ``x``.
 
-    It is differentiable in ``x`` and, where that requires a gradient, in ``scale``.
+    It is differentiable in ``x``, and in ``scale`` if that requires a gradient.
 
     Args:
         x: values of any shape and floating type; computed in float32 whatever autocast says.

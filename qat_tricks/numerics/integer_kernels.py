@@ -79,8 +79,9 @@ def multiply(
 def mean(
     x: Tensor, x_grid: ActivationQuantizer, output: ActivationQuantizer, *, keepdim: bool
 ) -> Tensor:
-    """The average of ``x``, ``[N, C, H, W]`` on its grid, over height and width, on the grid of
-    ``output``.
+    """The average of ``x`` over height and width, on the grid of ``output``.
+
+    ``x`` is ``[N, C, H, W]``, on its own grid.
 
     As ``QLinearGlobalAveragePool`` does it: the integers' sum, which is exact, times a ratio in
     float32. Averages of integers often lie in the middle between two steps.

@@ -45,6 +45,7 @@ class ActivationQuantizer(nn.Module):
         self._zero_point: int | None = None
 
     def extra_repr(self) -> str:
+        """Bits and activation, for ``print``."""
         return f"bits={self.scheme.bits}, activation={self.activation}"
 
     @property
@@ -59,7 +60,7 @@ class ActivationQuantizer(nn.Module):
 
     @property
     def is_on(self) -> bool:
-        """Whether what passes is put on the grid."""
+        """Whether values are put on the grid."""
         return self.enabled and self.is_calibrated
 
     @property
@@ -78,7 +79,7 @@ class ActivationQuantizer(nn.Module):
 
     @property
     def steps(self) -> tuple[int, int]:
-        """How many scales below and above 0.0 the smallest and the largest value are."""
+        """The smallest and the largest value, in units of the scale."""
         low, high = self.integers
         return low - self.offset, high - self.offset
 
@@ -91,6 +92,7 @@ class ActivationQuantizer(nn.Module):
     def set_range(self, low: float, high: float) -> None:
         """Sets scale and zero point so that the integers cover ``[low, high]``."""
         if self.activation is not None:
+            # Behind a ReLU there are no values below 0.
             low, high = 0.0, min(high, self.cap)
         scale, zero_point = self.scheme.qparams(low, high)
         with torch.no_grad():
@@ -107,7 +109,9 @@ class ActivationQuantizer(nn.Module):
         return self.scale.clamp(1e-8, largest)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns ``x`` on the grid, or its float activation while disabled."""
         if not self.enabled:
+            # The ReLU has left the graph, so the quantizer computes it also when it is off.
             x = self._activate(x)
             if self.observer is not None:
                 self.observer.observe(x)
@@ -153,6 +157,7 @@ class WeightQuantizer(nn.Module):
         self.scale: nn.Parameter | None
 
     def extra_repr(self) -> str:
+        """Bits and the origin of the scale, for ``print``."""
         origin = "follows the weight" if self.scale is None else "own"
         return f"bits={self.scheme.bits}, scale={origin}"
 
@@ -179,6 +184,7 @@ class WeightQuantizer(nn.Module):
         largest = max_abs_scale(weight, self.scheme, self.channel_axis)
         dims = [d for d in range(weight.dim()) if largest.shape[d] == 1]
         best, best_error = largest.clone(), torch.full_like(largest, float("inf"))
+        # A grid search, for the error has many local minima.
         for shrink in torch.linspace(0.3, 1.0, candidates).tolist():
             scale = largest * shrink
             error = (

@@ -24,7 +24,7 @@ class RangeEstimator(Protocol):
         """Takes in one batch of values, of any shape."""
 
     def merge(self, other: Self) -> None:
-        """Takes in what ``other``, an estimator of the same kind, has seen."""
+        """Takes in the observations of ``other``, an estimator of the same kind."""
 
     def range(self, scheme: Scheme) -> tuple[float, float]:
         """Returns ``(low, high)``; raises QatTricksError if nothing was observed."""
@@ -37,6 +37,8 @@ class MinMax:
         self.low, self.high = float("inf"), float("-inf")
 
     def observe(self, x: Tensor) -> None:
+        """Takes in one batch of values."""
+        # One pass over the values gives both.
         low, high = (v.item() for v in torch.aminmax(x))
         if not (abs(low) < float("inf") and abs(high) < float("inf")):
             raise QatTricksError(
@@ -50,9 +52,11 @@ class MinMax:
 
     # By minimum and maximum, also for the moving average: a range that every rank agrees on.
     def merge(self, other: Self) -> None:
+        """Takes in the extremes of ``other``."""
         self.low, self.high = min(self.low, other.low), max(self.high, other.high)
 
     def range(self, scheme: Scheme) -> tuple[float, float]:
+        """Returns the smallest and the largest value."""
         if self.low > self.high:
             raise QatTricksError("nothing was observed: calibrate on at least one batch first")
         return self.low, self.high
@@ -85,6 +89,7 @@ class Histogram(MinMax):
         self.counts = torch.zeros(self.bins, dtype=torch.float64)
 
     def observe(self, x: Tensor) -> None:
+        """Takes in one batch of values."""
         super().observe(x)
         largest = max(-self.low, self.high, 1e-12)
         if self.reach == 0.0:
@@ -101,14 +106,17 @@ class Histogram(MinMax):
         while self.reach < reach:
             merged = self.counts.view(-1, 2).sum(1)
             self.counts.zero_()
+            # The old range is the middle half of the new one.
             self.counts[self.bins // 4 : 3 * self.bins // 4] = merged
             self.reach *= 2
 
     def merge(self, other: Self) -> None:
+        """Takes in the extremes and the counts of ``other``."""
         super().merge(other)
         if self.reach == 0.0:
             self.reach = other.reach
         self._widen(other.reach)
+        # Widening moves counts, and ``other`` must stay as it is.
         widened = copy.deepcopy(other)
         if widened.reach > 0:
             widened._widen(self.reach)
@@ -136,6 +144,7 @@ class Percentile(Histogram):
         self.percentile = percentile
 
     def range(self, scheme: Scheme) -> tuple[float, float]:
+        """Returns the range without the rarest values."""
         low, high = super().range(scheme)
         share = self.counts.cumsum(0) / self.counts.sum()  # of the sample up to each bin's end
         tail = 1 - self.percentile / 100
@@ -152,7 +161,9 @@ class MSE(Histogram):
     candidates = 80
 
     def range(self, scheme: Scheme) -> tuple[float, float]:
+        """Returns the range of least squared error."""
         low, high = super().range(scheme)
+        # Most bins are empty, and the search visits each bin for every candidate.
         filled = self.counts > 0
         centers, counts = self.centers[filled].float(), self.counts[filled].float()
         shrink = torch.linspace(1.0 / self.candidates, 1.0, self.candidates)
@@ -185,6 +196,7 @@ class KL(Histogram):
     candidates = 80
 
     def range(self, scheme: Scheme) -> tuple[float, float]:
+        """Returns the range of least divergence."""
         low, high = super().range(scheme)
         shrink = torch.linspace(0.2, 1.0, self.candidates).tolist()
         divergence = [self._divergence(low * f, high * f, scheme) for f in shrink]

@@ -24,6 +24,7 @@ def recipe(name: str, overrides: Sequence[str] = ()) -> list[Any]:
         QatTricksError: an unknown recipe or setting, or a recipe that needs several fits.
     """
     loaded = _of_one_fit(name, overrides)
+    # The trainer needs the tricks in its own list, where it saves and restores their states.
     session = Session(network=loaded.network, untraced=loaded.untraced)
     return [session, *loaded.tricks]
 
@@ -31,7 +32,7 @@ def recipe(name: str, overrides: Sequence[str] = ()) -> list[Any]:
 class Recipe(Session):
     """A whole recipe as one callback, for configs that list callbacks by ``_target_``.
 
-    It does what ``qat_tricks.recipe`` does: it adds the recipe's tricks to the trainer.
+    Like ``qat_tricks.recipe`` it adds the recipe's tricks to the trainer.
 
     Args:
         name: a recipe with at most one stage that trains.
@@ -43,12 +44,14 @@ class Recipe(Session):
 
     def __init__(self, name: str, overrides: Sequence[str] = ()) -> None:
         loaded = _of_one_fit(name, list(overrides))
+        # The session adds the tricks in ``setup``, since one ``_target_`` makes one callback.
         super().__init__(loaded.tricks, network=loaded.network, untraced=loaded.untraced)
         self.name = name
 
 
 def _of_one_fit(name: str, overrides: Sequence[str]) -> StagedRecipe:
     loaded = load_recipe(name, overrides)
+    # A trainer runs one fit, and tricks of a stage behind it would come too early.
     training = [stage.name for stage in loaded.training]
     if len(training) > 1 or any(stage.epochs > 0 for stage in loaded.stages[:-1]):
         raise QatTricksError(

@@ -36,9 +36,11 @@ class Stage:
 
     def apply(self, work: Workbench) -> None:
         """Applies the tricks without training."""
+        # A trick is applied once in each stage, and may come again in a later one.
         work.applied.clear()
         for trick in self.tricks:
             trick.apply_once(work)
+        # The float copy fits only this stage's network.
         work.drop_reference()
 
 
@@ -94,6 +96,7 @@ def _compose(name: str, overrides: Sequence[str], problems: Problems) -> Any:
             pass
     from qat_tricks.settings.compose import Composer  # loads Hydra, which is slow
 
+    # Users write overrides as if the recipe were the whole config.
     inside = rename_overrides([_in_recipe(override) for override in overrides])
     config, failures = Composer("train").compose([f"recipe={name}", *inside])
     problems.messages += failures
@@ -101,6 +104,7 @@ def _compose(name: str, overrides: Sequence[str], problems: Problems) -> Any:
 
 
 def _in_recipe(override: str) -> str:
+    # Hydra's marks for adding and deleting stand in front of the key.
     mark = override[: len(override) - len(override.lstrip("+~"))]
     key = override[len(mark) :]
     inside = key.startswith("recipe.") or "@recipe." in key
@@ -108,14 +112,13 @@ def _in_recipe(override: str) -> str:
 
 
 def build_recipe(settings: DictConfig | Mapping[str, Any]) -> StagedRecipe:
-    """Builds a recipe's stages and tricks from its composed settings, every key bound to what
-    takes it.
+    """Builds a recipe's stages and tricks from its composed settings; an unknown key is an error.
 
     Args:
         settings: as a recipe's YAML holds them.
 
     Raises:
-        QatTricksError: one line with all that is wrong.
+        QatTricksError: one line with every error.
     """
     config: dict[str, Any] = (
         as_plain(settings, "recipe") if isinstance(settings, DictConfig) else dict(settings)
@@ -152,7 +155,7 @@ def _build_stage(name: str, settings: Any, done: list[str], problems: Problems) 
         name: of the stage.
         settings: as the recipe has them.
         done: names of the tricks of earlier stages; this stage's are added.
-        problems: takes in what is wrong.
+        problems: takes in each error.
     """
     where = f"stage {name}"
     settings = _mapping(where, settings, problems)
@@ -169,6 +172,7 @@ def _build_stage(name: str, settings: Any, done: list[str], problems: Problems) 
             check_order(tricks, done)
     except QatTricksError as error:
         problems.messages.append(f"{where}: {error}")
+    # By the key in the recipe and by the class: a trick of the user's may be called otherwise.
     done += [*of_tricks, *(trick.name for trick in tricks)]
     if "name" in settings:
         problems.messages.append(f'{where} has no setting "name"')

@@ -1,4 +1,4 @@
-"""The tricks and recipes that there are: the config groups are the registry."""
+"""Looks tricks and recipes up in the config groups, which are the registry."""
 
 from collections.abc import Mapping
 from importlib import import_module
@@ -25,6 +25,7 @@ def trick_config(name: str) -> dict[str, Any]:
     """
     if name not in options("trick"):
         raise QatTricksError(f'unknown trick "{name}": {did_you_mean(name, options("trick"))}')
+    # The file has the trick's name as its one key, so that recipes merge it in place.
     settings: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / "trick" / f"{name}.yaml"))
     return settings[name]
 
@@ -51,11 +52,12 @@ def trick_class(name: str, target: str) -> type[Trick]:
 
 
 def make_trick(name: str, settings: Mapping[str, Any]) -> Trick:
-    """Makes a trick; settings that are not given take their value from the trick's YAML.
+    """Makes a trick; missing settings take their value from the trick's YAML.
 
     Raises:
         QatTricksError: an unknown trick, setting or value.
     """
+    # A trick of the user's has no YAML of ours, and its ``_target_`` stands in the recipe.
     is_own = "_target_" in settings and name not in options("trick")
     arguments = {**({} if is_own else trick_config(name)), **settings}
     return make(name, trick_class(name, str(arguments.pop("_target_"))), arguments)

@@ -30,13 +30,14 @@ def run_stages(
     trainer: Mapping[str, Any] | None = None,
     after_stage: AfterStage | None = None,
 ) -> "LightningModule":
-    """Runs every stage of ``recipe``, those that train with a new ``Trainer`` each, and returns
-    ``module``.
+    """Runs every stage of ``recipe`` and returns ``module``.
+
+    Each stage that trains has a ``Trainer`` of its own.
 
     Args:
         module: a trained LightningModule, of either Lightning package, which the trainers come
             from too; its network is changed in place. A stage's ``lr`` is set as ``module.lr``
-            where the module has that attribute; else its own optimizer decides.
+            if the module has that attribute; else its own optimizer decides.
         datamodule: gives training images for calibration and for the fits.
         recipe: a recipe, or its name.
         trainer: arguments of ``Trainer``, without ``max_epochs`` and ``callbacks`` of ours.
@@ -44,7 +45,7 @@ def run_stages(
             run.
 
     Raises:
-        QatTricksError: an unknown recipe, or whatever a trick finds wrong.
+        QatTricksError: an unknown recipe, or an error of a trick.
     """
     if isinstance(recipe, str):
         recipe = load_recipe(recipe)
@@ -52,11 +53,14 @@ def run_stages(
     extra_callbacks = list(settings.pop("callbacks", None) or [])
     name = find_network(module, recipe.network)
     network = module.get_submodule(name)
+    # Before the first stage: the teacher of every stage is the float network.
     teacher = copy.deepcopy(network) if any(t.needs_teacher for t in recipe.tricks) else None
     work = Workbench(network, teacher=teacher, untraced=recipe.untraced)
     attach_workbench(module, work, name)
     for stage in recipe.stages:
         if stage.epochs == 0:
+            # Without a trainer the module's ``forward`` is not run: a batch holds the network's
+            # inputs.
             names = input_names(work.network)
             work.loader = partial(loaded_once, partial(_calibration_inputs, datamodule, names))
             work.trains = False
@@ -66,7 +70,9 @@ def run_stages(
             if stage.lr is not None and hasattr(module, "lr"):
                 module.lr = stage.lr  # type: ignore[assignment]
             module.train()  # Lightning trains a module in the mode it finds it
+            # The session takes the workbench that the module has by now.
             callbacks = [Session(network=name), *stage.tricks, *extra_callbacks]
+            # A trainer of the other Lightning package would not take the module.
             make_trainer = package_of(module).Trainer
             fit = make_trainer(max_epochs=stage.epochs, callbacks=callbacks, **settings)
             fit.fit(module, datamodule=datamodule)
@@ -79,5 +85,6 @@ def _calibration_inputs(
     datamodule: "LightningDataModule", names: Sequence[str], num_images: int
 ) -> Iterator[Inputs]:
     """The inputs, called ``names``, of the training images of a data module."""
+    # A trainer would do this, and a stage without training has none.
     datamodule.setup("fit")
     return (inputs_of(batch, names) for batch in datamodule_images(datamodule, num_images))

@@ -1,6 +1,6 @@
 """Binds settings to the function or class that takes them, before anything runs.
 
-Unknown keys, missing ones and values of a wrong type are found, all of them at once.
+Unknown keys, missing keys and values of a wrong type are all reported at once.
 """
 
 import inspect
@@ -26,7 +26,7 @@ _UNIONS = (Union, UnionType)
 
 
 class Problems:
-    """Gathers problems, which are told together."""
+    """Gathers problems, to report them together."""
 
     def __init__(self) -> None:
         self.messages: list[str] = []  # one for each

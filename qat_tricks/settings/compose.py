@@ -1,4 +1,4 @@
-"""Composes the Hydra configs in ``conf``; everything wrong is told at once, in one line.
+"""Composes the Hydra configs in ``conf``; all errors are reported at once, in one line.
 
 Hydra's public ``compose`` needs global state, which a running Hydra application has taken already.
 Its config loader, used here, needs none.
@@ -29,7 +29,7 @@ from qat_tricks.settings.config_dir import config_dir
 from qat_tricks.settings.plain import one_line
 
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
-"""What Hydra raises for bad input."""
+"""Hydra's errors for bad input."""
 
 
 class Composition(NamedTuple):
@@ -53,6 +53,7 @@ class Composer:
 
     def __init__(self, config_name: str, extra: Path | None = None) -> None:
         version.setbase("1.3")
+        # Hydra's interpolations, such as ``${hydra:…}``, must be known to OmegaConf.
         setup_globals()
         path = create_config_search_path(str(config_dir()))
         if extra is not None:

@@ -1,4 +1,4 @@
-"""Where the YAML files are."""
+"""Finds the folder of the YAML files."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Composed settings as plain data, and what is wrong with them on one line."""
+"""Turns composed settings into plain data, and their errors into one line."""
 
 import re
 from typing import Any
@@ -22,9 +22,7 @@ def as_plain(config: DictConfig, where: str) -> dict[str, Any]:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of ``error``, and of what caused it, on one line, without what only programmers
-    need.
-    """
+    """The messages of ``error`` and of its cause, on one line, without details for programmers."""
     causes = [str(error), *([str(error.__cause__)] if error.__cause__ else [])]
     parts = (
         re.split(r"\s+(?:full_key: |Config search path:|Available options in)", cause)[0]

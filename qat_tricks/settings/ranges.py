@@ -21,7 +21,7 @@ class Range:
 
 
 def at_least(lowest: float, unit: str = "") -> Range:
-    """``lowest`` and everything above; ``unit`` is told, as in "0 or more points"."""
+    """``lowest`` and everything above; the error names ``unit``, as in "0 or more points"."""
     return Range(lambda value: value >= lowest, f"{lowest} or more {unit}".strip())
 
 
@@ -36,7 +36,7 @@ def below(lowest: float, limit: float) -> Range:
 
 
 def counts(example: str) -> Range:
-    """Lists of whole numbers from 1 on; ``example`` is told, as in "[1,8,32]"."""
+    """Lists of whole numbers from 1 on; the error shows ``example``, such as "[1,8,32]"."""
 
     def contains(values: Sequence[int]) -> bool:
         return len(values) > 0 and min(values) >= 1

@@ -1,4 +1,4 @@
-"""Settings under a new name; the old one works, with a warning, until the next release."""
+"""Renames settings: an old name works, with a warning, until the next release."""
 
 import os
 import re

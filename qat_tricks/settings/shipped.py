@@ -27,10 +27,12 @@ def compose_recipe(name: str, folder: Path) -> dict[str, Any]:
 
 def _compose(name: str, folder: Path) -> DictConfig:
     path = folder / "recipe" / f"{name}.yaml"
+    # To OmegaConf this is a comment; to Hydra it is an instruction.
     if "@package" in path.read_text(encoding="utf-8"):
         raise NeedsHydraError(name)
     own = _read(path)
     parts = []
+    # Later entries override earlier ones, as in Hydra.
     for entry in own.pop("defaults", ["_self_"]):
         if entry == "_self_":
             parts.append(own)
@@ -42,7 +44,7 @@ def _compose(name: str, folder: Path) -> DictConfig:
 
 
 def _tricks(entry: DictConfig, folder: Path) -> DictConfig:
-    """What ``/trick@stages.ptq.tricks: [NAME, …]`` stands for."""
+    """The settings that ``/trick@stages.ptq.tricks: [NAME, …]`` stands for."""
     group, names = next(iter(entry.items()), ("", None))
     kind, _, place = str(group).partition("@")
     if len(entry) > 1 or kind != "/trick" or not place or not isinstance(names, ListConfig):

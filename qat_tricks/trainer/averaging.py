@@ -23,6 +23,7 @@ def keep_grids(trainer: "Trainer", pl_module: "LightningModule") -> None:
         average = getattr(callback, "_average_model", None)
         if average is None:
             continue
+        # Lightning wraps the copy, so its names carry a prefix that the network's do not.
         averaged = {name.removeprefix("module."): b for name, b in average.named_buffers()}
         for name, buffer in pl_module.named_buffers():
             if name.rpartition(".")[2] in _EXACT:

@@ -1,6 +1,4 @@
-"""Which images the tricks see: those of the training, as the module's own ``forward`` hands them to
-its network.
-"""
+"""Training images for the tricks, as the module's ``forward`` passes them to its network."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from inspect import signature
@@ -30,9 +28,10 @@ def network_inputs(
     """The network's inputs for the training images, after the module's own preprocessing.
 
     Raises:
-        QatTricksError: there are no training images, or ``forward`` does not take what a batch
-            holds.
+        QatTricksError: there are no training images, or ``forward`` does not take the inputs that
+            a batch holds.
     """
+    # A batch gives the module its arguments where it takes one, or as many as the network does.
     names, required = input_names(work.network), input_names(pl_module.forward)
     through_module = _overrides("forward", pl_module) and len(required) in (0, 1, len(names))
     seen: list[Inputs] = []
@@ -40,8 +39,10 @@ def network_inputs(
     def see(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = signature(network.forward).bind(*args, **kwargs).arguments
         seen.append(inputs_of([arguments[name] for name in names], names) if names else args[0])
+        # The network itself need not run: its inputs are known.
         raise _SeenError
 
+    # Augmentations draw random numbers. The fit must draw the same ones with or without tricks.
     with kept_random_state():
         for batch in _training_loader(trainer, pl_module, num_images):
             batch = trainer.strategy.batch_to_device(batch)
@@ -99,6 +100,7 @@ def _training_loader(
         if trainer.state.fn != "fit":
             datamodule.setup("fit")  # validation and test set up their own split only
         return datamodule_images(datamodule, num_images)
+    # A loader that was handed to ``fit`` wins over the module's own, as in Lightning.
     source = trainer.fit_loop._data_source
     if source.instance is not None and source.is_defined():
         loader = source.dataloader()

@@ -1,5 +1,6 @@
-"""Checkpoints as files: read under ``weights_only=True``, written without a trainer, rebuilt
-without a recipe.
+"""Reads checkpoints under ``weights_only=True``, and writes and rebuilds them.
+
+Writing needs no trainer, and rebuilding no recipe.
 """
 
 from inspect import Parameter, signature
@@ -84,6 +85,7 @@ def load_from_checkpoint(
     checkpoint = load_checkpoint(path)
     hyperparameters = dict(checkpoint.get("hyper_parameters", {}))
     parameters = signature(module_class.__init__).parameters
+    # As in Lightning, a class gets only the saved hyperparameters that it takes.
     if not any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values()):
         hyperparameters = {
             key: value for key, value in hyperparameters.items() if key in parameters
@@ -116,4 +118,5 @@ def load_state(
 def is_mid_epoch(checkpoint: dict[str, Any]) -> bool:
     """Whether a checkpoint was written with batches of its epoch left to train on."""
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    # ``ready`` counts the batches of the epoch so far; it is reset only by the next epoch.
     return progress["current"]["ready"] > 0 and not progress["is_last_batch"]

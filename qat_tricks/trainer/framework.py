@@ -24,6 +24,7 @@ def package_of(thing: Any) -> ModuleType:
     Raises:
         QatTricksError: it comes from neither.
     """
+    # The user's own class lives elsewhere: one of its base classes tells the package.
     for kind in type(thing).__mro__:
         for name in PACKAGES:
             if f"{kind.__module__}.".startswith(f"{name}."):

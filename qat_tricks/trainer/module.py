@@ -1,4 +1,4 @@
-"""A LightningModule and the network in it: which attribute that is, and what is done to it."""
+"""Finds the network in a LightningModule, and attaches the workbench to the module."""
 
 import copy
 from typing import TYPE_CHECKING, Any
@@ -19,12 +19,14 @@ _ATTRIBUTE = "_qat_tricks_workbench"
 
 
 def find_network(pl_module: nn.Module, name: str | None = None) -> str:
-    """The attribute of ``pl_module`` that holds the network: the one child with conv or linear
-    layers.
+    """The attribute of ``pl_module`` that holds the network.
+
+    It is the one child with conv or linear layers, unless ``name`` says which submodule to take.
 
     Raises:
         QatTricksError: there is no such child, or several; or ``name`` is none of its submodules.
     """
+    # A loss or a metric is a child too, but has no conv or linear.
     children = {
         key: child
         for key, child in pl_module.named_children()
@@ -48,12 +50,11 @@ def find_network(pl_module: nn.Module, name: str | None = None) -> str:
 
 
 def attach_workbench(pl_module: "LightningModule", work: Workbench, name: str) -> Workbench:
-    """Puts the network of ``work`` in its place in ``pl_module``, as submodule ``name``, and
-    returns ``work``.
-    """
+    """Puts the network of ``work`` into ``pl_module`` as submodule ``name``; returns ``work``."""
     work.network_name = name
     pl_module.set_submodule(name, work.network)
     setattr(pl_module, _ATTRIBUTE, work)
+    # On the object and not on its class: other modules of that class stay as they are.
     pl_module.on_save_checkpoint = _SaveSpec(pl_module)  # type: ignore[method-assign]
     return work
 
@@ -69,13 +70,13 @@ def workbench_of(pl_module: nn.Module) -> Workbench:
 
 
 def describe(pl_module: nn.Module) -> dict[str, Any]:
-    """What a checkpoint carries of us, as plain data: the network's attribute and its spec."""
+    """The entry in a checkpoint, as plain data: the network's attribute and its spec."""
     work = workbench_of(pl_module)
     return {"network": work.network_name, "spec": copy.deepcopy(spec_of(work.network))}
 
 
 class _SaveSpec:
-    """An ``on_save_checkpoint`` that adds the network's spec to what the module's own does.
+    """Calls the module's own ``on_save_checkpoint``, then adds the network's spec.
 
     Lightning skips callbacks where only weights are saved; it always asks the module, whatever
     trainer that is in.
@@ -85,6 +86,7 @@ class _SaveSpec:
         self.pl_module = pl_module
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
+        # By the class: the attribute of the object is this wrapper.
         type(self.pl_module).on_save_checkpoint(self.pl_module, checkpoint)
         checkpoint[CHECKPOINT_KEY] = describe(self.pl_module)
         # Each of several processes has a state of its own, and only the first one writes.

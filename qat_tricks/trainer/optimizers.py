@@ -1,5 +1,6 @@
-"""The user's optimizers after surgery: each parameter of the network that trains exactly once, and
-none that is gone.
+"""Keeps the user's optimizers right after surgery.
+
+Each parameter that trains is in them exactly once, and none that surgery has removed.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,9 +13,12 @@ Group = dict[str, Any]
 
 
 def take_out(group: Group, wanted: set[int]) -> Group:
-    """Takes the parameters with these ``id``s out of a parameter group, and returns them (and their
-    names, if it has any).
+    """Takes the parameters with these ``id``s out of a parameter group.
+
+    Returns:
+        The parameters, and their names if the group has names.
     """
+    # Parameters compare element by element, so identity decides.
     gone = [id(parameter) in wanted for parameter in group["params"]]
     taken: Group = {}
     for key in ("params", "param_names"):
@@ -27,11 +31,10 @@ def take_out(group: Group, wanted: set[int]) -> Group:
 def renew_parameters(
     optimizers: Sequence[Optimizer], network: fx.GraphModule, before: Iterable[nn.Parameter]
 ) -> None:
-    """Mends optimizers that were given parameters from before the surgery.
+    """Mends optimizers that hold parameters from before the surgery.
 
-    Those that surgery has taken away (of folded BatchNorms) leave; those that it has made (the
-    biases of their layers) join the group of their layer's weight, unless an optimizer has them
-    already.
+    Surgery removes the parameters of folded BatchNorms: they leave the optimizers. It adds biases
+    to layers: each joins the group of its layer's weight, unless an optimizer has it already.
 
     Args:
         optimizers: as the user has made them.
@@ -43,7 +46,9 @@ def renew_parameters(
     for group in _groups(optimizers):
         for parameter in take_out(group, gone)["params"]:
             for optimizer in optimizers:
+                # Momentum of a parameter that is gone would stay in memory and in checkpoints.
                 optimizer.state.pop(parameter, None)
+    # A bias that was there before and has no optimizer was left out by the user: it stays out.
     known = {id(parameter) for parameter in before} | _held(optimizers)
     for name, parameter in now.items():
         owner, _, kind = name.rpartition(".")
@@ -56,11 +61,14 @@ def renew_parameters(
 def take_in(
     optimizers: Sequence[Optimizer], network: fx.GraphModule, scales: Sequence[nn.Parameter]
 ) -> None:
-    """Adds the ``scales`` that no optimizer has to the group that has most of the network's
-    parameters, if one has any.
+    """Adds the ``scales`` that no optimizer has to the network's main parameter group.
+
+    That is the group with most of the network's parameters. If no group has any, nothing changes.
     """
     names = {id(parameter): name for name, parameter in network.named_parameters()}
 
+    # The group of the network's weights, and not that of a head or of biases, has the learning rate
+    # that suits the scales.
     def share(group: Group) -> int:
         return sum(parameter.numel() for parameter in group["params"] if id(parameter) in names)
 

@@ -15,14 +15,12 @@ class Ordered(Protocol):
 
 
 def trick_name(kind: type) -> str:
-    """The name of a trick's class as its file and its YAML have it: ``FoldBatchnorm`` is
-    ``fold_batchnorm``.
-    """
+    """The name of a trick in its file and its YAML: ``FoldBatchnorm`` is ``fold_batchnorm``."""
     return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
 
 
 def check_order(tricks: Sequence[Ordered], done: Sequence[str] = ()) -> None:
-    """Checks that each trick finds before it what it needs.
+    """Checks that each trick comes after the tricks that it needs.
 
     Args:
         tricks: in the order in which they will be done.
@@ -41,6 +39,7 @@ def check_order(tricks: Sequence[Ordered], done: Sequence[str] = ()) -> None:
         missing = [earlier for earlier in required if earlier not in (*names, *done)]
         if missing:
             problems.append(f"{name} needs {' and '.join(missing)} before it")
+        # A trick that an earlier stage has done is not late where it comes again.
         late = [e for e in (*required, *trick.after) if e in names[i:] and e not in done]
         if late:
             problems.append(f"{name} must come after {' and '.join(dict.fromkeys(late))}")
@@ -52,16 +51,19 @@ def check_order(tricks: Sequence[Ordered], done: Sequence[str] = ()) -> None:
 
 
 def working_order(tricks: Sequence[Ordered], done: Sequence[str] = ()) -> list[str]:
-    """The names of ``tricks``, and of those they require, in an order in which all can work; it is
-    theirs where that works.
+    """The names of ``tricks``, and of those they require, in an order that works.
+
+    Tricks that are in a working order keep it.
     """
     kinds = {trick_name(type(trick)): type(trick) for trick in tricks}
     ordered: list[str] = []
 
+    # Depth first: a trick is listed behind everything that it waits for.
     def visit(kind: type[Ordered]) -> None:
         name = trick_name(kind)
         if name in ordered or name in done:
             return
+        # A required trick is added where it is missing; one in ``after`` is only moved.
         for earlier in (*kind.requires, *(kinds[name] for name in kind.after if name in kinds)):
             visit(earlier)
         ordered.append(name)

@@ -1,6 +1,4 @@
-"""The random generators' states as plain data, which a checkpoint can carry under
-``weights_only=True``.
-"""
+"""The random generators' states as plain data, which ``weights_only=True`` can load."""
 
 import random
 from collections.abc import Iterator
@@ -13,7 +11,9 @@ import torch
 
 def random_state() -> dict[str, Any]:
     """The states of the generators of Python, NumPy and torch (CPU, and the GPU in use)."""
+    # NumPy gives its keys as an array, which ``weights_only`` would refuse.
     kind, keys, *rest = np.random.get_state()
+    # Asking for the state would start a GPU that nothing uses.
     on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
     return {
         "python": random.getstate(),
@@ -24,19 +24,20 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Puts every generator into the state that ``random_state`` has noted."""
+    """Puts every generator into the state that ``random_state`` returned."""
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(state["torch"])
+    # The run may go on without the GPU that it began on.
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
 
 
 @contextmanager
 def kept_random_state() -> Iterator[None]:
-    """Leaves every generator after the block in the state in which it was before."""
+    """Puts every generator back, after the block, into the state from before it."""
     state = random_state()
     try:
         yield

@@ -22,8 +22,8 @@ class Ranks:
     """The processes that a trainer trains with, started when this is made.
 
     Lightning would start them in the first fit, and each then runs the whole program from its
-    beginning. Started before anything that takes long or is written, they can be told what rank
-    zero has found or done, a float baseline in its cache for one, and whether it failed.
+    beginning. Here they start before any long work, so that rank zero can tell them its results,
+    such as a float baseline from its cache, and whether it failed.
 
     Args:
         strategy: a trainer's, made as all trainers of the run will be.
@@ -46,11 +46,13 @@ class Ranks:
         """
         if self._group is None:
             return work(*args, **kwargs)
+        # In a tuple, so that None as a result differs from a failure.
         told: list[tuple[T] | None] = [None]
         try:
             if distributed.get_rank() == 0:
                 told = [(work(*args, **kwargs),)]
         finally:
+            # Also after an error: the others would wait for ever.
             distributed.broadcast_object_list(told, group=self._group)
         if told[0] is None:
             # after any other status Lightning kills rank zero, which may still be telling why
@@ -59,10 +61,10 @@ class Ranks:
 
 
 def loaded_once(load: Callable[[int], Iterable[Inputs]], num_images: int) -> Iterable[Inputs]:
-    """The batches of ``load(num_images)``; of several processes the first alone loads, and gives
-    them to the others.
+    """The batches of ``load(num_images)``, the same for every process.
 
-    So all calibrate on the same images, whatever order each of them would have drawn.
+    The first process loads them and gives them to the others. So all calibrate on the same images,
+    although each would have drawn another order.
 
     Raises:
         QatTricksError: on the others, where the first has failed.
@@ -91,6 +93,7 @@ def loaded_once(load: Callable[[int], Iterable[Inputs]], num_images: int) -> Ite
 def _first(batches: Iterable[Inputs], num_images: int) -> list[Inputs]:
     taken: list[Inputs] = []
     for inputs in batches:
+        # The other ranks have other devices.
         taken.append(map_tensors(inputs, Tensor.cpu))
         if sum(map(batch_size, taken)) >= num_images:
             break

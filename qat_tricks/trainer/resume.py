@@ -1,4 +1,4 @@
-"""Restores what a trainer is told to go on from: a quantized run, or a float one to begin with."""
+"""Restores the checkpoint that a trainer resumes from: of a quantized run, or of a float one."""
 
 import logging
 import sys
@@ -16,16 +16,18 @@ from qat_tricks.trainer.module import CHECKPOINT_KEY
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-# What a checkpoint says of a run, beside the weights; the states of the data module and of the
+# The keys of a run in a checkpoint, beside the weights; the states of the data module and of the
 # precision have names of their own.
 _RUN_STATE = ("loops", "callbacks", "optimizer_states", "lr_schedulers", "epoch", "global_step")
 
 
 def spec_to_restore(trainer: "Trainer", pl_module: "LightningModule") -> dict[str, Any] | None:
-    """The spec in the checkpoint that this run is about to restore; None if it restores none, or a
-    float one.
+    """The spec in the checkpoint that this run is about to restore.
 
-    The weights of a float checkpoint are loaded now, for the recipe to begin from.
+    The weights of a float checkpoint are loaded now, and the recipe begins from them.
+
+    Returns:
+        The spec; None if the run restores no checkpoint, or a float one.
     """
     path = _checkpoint_to_restore(trainer)
     if path is None:
@@ -38,6 +40,8 @@ def spec_to_restore(trainer: "Trainer", pl_module: "LightningModule") -> dict[st
         _log(trainer).info(
             f"{path} holds a float network: its weights are loaded, and the recipe begins from them"
         )
+    # Lightning is about to read the file itself. It gets one without the float run's epochs and
+    # optimizers, and with the weights of the network as the recipe has changed it.
     stateful = (trainer.precision_plugin, trainer.datamodule)  # type: ignore[attr-defined]
     gone = {*_RUN_STATE, *(type(plugin).__qualname__ for plugin in stateful)}
     rest = {key: value for key, value in checkpoint.items() if key not in gone}
@@ -52,7 +56,7 @@ def _log(trainer: "Trainer") -> logging.Logger:
 
 
 def check_restore(trainer: "Trainer") -> None:
-    """Checks what this run is about to restore into a module that is quantized already.
+    """Checks the checkpoint that this run is about to restore into a quantized module.
 
     Raises:
         QatTricksError: it is a float network.
@@ -65,15 +69,14 @@ def check_restore(trainer: "Trainer") -> None:
 
 
 def _read_or_previous(trainer: "Trainer", path: str | Path) -> tuple[dict[str, Any], str | Path]:
-    """Reads a checkpoint; in the place of a damaged ``last`` one, the newest beside it that can be
-    read.
-    """
+    """Reads a checkpoint, or the newest readable one beside it if it is a damaged ``last`` one."""
     try:
         return load_checkpoint(path), path
     except QatTricksError as error:
         kind = package_of(trainer).callbacks.ModelCheckpoint
         callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, kind)]
         lasts = {Path(last) for c in callbacks for last in c._find_last_checkpoints(trainer)}
+        # Only for a last checkpoint: for any other that the user asks for, no other file will do.
         previous = None
         if Path(path) in lasts:
             previous = _newest(Path(path).parent, for_a_fit=trainer.state.fn == "fit")
@@ -115,6 +118,7 @@ class _HandOver:
         self.strategy.checkpoint_io = self  # type: ignore[assignment]
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        # Before the answer, so that later reads and writes go to files again.
         self.strategy.checkpoint_io = self.own
         return self.checkpoint()
 
@@ -123,12 +127,14 @@ class _HandOver:
 
 
 def _checkpoint_to_restore(trainer: "Trainer") -> str | Path | None:
-    """The checkpoint path given to ``fit``, ``validate``, ``test`` or ``predict``, resolved
-    ("last", "best").
+    """The checkpoint path of ``fit``, ``validate``, ``test`` or ``predict``.
+
+    "last" and "best" are resolved.
 
     Lightning tells callbacks of it only after ``setup``, when it is too late to rebuild instead of
     calibrating again; until then it is an argument of ``Trainer._run``, and is read there.
     """
+    # The path is on the call stack: ``setup`` is called from within ``Trainer._run``.
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "_run" and frame.f_locals.get("self") is trainer:

@@ -1,4 +1,4 @@
-"""How far a fit has come."""
+"""The progress of a fit, on which schedules are based."""
 
 import math
 from typing import TYPE_CHECKING
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def total_batches(trainer: "Trainer") -> float:
-    """How many training batches the fit will have.
+    """The number of training batches that the fit will have.
 
     Raises:
         QatTricksError: the trainer has no end that can be foreseen.
@@ -23,6 +23,7 @@ def total_batches(trainer: "Trainer") -> float:
     ):
         ends.append(trainer.max_epochs * trainer.num_training_batches)
     if trainer.max_steps > 0:
+        # A step of an optimizer may take several batches.
         ends.append(trainer.max_steps * trainer.accumulate_grad_batches)
     if not ends:
         raise QatTricksError(
@@ -33,8 +34,9 @@ def total_batches(trainer: "Trainer") -> float:
 
 
 def fit_progress(trainer: "Trainer") -> float:
-    """The share of the fit's batches that are done, 0 to 1, also right after a resume, or when
-    training has ended.
+    """The share of the fit's batches that are done, 0 to 1.
+
+    It also holds right after a resume, and when training has ended.
     """
     # Not ``total_batch_idx``: it counts twice a batch in the midst of which a run broke off and
     # that is repeated.

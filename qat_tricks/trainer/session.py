@@ -1,7 +1,7 @@
-"""One session a run does what all tricks of a trainer need of Lightning, once.
+"""The session of a run: it does once the work that all tricks of a trainer need.
 
-It traces or rebuilds the network, hands the tricks their workbench, and tells every process of
-their result; it renews the optimizers' parameters, restores random states, and keeps the grids of
+It traces or rebuilds the network, hands the tricks their workbench, and sends the result to every
+process. It renews the optimizers' parameters, restores random states, and keeps the grids of
 averaged networks exact.
 """
 
@@ -52,12 +52,11 @@ class SessionTrick(Ordered, Protocol):
 class Session(Callback):
     """The callback that comes before the tricks of a run.
 
-    ``qat_tricks.recipe`` puts it into its list. A trick that is given to a trainer without one
-    adds it.
+    ``qat_tricks.recipe`` puts it into its list. A trick adds it to a trainer that has none.
 
     Args:
-        tricks: which the session adds to the trainer, behind itself; those that the trainer has
-            anyway need not be named.
+        tricks: the session adds them to the trainer, behind itself. Tricks that are in the
+            trainer already need not be listed.
         network: attribute of the LightningModule that holds the network; None finds it.
         untraced: name patterns of its submodules that are not traced through.
     """
@@ -94,15 +93,17 @@ class Session(Callback):
         self._check_trainer(trainer)
         self._random_state = None
         if trainer.state.fn == "fit":
+            # A callback may be used for a second fit; a restored state comes after this.
             for trick in tricks:
                 trick.reset()
         work = self._workbench(trainer, pl_module, tricks)
         changes = [trick.apply_once(work) for trick in tricks]
+        # Each rank has calibrated by itself, and sums on GPUs differ in their last bits.
         if any(changes):
             _synchronize(trainer, work)
 
     def _check_trainer(self, trainer: "Trainer") -> None:
-        """Raises QatTricksError for what a trainer may be told and the tricks cannot work with."""
+        """Raises QatTricksError for settings of a trainer that tricks cannot work with."""
         strategy, precision = trainer.strategy, str(trainer.precision)
         strategies = package_of(trainer).strategies
         if isinstance(strategy, tuple(getattr(strategies, name) for name in SHARDED)):
@@ -110,6 +111,7 @@ class Session(Callback):
                 f"{type(strategy).__name__} shards parameters, which masks and scales cannot "
                 'follow: use strategy="ddp", or a single device'
             )
+        # "bf16-true" and the like would store the scales themselves in 16 bits.
         if precision not in PRECISIONS:
             raise QatTricksError(
                 f"precision={precision} is not allowed: scales and integer grids need float32; "
@@ -135,6 +137,7 @@ class Session(Callback):
             work = self._open(trainer, pl_module, tricks)
         check_order(tricks, work.history)
         load = partial(network_inputs, trainer, pl_module, work)
+        # A workbench of an earlier run still has that run's loader.
         work.loader = partial(loaded_once, load)
         work.trains = trainer.state.fn == "fit"
         return work
@@ -150,8 +153,10 @@ class Session(Callback):
                 f"{name} is compiled, and surgery needs the network itself: leave it as it is and "
                 "compile what is trained, trainer.fit(torch.compile(module))"
             )
+        # Lightning moves the module only after ``setup``, and calibration runs in it.
         pl_module.to(trainer.strategy.root_device)
         spec = spec_to_restore(trainer, pl_module)
+        # Before surgery, and after a float checkpoint was loaded.
         teacher = copy.deepcopy(network) if any(t.needs_teacher for t in tricks) else None
         before = list(network.parameters())
         if spec is not None:
@@ -161,31 +166,37 @@ class Session(Callback):
         return attach_workbench(pl_module, work, name)
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Puts the parameters that surgery has made into the optimizers."""
         work = workbench_of(pl_module)
         renew_parameters(trainer.optimizers, work.network, work.parameters_before)
 
     def on_load_checkpoint(
         self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]
     ) -> None:
+        """Restores the random states that the checkpoint holds."""
         state = checkpoint.get(CHECKPOINT_KEY, {}).get("random_state")
         if trainer.state.fn == "fit" and state is not None:
             restore_random_state(state)  # an epoch that begins draws its order from here
             self._random_state = state if is_mid_epoch(checkpoint) else None
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Restores the random states once more, in the middle of an epoch."""
         if self._random_state is not None:  # an epoch that goes on has drawn its order once more
             restore_random_state(self._random_state)
             self._random_state = None
 
     def on_validation_epoch_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Keeps the grids of averaged networks exact."""
         keep_grids(trainer, pl_module)
 
     def on_save_checkpoint(
         self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]
     ) -> None:
+        """Keeps the grids of averaged networks exact."""
         keep_grids(trainer, pl_module)
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Keeps the grids of averaged networks exact."""
         keep_grids(trainer, pl_module)
 
 

@@ -35,17 +35,20 @@ class Trick(Callback):
         return trick_name(type(self))
 
     def apply(self, work: Workbench) -> None:
-        """Does the trick to ``work.network``; one that only acts during training changes nothing
-        here.
+        """Changes ``work.network``.
+
+        A trick that only acts during training leaves it as it is.
         """
 
     def restructure(self, work: Workbench) -> None:
-        """Does the part of ``apply`` that changes the network's structure, for a forecast; values
-        do not matter.
+        """Makes the changes of ``apply`` to the network's structure, for a forecast.
+
+        Values do not matter.
         """
 
     def apply_once(self, work: Workbench) -> bool:
         """Applies the trick unless this stage has done so; returns whether it did."""
+        # A validation after the fit sets the same module up again.
         if self.name in work.applied:
             return False
         self.apply(work)
@@ -57,10 +60,11 @@ class Trick(Callback):
         """Forgets an earlier fit; called before each one, and before a checkpoint is restored."""
 
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
-        """Leaves the work to the run's session; a trick that was given without one adds it."""
+        """Adds a session to a trainer that has none; the session does the work."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         if not any(isinstance(callback, Session) for callback in callbacks):
             session = Session()
+            # Lightning has passed this place of its list, so the session is set up by hand.
             callbacks.insert(callbacks.index(self), session)
             session.setup(trainer, pl_module, stage)
 

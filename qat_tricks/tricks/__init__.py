@@ -1,6 +1,6 @@
 """The tricks: one a file, each a plain-PyTorch function and its Lightning callback.
 
-The registry is the Hydra group ``conf/trick``: a trick that is in no import here works as well.
+The registry is the Hydra group ``conf/trick``: a trick works also if it is not imported here.
 """
 
 from qat_tricks.trainer.trick import Trick

@@ -1,10 +1,10 @@
 """Estimate the range of every activation on a few images.
 
 Tensors that are added, and their sum, may share one range. Then the add rounds nothing, for the sum
-of two integers of one scale is an integer of that scale; what is lost is that a smaller range would
-round the others more finely. The rounding noise of a range is ``scale^2 / 12`` a value (Widrow and
-Kollár 2008, "Quantization Noise", section 3.2), and what is less in sum is chosen. Long residual
-streams without an activation function, those of MobileNetV2 and its kin, gain most.
+of two integers of one scale is an integer of that scale. In return, tensors of smaller values are
+rounded more coarsely than on grids of their own. The rounding noise of a range is ``scale^2 / 12``
+a value (Widrow and Kollár 2008, "Quantization Noise", section 3.2); the choice with less noise in
+sum is taken. Long residual streams without an activation function, as in MobileNetV2, gain most.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,8 +35,7 @@ def calibrate(
     estimator: str = "mse",
     share_residuals: bool = True,
 ) -> fx.GraphModule:
-    """Runs ``batches`` through the float function of ``traced`` and sets every activation
-    quantizer's range.
+    """Sets the range of every activation quantizer from the float values of ``batches``.
 
     Args:
         traced: a network with quantizers.
@@ -57,6 +56,7 @@ def calibrate(
     try:
         for quantizer, observer in observers.items():
             quantizer.observer = observer
+        # In float, so that the range of a tensor does not depend on the grids before it.
         with evaluating(traced), float_mode(traced):
             for batch in track(batches, "calibrate"):
                 call_network(traced, batch)
@@ -78,11 +78,13 @@ def _share_residuals(
         name.removeprefix(f"{QUANTIZERS}."): quantizer
         for name, quantizer in activation_quantizers(traced).items()
     }
+    # A quantizer of several tensors rounds each of them.
     nodes = {
         quantizer: len(spec_of(traced)["activations"][name]["nodes"])
         for name, quantizer in quantizers.items()
     }
     for stream, sums in _streams(traced):
+        # The first observer takes in the others: none of them is needed again.
         merged, *others = (observers[quantizer] for quantizer in stream)
         for other in others:
             merged.merge(other)
@@ -90,6 +92,7 @@ def _share_residuals(
         apart = sum(
             nodes[quantizer] * float(quantizer.current_scale()) ** 2 for quantizer in stream
         )
+        # Both sides lack the factor 1 / 12. A sum on the shared grid rounds nothing: no noise.
         if (sum(nodes[quantizer] for quantizer in stream) - sums) * shared**2 < apart:
             stream[0].set_range(*merged.range(stream[0].scheme))
             share_quantizer(
@@ -98,17 +101,17 @@ def _share_residuals(
 
 
 def _streams(traced: fx.GraphModule) -> list[tuple[list[ActivationQuantizer], int]]:
-    """The sets of quantizers between which values are added and nothing else is done, and how many
-    sums each has.
-    """
+    """The sets of quantizers whose values are only added, each with its number of sums."""
     order = list(activation_quantizers(traced).values())
     streams: list[tuple[set[ActivationQuantizer], int]] = []
+    # A grid with a ReLU, or of other bits, cannot be shared with one without.
     for add in traced.modules():
         if not isinstance(add, Add) or {(q.scheme, q.activation) for q in add.quantizers} != {
             (add.quantizers[0].scheme, None)
         }:
             continue
         joined, sums = set(add.quantizers), 1
+        # An add may join streams that were apart until now, as at the end of a residual block.
         for stream in [stream for stream in streams if stream[0] & joined]:
             streams.remove(stream)
             joined, sums = joined | stream[0], sums + stream[1]
@@ -133,6 +136,7 @@ class Calibrate(Trick):
         )
 
     def apply(self, work: Workbench) -> None:
+        """Calibrates the network on the first ``num_images`` training images."""
         batches = work.batches(self.num_images)
         calibrate(
             work.network, batches, estimator=self.estimator, share_residuals=self.share_residuals

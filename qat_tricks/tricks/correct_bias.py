@@ -55,6 +55,7 @@ def _correct(traced: fx.GraphModule, quantized: "_Stream", reference: "_Stream")
         if not isinstance(layer, Layer) or layer.weight_quantizer is None:
             quantized.advance()
             continue
+        # The float network lacks the quantizers' nodes, so it is met by name.
         expected = reference.run_until(node.name)
         outputs = quantized.advance()
         if layer.bias is None:
@@ -87,14 +88,16 @@ def _certain(errors: Tensor) -> Tensor:
         float32, ``[C]``.
     """
     mean = errors.mean(0)
+    # One image tells nothing of its uncertainty.
     if len(errors) < 2:
         return mean.float()
+    # (se / mean)^2, with the variance of the mean in the place of se^2.
     chance = errors.var(0) / len(errors) / mean.square().clamp_min(1e-30)
     return (mean * (1 - chance).clamp_min(0)).float()
 
 
 class _Stream:
-    """Runs a graph node by node on all batches at once, keeping only what is still needed."""
+    """Runs a graph node by node on all batches at once; a value is kept until its last use."""
 
     def __init__(self, traced: fx.GraphModule, batches: Sequence[Inputs]) -> None:
         self.interpreter = [fx.Interpreter(traced) for _ in batches]
@@ -120,6 +123,7 @@ class _Stream:
         outputs = []
         for interpreter in self.interpreter:
             output = interpreter.run_node(node)
+            # Outputs that no later node reads are dropped: all batches are in memory at once.
             interpreter.env[node] = output
             for done in interpreter.user_to_last_uses.get(node, []):
                 del interpreter.env[done]
@@ -138,4 +142,5 @@ class CorrectBias(Trick):
         self.num_images = check_num_images(num_images)
 
     def apply(self, work: Workbench) -> None:
+        """Corrects against the float reference that ``quantize`` kept."""
         correct_bias(work.network, work.reference, work.batches(self.num_images))

@@ -23,8 +23,10 @@ from qat_tricks.tricks.quantize import Quantize
 
 @torch.no_grad()
 def correct_weights(traced: fx.GraphModule) -> fx.GraphModule:
-    """Corrects every quantized layer of ``traced`` in place; raises QatTricksError if there is
-    none.
+    """Corrects every quantized layer of ``traced`` in place.
+
+    Raises:
+        QatTricksError: there is no quantized layer.
     """
     quantized = [layer for layer in layers(traced).values() if layer.weight_quantizer is not None]
     if not quantized:
@@ -32,6 +34,7 @@ def correct_weights(traced: fx.GraphModule) -> fx.GraphModule:
             "there are no quantized weights to correct: quantize the network first"
         )
     for layer in quantized:
+        # Taken before the first step, which moves weights.
         spread = _spread(layer.masked_weight().float())
         _match_mean(layer)
         _match_spread(layer, spread)
@@ -44,21 +47,21 @@ def _spread(weight: Tensor) -> Tensor:
 
 
 def _match_mean(layer: Layer) -> None:
-    """Rounds some weights to the other side; a scale that follows the largest weight stays as it
-    is.
-    """
+    """Rounds some weights to the other side; a scale that follows the largest weight stays."""
     quantizer, weight = layer.weight_quantizer, layer.masked_weight().detach().float()
     assert quantizer is not None
     scheme, scale = quantizer.scheme, quantizer.current_scale(weight)
     exact = weight / scale
     nearest = steps = torch.round(exact).clamp_(scheme.qmin, scheme.qmax)
-    # not what clips, sets the scale, or is pruned
+    # Weights that clip, that set the scale, or that are pruned stay.
     movable = (exact.abs() < scheme.qmax) & (weight != 0)
+    # First each kernel, then each output channel, whose errors are smaller by then.
     for kernels in (exact.flatten(2) if exact.dim() > 2 else None, exact.flatten(1)):
         if kernels is not None:
             steps = _balance(
                 kernels, steps.reshape(kernels.shape), movable.reshape(kernels.shape)
             ).reshape(exact.shape)
+    # Only moved weights change: the others keep their exact values for training.
     layer.weight.copy_(torch.where(steps != nearest, steps * scale, layer.weight))
 
 
@@ -66,6 +69,7 @@ def _match_spread(layer: Layer, target: Tensor) -> None:
     quantizer = layer.weight_quantizer
     assert quantizer is not None
     got = _spread(quantizer(layer.masked_weight().float()))
+    # Bounded, since a channel that rounds to (nearly) nothing has no useful ratio.
     ratio = torch.where(got > 0, target / got.clamp_min(1e-30), 1.0).clamp(0.5, 2.0)
     layer.weight.mul_(ratio)
     if quantizer.scale is not None:
@@ -73,15 +77,20 @@ def _match_spread(layer: Layer, target: Tensor) -> None:
 
 
 def _balance(exact: Tensor, steps: Tensor, movable: Tensor) -> Tensor:
-    """Moves ``steps`` by one, where ``movable``, so that the errors of each row (the last
-    dimension) sum to nearly nothing.
+    """Moves some ``steps`` by one, so that the errors of each row sum to nearly nothing.
 
-    Those with the largest error in the direction of the sum are moved; one that was moved before
-    has its error elsewhere.
+    Those with the largest error in the direction of the sum are moved. A weight that was moved
+    before has changed the sign of its error.
+
+    Args:
+        exact: weights in steps; a row is the last dimension.
+        steps: the same, rounded.
+        movable: which of them may move.
     """
     error = steps - exact
     surplus = error.sum(-1, keepdim=True).round()
     towards = torch.where(movable, error * surplus.sign(), -torch.inf)
+    # Sorting the sorted order gives each entry its rank.
     rank = towards.argsort(-1, descending=True).argsort(-1)
     # Only errors of the sum's own sign: moving others would leave a weight more than a step from
     # its value.
@@ -94,4 +103,5 @@ class CorrectWeights(Trick):
     requires = (Quantize,)
 
     def apply(self, work: Workbench) -> None:
+        """Corrects every quantized layer of the network."""
         correct_weights(work.network)

@@ -25,11 +25,14 @@ def distill(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Te
     """The distillation loss, a scalar; gradients reach ``student`` only.
 
     Args:
-        student, teacher: logits ``[N, classes]``.
+        student: logits ``[N, classes]`` of the network that is trained.
+        teacher: logits of the float network, of the same shape.
         temperature: softens both distributions; above 0.
     """
+    # In float32 also under mixed precision: the differences of logits are small.
     log_p = F.log_softmax(student.float() / temperature, dim=-1)
     q = F.log_softmax(teacher.detach().float() / temperature, dim=-1)
+    # The factor keeps gradients at the same size for all temperatures (section 2).
     return F.kl_div(log_p, q, reduction="batchmean", log_target=True) * temperature**2
 
 
@@ -45,6 +48,7 @@ class _Step:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         work = workbench_of(self.pl_module)
         assert work.teacher is not None
+        # A module may call its network several times in a step, as for two views of an image.
         losses: list[Tensor] = []
 
         def listen(
@@ -56,6 +60,7 @@ class _Step:
                 distill(logits_of(output), logits_of(expected), temperature=self.trick.temperature)
             )
 
+        # For this step only: validation and export run without the teacher.
         handle = work.network.register_forward_hook(listen, with_kwargs=True)
         try:
             result = self.__wrapped__(*args, **kwargs)
@@ -72,8 +77,9 @@ class _Step:
 
 
 class Distill(Trick):
-    """Callback: adds ``distill`` to the loss; the teacher is the network as it was before the first
-    trick.
+    """Callback of ``distill``: adds it to the loss.
+
+    The teacher is the network from before the first trick.
     """
 
     needs_teacher = True
@@ -87,6 +93,7 @@ class Distill(Trick):
         self._teacher_state: dict[str, Tensor] | None = None
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Puts the teacher on the device, and replaces the module's ``training_step``."""
         work = workbench_of(pl_module)
         if not pl_module.automatic_optimization:
             raise QatTricksError(
@@ -99,7 +106,7 @@ class Distill(Trick):
             raise QatTricksError(
                 "distill has no teacher: the network was already quantized when it was first seen"
             )
-        # a resumed run: the teacher is the one of the run before
+        # A resumed run goes on with the teacher of the run before.
         if self._teacher_state is not None:
             work.teacher.load_state_dict(self._teacher_state)
         work.teacher.to(pl_module.device).eval().requires_grad_(False)
@@ -107,18 +114,23 @@ class Distill(Trick):
         pl_module.training_step = _Step(self, pl_module)  # type: ignore[method-assign]
 
     def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Gives the module its own ``training_step`` back."""
         pl_module.__dict__.pop("training_step", None)
 
     def on_exception(
         self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException
     ) -> None:
+        """Gives the module its own ``training_step`` back."""
         self.on_fit_end(trainer, pl_module)
 
     def reset(self) -> None:
+        """Forgets the teacher of an earlier fit."""
         self._teacher_state = None
 
     def state_dict(self) -> dict[str, Any]:
+        """The teacher's weights, which a resumed run cannot make again."""
         return {"teacher": self._teacher_state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes in the teacher's weights."""
         self._teacher_state = state_dict["teacher"]

@@ -86,11 +86,14 @@ def equalize(
         uncap_all(traced)
     pairs, capped = find_pairs(traced), _capped(traced)
     with torch.no_grad():
+        # Measured once: each step below scales the maxima along with the channels.
         largest = _channel_maxima(traced, [*pairs, *capped], batches)
+        # A layer belongs to two pairs, so a change of one unsettles the other.
         for _ in range(iterations):
             change = max((_equalize_pair(traced, pair, largest) for pair in pairs), default=0.0)
             if change < 1e-3:
                 break
+        # After the scaling, which changes means and standard deviations.
         if absorb_bias:
             for pair in pairs:
                 _absorb(traced, pair)
@@ -144,11 +147,12 @@ def _fill_cap(traced: fx.GraphModule, pair: Pair, largest: Tensor) -> None:
     parts = torch.stack([part.amax(0) for part in largest.chunk(SPLITS)])
     most = parts.amax(0)
     reach = most + TAIL * (most - parts.mean(0))
+    # Never down, which would use less of the grid; and not without bounds.
     scale = (CAP / reach.clamp_min(1e-6)).clamp(1.0, 64.0)
     first.weight.mul_(_per_output(scale, first.weight))
     if first.bias is not None:
         first.bias.mul_(scale)
-    # A depthwise conv makes one output of each input: what it divides by is per output, too.
+    # A depthwise conv makes one output of each input, so the scale of an input is an output's.
     second.weight.div_(_per_output(scale, second.weight))
 
 
@@ -188,6 +192,7 @@ def _channel_maxima(
         def run_node(self, n: fx.Node) -> Any:
             output = super().run_node(n)
             if n.name in last:
+                # Channels to dimension 1; all behind it are positions.
                 values = output.abs().movedim(-1 if last[n.name] else 1, 1)
                 largest.setdefault(n.name, []).append(
                     values.flatten(2).amax(2) if values.dim() > 2 else values
@@ -214,6 +219,7 @@ def find_pairs(traced: fx.GraphModule) -> list[Pair]:
 
 def _pair_from(node: fx.Node, traced: fx.GraphModule, uses: n.Uses) -> Pair | None:
     """The pair that begins with the layer that ``node`` calls, or None."""
+    # The maxima are read behind the last ReLU, which is where the quantizer will be.
     relu, between, after = False, node, node
     # Down the graph, as long as one operation reads each tensor and leaves channels apart.
     while len(after.users) == 1:
@@ -287,8 +293,10 @@ def _equalize_pair(traced: fx.GraphModule, pair: Pair, largest: dict[str, Tensor
     first.weight.div_(_per_output(scale, first.weight))
     if first.bias is not None:
         first.bias.div_(scale)
+    # ``by_input`` is a view, so this scales the second layer's weight.
     by_input.mul_(scale.view(by_input.shape[0], 1, by_input.shape[2], 1))
     if seen is not None:
+        # The channel between was divided by the scale.
         largest[pair.between] = seen / scale
     statistics = getattr(first, "output_statistics", None)
     if statistics is not None:
@@ -304,6 +312,7 @@ def _absorb(traced: fx.GraphModule, pair: Pair) -> None:
     if not pair.relu or statistics is None or not has_biases or _pads(second):
         return
     mean, std = statistics
+    # Nearly no value of the ReLU's input lies below it: the ReLU passes the shift on.
     shift = (mean - 3 * std).clamp_min(0)
     by_input = _by_input(second.weight, first.weight.shape[0], pair.flat)
     groups, _, per_group, _ = by_input.shape
@@ -322,7 +331,7 @@ def _pads(layer: nn.Module) -> bool:
 
 
 class Equalize(Trick):
-    """Callback of ``equalize``."""
+    """Callback of ``equalize``; ``num_images=0`` lets only weights decide."""
 
     after = ("fold_batchnorm",)
 
@@ -346,9 +355,11 @@ class Equalize(Trick):
         self.num_images = num_images
 
     def restructure(self, work: Workbench) -> None:
+        """Replaces ReLU6 where ``uncap`` asks for it: no other structure changes."""
         if self.settings["uncap"]:
             uncap_all(work.network)
 
     def apply(self, work: Workbench) -> None:
+        """Equalizes the network on the first ``num_images`` training images."""
         batches = work.batches(self.num_images) if self.num_images else []
         equalize(work.network, batches, **self.settings)

@@ -18,8 +18,11 @@ class FoldBatchnorm(Trick):
     """Callback of ``fold_batchnorm``."""
 
     def restructure(self, work: Workbench) -> None:
+        """Folds: the structure does not depend on values."""
         self.apply(work)
 
     def apply(self, work: Workbench) -> None:
+        """Folds each BatchNorm, or makes a depthwise conv of it."""
         fold_batchnorm(work.network)
+        # Only those that could not be folded are left.
         batchnorms_to_convs(work.network)

@@ -21,9 +21,13 @@ if TYPE_CHECKING:
 
 
 def freeze_batchnorm(traced: fx.GraphModule) -> int:
-    """Puts every BatchNorm of ``traced`` into evaluation mode and returns how many there are.
+    """Puts every BatchNorm of ``traced`` into evaluation mode; ``traced.train()`` thaws them again.
 
-    ``traced.train()`` thaws them again. Raises QatTricksError if none is left unfolded.
+    Returns:
+        The number of BatchNorms.
+
+    Raises:
+        QatTricksError: no BatchNorm is left unfolded.
     """
     norms = [module for module in traced.modules() if isinstance(module, BATCHNORMS)]
     if not norms:
@@ -36,7 +40,7 @@ def freeze_batchnorm(traced: fx.GraphModule) -> int:
 
 
 class FreezeBatchnorm(Trick):
-    """Callback: freezes from the fraction ``start`` of the fit on."""
+    """Callback of ``freeze_batchnorm``: freezes from the fraction ``start`` of the fit on."""
 
     after = ("fold_batchnorm",)
 
@@ -45,11 +49,15 @@ class FreezeBatchnorm(Trick):
         self.start = check_fraction("start", start)
 
     def apply(self, work: Workbench) -> None:
+        """Checks that there is a BatchNorm to freeze."""
+        # Freezing raises if there is none; the next line thaws them again.
         freeze_batchnorm(work.network)
         work.network.train(work.network.training)
 
     def on_train_batch_start(
         self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
     ) -> None:
+        """Freezes once the fit has come to ``start``."""
+        # At each batch: Lightning puts the module into training mode at each epoch.
         if fit_progress(trainer) >= self.start:
             freeze_batchnorm(workbench_of(pl_module).network)

@@ -42,6 +42,7 @@ def learn_scales(traced: fx.GraphModule) -> list[nn.Parameter]:
         )
     spec = spec_of(traced)
     scales = []
+    # Quantizers of the network's own inputs, whose scales stay.
     of_inputs = {
         str(node.target)
         for node in traced.graph.nodes
@@ -68,12 +69,10 @@ def give_scales_own_group(
     schedulers: list[Any],
     lr_factor: float | None,
 ) -> None:
-    """Moves the ``scales`` that ``optimizer`` holds out of its groups into new ones without weight
-    decay.
+    """Moves the ``scales`` that ``optimizer`` holds into new groups without weight decay.
 
-    Each new group copies the settings of the group it leaves, so that schedulers treat both alike;
-    what a scheduler keeps a group (base learning rates and the like) is continued for the new
-    group.
+    Each new group copies the settings of the old group, so that schedulers treat both alike. A
+    scheduler's lists with one entry for each group (such as base learning rates) are extended.
 
     Args:
         optimizer: with or without the scales among its parameters.
@@ -93,6 +92,7 @@ def give_scales_own_group(
         else 0.01
     )
     own = {id(scale) for scale in scales}
+    # A copy of the list, which grows inside the loop.
     for index, group in enumerate(list(optimizer.param_groups)):
         settings = {
             key: value for key, value in group.items() if key not in ("params", "param_names")
@@ -100,6 +100,7 @@ def give_scales_own_group(
         moved = take_out(group, own)
         if not moved["params"]:
             continue
+        # Schedulers keep a group's peak and initial rates beside the current one.
         for key in _RATES & settings.keys():
             settings[key] = settings[key] * factor
         own_settings = {
@@ -109,6 +110,7 @@ def give_scales_own_group(
             "lr_factor": factor,
         }
         optimizer.param_groups.append({**settings, **moved, **own_settings})
+        # A scheduler has lists with one entry a group; a group more needs an entry more.
         for scheduler in _flatten(schedulers):
             for key, values in vars(scheduler).items():
                 if (
@@ -121,8 +123,11 @@ def give_scales_own_group(
 
 
 def rates_with_scales(rates: float | list[float], optimizer: torch.optim.Optimizer) -> list[float]:
-    """Learning rates, one for all groups or for each that the user has made, as one for each group:
-    scales keep their share.
+    """One learning rate for each group, where scales keep their share of their old group's.
+
+    Args:
+        rates: one for all groups, or one for each group that the user has made.
+        optimizer: has the groups.
     """
     groups = optimizer.param_groups
     of_scales = [group for group in groups if "lr_factor" in group]
@@ -133,7 +138,7 @@ def rates_with_scales(rates: float | list[float], optimizer: torch.optim.Optimiz
 
 
 _RATES = {"lr", "initial_lr", "max_lr", "min_lr", "swa_lr"}  # of a group
-# What a scheduler keeps for each group.
+# The lists of a scheduler that have one entry for each group.
 _PER_GROUP = {
     "base_lrs",
     "lr_lambdas",
@@ -153,8 +158,9 @@ def _flatten(schedulers: list[Any]) -> list[Any]:
 
 
 def first_not_finite(traced: fx.GraphModule) -> str | None:
-    """The first parameter of ``traced``, in the order of its calls and scales before all others,
-    with NaN or infinity.
+    """The first parameter of ``traced`` with NaN or infinity, as text, or None.
+
+    Scales come before other parameters, each in the order of the calls.
     """
     called = dict.fromkeys(
         str(node.target) for node in traced.graph.nodes if node.op == "call_module"
@@ -165,6 +171,7 @@ def first_not_finite(traced: fx.GraphModule) -> str | None:
         for kind, parameter in traced.get_submodule(name).named_parameters()
         if not bool(torch.isfinite(parameter).all())
     ]
+    # A scale that is not finite spreads to the weights of its layer, so it is the cause.
     bad.sort(key=lambda found: not found[0].endswith("scale"))
     return f"the {bad[0][0].replace('_', ' ').replace('.', ' ')} of {bad[0][1]}" if bad else None
 
@@ -186,9 +193,11 @@ class LearnScales(Trick):
         self._handles: list[Any] = []
 
     def apply(self, work: Workbench) -> None:
+        """Makes the scales trainable."""
         learn_scales(work.network)
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Gives the scales groups of their own, and adjusts their gradients."""
         network = workbench_of(pl_module).network
         of_activations = [
             q.scale for q in activation_quantizers(network).values() if q.scale.requires_grad
@@ -199,6 +208,7 @@ class LearnScales(Trick):
             if layer.weight_quantizer is not None
         ]
         scales = of_activations + [scale for scale in of_weights if scale is not None]
+        # An optimizer made before the tricks does not know the scales.
         take_in(trainer.optimizers, network, scales)
         configs = trainer.lr_scheduler_configs
         for optimizer in trainer.optimizers:
@@ -212,23 +222,27 @@ class LearnScales(Trick):
             # that of all of them.
             return gradient * (trainer.world_size * trainer.accumulate_grad_batches) ** -0.5
 
+        # LSQ's factor of a weight's scale does not depend on the batch.
         self._handles = [scale.register_hook(as_of_one_batch) for scale in of_activations]
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Gives Lightning's averaging of weights a rate for each group."""
         averaging = package_of(trainer).callbacks.StochasticWeightAveraging
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            # it would give all groups one rate when its epoch comes
+            # It would give all groups one rate when its epoch comes.
             if isinstance(callback, averaging):
                 callback._swa_lrs = rates_with_scales(callback._swa_lrs, trainer.optimizers[0])
 
     def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Moves learned scales off rounding ties."""
         self._let_go()
-        # after callbacks that average have put their scales in
+        # After callbacks that average have put their scales in.
         avoid_rounding_ties(workbench_of(pl_module).network)
 
     def on_exception(
         self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException
     ) -> None:
+        """Takes the hooks off the scales."""
         self._let_go()
 
     def _let_go(self) -> None:
@@ -239,8 +253,9 @@ class LearnScales(Trick):
     def on_before_backward(
         self, trainer: "Trainer", pl_module: "LightningModule", loss: Tensor
     ) -> None:
-        # Before this step has spread what is no number to all parameters. To look at it a GPU must
-        # be waited for.
+        """Raises QatTricksError if the loss is not finite, and names the cause."""
+        # A step with such a loss would spread NaN to all parameters. A look at the loss waits for
+        # the GPU, so it is taken there only as often as values are logged.
         every = 1 if loss.device.type == "cpu" else max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if trainer.fit_loop.epoch_loop.batch_idx % every or bool(torch.isfinite(loss).all()):
             return

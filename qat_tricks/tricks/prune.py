@@ -56,31 +56,33 @@ def magnitude(layer: Layer) -> Tensor:
 
 
 def single_weights(score: Tensor) -> Tensor | None:
-    """Any weight may go."""
+    """Lets any weight go."""
     return score
 
 
 def two_of_four(score: Tensor) -> Tensor | None:
-    """Of every four consecutive input channels the two with the largest scores stay.
+    """Keeps the two largest scores of every four consecutive input channels.
 
     A layer whose input channels are no multiple of four does not fit.
     """
     if score.shape[1] % 4:
         return None
+    # The input channels go last, where neighbours in fours are one row.
     channels_last = score.transpose(1, -1)
     fours = channels_last.reshape(*channels_last.shape[:-1], -1, 4)
     largest = fours.topk(2, dim=-1).indices
+    # Infinite scores are never the smallest, so these two stay.
     fours = fours.scatter(-1, largest, float("inf"))
     return fours.reshape(channels_last.shape).transpose(1, -1)
 
 
 def each_layer(names: Sequence[str]) -> list[list[str]]:
-    """Each layer ranks its own weights, and all reach the same sparsity."""
+    """Lets each layer rank its own weights, so that all reach the same sparsity."""
     return [[name] for name in names]
 
 
 def all_layers(names: Sequence[str]) -> list[list[str]]:
-    """One ranking holds the weights of all layers."""
+    """Ranks the weights of all layers together."""
     return [list(names)]
 
 
@@ -108,7 +110,7 @@ def prunable(
     Raises:
         QatTricksError: a pattern matches no layer, or no layer is left.
     """
-    # What was a BatchNorm has one weight a channel: a weight less would be a channel less.
+    # A conv that was a BatchNorm has one weight a channel: without it the channel is lost.
     factors = spec_of(traced).get("convs", [])
     modules = {
         name: module
@@ -172,10 +174,11 @@ def prune(
     scores: dict[str, Tensor] = {}
     for name, layer in pruned.items():
         score = GRANULARITIES[granularity](CRITERIA[criterion](layer))
-        assert score is not None  # ``prunable`` leaves out what does not fit
+        assert score is not None  # ``prunable`` leaves out layers that do not fit
         scores[name] = score
     for names in SCOPES[scope](list(pruned)):
         flat = torch.cat([scores[name].flatten() for name in names])
+        # Rounded up, less the error of the product in floats.
         count = math.ceil(sparsity * flat.numel() - 1e-9)
         keep = torch.ones_like(flat)
         keep[flat.argsort(stable=True)[:count]] = 0  # a full order: ties never change the count
@@ -183,6 +186,7 @@ def prune(
         for name, part in zip(names, keep.split(sizes), strict=True):
             layer = pruned[name]
             assert layer.weight_mask is not None
+            # Masks are multiplied, so a pruned weight stays pruned.
             layer.weight_mask.mul_(part.view_as(layer.weight_mask))
             layer.weight.mul_(layer.weight_mask)
     return sparsity_of(pruned.values())
@@ -196,7 +200,8 @@ def sparsity_of(pruned: Iterable[Layer]) -> float:
 
 
 def largest_sparsity(granularity: str) -> float:
-    """The share of weights that a granularity lets go, 0..1."""
+    """The largest share of weights that a granularity lets go, 0..1."""
+    # Tried on a conv's weight of distinct scores: the finite ones may go.
     score = GRANULARITIES[granularity](torch.arange(8.0 * 32 * 9).view(8, 32, 3, 3))
     return 1.0 if score is None else float(score.isfinite().float().mean())
 
@@ -232,11 +237,21 @@ def check_settings(sparsity: float, **choices: str) -> None:
 
 
 class Prune(Trick):
-    """Callback: raises the sparsity from ``initial`` to ``sparsity`` between the fractions
-    ``start`` and ``end`` of the fit.
+    """Callback of ``prune``: raises the sparsity from ``initial`` to ``sparsity`` during the fit.
 
-    Without training it prunes at once. ``updates`` is how many times the masks are renewed between
-    ``start`` and ``end``.
+    Without training it prunes at once.
+
+    Args:
+        sparsity: the share of zeros at the end.
+        initial: the share of zeros at the start.
+        start: the fraction of the fit at which the schedule starts.
+        end: the fraction of the fit at which it ends.
+        updates: the number of times the masks are renewed in between.
+        schedule: a name of ``SCHEDULES``.
+        criterion, scope, granularity, include, exclude: as of ``prune``.
+
+    Raises:
+        QatTricksError: a setting that is not allowed.
     """
 
     after = ("fold_batchnorm", "equalize")
@@ -273,16 +288,20 @@ class Prune(Trick):
         self.reached = 0.0
 
     def apply(self, work: Workbench) -> None:
+        """Prunes to ``initial`` before a training, to ``sparsity`` without one."""
         self._prune(work, self.initial if work.trains else self.sparsity)
 
     def on_train_batch_start(
         self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
     ) -> None:
+        """Renews the masks when an update is due, and logs the sparsity."""
         if self._update(workbench_of(pl_module), fit_progress(trainer)):
             pl_module.log("sparsity", self.reached, batch_size=1)
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Makes the last update; warns if training ended before the schedule."""
         self._update(workbench_of(pl_module), fit_progress(trainer))
+        # A fit that stops early, by time or by hand, has skipped the last updates.
         if self.done < self.updates:
             rank_zero_warn(
                 "training ended before the pruning schedule did: sparsity is "
@@ -311,10 +330,13 @@ class Prune(Trick):
         )
 
     def reset(self) -> None:
+        """Begins the schedule anew."""
         self.done, self.reached = 0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
+        """The place in the schedule."""
         return {"done": self.done, "reached": self.reached}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on at a place in the schedule."""
         self.done, self.reached = state_dict["done"], state_dict["reached"]

@@ -44,7 +44,9 @@ def quantize(
             layer.weight_quantizer is not None
             and layer.weight_quantizer.scheme.bits <= OWN_SCALE_BITS
         ):
+            # Of the masked weight: zeros of pruned weights need no range.
             layer.weight_quantizer.fit_mse(layer.masked_weight())
+            # A rebuilt network so gets the parameter that the checkpoint has a value for.
             spec_of(traced)["layers"][name]["scale"] = True
     return traced
 
@@ -77,10 +79,14 @@ class Quantize(Trick):
         )
 
     def restructure(self, work: Workbench) -> None:
+        """Places the quantizers."""
+        # Token ids and masks come only beside other inputs; a single input is images.
         if len(input_names(work.network)) > 1:
             note_integers(work.network, work.batches(2)[0])
         quantize(work.network, self.settings)
 
     def apply(self, work: Workbench) -> None:
+        """Keeps a float reference, then places the quantizers."""
+        # Before the quantizers: bias correction compares with this float copy.
         work.keep_reference()
         self.restructure(work)

@@ -26,8 +26,11 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def reestimate_batchnorm(traced: fx.GraphModule, batches: Sequence[Inputs]) -> fx.GraphModule:
-    """Replaces running means and variances by their plain average over ``batches`` (the network's
-    inputs), in place.
+    """Replaces running means and variances, in place, by their plain average over ``batches``.
+
+    Args:
+        traced: a network with BatchNorms, with or without quantizers.
+        batches: the network's inputs.
 
     Raises:
         QatTricksError: no batches, or no BatchNorm is left unfolded.
@@ -42,6 +45,7 @@ def reestimate_batchnorm(traced: fx.GraphModule, batches: Sequence[Inputs]) -> f
     check_batches(batches, "to re-estimate BatchNorm on")
     momenta = [norm.momentum for norm in norms]
     try:
+        # Only the BatchNorms run as in training; dropout does not.
         with evaluating(traced):
             for norm in norms:
                 norm.reset_running_stats()
@@ -56,7 +60,9 @@ def reestimate_batchnorm(traced: fx.GraphModule, batches: Sequence[Inputs]) -> f
 
 
 class ReestimateBatchnorm(Trick):
-    """Callback: at once where nothing is trained, else at the end of the last epoch, before its
+    """Callback of ``reestimate_batchnorm``.
+
+    It acts at once where nothing is trained, else at the end of the last epoch, before its
     checkpoint is written.
     """
 
@@ -67,10 +73,13 @@ class ReestimateBatchnorm(Trick):
         self.num_images = check_num_images(num_images)
 
     def apply(self, work: Workbench) -> None:
+        """Re-estimates at once where nothing is trained."""
+        # Before training there is nothing to re-estimate: the weights are about to change.
         if not work.trains:
             reestimate_batchnorm(work.network, work.batches(self.num_images))
 
     def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule", *_: Any) -> None:
+        """Re-estimates at the end of the last epoch."""
         if trainer.current_epoch + 1 == trainer.max_epochs:
             work = workbench_of(pl_module)
             reestimate_batchnorm(work.network, work.batches(self.num_images))

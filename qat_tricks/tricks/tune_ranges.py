@@ -1,4 +1,4 @@
-"""Choose where each activation is clipped by what that does to the logits.
+"""Choose where each activation is clipped by the effect on the logits.
 
 A range estimator weighs all values of a tensor alike, yet clipping errs the same way in every
 position and adds up on the way to the logits, where rounding errors cancel. To first order,
@@ -37,12 +37,13 @@ FACTORS = (1.0, *(step / 100 for step in range(20, 109, 2) if step != 100))
 def tune_ranges(
     traced: fx.GraphModule, batches: Sequence[Inputs], *, seed: int = 0
 ) -> fx.GraphModule:
-    """Sets every activation quantizer of ``traced`` to the range, within the calibrated one, that
-    changes the logits least.
+    """Sets every activation quantizer of ``traced`` to the range that changes the logits least.
+
+    The ranges tried lie within the calibrated one, or a little beyond it.
 
     Args:
-        traced: a quantized network, calibrated (with ``minmax``: what calibration clipped stays
-            clipped).
+        traced: a quantized, calibrated network. Calibrate it with ``minmax``: values that other
+            estimators clip stay clipped.
         batches: the network's inputs, a batch each: images ``[N, C, H, W]``, or a tuple with one
             tensor for each input.
         seed: of the labels drawn.
@@ -62,6 +63,7 @@ def tune_ranges(
     chunks = [
         chunk
         for batch in batches
+        # All inputs of a network are split alike: their first dimension is the images.
         for chunk in zip(*(part.split(CHUNK) for part in as_tensors(batch)), strict=True)
     ]
     traced.requires_grad_(False)  # only gradients of activations are needed
@@ -78,7 +80,9 @@ def tune_ranges(
                 inputs = map_tensors(chunk, Tensor.clone)
                 logits = logits_of(call_network(traced, inputs)).flatten(1)
                 likelihoods = logits.log_softmax(1)
+                # Drawn on the CPU, so that a seed gives the same labels on every device.
                 labels = torch.multinomial(likelihoods.detach().exp().cpu(), 1, generator=generator)
+                # The sum keeps images apart: each gradient belongs to one of them.
                 likelihoods.gather(1, labels.to(logits.device)).sum().backward()
     finally:
         for histogram in histograms:
@@ -112,6 +116,7 @@ class _GradientHistogram:
             .clamp_(0, BINS - 1)
             .reshape(images, -1)
         )
+        # Each image has a row of bins; one flat index addresses them all.
         bins += BINS * torch.arange(images, device=bins.device).view(-1, 1)
 
         def add(gradient: Tensor) -> None:
@@ -124,8 +129,9 @@ class _GradientHistogram:
         return output
 
     def tune(self) -> None:
-        """Tries one end of the range after the other, twice: they interact only through the step
-        between them.
+        """Sets the quantizer to the best range.
+
+        One end is tried after the other, twice: they interact only through the step between them.
         """
         sums = torch.cat(self.sums).double().cpu()
         centers = self.first + self.width * (torch.arange(BINS, dtype=torch.float64) + 0.5)
@@ -147,10 +153,12 @@ class _GradientHistogram:
         errors = []
         for low, high in factors:
             scale, zero_point = scheme.qparams(self.low * low, self.high * high)
+            # The error that each bin's values get from rounding and clipping.
             steps = torch.round(centers / scale).clamp_(
                 scheme.qmin - zero_point, scheme.qmax - zero_point
             )
             errors.append(steps.mul_(scale).sub_(centers))
+        # First the signed errors of an image are summed, then their squares over images.
         return factors[int((sums @ torch.stack(errors, 1)).square().sum(0).argmin())]
 
 
@@ -164,4 +172,5 @@ class TuneRanges(Trick):
         self.num_images = check_num_images(num_images)
 
     def apply(self, work: Workbench) -> None:
+        """Tunes the ranges on the first ``num_images`` training images."""
         tune_ranges(work.network, work.batches(self.num_images))

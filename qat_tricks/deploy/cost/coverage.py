@@ -1,5 +1,4 @@
-"""Integer coverage: the share of a network's conv and linear MACs that ONNX Runtime runs in integer
-kernels.
+"""Integer coverage: the share of conv and linear MACs that ONNX Runtime runs in integer kernels.
 
 It is read from the graph that ONNX Runtime optimizes and runs, not from the exported one: a
 convolution between quantizers only counts where ONNX Runtime fused it into an integer operator. The
@@ -71,7 +70,7 @@ class CoverageReport:
 
 
 def integer_coverage(path: str | PathLike[str], image_shape: Shapes) -> CoverageReport:
-    """Reports which conv and linear operators of an ONNX file ONNX Runtime runs in integer kernels.
+    """Measures which convs and linears of an ONNX file run in integer kernels of ONNX Runtime.
 
     Products of two activations, as in attention, are no linear layers and not counted.
 
@@ -95,6 +94,7 @@ def integer_coverage(path: str | PathLike[str], image_shape: Shapes) -> Coverage
         batch = feed(specs, random_batch(specs, image_shape, batch_size))
         optimized = load_model(optimized_path)
         scratch = Path(folder) / "shapes.onnx"
+        # Shapes and so MACs do not depend on optimization: the two sums must agree.
         expected = sum(operator.macs for operator in _operators(written, batch, scratch))
         operators = _operators(optimized, batch, scratch)
     total = sum(operator.macs for operator in operators)
@@ -121,6 +121,7 @@ def _operators(
     """The operators of a graph that multiply by weights, with the MACs of ``batch``."""
     constants = constant_tensors(model.graph)
     nodes = [node for node in model.graph.node if _multiplies_weights(node, constants)]
+    # One run yields all shapes that the products need.
     names = {name for node in nodes for name in (*_operand_names(node), node.output[0])}
     shapes = _shapes(model, names, batch, scratch)
     return [
@@ -179,18 +180,18 @@ def _macs(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]], constants: s
 def _shapes(
     model: onnx.ModelProto, names: set[str], batch: dict[str, np.ndarray], scratch: Path
 ) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the named tensors, from one run of the unoptimized graph that has them
-    as outputs.
-    """
+    """Returns the shapes of the named tensors, from one run that has them as outputs."""
     shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
+    # A name that is an initializer or an input has its shape already.
     wanted = sorted(names - set(shapes) - set(batch))
     present = {value.name for value in model.graph.output}
     probe.graph.output.extend(
         onnx.ValueInfoProto(name=name) for name in wanted if name not in present
     )
     onnx.save(probe, str(scratch))
+    # Unoptimized: this graph is to run as it stands.
     session = open_session(scratch, optimize=False)
     measured = session.run(wanted, batch) if wanted else []
     return (

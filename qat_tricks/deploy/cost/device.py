@@ -1,5 +1,6 @@
-"""The costs of a float and an int8 file on this machine: size, latency, memory, and the share of
-work done in integers.
+"""Measures the costs of a float and an int8 file on this machine.
+
+The costs are size, latency, memory, and the share of work done in integers.
 """
 
 from collections.abc import Mapping
@@ -39,9 +40,11 @@ def measure_device(
     Returns:
         The keys of a report that are about costs.
     """
+    # The same batch for latency and memory, so that the figures belong together.
     batch = {"image_shape": image_shape, "batch_size": batch_size, "threads": threads}
     return {
         "size_bytes": _by_name({name: file_bytes(path) for name, path in paths.items()}),
+        # Weights of fewer bits are stored in int8: this is their size if they were packed.
         "packed_bytes": weight_size(paths["int8"]).packed,
         **_times(paths, image_shape, batch_size, threads, runs, max_seconds, REFERENCE),
         "memory_mib": _by_name(
@@ -71,8 +74,8 @@ def measure_runtime(
         paths, image_shape, batch_size, threads, runs, max_seconds: as of ``measure_device``.
 
     Returns:
-        ``version``, ``latency_ms``, ``load_ms`` and ``int8_layers``, the share of convs and linears
-        that it runs in integers, None where it does not say.
+        ``version``, ``latency_ms``, ``load_ms`` and ``int8_layers``: the share of convs and linears
+        that it runs in integers, or None if the runtime does not tell.
     """
     return {
         "version": runtime_version(runtime),
@@ -100,6 +103,7 @@ def _times(
         runs=runs,
         max_seconds=max_seconds,
     )
+    # Apart from latency: an application opens a file once, and runs it often.
     load = measure_load(paths, threads=threads, runtime=runtime)
     return {"latency_ms": _by_name(latency), "load_ms": _by_name(load)}
 

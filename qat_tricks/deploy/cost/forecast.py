@@ -1,5 +1,6 @@
-"""Which operations of a network will run in integers, and why the others will not, before any
-training.
+"""Forecasts, before any training, which operations of a network will run in integers.
+
+For each of the others the forecast has a reason.
 """
 
 import copy
@@ -70,8 +71,9 @@ class Forecast:
 
 @torch.no_grad()
 def forecast(prepared: fx.GraphModule, images: Inputs) -> Forecast:
-    """Foresees which operations of a network ONNX Runtime will run in integers, without calibrating
-    or training.
+    """Forecasts which operations of a network ONNX Runtime will run in integers.
+
+    Nothing is calibrated or trained.
 
     Args:
         prepared: a traced network with quantizers, calibrated or not; it stays as it is. Only the
@@ -89,6 +91,7 @@ def forecast(prepared: fx.GraphModule, images: Inputs) -> Forecast:
     for node in filter(from_images.__contains__, traced.graph.nodes):
         within = run.within.get(node, 0)
         macs = _macs(node, traced, run.shapes) + within
+        # Float operations count in the total too, as in the measurement.
         total += macs
         reason = _reason(node, traced, within)
         if reason is None:
@@ -140,9 +143,7 @@ def _run_once(traced: fx.GraphModule, images: Inputs) -> "_Shapes":
 
 
 class _Shapes(fx.Interpreter):
-    """Records the shape of each node's value, and the MACs within modules and functions that are
-    not traced through.
-    """
+    """Records the shape of each node's value, and the MACs inside untraced modules or functions."""
 
     def __init__(self, traced: fx.GraphModule) -> None:
         super().__init__(traced)
@@ -153,6 +154,7 @@ class _Shapes(fx.Interpreter):
         counter = _Products()
         with counter:
             result = super().run_node(n)
+        # Products inside a module that is kept whole are seen only by the dispatcher.
         if counter.macs and not _is_counted(n, self.module):  # type: ignore[arg-type]
             self.within[n] = counter.macs
         if isinstance(result, Tensor):
@@ -161,8 +163,9 @@ class _Shapes(fx.Interpreter):
 
 
 class _Products(TorchDispatchMode):
-    """Counts the products of convs and of matrices. Products of batches of matrices, as attention
-    has, are not counted.
+    """Counts the products of convs and of matrices.
+
+    Products of batches of matrices, as in attention, are not counted.
     """
 
     def __init__(self) -> None:
@@ -174,6 +177,7 @@ class _Products(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            # [M, K] times [K, N]: K products for each result.
             self.macs += result.numel() * args[-1].shape[0]
         elif func is torch.ops.aten.convolution.default:
             is_transposed = args[6]
@@ -197,6 +201,7 @@ def _macs(node: fx.Node, traced: fx.GraphModule, shapes: Mapping[fx.Node, tuple[
     if n.operation_of(node, traced).is_transposed_conv:
         assert module is not None
         assert isinstance(module.weight, Tensor)
+        # Each input value is multiplied by all weights of its channel.
         return math.prod(shapes[node.all_input_nodes[0]]) * math.prod(module.weight.shape[1:])
     if n.calls_layer(node, traced):
         assert module is not None
@@ -232,6 +237,7 @@ def _reason(node: fx.Node, traced: fx.GraphModule, within: int) -> str | None:
 
 def _is_integer(node: fx.Node, traced: fx.GraphModule) -> bool:
     """Whether an operation that is no conv or linear moves integers, or has an integer kernel."""
+    # Integers are moved as they are.
     if n.is_passthrough(node, traced) or n.is_cat(node, traced):
         return True
     if isinstance(module_of(node, traced), Elementwise):

@@ -1,4 +1,4 @@
-"""Measures how fast ONNX files run and open on this machine, side by side."""
+"""Measures the time that ONNX files take to run and to open on this machine, side by side."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -92,6 +92,7 @@ def measure_throughput(
     for threads in thread_counts:
         networks = _open(paths, threads, runtime)
         for batch_size in batch_sizes:
+            # The time is the limit here, and not the number of runs.
             times = _time_in_turn(networks, image_shape, batch_size, warmup, 10**6, seconds, seed)
             rates = {
                 name: 1e3 * batch_size * len(spent) / sum(spent) for name, spent in times.items()
@@ -103,7 +104,7 @@ def measure_throughput(
 def measure_load(
     paths: Paths, *, threads: int, runtime: str = REFERENCE, runs: int = 5
 ) -> dict[str, float]:
-    """Measures how long the networks take to open, optimization of the graph included.
+    """Measures the time that networks take to open, optimization of the graph included.
 
     Args:
         paths, threads, runtime: as of ``measure_latency``.
@@ -143,6 +144,7 @@ def _time_in_turn(
     seed: int,
 ) -> dict[str, list[float]]:
     """Milliseconds of each timed run, by the networks' names."""
+    # Inputs are made beforehand, so that only runs are timed.
     calls = {
         name: network.prepare(*random_batch(network.specs, image_shape, batch_size, seed))
         for name, network in networks.items()
@@ -150,6 +152,7 @@ def _time_in_turn(
     milliseconds: dict[str, list[float]] = {name: [] for name in networks}
     start = time.perf_counter()
     for index in range(-warmup, runs):  # negative ones warm up
+        # On a slow machine, warm-up may take the whole time: then only the fewest runs are left.
         late = time.perf_counter() - start > max_seconds
         if late and index < 0:
             continue

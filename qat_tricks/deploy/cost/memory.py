@@ -31,7 +31,7 @@ def peak_memory_mib(
         image_shape: (channels, height, width); of a network with several inputs one shape for each.
         batch_size: images in a run.
         threads: threads within an operator.
-        runs: how many times the network runs.
+        runs: the number of times that the network runs.
 
     Returns:
         Peak memory in MiB.
@@ -54,6 +54,7 @@ def peak_memory_mib(
     # -P keeps this folder off the probe's import path, where its files would shadow packages
     command = [sys.executable, "-P", str(_PROBE), json.dumps(job)]
     try:
+        # A process of its own: a peak is of a process, and this one has loaded torch.
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=True
         )

@@ -1,8 +1,7 @@
-"""Run by file path in a process of its own: runs one network, prints the peak resident memory in
-bytes.
+"""Runs one network in a process of its own and prints the peak resident memory in bytes.
 
-Imports nothing but numpy and ONNX Runtime, so that the figure is the network's and not this
-package's. Usage: ``python -P memory_probe.py JOB``, JOB being JSON with path, inputs ({name:
+It imports only numpy and ONNX Runtime, so that the figure is the network's and not this package's.
+Usage: ``python -P memory_probe.py JOB``, JOB being JSON with path, inputs ({name:
 [shape, dtype]}), threads, config and runs.
 """
 
@@ -24,12 +23,14 @@ def peak_bytes() -> int:
             line = next(line for line in status if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     if sys.platform == "win32":
+        # Windows has neither /proc nor the module resource.
         import psutil
 
         return int(psutil.Process().memory_info().peak_wset)
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # macOS counts in bytes, other systems in KiB.
     return peak if sys.platform == "darwin" else peak * 1024
 
 
@@ -37,6 +38,7 @@ def main(job: dict) -> None:
     """Runs the network ``job["runs"]`` times on zeros and prints the peak."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = job["threads"]
+    # Set as in ``runtimes.session``, whose import would load this package.
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     for key, value in job["config"].items():

@@ -54,8 +54,7 @@ def weight_sparsity(path: str | PathLike[str]) -> float:
 
 
 def weight_size(path: str | PathLike[str]) -> WeightSize:
-    """Returns the bytes of the file, and the bytes with each weight at the bits that the file
-    states.
+    """Returns the bytes of the file as it is, and with each weight packed at its own bits.
 
     The bits come from the metadata property ``WEIGHT_BITS_KEY``; a weight that it does not name
     keeps its stored width.
@@ -90,7 +89,8 @@ def file_bytes(path: str | PathLike[str]) -> int:
         QatTricksError: the file or its external data is missing or no ONNX.
     """
     path = Path(path)
-    load_model(path)  # refuses what is missing or foreign, external data included
+    load_model(path)  # refuses missing or foreign files, external data included
+    # Loaded with its data, a file no longer says where they were.
     graph = onnx.load(str(path), load_external_data=False).graph
     locations = {
         entry.value
@@ -191,6 +191,7 @@ def _read(name: str, dequantize: onnx.NodeProto | None, tensors: dict[str, Tenso
     bits = 4 if tensor.data_type in _FOUR_BITS else values.dtype.itemsize * 8
     if dequantize is None or len(dequantize.input) < 3 or not dequantize.input[2]:
         return _Weight(name, values, int(np.sum(values == 0)), bits)
+    # A weight of zero is stored as its zero point.
     zero_point = numpy_helper.to_array(tensors[dequantize.input[2]])
     if zero_point.size > 1:
         axis = next(

@@ -1,1 +1,1 @@
-"""Whether the network that runs gives the logits of the network that was simulated."""
+"""Compares the network that runs with the network that was simulated."""

@@ -1,4 +1,4 @@
-"""Whether two ways to run a network give the same logits, and whether that is close enough."""
+"""Compares the logits of two ways to run a network, and judges the difference."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -63,7 +63,7 @@ def check_agreement(
 
     Args:
         comparison: the figures of ``compare_logits``.
-        fault: begins the error: who does not run as whom.
+        fault: begins the error: which network does not run as which other.
         min_top1_agreement: least share of images, 0..1, with the same class (see ``agrees``).
         min_sqnr_db: least ratio of the logits to their error, in dB; by default any ratio will do.
         remedy: ends the error: how to mend it.
@@ -84,8 +84,9 @@ def check_agreement(
 
 
 def agrees(top1_agreement: float, images: int, least: float) -> bool:
-    """Whether agreement reaches ``least``; one differing image is always tolerated unless ``least``
-    is 1.
+    """Whether agreement reaches ``least``.
+
+    One differing image is always tolerated unless ``least`` is 1.
     """
     differing = round((1 - top1_agreement) * images)
     return differing <= max((1 - least) * images, float(least < 1))

@@ -1,4 +1,4 @@
-"""Whether a file gives in one runtime the logits that it gives in another."""
+"""Compares the logits that a file gives in two runtimes."""
 
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
@@ -40,6 +40,7 @@ def parity(
     Returns:
         The figures of ``compare_logits``, and ``against``.
     """
+    # A few batches show a fault; accuracy is measured on all images anyway.
     batches = islice(loader, PARITY_BATCHES)
     with torch.no_grad():
         comparison = compare_logits(
@@ -54,7 +55,7 @@ def check_parity(runtime: str, comparison: Mapping[str, Any], min_top1_agreement
 
     Args:
         runtime: its name.
-        comparison: what ``parity`` returned.
+        comparison: the result of ``parity``.
         min_top1_agreement: least share of images, 0..1, with the same class (see ``agrees``).
 
     Raises:

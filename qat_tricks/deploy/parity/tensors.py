@@ -1,4 +1,4 @@
-"""Parity tensor by tensor: where the network that runs begins to differ from the simulated one."""
+"""Parity tensor by tensor: shows where the running network begins to differ from the simulated."""
 
 from dataclasses import asdict, dataclass
 from os import PathLike
@@ -65,6 +65,7 @@ def measure_tensor_parity(
         if name + QUANTIZED not in run:
             continue  # merged with another tensor on the same grid
         scale, zero_point = grids[name + QUANTIZED]
+        # In float32, because unsigned integers minus a zero point would wrap.
         integers = torch.from_numpy(run[name + QUANTIZED].astype(np.float32)) - zero_point
         expected = torch.round(values / quantizer.current_scale())
         difference = (integers * scale - values).double()

@@ -1,4 +1,4 @@
-"""An ONNX file opened in a runtime: what each runtime offers, and the inputs that a file takes."""
+"""The interface of an ONNX file opened in a runtime, and the inputs of the file."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -69,6 +69,7 @@ def feed(specs: Sequence[InputSpec], inputs: Sequence[np.ndarray]) -> dict[str, 
     for spec, values in zip(specs, inputs, strict=True):
         _check_shape(spec, values.shape)
     return {
+        # Runtimes read memory directly, so a view of other strides is copied first.
         spec.name: np.ascontiguousarray(values, dtype=spec.dtype)
         for spec, values in zip(specs, inputs, strict=True)
     }
@@ -82,6 +83,7 @@ def batch_shapes(
     Raises:
         QatTricksError: the number of shapes, or a shape, is not the network's.
     """
+    # One shape is a list of numbers; several are a list of shapes.
     is_single = len(image_shape) == 0 or isinstance(image_shape[0], int)
     image_shapes = [image_shape] if is_single else image_shape
     shapes = [(batch_size, *shape) for shape in image_shapes]  # type: ignore[misc]

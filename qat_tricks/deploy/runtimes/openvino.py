@@ -1,7 +1,7 @@
 """OpenVINO on the CPU, running the same file as ONNX Runtime.
 
 It fuses QuantizeLinear and DequantizeLinear into integer kernels of its own, and rounds a few
-values to the neighbouring step. All else is told to stay float32: by default OpenVINO takes
+values to the neighbouring step. Everything else is set to stay float32: by default OpenVINO takes
 bfloat16 where the processor has it, and then runs another network than the one that was measured.
 """
 
@@ -27,6 +27,7 @@ class OpenvinoNetwork(Network):
             raise QatTricksError(
                 f'no ONNX file at "{path}": give the path of a model.onnx that an export wrote'
             )
+        # For one run at a time; layers that are not quantized stay float32.
         settings = {
             "INFERENCE_NUM_THREADS": threads,
             "INFERENCE_PRECISION_HINT": "f32",
@@ -47,6 +48,7 @@ class OpenvinoNetwork(Network):
         self._lent: list[np.ndarray] = []
 
     def prepare(self, *inputs: np.ndarray) -> Callable[[], np.ndarray]:
+        """Returns a function that runs the batch."""
         batch = list(feed(self.specs, inputs).values())
 
         def run() -> np.ndarray:
@@ -64,6 +66,7 @@ def _input_spec(port: Any) -> InputSpec:
 
 def _integer_layers(compiled: Any) -> float | None:
     """The share of convs and linears that run in integers; None where there are none."""
+    # The compiled graph tells the precision in which each of its kernels runs.
     facts = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
     precisions = [
         str(fact["runtimePrecision"].value)

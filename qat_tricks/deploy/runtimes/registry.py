@@ -1,7 +1,7 @@
 """The runtimes that can run an ONNX file on this machine's CPU, all called in one way.
 
-ONNX Runtime is the reference: where parity is proved. Others are optional, and are measured beside
-it.
+ONNX Runtime is the reference, in which parity is proved. Others are optional; they are measured
+beside it.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,6 +31,7 @@ class OnnxRuntimeNetwork(Network):
         self.specs = input_specs(self._session)
 
     def prepare(self, *inputs: np.ndarray) -> Callable[[], np.ndarray]:
+        """Returns a function that runs the batch."""
         batch = feed(self.specs, inputs)
         return lambda: self._session.run(None, batch)[0]
 
@@ -69,7 +70,9 @@ def check_runtimes(names: Sequence[str]) -> None:
 
 
 def runtime_version(name: str) -> str:
-    """The version of an installed runtime, whichever distribution (``onnxruntime``,
-    ``onnxruntime-gpu``) it came from.
+    """The version of an installed runtime.
+
+    It is read from the package: distributions differ (``onnxruntime``, ``onnxruntime-gpu``).
     """
+    # OpenVINO appends the build behind a hyphen.
     return str(import_module(name).__version__).partition("-")[0]

@@ -63,6 +63,7 @@ def open_session(
         raise QatTricksError(
             f'no ONNX file at "{path}": give the path of a model.onnx that an export wrote'
         )
+    # ONNX Runtime would take 0 for "all".
     if threads is not None and threads < 1:
         raise QatTricksError(f"threads is {threads}, allowed: 1 or more")
     options = ort.SessionOptions()
