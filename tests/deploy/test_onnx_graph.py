@@ -41,7 +41,7 @@ def test_functions_of_the_file_are_written_out(tmp_path):
 
 
 def test_what_is_no_network_is_refused(tmp_path):
-    with pytest.raises(QatTricksError, match='no ONNX file at ".*none'):
+    with pytest.raises(QatTricksError, match=r'no ONNX file at ".*none'):
         load_model(tmp_path / "none.onnx")
     (tmp_path / "empty.onnx").touch()
     with pytest.raises(QatTricksError, match="holds no ONNX network"):
