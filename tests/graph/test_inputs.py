@@ -2,10 +2,21 @@
 
 import pytest
 import torch
+from torch import nn
 
 import qat_tricks
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph.inputs import inputs_of
+from qat_tricks.graph.inputs import (
+    are_finite,
+    as_tensors,
+    batch_size,
+    call_network,
+    check_batches,
+    first_images,
+    input_names,
+    inputs_of,
+    on_cpu,
+)
 from tests.helpers.several import TwoImages, inputs, network
 
 
@@ -50,3 +61,33 @@ def test_a_batch_without_the_inputs_is_one_line(batch, message):
     with pytest.raises(QatTricksError, match=message) as refused:
         qat_tricks.quantize(network(TwoImages), [batch(*inputs(TwoImages, 4))])
     assert "\n" not in str(refused.value)
+
+
+class Network(nn.Module):
+    def forward(self, crop, whole, *more, factor=1.0, mask, **options):
+        return crop
+
+
+def test_the_inputs_are_the_arguments_without_a_default():
+    assert input_names(Network()) == input_names(Network().forward) == ["crop", "whole", "mask"]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_inputs_are_changed_alike_whether_one_or_several(several):
+    images, ids = torch.randn(4, 3, dtype=torch.float64), torch.arange(4)
+    given = (images, ids) if several else images
+    few = first_images(given, 3)
+    assert (batch_size(given), batch_size(few)) == (4, 3)
+    assert isinstance(few, tuple) == several
+    assert torch.equal(as_tensors(few)[0], images[:3])
+    called = call_network(lambda *inputs: inputs, on_cpu(given))
+    assert [values.dtype for values in called] == [torch.float32, torch.int64][: 1 + several]
+    assert are_finite(given)
+    images[2, 1] = float("inf")
+    assert not are_finite(given)
+
+
+def test_no_batches_at_all_are_refused_with_their_purpose():
+    check_batches([torch.ones(1)], "to calibrate on")
+    with pytest.raises(QatTricksError, match="there are no images to calibrate on"):
+        check_batches([], "to calibrate on")
