@@ -4,7 +4,9 @@ import inspect
 
 import pytest
 
+from qat_tricks.errors import QatTricksError
 from qat_tricks.recipes.registry import make_trick, options, trick_class, trick_config
+from qat_tricks.tricks import Prune
 
 TRICKS = options("trick")
 
@@ -26,3 +28,20 @@ def test_a_config_lists_a_trick_by_its_target():
 
     for name in options("trick"):
         assert instantiate(trick_config(name)).name == name
+
+
+def test_settings_that_are_given_come_before_those_of_the_yaml():
+    made, default = make_trick("calibrate", {"estimator": "kl"}), make_trick("calibrate", {})
+    assert (made.estimator, made.num_images) == ("kl", default.num_images)
+    assert default.estimator != "kl"
+
+
+def test_a_trick_of_ones_own_is_made_from_its_target_alone():
+    target = f"{Prune.__module__}.{Prune.__qualname__}"
+    assert make_trick("mine", {"_target_": target, "sparsity": 0.25}).sparsity == 0.25
+    with pytest.raises(QatTricksError, match='unknown trick "mine"'):
+        make_trick("mine", {"sparsity": 0.25})
+    with pytest.raises(QatTricksError, match="is no trick: derive it from"):
+        trick_class("mine", "torch.nn.Linear")
+    with pytest.raises(QatTricksError, match="cannot be imported"):
+        trick_class("mine", "qat_tricks.tricks.prune.Prun")

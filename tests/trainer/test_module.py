@@ -5,8 +5,16 @@ from torch import nn
 
 import qat_tricks
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph import layers
-from qat_tricks.trainer.module import find_network
+from qat_tricks.graph import layers, spec_of
+from qat_tricks.graph.workbench import Workbench
+from qat_tricks.trainer.module import (
+    CHECKPOINT_KEY,
+    attach_workbench,
+    describe,
+    find_network,
+    has_workbench,
+    workbench_of,
+)
 from tests.helpers.lit import Data, Lit, trainer
 
 
@@ -29,3 +37,27 @@ def test_several_networks_are_listed_and_one_can_be_named():
     assert layers(two.backbone)
     with pytest.raises(QatTricksError, match='no submodule "bone"'):
         find_network(Two(), "bone")
+
+
+class Own(Lit):
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["own"] = 3
+
+
+def test_a_network_under_work_is_in_its_place_and_described_in_a_checkpoint():
+    lit = Own()
+    assert not has_workbench(lit)
+    work = Workbench(lit.backbone)
+    assert attach_workbench(lit, work, "backbone") is workbench_of(lit) is work
+    assert has_workbench(lit)
+    assert lit.backbone is work.network
+    work.applied.append("prune")
+    checkpoint = {}
+    lit.on_save_checkpoint(checkpoint)
+    assert checkpoint["own"] == 3  # the module's own hook
+    assert checkpoint[CHECKPOINT_KEY] == describe(lit)
+    assert checkpoint[CHECKPOINT_KEY]["network"] == "backbone"
+    saved = checkpoint[CHECKPOINT_KEY]["spec"]
+    work.applied.append("distill")
+    assert saved["applied"] == ["prune"]  # as it was when it was saved
+    assert spec_of(lit.backbone)["applied"] == ["prune", "distill"]
