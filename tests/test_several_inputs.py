@@ -30,7 +30,6 @@ from qat_tricks.graph import (
     spec_of,
     trace,
 )
-from qat_tricks.graph.inputs import inputs_of
 from qat_tricks.jobs.artifact import load_artifact
 from qat_tricks.trainer.ranks import _first
 from qat_tricks.tricks import (
@@ -225,49 +224,6 @@ def test_a_default_stays_as_it_is_and_the_float_network_is_exported_too(tmp_path
         "image",
         "metadata",
     ]
-
-
-@pytest.mark.parametrize(
-    "batch",
-    [
-        lambda a, b, y: (a, b),
-        lambda a, b, y: [a, b, y],
-        lambda a, b, y: ((a, b), y),
-        lambda a, b, y: [[a, b], y, y],
-        lambda a, b, y: {"whole": b, "crop": a, "label": y},
-        lambda a, b, y: ({"whole": b, "crop": a}, y),
-    ],
-)
-def test_a_batch_begins_with_the_inputs(batch):
-    a, b = inputs(TwoImages, 4)
-    found = inputs_of(batch(a, b, torch.arange(4)), ["crop", "whole"])
-    assert [found[0] is a, found[1] is b, len(found)] == [True, True, 2]
-
-
-@pytest.mark.parametrize(
-    ("batch", "message"),
-    [
-        (
-            lambda a, b: a,
-            r"takes 2 inputs \(crop, whole\), and a batch holds 1: yield \(inputs, labels\)",
-        ),
-        (lambda a, b: (a,), "a batch holds 1"),
-        (lambda a, b: ((a,), torch.arange(4)), "a batch holds 1"),
-        (lambda a, b: ((a, b, b), torch.arange(4)), "a batch holds 3"),
-        (lambda a, b: {"crop": a}, "a batch holds 1"),
-        (lambda a, b: (a, "b"), "a batch holds 1"),
-        (
-            lambda a, b: (a, b[:3]),
-            r"shapes \(4, 3, 16, 16\), \(3, 1, 8, 8\): give each of them one entry an image",
-        ),
-        (lambda a, b: (a, torch.tensor(1.0)), "one entry an image"),
-        (lambda a, b: (a, b * float("nan")), "NaN"),
-    ],
-)
-def test_a_batch_without_the_inputs_is_one_line(batch, message):
-    with pytest.raises(QatTricksError, match=message) as refused:
-        qat_tricks.quantize(network(TwoImages), [batch(*inputs(TwoImages, 4))])
-    assert "\n" not in str(refused.value)
 
 
 def test_an_example_that_does_not_fit_is_one_line(deployed, tmp_path):

@@ -1,9 +1,7 @@
 """Targets: weights that a runtime's kernels cannot get wrong, and refusals that say why."""
 
-import re
 from dataclasses import asdict, replace
 
-import numpy as np
 import pytest
 
 from qat_tricks.deploy.layouts import LAYOUTS
@@ -17,7 +15,6 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import QuantizeSettings
 from qat_tricks.numerics.scheme import ACTIVATIONS
 from qat_tricks.tricks.quantize import Quantize
-from tests.helpers.handmade import qdq_layer
 
 NO_VNNI = TARGETS["onnxruntime_cpu_no_vnni"]
 
@@ -106,17 +103,3 @@ def test_what_cannot_be_had_is_refused_with_the_reason(monkeypatch):
         QatTricksError, match=r'"openvino" is not installed: pip install "qat_tricks\[openvino\]"'
     ):
         target_named("openvino_cpu")
-
-
-def test_a_runtime_is_known_and_installed_or_refused(monkeypatch, tmp_path):
-    path = qdq_layer(tmp_path / "m.onnx", np.ones((4, 3, 3, 3), np.int8))
-    assert runtimes.installed_runtimes()[0] == "onnxruntime"
-    assert re.fullmatch(r"\d+(\.\d+)+", runtimes.runtime_version("onnxruntime"))
-    with pytest.raises(
-        QatTricksError, match='unknown runtime "onnxrt": did you mean "onnxruntime"'
-    ):
-        runtimes.open_network(path, threads=1, runtime="onnxrt")
-    monkeypatch.setattr(runtimes, "find_spec", lambda name: None if name == "openvino" else name)
-    assert runtimes.installed_runtimes() == ["onnxruntime"]
-    with pytest.raises(QatTricksError, match="not installed"):
-        runtimes.open_network(path, threads=1, runtime="openvino")

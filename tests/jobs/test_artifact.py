@@ -1,7 +1,6 @@
 """Files that are no artifact of a run."""
 
 import pytest
-import torch
 
 from qat_tricks.deploy.export import export_onnx
 from qat_tricks.errors import QatTricksError
@@ -18,10 +17,3 @@ def test_an_onnx_file_without_a_description_is_refused(tmp_path):
     export_onnx(small_net(), tmp_path / "model.onnx", images(2))
     with pytest.raises(QatTricksError, match="does not say its recipe, model, data, preprocessing"):
         load_artifact(tmp_path / "model.onnx")
-
-
-def test_a_checkpoint_of_another_module_is_refused(tmp_path):
-    content = {"state_dict": {}, "hyper_parameters": {}, "pytorch-lightning_version": "2.5.0"}
-    torch.save(content, tmp_path / "model.ckpt")
-    with pytest.raises(QatTricksError, match=r"model\.ckpt was not written by train\.py"):
-        load_artifact(tmp_path / "model.ckpt")

@@ -1,16 +1,11 @@
-import inspect
-
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.recipes.callbacks import recipe
 from qat_tricks.recipes.recipe import build_recipe, load_recipe
-from qat_tricks.recipes.registry import make_trick, options, trick_class, trick_config
-from qat_tricks.settings.compose import Composer
+from qat_tricks.recipes.registry import options
 from qat_tricks.settings.config_dir import config_dir
-from qat_tricks.settings.shipped import compose_recipe
 
 TRICKS = options("trick")
 RECIPES = options("recipe")
@@ -22,18 +17,6 @@ def refusal(name, *overrides):
     told = str(caught.value)
     assert "\n" not in told
     return told
-
-
-@pytest.mark.parametrize("name", TRICKS)
-def test_a_tricks_yaml_has_the_settings_of_its_class_and_their_defaults(name):
-    settings = trick_config(name)
-    parameters = inspect.signature(trick_class(name, settings.pop("_target_"))).parameters
-    assert list(settings) == list(parameters)
-    for key, value in settings.items():
-        default = parameters[key].default
-        default = list(default) if isinstance(default, tuple) else default
-        assert value == default or (value == {} and default is None), key
-    assert make_trick(name, {}).name == name
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -156,20 +139,3 @@ def test_what_merging_lets_through_in_a_recipe_file_is_refused(mine, told):
     with pytest.raises(QatTricksError) as caught:
         build_recipe(OmegaConf.create({"name": "mine", "stages": {}, **mine}))
     assert told in str(caught.value)
-
-
-def test_several_trainings_are_no_list_of_callbacks():
-    assert "learn_scales" in [trick.name for trick in recipe("int8_qat")]
-    with pytest.raises(QatTricksError, match="run_stages"):
-        recipe("int8_prune50_multistage")
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_is_read_without_hydra_as_hydra_composes_it(name):
-    by_hydra = OmegaConf.to_container(Composer("train").compose([f"recipe={name}"]).config.recipe)
-    by_hand = compose_recipe(name, config_dir())
-    assert by_hand == by_hydra
-    # The order of the tricks is the order of their execution.
-    for stage, settings in by_hydra["stages"].items():
-        assert list(by_hand["stages"][stage]["tricks"]) == list(settings["tricks"])
-    assert list(by_hand["stages"]) == list(by_hydra["stages"])

@@ -1,14 +1,12 @@
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 import qat_tricks
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph import activation_quantizers, layers, spec_of
+from qat_tricks.graph import layers, spec_of
 from qat_tricks.recipes.recipe import load_recipe
-from qat_tricks.trainer.calibration_images import datamodule_images
 from tests.helpers.lightning import pl
-from tests.helpers.lit import Data, Lit, dataset
+from tests.helpers.lit import Data, Lit
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -70,30 +68,6 @@ def test_what_is_called_after_a_stage_can_stop_the_run():
     with pytest.raises(RuntimeError, match="ptq is enough"):
         qat_tricks.run_stages(lit, Data(), "int8_qat", trainer=QUIET, after_stage=stop)
     assert spec_of(lit.backbone)["history"][-1] == "correct_bias"  # nothing was trained
-
-
-class WithCalibration(Data):
-    """Images for calibration that are brighter than those for training."""
-
-    def calibration_loader(self, num_images):
-        images, labels = dataset().tensors
-        return DataLoader(torch.utils.data.TensorDataset(3 * images, labels), batch_size=16)
-
-
-def test_calibration_reads_the_loader_made_for_it_else_the_one_for_training():
-    def range_of_images(data):
-        lit = Lit()
-        recipe = load_recipe("int8_ptq", ["stages.ptq.tricks.calibrate.estimator=minmax"])
-        qat_tricks.run_stages(lit, data, recipe, trainer=QUIET)
-        low, high = activation_quantizers(lit.backbone)["activation_quantizers.x"].range
-        return high - low
-
-    # no module stands before the network here: what the loader yields is what it sees
-    assert range_of_images(WithCalibration()) == pytest.approx(
-        3 * range_of_images(Data()), rel=0.01
-    )
-    (batch, *_) = datamodule_images(WithCalibration(), 16)
-    assert torch.equal(batch[0], 3 * dataset().tensors[0][:16])
 
 
 def test_an_unknown_recipe_is_refused_before_anything_is_changed():

@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.settings.compose import Composer, config_dir, one_line, unknown_path
+from qat_tricks.settings.compose import Composer, unknown_path
 
 
 def test_overrides_that_fail_are_left_out_and_the_others_applied():
@@ -36,14 +36,3 @@ def test_the_part_of_a_key_that_is_missing_is_named():
     )
     assert unknown_path(config, "a.b.size.x") == 'a.b.size is a value and has no setting "x"'
     assert "+trainer.nodes=" in unknown_path(config, "trainer.nodes")
-
-
-def test_messages_are_one_line_with_their_cause():
-    error = ValueError("first\n  line")
-    error.__cause__ = KeyError("cause")
-    assert one_line(error) == "first line 'cause'"
-    assert one_line(ValueError("wrong\n    full_key: a.b")) == "wrong"
-
-
-def test_the_configs_are_found():
-    assert (config_dir() / "train.yaml").is_file()

@@ -2,13 +2,11 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 
 import qat_tricks
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph import activation_quantizers, layers, spec_of
+from qat_tricks.graph import layers, spec_of
 from qat_tricks.trainer.checkpoints import save_checkpoint
-from qat_tricks.trainer.module import find_network
 from tests.helpers.lit import Data, Lit, loader, trainer
 from tests.helpers.nets import images
 
@@ -37,17 +35,6 @@ def test_fit_in_someone_elses_trainer(data):
     )
     assert (weights == 0).float().mean() >= 0.5
     assert lit.backbone(images(2)).shape == (2, 4)
-
-
-def test_calibration_sees_what_the_network_sees():
-    """``Lit.forward`` halves the images before the network."""
-    lit = Lit()
-    trainer(
-        qat_tricks.recipe("int8_ptq", ["stages.ptq.tricks.calibrate.estimator=minmax"])
-    ).validate(lit, Data(), verbose=False)
-    x = torch.cat([batch[0] for batch in loader()]) * 0.5
-    first = activation_quantizers(lit.backbone)["activation_quantizers.x"]
-    assert float(first.scale) * 255 == pytest.approx(float(x.max() - x.min()), rel=1e-5)
 
 
 def test_ptq_needs_no_fit_and_further_runs_change_nothing():
@@ -109,27 +96,6 @@ def test_damaged_and_foreign_checkpoints(tmp_path):
     torch.save({"something": 1}, path)
     with pytest.raises(QatTricksError, match="holds no state_dict"):
         qat_tricks.load_from_checkpoint(Lit, path)
-
-
-class Two(Lit):
-    def __init__(self):
-        super().__init__()
-        self.head = nn.Linear(4, 4)
-
-
-def test_several_networks_are_listed_and_one_can_be_named():
-    assert find_network(Lit()) == "backbone"
-    with pytest.raises(
-        QatTricksError, match=r'"backbone" \(SmallNet\), "head" \(Linear\).*network=NAME'
-    ):
-        trainer(qat_tricks.recipe("int8_ptq")).validate(Two(), Data(), verbose=False)
-    two = Two()
-    trainer(qat_tricks.recipe("int8_ptq", ["network=backbone"])).validate(
-        two, Data(), verbose=False
-    )
-    assert layers(two.backbone)
-    with pytest.raises(QatTricksError, match='no submodule "bone"'):
-        find_network(Two(), "bone")
 
 
 def test_schedules_need_an_end():

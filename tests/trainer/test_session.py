@@ -2,20 +2,15 @@
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 import qat_tricks
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph import layers, spec_of
+from qat_tricks.graph import spec_of
 from qat_tricks.trainer import session as session_module
 from qat_tricks.trainer.session import Session
 from qat_tricks.tricks import Distill, FoldBatchnorm, Prune, Quantize
 from tests.helpers.lit import Data, Lit, trainer
-
-
-def zeros(lit):
-    weights = [layer.effective_weight().flatten() for layer in layers(lit.backbone).values()]
-    return float((torch.cat(weights) == 0).float().mean())
+from tests.helpers.weights import zeros
 
 
 def test_housekeeping_is_done_once_however_many_tricks_there_are(monkeypatch):
@@ -84,41 +79,7 @@ def test_tricks_that_cannot_work_are_refused_in_one_line():
         trainer([Quantize(), FoldBatchnorm()]).fit(Lit().train(), datamodule=Data())
 
 
-def test_a_recipe_is_one_callback_too():
-    lit, other = Lit().train(), Lit().train()
-    overrides = ["stages.prune_qat.tricks.prune.sparsity=0.25"]
-    one = qat_tricks.Recipe("int8_prune50", overrides)
-    for given, callbacks in ((lit, [one]), (other, qat_tricks.recipe("int8_prune50", overrides))):
-        torch.manual_seed(7)
-        trainer(callbacks).fit(given, datamodule=Data())
-    states = lit.state_dict(), other.state_dict()
-    assert [key for key in states[0] if not torch.equal(states[0][key], states[1][key])] == []
-    assert 0.25 <= zeros(lit) < 0.4
-
-
 def test_two_recipes_in_one_trainer_are_refused():
     both = [*qat_tricks.recipe("int8_ptq"), qat_tricks.Recipe("fp32")]
     with pytest.raises(QatTricksError, match="two recipes are in one trainer"):
         trainer(both).validate(Lit(), Data(), verbose=False)
-
-
-def test_a_config_lists_a_recipe_as_one_entry():
-    from hydra.utils import instantiate
-
-    config = OmegaConf.create(
-        "callbacks:\n  quantize:\n    _target_: qat_tricks.Recipe\n    name: int8_ptq\n"
-        "    overrides: [network=backbone]"
-    )
-    callbacks = [instantiate(entry) for entry in config.callbacks.values()]
-    lit = Lit()
-    trainer(callbacks).validate(lit, Data(), verbose=False)
-    assert all(layer.weight_quantizer for layer in layers(lit.backbone).values())
-
-
-def test_a_config_lists_a_trick_by_its_target():
-    from hydra.utils import instantiate
-
-    from qat_tricks.recipes.registry import options, trick_config
-
-    for name in options("trick"):
-        assert instantiate(trick_config(name)).name == name

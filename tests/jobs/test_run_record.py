@@ -1,0 +1,93 @@
+"""The record of a run: what is measured is written at once, also where the run ends early."""
+
+import json
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from qat_tricks.errors import QatTricksError
+from qat_tricks.evidence.report import read_report
+from qat_tricks.jobs.classifier import make_classifier
+from qat_tricks.jobs.datamodule import load_data
+from qat_tricks.jobs.fitted_recipe import fitted_recipe
+from qat_tricks.jobs.run_record import PARITY_IMAGES, RunRecord
+from tests.helpers.configs import job_config
+
+QUICK = [
+    "data=fake",
+    "model=custom",
+    "model.factory=tests.helpers.nets.SmallNet",
+    "measure.runs=5",
+    "measure.threads=1",
+]
+
+
+def record(folder, *overrides):
+    config = job_config("recipe=int8_ptq", *QUICK, *overrides)
+    data = load_data(config.data)
+    module = make_classifier(config, data).eval()
+    return RunRecord(config, folder, fitted_recipe(config), data, module)
+
+
+def files_in(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def truth(run, images):
+    """Logits that are right for the test images, which fill two batches."""
+    for batch, labels in run.data.test_dataloader():
+        if torch.equal(batch, images):
+            return torch.nn.functional.one_hot(labels, 4).float()
+    raise AssertionError("no batch of test images")
+
+
+def test_a_run_that_measured_nothing_leaves_its_network_and_config_only(tmp_path, capsys):
+    run = record(tmp_path / "run")
+    run.save_config()
+    run.save_interrupted()
+    assert files_in(run.folder) == {"config.yaml", "interrupted.ckpt"}
+    assert OmegaConf.load(run.folder / "config.yaml") == run.config
+    assert str(run.folder) in capsys.readouterr().out
+
+
+def test_a_measured_network_is_exported_and_in_the_ledger_and_the_report(tmp_path):
+    run = record(tmp_path / "run")
+    run.measure_float(run.module.network)
+    (row,) = json.loads((run.folder / "ledger.json").read_text())
+    assert (row["name"], row["before"]) == ("fp32", None)
+    assert row["size_bytes"] == run.float_path.stat().st_size
+    assert row["latency_ms"]["p50"] > 0
+    assert not run.model_path.exists()  # the float network is not the result
+    run.save_interrupted()
+    report = read_report(run.folder)
+    assert report["interrupted"] is True
+    assert [stage["name"] for stage in report["stages"]] == ["fp32"]
+    assert report["parity"]["images"] == 64  # all of the test images
+    assert report["latency_ms"] is None
+
+
+@pytest.mark.parametrize("allowed", [10, 80])  # of the 75 points that are lost
+def test_a_stage_is_entered_before_it_is_judged(tmp_path, monkeypatch, allowed):
+    run = record(tmp_path / "run", f"recipe.stages.ptq.max_drop={allowed}")
+    exported = []
+    monkeypatch.setattr(run, "_export", lambda network, path: exported.append(path))
+    monkeypatch.setattr(run, "_add_costs", lambda path: None)
+    (stage,) = run.recipe.stages
+    run.measure_float(lambda images: truth(run, images))
+    if allowed < 75:
+        with pytest.raises(QatTricksError, match=r'stage "ptq".*ledger\.json'):
+            run.after_stage(stage, lambda images: torch.zeros(len(images), 4))
+    else:
+        run.after_stage(stage, lambda images: torch.zeros(len(images), 4))
+    assert exported == [run.float_path, run.model_path]
+    rows = json.loads((run.folder / "ledger.json").read_text())
+    assert [row["name"] for row in rows] == ["fp32", "ptq"]
+    assert rows[1]["before"]["accuracy"] == rows[0]["accuracy"] == 1.0
+    assert rows[1]["accuracy"] == 0.25
+
+
+def test_the_images_of_parity_are_whole_batches(tmp_path):
+    run = record(tmp_path, "data.batch_size=500")
+    batches = list(run._parity_batches([0, 1, 2, 3]))
+    assert (len(batches) - 1) * 500 < PARITY_IMAGES <= len(batches) * 500

@@ -1,0 +1,63 @@
+"""The network in a LightningModule: found, or named where there are several."""
+
+import pytest
+from torch import nn
+
+import qat_tricks
+from qat_tricks.errors import QatTricksError
+from qat_tricks.graph import layers, spec_of
+from qat_tricks.graph.workbench import Workbench
+from qat_tricks.trainer.module import (
+    CHECKPOINT_KEY,
+    attach_workbench,
+    describe,
+    find_network,
+    has_workbench,
+    workbench_of,
+)
+from tests.helpers.lit import Data, Lit, trainer
+
+
+class Two(Lit):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 4)
+
+
+def test_several_networks_are_listed_and_one_can_be_named():
+    assert find_network(Lit()) == "backbone"
+    with pytest.raises(
+        QatTricksError, match=r'"backbone" \(SmallNet\), "head" \(Linear\).*network=NAME'
+    ):
+        trainer(qat_tricks.recipe("int8_ptq")).validate(Two(), Data(), verbose=False)
+    two = Two()
+    trainer(qat_tricks.recipe("int8_ptq", ["network=backbone"])).validate(
+        two, Data(), verbose=False
+    )
+    assert layers(two.backbone)
+    with pytest.raises(QatTricksError, match='no submodule "bone"'):
+        find_network(Two(), "bone")
+
+
+class Own(Lit):
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["own"] = 3
+
+
+def test_a_network_under_work_is_in_its_place_and_described_in_a_checkpoint():
+    lit = Own()
+    assert not has_workbench(lit)
+    work = Workbench(lit.backbone)
+    assert attach_workbench(lit, work, "backbone") is workbench_of(lit) is work
+    assert has_workbench(lit)
+    assert lit.backbone is work.network
+    work.applied.append("prune")
+    checkpoint = {}
+    lit.on_save_checkpoint(checkpoint)
+    assert checkpoint["own"] == 3  # the module's own hook
+    assert checkpoint[CHECKPOINT_KEY] == describe(lit)
+    assert checkpoint[CHECKPOINT_KEY]["network"] == "backbone"
+    saved = checkpoint[CHECKPOINT_KEY]["spec"]
+    work.applied.append("distill")
+    assert saved["applied"] == ["prune"]  # as it was when it was saved
+    assert spec_of(lit.backbone)["applied"] == ["prune", "distill"]
