@@ -16,7 +16,7 @@ def paths(tmp_path):
     weight = np.ones((64, 32, 3, 3), np.int8)
     weight[::4] = 0
     return {
-        "fp32": float_conv(tmp_path / "fp32.onnx", weight),
+        "fp32": float_conv(tmp_path / "fp32.onnx", np.ones_like(weight)),
         "int8": qdq_layer(tmp_path / "int8.onnx", weight),
     }
 
