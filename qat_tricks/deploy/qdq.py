@@ -104,8 +104,8 @@ def _check_int8_symmetric(enabled: Quantizers) -> None:
         sign = "signed" if scheme.signed else "unsigned"
         kind = "symmetric" if scheme.symmetric else "affine"
         raise QatTricksError(
-            f'"{name}" is {sign} {kind} with {scheme.bits} bits, and TensorRT takes int8 '
-            "activations with zero point 0 alone: quantize with activations=signed_symmetric and "
+            f'"{name}" is {sign} {kind} with {scheme.bits} bits, and TensorRT only takes int8 '
+            "activations with zero point 0: quantize with activations=signed_symmetric and "
             "activation_bits=8"
         )
 

@@ -62,11 +62,11 @@ TARGETS: Mapping[str, Target] = {
         activations=tuple(ACTIVATIONS),
     ),
     "tensorrt": Target(
-        about="NVIDIA's TensorRT 10, not measured: the file is checked and run in ONNX Runtime "
-        "alone, there mostly in float",
+        about="NVIDIA's TensorRT 10, not measured: the file is checked, and run in ONNX Runtime, "
+        "there mostly in float",
         activations=("signed_symmetric",),
         activation_bits=8,
-        because="TensorRT takes int8 activations with zero point 0 alone",
+        because="TensorRT takes int8 activations with zero point 0 only",
         layout="tensorrt",
         newest_opset=24,  # of TensorRT 10.15, says its parser's list of operators
     ),

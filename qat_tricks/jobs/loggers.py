@@ -23,14 +23,6 @@ else:
     CSVLogger, Logger, WandbLogger = (
         getattr(default_package().loggers, name) for name in ("CSVLogger", "Logger", "WandbLogger")
     )
-from qat_tricks.trainer.framework import default_package
-
-if TYPE_CHECKING:
-    from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
-else:
-    CSVLogger, Logger, WandbLogger = (
-        getattr(default_package().loggers, name) for name in ("CSVLogger", "Logger", "WandbLogger")
-    )
 
 NAMES = ("wandb", "csv", "none")
 FILES = ("report.json", "report.md", "model.onnx")

@@ -8,7 +8,7 @@ from qat_tricks.recipes.recipe import StagedRecipe, load_recipe
 from qat_tricks.trainer.session import Session
 
 
-def recipe(name: str, overrides: Sequence[str] = ()) -> list[Any]:
+def recipe(name: str, overrides: Sequence[str] | None = None) -> list[Any]:
     """The callbacks of a recipe, for a ``Trainer``; schedules are fractions of its epochs.
 
     Args:
@@ -25,8 +25,7 @@ def recipe(name: str, overrides: Sequence[str] = ()) -> list[Any]:
     """
     loaded = _of_one_fit(name, overrides)
     # The trainer needs the tricks in its own list, where it saves and restores their states.
-    session = Session(network=loaded.network, untraced=loaded.untraced)
-    return [session, *loaded.tricks]
+    return [Session(**_session_settings(loaded)), *loaded.tricks]
 
 
 class Recipe(Session):
@@ -42,14 +41,19 @@ class Recipe(Session):
         QatTricksError: an unknown recipe or setting, or a recipe that needs several fits.
     """
 
-    def __init__(self, name: str, overrides: Sequence[str] = ()) -> None:
-        loaded = _of_one_fit(name, list(overrides))
+    def __init__(self, name: str, overrides: Sequence[str] | None = None) -> None:
+        loaded = _of_one_fit(name, overrides)
         # The session adds the tricks in ``setup``, since one ``_target_`` makes one callback.
-        super().__init__(loaded.tricks, network=loaded.network, untraced=loaded.untraced)
+        super().__init__(loaded.tricks, **_session_settings(loaded))
         self.name = name
 
 
-def _of_one_fit(name: str, overrides: Sequence[str]) -> StagedRecipe:
+def _session_settings(loaded: StagedRecipe) -> dict[str, Any]:
+    trains = bool(loaded.training)
+    return {"network": loaded.network, "untraced": loaded.untraced, "trains": trains}
+
+
+def _of_one_fit(name: str, overrides: Sequence[str] | None) -> StagedRecipe:
     loaded = load_recipe(name, overrides)
     # A trainer runs one fit, and tricks of a stage behind it would come too early.
     training = [stage.name for stage in loaded.training]

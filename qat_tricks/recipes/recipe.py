@@ -64,7 +64,7 @@ class StagedRecipe:
         return [stage for stage in self.stages if stage.epochs > 0]
 
 
-def load_recipe(name: str, overrides: Sequence[str] = ()) -> StagedRecipe:
+def load_recipe(name: str, overrides: Sequence[str] | None = None) -> StagedRecipe:
     """Composes a recipe by name.
 
     Args:
@@ -77,6 +77,9 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> StagedRecipe:
         QatTricksError: an unknown recipe, a key or value that is not allowed, an order that cannot
             work.
     """
+    overrides = _checked_overrides(overrides)
+    if not isinstance(name, str):
+        raise QatTricksError(f"recipe={name!r} is not allowed: give the name of a recipe")
     if name not in options("recipe"):
         raise QatTricksError(f'unknown recipe "{name}": {did_you_mean(name, options("recipe"))}')
     problems = Problems()
@@ -103,10 +106,26 @@ def _compose(name: str, overrides: Sequence[str], problems: Problems) -> Any:
     return config.recipe
 
 
+def _checked_overrides(overrides: Any) -> list[str]:
+    """The overrides as a list; raises QatTricksError for anything that is no list of text."""
+    is_list = overrides is None or (
+        isinstance(overrides, Sequence) and not isinstance(overrides, str)
+    )
+    if not is_list or not all(isinstance(override, str) for override in overrides or ()):
+        raise QatTricksError(
+            f"overrides={overrides!r} is not allowed: give a list of key=value, such as "
+            '["network=backbone"]'
+        )
+    return list(overrides or ())
+
+
 def _in_recipe(override: str) -> str:
     # Hydra's marks for adding and deleting stand in front of the key.
     mark = override[: len(override) - len(override.lstrip("+~"))]
     key = override[len(mark) :]
+    if key.startswith("trick@stages."):  # a group's place may leave out "recipe." as a key may
+        key = key.replace("@", "@recipe.", 1)
+        override = mark + key
     inside = key.startswith("recipe.") or "@recipe." in key
     return override if inside else f"{mark}recipe.{key}"
 

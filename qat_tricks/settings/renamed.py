@@ -22,6 +22,12 @@ def rename_overrides(overrides: Sequence[str]) -> list[str]:
     An override without a mark becomes one that may add its key, because a user's own YAML may know
     only the old name.
     """
+    keys = {_parts(override)[1] for override in overrides}
+    for old, new in RENAMED.items():
+        if old in keys and new in keys:
+            raise QatTricksError(
+                f"{old} and {new} are one setting, which has a new name: leave out {old}"
+            )
     return [_rename_override(override) for override in overrides]
 
 
@@ -53,9 +59,16 @@ def rename_keys(where: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     return renamed
 
 
-def _rename_override(override: str) -> str:
+def _parts(override: str) -> tuple[str, str, str]:
+    """Mark, key and the rest of an override, which begins with "=" if there is any."""
     # the marks add, force or delete; the key ends at the first "="
-    mark, key, rest = re.fullmatch(r"([+~]*)([^=]*)(.*)", override, flags=re.S).groups()  # type: ignore[union-attr]
+    match = re.fullmatch(r"([+~]*)([^=]*)(.*)", override, flags=re.S)
+    assert match is not None  # the expression fits any text
+    return match[1], match[2], match[3]
+
+
+def _rename_override(override: str) -> str:
+    mark, key, rest = _parts(override)
     if key not in RENAMED:
         return override
     _warn(key, RENAMED[key])

@@ -40,6 +40,11 @@ def find_network(pl_module: nn.Module, name: str | None = None) -> str:
         if name not in dict(pl_module.named_modules()):
             raise QatTricksError(f'{owner} has no submodule "{name}"; its networks: {listed}')
         return name
+    if not children:
+        raise QatTricksError(
+            f"{owner} holds no network with conv or linear layers: make it in __init__, because "
+            "tricks are applied before the module's own setup and configure_model"
+        )
     if len(children) != 1:
         raise QatTricksError(
             f"{owner} must hold one network, and these of its attributes have conv or linear "

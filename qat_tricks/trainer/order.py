@@ -44,9 +44,10 @@ def check_order(tricks: Sequence[Ordered], done: Sequence[str] = ()) -> None:
         if late:
             problems.append(f"{name} must come after {' and '.join(dict.fromkeys(late))}")
     if problems:
+        order = ", ".join(working_order(tricks, done))
         raise QatTricksError(
-            f"these tricks cannot work in the order {', '.join(names)}: {'; '.join(problems)}; "
-            f"an order that works: {', '.join(working_order(tricks, done))}"
+            f"these tricks cannot work in the order {', '.join(names)}: {'; '.join(problems)}"
+            + (f"; an order that works: {order}" if order else "")
         )
 
 

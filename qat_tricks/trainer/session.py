@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.surgery import rebuild
 from qat_tricks.graph.workbench import Workbench
@@ -59,6 +61,8 @@ class Session(Callback):
             trainer already need not be listed.
         network: attribute of the LightningModule that holds the network; None finds it.
         untraced: name patterns of its submodules that are not traced through.
+        trains: whether a fit follows a validation or a test that comes first. Tricks that act
+            gradually then wait for it.
     """
 
     name = "session"
@@ -69,8 +73,10 @@ class Session(Callback):
         *,
         network: str | None = None,
         untraced: Sequence[str] = (),
+        trains: bool = True,
     ) -> None:
         self.tricks, self.network, self.untraced = list(tricks), network, tuple(untraced)
+        self.trains = trains
         # Of a run resumed in the middle of an epoch, until it goes on.
         self._random_state: dict[str, Any] | None = None
 
@@ -86,9 +92,7 @@ class Session(Callback):
             raise QatTricksError(
                 "two recipes are in one trainer: give it one, or run them one after the other"
             )
-        place = callbacks.index(self) + 1
-        # Lightning is walking through this list, and comes to those that are put behind.
-        callbacks[place:place] = [trick for trick in self.tricks if trick not in callbacks]
+        self._add_tricks(callbacks)
         tricks: list[Any] = [c for c in callbacks if isinstance(c, Callback) and c is not self]
         self._check_trainer(trainer)
         self._random_state = None
@@ -101,6 +105,30 @@ class Session(Callback):
         # Each rank has calibrated by itself, and sums on GPUs differ in their last bits.
         if any(changes):
             _synchronize(trainer, work)
+        if any(changes) and self.trains and trainer.state.fn != "fit":
+            rank_zero_warn(
+                "this recipe trains, and nothing was trained yet: the network is quantized, and "
+                "not yet pruned or fine-tuned; a fit goes on from here"
+            )
+
+    def _add_tricks(self, callbacks: list[Any]) -> None:
+        """Puts the session's own tricks behind it in the trainer's callbacks.
+
+        A module that makes a new recipe for each call (``configure_callbacks``) has the trainer
+        replace the session before; the tricks of that one leave.
+        """
+        orphans = [c for c in callbacks if getattr(c, "added_by", self) not in callbacks]
+        fresh = [trick for trick in self.tricks if trick not in callbacks]
+        # Lightning is walking through this list by index, and has to find those behind next.
+        if len(orphans) > len(fresh):
+            raise QatTricksError(
+                "this trainer has run another, larger recipe: make a new trainer for this one"
+            )
+        for trick in fresh:
+            trick.added_by = self
+        kept = [c for c in callbacks if c not in orphans]
+        place = kept.index(self) + 1
+        callbacks[:] = [*kept[:place], *fresh, *kept[place:]]
 
     def _check_trainer(self, trainer: "Trainer") -> None:
         """Raises QatTricksError for settings of a trainer that tricks cannot work with."""
@@ -139,7 +167,7 @@ class Session(Callback):
         load = partial(network_inputs, trainer, pl_module, work)
         # A workbench of an earlier run still has that run's loader.
         work.loader = partial(loaded_once, load)
-        work.trains = trainer.state.fn == "fit"
+        work.trains = self.trains or trainer.state.fn == "fit"
         return work
 
     def _open(

@@ -299,15 +299,19 @@ class Prune(Trick):
             pl_module.log("sparsity", self.reached, batch_size=1)
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Makes the last update; warns if training ended before the schedule."""
+        """Makes the last update."""
         self._update(workbench_of(pl_module), fit_progress(trainer))
-        # A fit that stops early, by time or by hand, has skipped the last updates.
+        keep_grids(trainer, pl_module)  # before a callback that averages puts its masks in
+
+    def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Warns if training ended before the schedule, or did not begin."""
+        # A fit that stops early, by time or by hand, has skipped the last updates. One that has
+        # nothing to train, as in a trainer that reached its max_epochs, has skipped them all.
         if self.done < self.updates:
             rank_zero_warn(
                 "training ended before the pruning schedule did: sparsity is "
                 f"{self.reached:.3f}, not yet {self.sparsity}; train longer or lower end"
             )
-        keep_grids(trainer, pl_module)  # before a callback that averages puts its masks in
 
     def _update(self, work: Workbench, progress: float) -> bool:
         """Renews the masks if another update is due; returns whether it was."""

@@ -41,3 +41,24 @@ def test_a_config_lists_a_recipe_as_one_entry():
     lit = Lit()
     trainer(callbacks).validate(lit, Data(), verbose=False)
     assert all(layer.weight_quantizer for layer in layers(lit.backbone).values())
+
+
+@pytest.mark.parametrize("overrides", ["network=backbone", {"network": "backbone"}, [None], [5], 3])
+@pytest.mark.parametrize("make", [qat_tricks.recipe, qat_tricks.Recipe])
+def test_overrides_that_are_no_list_of_text_are_refused(make, overrides):
+    with pytest.raises(QatTricksError, match=r"is not allowed: give a list of key=value"):
+        make("int8_ptq", overrides)
+
+
+@pytest.mark.parametrize("make", [qat_tricks.recipe, qat_tricks.Recipe])
+def test_no_overrides_and_a_name_that_is_none(make):
+    make("int8_ptq", None)
+    with pytest.raises(QatTricksError, match="recipe=None is not allowed"):
+        make(None)
+
+
+def test_the_place_of_an_added_trick_may_leave_out_the_recipe():
+    names = [
+        trick.name for trick in qat_tricks.recipe("int8_ptq", ["+trick@stages.ptq.tricks=prune"])
+    ]
+    assert "prune" in names

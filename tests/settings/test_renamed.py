@@ -96,3 +96,8 @@ def test_only_the_first_process_warns(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "1")
     rename_overrides(["preflight=true"])
     assert capsys.readouterr().err == ""
+
+
+def test_a_setting_under_both_names_is_refused():
+    with pytest.raises(QatTricksError, match=r"recipe\.whole and recipe\.untraced are one setting"):
+        load_recipe("int8_ptq", ["whole=[a]", "untraced=[b]"])

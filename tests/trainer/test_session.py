@@ -5,10 +5,11 @@ import torch
 
 import qat_tricks
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph import spec_of
+from qat_tricks.graph import layers, spec_of
 from qat_tricks.trainer import session as session_module
 from qat_tricks.trainer.session import Session
 from qat_tricks.tricks import Distill, FoldBatchnorm, Prune, Quantize
+from tests.helpers.lightning import pl
 from tests.helpers.lit import Data, Lit, trainer
 from tests.helpers.weights import zeros
 
@@ -83,3 +84,69 @@ def test_two_recipes_in_one_trainer_are_refused():
     both = [*qat_tricks.recipe("int8_ptq"), qat_tricks.Recipe("fp32")]
     with pytest.raises(QatTricksError, match="two recipes are in one trainer"):
         trainer(both).validate(Lit(), Data(), verbose=False)
+
+
+class Sparsity(pl.Callback):
+    """Notes the share of pruned weights at each training step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        masks = [layer.weight_mask.flatten() for layer in layers(pl_module.backbone).values()]
+        self.seen.append(float((torch.cat(masks) == 0).float().mean()))
+
+
+@pytest.mark.parametrize("before", ["validate", "test"])
+def test_a_fit_after_a_validation_has_its_whole_schedule(before):
+    def fit(first):
+        lit, seen = Lit().train(), Sparsity()
+        run = trainer([*qat_tricks.recipe("int8_prune50"), seen])
+        if first is not None:
+            with pytest.warns(UserWarning, match="nothing was trained yet"):
+                getattr(run, first)(lit, Data(), verbose=False)
+        lit.train()
+        run.fit(lit, datamodule=Data())
+        return seen.seen
+
+    assert fit(before) == fit(None)
+    assert fit(None)[0] < 0.3
+
+
+def test_a_recipe_that_is_told_not_to_train_prunes_at_once():
+    lit = Lit()
+    overrides = ["stages.prune_qat.epochs=0"]
+    trainer(qat_tricks.recipe("int8_prune50", overrides)).validate(lit, Data(), verbose=False)
+    assert zeros(lit) >= 0.5
+
+
+@pytest.mark.parametrize("settings", [{"max_epochs": 0}, {"limit_train_batches": 0}])
+def test_a_fit_without_training_says_that_nothing_was_pruned(settings):
+    with pytest.warns(UserWarning, match=r"sparsity is 0\.000, not yet 0\.5"):
+        trainer(qat_tricks.recipe("int8_prune50"), **settings).fit(Lit().train(), datamodule=Data())
+
+
+class MakesItsCallbacks(Lit):
+    def configure_callbacks(self):
+        return [qat_tricks.Recipe("int8_prune50")]
+
+
+def test_a_module_may_make_its_recipe_for_each_call():
+    lit, run = MakesItsCallbacks().train(), trainer([Sparsity()])
+    run.fit(lit, datamodule=Data())
+    assert zeros(lit) >= 0.5
+    for _ in range(2):
+        run.validate(lit, Data(), verbose=False)
+    names = [type(callback).__name__ for callback in run.callbacks]
+    assert names.count("Prune") == names.count("Recipe") == 1
+
+
+class Late(Lit):
+    def __init__(self):
+        super().__init__()
+        del self.backbone
+
+
+def test_a_module_without_a_network_is_told_where_to_make_it():
+    with pytest.raises(QatTricksError, match="make it in __init__"):
+        trainer(qat_tricks.recipe("int8_ptq")).validate(Late(), Data(), verbose=False)
