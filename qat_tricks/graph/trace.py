@@ -64,6 +64,17 @@ class Tracer(fx.Tracer):
             raise
 
 
+def check_untraced(network: nn.Module, untraced: Sequence[str]) -> None:
+    """Raises QatTricksError if a name pattern matches no submodule of ``network``."""
+    names = [name for name, _ in network.named_modules() if name]
+    for pattern in untraced:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise QatTricksError(
+                f'untraced: pattern "{pattern}" matches no submodule: '
+                f"{did_you_mean(pattern, names)}"
+            )
+
+
 def trace(network: nn.Module, untraced: Sequence[str] = ()) -> fx.GraphModule:
     """Returns ``network`` as a graph module that shares its parameters.
 
@@ -79,13 +90,7 @@ def trace(network: nn.Module, untraced: Sequence[str] = ()) -> fx.GraphModule:
     """
     if isinstance(network, fx.GraphModule) and "qat_tricks" in network.meta:
         return network
-    names = [name for name, _ in network.named_modules() if name]
-    for pattern in untraced:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise QatTricksError(
-                f'untraced: pattern "{pattern}" matches no submodule: '
-                f"{did_you_mean(pattern, names)}"
-            )
+    check_untraced(network, untraced)
     tracer = Tracer(untraced)
     was_training = network.training
     try:

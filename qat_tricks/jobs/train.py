@@ -11,6 +11,7 @@ from torch import nn
 from qat_tricks.data import ImageData
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.modes import evaluating
+from qat_tricks.graph.trace import check_untraced
 from qat_tricks.jobs.baseline import prepare_baseline
 from qat_tricks.jobs.classifier import make_classifier
 from qat_tricks.jobs.datamodule import ImageDataModule, load_data
@@ -56,6 +57,7 @@ def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[st
     trainer = {**OmegaConf.to_container(config.trainer, resolve=True), "logger": logger}  # type: ignore[dict-item]
     # Checked now: training would fail only at its first loss.
     _check_classes(module.network, data)
+    check_untraced(module.network, recipe.untraced)  # before the baseline is trained
 
     datamodule = ImageDataModule(data)
     # Before the baseline: the other processes start here, from the top of the program.

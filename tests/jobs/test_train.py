@@ -60,3 +60,9 @@ def test_a_network_of_other_classes_than_the_data_is_refused(tmp_path):
     with pytest.raises(QatTricksError, match="has 10 classes and the data 4"):
         run_job(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_pattern_that_matches_nothing_is_refused_before_anything_is_trained(tmp_path):
+    with pytest.raises(QatTricksError, match='pattern "nothing" matches no submodule'):
+        run_job(job_config("recipe.untraced=[nothing]", *QUICK), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
