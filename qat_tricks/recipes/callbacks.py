@@ -18,7 +18,7 @@ def recipe(name: str, overrides: Sequence[str] | None = None) -> list[Any]:
 
     Returns:
         The run's ``Session``, and the tricks in their order. Each is a ``Callback`` of every
-        Lightning package that is installed.
+        Lightning package that this process imports, now or later.
 
     Raises:
         QatTricksError: an unknown recipe or setting, or a recipe that needs several fits.
