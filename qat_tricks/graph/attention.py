@@ -52,7 +52,7 @@ def attend(module: nn.MultiheadAttention, x: Any) -> Any:
     weights = torch.softmax(torch.matmul(query * depth**-0.5, key.transpose(-2, -1)), dim=-1)
     if module.dropout > 0:
         # the tracer turns it into a module that follows the mode
-        weights = F.dropout(weights, module.dropout, training=False)
+        weights = F.dropout(weights, module.dropout, training=module.training)
     mixed = torch.matmul(weights, value).transpose(1, 2).reshape(images, length, heads * depth)
     return F.linear(mixed, module.out_proj.weight, module.out_proj.bias)
 
@@ -91,10 +91,10 @@ def attend_in_windows(module: Any, x: Any) -> Any:
         scores = mask_windows(scores, rows, columns, window, shift)
     weights = torch.softmax(scores, dim=-1)
     if module.attention_dropout > 0:
-        weights = F.dropout(weights, module.attention_dropout, training=False)
+        weights = F.dropout(weights, module.attention_dropout, training=module.training)
     mixed = module.proj(torch.matmul(weights, value).transpose(2, 3).flatten(3))
     if module.dropout > 0:
-        mixed = F.dropout(mixed, module.dropout, training=False)
+        mixed = F.dropout(mixed, module.dropout, training=module.training)
     return from_windows(mixed, rows, columns, window, shift)
 
 

@@ -50,6 +50,7 @@ def functions_to_modules(traced: fx.GraphModule, network: nn.Module) -> None:
         traced: the graph module just traced from ``network``; it is changed in place.
         network: the user's.
     """
+    read_before = _read_attributes(traced)
     for calls in _calls_by_weights(traced):
         first, arguments = calls[0]
         module = _module(_MODULE_OF[first.target], arguments, traced)
@@ -62,7 +63,7 @@ def functions_to_modules(traced: fx.GraphModule, network: nn.Module) -> None:
     for node in traced.graph.nodes:
         if node.op == "call_function" and node.target is F.batch_norm:
             _batchnorm_to_module(node, traced, network)
-    _drop_unused(traced)  # the weights' nodes, and those that computed them
+    _drop_unused(traced, read_before)  # the weights' nodes, and those that computed them
     traced.recompile()
 
 
@@ -105,7 +106,7 @@ def _batchnorm_to_module(node: fx.Node, traced: fx.GraphModule, network: nn.Modu
     kind = next((kind for kind in kinds if isinstance(original, kind)), None)
     if kind is None:
         return
-    if not isinstance(traced.get_submodule(owner), kind):
+    if type(traced.get_submodule(owner)) is not kind:
         # Of a class derived from a BatchNorm only that part is called: the rest was traced.
         module = kind(
             original.num_features,
@@ -250,10 +251,20 @@ def _only_for(users: set[fx.Node], calls: set[fx.Node]) -> bool:
     )
 
 
-def _drop_unused(traced: fx.GraphModule) -> None:
+def _read_attributes(traced: fx.GraphModule) -> set[str]:
+    """The names of the parameters and buffers that nodes read."""
+    return {str(node.target) for node in traced.graph.nodes if node.op == "get_attr"}
+
+
+def _drop_unused(traced: fx.GraphModule, read_before: set[str]) -> None:
     """Removes nodes and parameters that nothing computes with any more.
 
-    An optimizer would wait for the gradients of such parameters.
+    An optimizer would wait for the gradients of such parameters. Those that the user's own network
+    did not use stay.
+
+    Args:
+        traced: with modules in the place of functions.
+        read_before: the parameters that nodes read before.
     """
     # Backwards, so that a node's readers are gone before the node is looked at.
     for node in reversed(list(traced.graph.nodes)):
@@ -263,11 +274,11 @@ def _drop_unused(traced: fx.GraphModule) -> None:
         if is_constant and not node.users:
             traced.graph.erase_node(node)
     # Parameters outside of modules that are called, and that no node reads, are dead.
-    read = {str(node.target) for node in traced.graph.nodes if node.op == "get_attr"}
+    dead = read_before - _read_attributes(traced)
     called = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}
     for name, _ in list(traced.named_parameters(remove_duplicate=False)):
         owner, _, attribute = name.rpartition(".")
         # A module that is called uses its parameters and those of its parts.
         is_used = any(owner == module or owner.startswith(f"{module}.") for module in called)
-        if name not in read and not is_used:
+        if name in dead and not is_used:
             delattr(traced.get_submodule(owner), attribute)

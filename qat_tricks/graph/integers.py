@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from qat_tricks.graph.inputs import Inputs, as_tensors, first_images
 from qat_tricks.graph.modes import evaluating
 from qat_tricks.graph.nodes import INTEGERS
+from qat_tricks.graph.two_modes import EvaluationInterpreter
 
 
 @torch.no_grad()
@@ -26,7 +27,7 @@ def note_integers(traced: fx.GraphModule, inputs: Inputs) -> fx.GraphModule:
     return traced
 
 
-class _Notes(fx.Interpreter):
+class _Notes(EvaluationInterpreter):
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if isinstance(result, Tensor):

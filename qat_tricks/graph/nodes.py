@@ -13,6 +13,7 @@ from qat_tricks.graph.integer_ops import Elementwise, Mean
 from qat_tricks.graph.layers import is_layer
 from qat_tricks.graph.operations import UNKNOWN, Arguments, Operation, entries_for
 from qat_tricks.graph.trace import layer_at, module_of
+from qat_tricks.graph.two_modes import TRAINING, only_in
 
 # The key in a node's meta under which ``note_integers`` says that it yields integers.
 INTEGERS = "qat_tricks.integers"
@@ -77,9 +78,15 @@ def depends_on_images(node: fx.Node) -> bool:
 
 
 def nodes_from_images(traced: fx.GraphModule) -> set[fx.Node]:
-    """All nodes of which ``depends_on_images`` is true, collected in one pass."""
+    """All nodes of which ``depends_on_images`` is true, collected in one pass.
+
+    Nodes of training only are left out: they are never deployed.
+    """
     dependent: set[fx.Node] = set()
+    absent = only_in(traced.graph, TRAINING)
     for node in traced.graph.nodes:
+        if node in absent:
+            continue
         if node.op == "placeholder" or not dependent.isdisjoint(node.all_input_nodes):
             dependent.add(node)
     return dependent

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from qat_tricks.graph.attention import from_windows, to_windows
 from qat_tricks.graph.integer_ops import Add, Elementwise, Mean, Mul
+from qat_tricks.graph.two_modes import by_mode
 
 Arguments = Mapping[str, Any]
 """The numbers that a call computes with: a module's attributes, or a function's arguments."""
@@ -237,7 +238,7 @@ OPERATIONS: Sequence[Operation] = (
     _moves("max_pool1d", nn.MaxPool1d, F.max_pool1d),
     _moves("max_pool2d", nn.MaxPool2d, F.max_pool2d, is_homogeneous=True),
     _moves("adaptive_max_pool2d", nn.AdaptiveMaxPool2d, F.adaptive_max_pool2d),
-    _moves("identity", nn.Identity, "contiguous", is_homogeneous=True),
+    _moves("identity", nn.Identity, "contiguous", "detach", is_homogeneous=True),
     _moves("flatten", nn.Flatten, torch.flatten, "flatten", is_homogeneous=True),
     _moves("unflatten", nn.Unflatten, "unflatten"),
     _moves("reshape", torch.reshape, "view", "view_as", "reshape", "reshape_as"),
@@ -271,6 +272,7 @@ OPERATIONS: Sequence[Operation] = (
     _dropout("dropout2d", nn.Dropout2d, F.dropout2d, is_homogeneous=True),
     _dropout("dropout3d", nn.Dropout3d, F.dropout3d),
     _dropout("alpha_dropout", nn.AlphaDropout, F.alpha_dropout),
+    _dropout("by_mode", by_mode),
     _dropout("drop_path", class_names=("StochasticDepth", "DropPath", "DropBlock2d")),
     Operation(name="cat", calls=(torch.cat, torch.concat, torch.concatenate), concatenates=True),
     # Activation functions that a quantizer stands in for: clamping to its integers is the function.

@@ -15,6 +15,7 @@ from qat_tricks.graph.integer_ops import Kernel, Mean
 from qat_tricks.graph.layers import Layer, as_layer
 from qat_tricks.graph.spec import KERNELS, QUANTIZERS, spec_of
 from qat_tricks.graph.trace import replace_with_module, trace
+from qat_tricks.graph.traceable import TraceSettings
 from qat_tricks.numerics import ActivationQuantizer, Scheme, WeightQuantizer
 
 # The quantizers before and behind one call of a layer, None where there is none.
@@ -38,7 +39,7 @@ def rebuild(network: nn.Module, spec: dict[str, Any]) -> fx.GraphModule:
     spec = copy.deepcopy(spec)
     if "whole" in spec:  # the key of older checkpoints
         spec["untraced"] = spec.pop("whole")
-    traced = trace(network, spec.get("untraced", ()))
+    traced = trace(network, spec.get("untraced", ()), settings=TraceSettings.of_spec(spec))
     traced.meta["qat_tricks"] = spec
     missing = _missing_names(traced, spec)
     if missing:
@@ -85,14 +86,17 @@ def give_bias(layer: nn.Module) -> None:
 
 
 def erase_batchnorm(traced: fx.GraphModule, batchnorm: str) -> None:
-    """Takes a BatchNorm out of the graph; the caller folds its values and recompiles."""
+    """Takes a BatchNorm out of the graph; the caller folds its values and recompiles.
+
+    An ``nn.Identity`` has its place among the parts, so that the others keep theirs.
+    """
     for node in list(traced.graph.nodes):
         if node.op == "call_module" and node.target == batchnorm:
             node.replace_all_uses_with(node.all_input_nodes[0])
             traced.graph.erase_node(node)
     # timm's BatchNorms hold the activation that follows: it stays, under its own name.
     parts = dict(traced.get_submodule(batchnorm).named_children())
-    traced.delete_submodule(batchnorm)
+    traced.add_submodule(batchnorm, nn.Identity())
     for name, part in parts.items():
         traced.add_submodule(f"{batchnorm}.{name}", part)
 

@@ -1,67 +1,38 @@
-"""From the user's network to a ``torch.fx.GraphModule``.
+"""From the user's network to a ``torch.fx.GraphModule`` that computes the same in both modes.
 
 The names of submodules, and so the keys of checkpoints, stay the user's.
 """
 
 import operator
-import traceback
+import warnings
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from qat_tricks.errors import QatTricksError, did_you_mean
-from qat_tricks.graph import attention
 from qat_tricks.graph.functional import functions_to_modules
-from qat_tricks.graph.modes import evaluating
+from qat_tricks.graph.layers import as_layer
 from qat_tricks.graph.operations import entries_for
-
-
-class Tracer(fx.Tracer):
-    """Does not trace through a module that behaves differently in training.
-
-    Traced through, it would be frozen in one mode.
-
-    Attributes:
-        untraced: name patterns of other modules that it does not trace through.
-        culprit: the innermost module that could not be traced.
-    """
-
-    def __init__(self, untraced: Sequence[str] = ()) -> None:
-        super().__init__()
-        self.untraced = untraced
-        self.culprit: str | None = None
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether a module stays one call."""
-        if super().is_leaf_module(m, module_qualified_name) or any(
-            fnmatchcase(module_qualified_name, p) for p in self.untraced
-        ):
-            return True
-        # A module with parts or parameters is traced through: surgery has to reach them.
-        has_parts = any(True for _ in m.children()) or any(
-            True for _ in m.parameters(recurse=False)
-        )
-        # Only the code tells: a module without parts that reads its mode acts on it.
-        return not has_parts and "training" in type(m).forward.__code__.co_names
-
-    def call_module(
-        self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Traces through self-attention, so that its projections are linears like any other."""
-        if isinstance(m, nn.MultiheadAttention) and attention.is_plain(m, args, kwargs):
-            return attention.attend(m, args[0]), None
-        try:
-            if attention.is_in_windows(m) and not self.is_leaf_module(m, self.path_of_module(m)):
-                return attention.attend_in_windows(m, *args, **kwargs)
-            return super().call_module(m, forward, args, kwargs)
-        except Exception:
-            # The error passes the innermost module first.
-            self.culprit = self.culprit or self.path_of_module(m)
-            raise
+from qat_tricks.graph.traceable import TraceSettings, check_traceable, take_over_masks
+from qat_tricks.graph.traced_network import (
+    DEFAULTS,
+    NO_TRAINING,
+    TracedNetwork,
+    adopt,
+    drop_unused,
+)
+from qat_tricks.graph.tracer import (
+    NO_GRAD,
+    Followed,
+    Tracer,
+    defaults_of,
+    follow,
+    functions_of_mode,
+)
+from qat_tricks.graph.two_modes import FOLLOWS_MODE, OWNER, merge, split_by_training
 
 
 def check_untraced(network: nn.Module, untraced: Sequence[str]) -> None:
@@ -75,74 +46,151 @@ def check_untraced(network: nn.Module, untraced: Sequence[str]) -> None:
             )
 
 
-def trace(network: nn.Module, untraced: Sequence[str] = ()) -> fx.GraphModule:
+def trace(
+    network: nn.Module,
+    untraced: Sequence[str] = (),
+    *,
+    settings: TraceSettings | None = None,
+) -> TracedNetwork:
     """Returns ``network`` as a graph module that shares its parameters.
 
-    A network that was traced here before is returned as it is.
+    The result is an object of the user's class, with the user's attributes and parts. It computes
+    what the network computes in either mode. Arguments of ``forward`` with a default keep it. A
+    network that was traced here before is returned as it is.
 
     Args:
         network: takes images, or several inputs, and yields logits.
         untraced: name patterns (``fnmatch``) of submodules to keep whole, in float.
+        settings: what to do beyond following the code; by default everything.
 
     Raises:
         QatTricksError: the network's control flow depends on the values of its inputs (names the
-            line of its code and the submodule), or a pattern matches no submodule.
+            line of its code and the submodule), a pattern matches no submodule, or the network is
+            one that cannot be traced right.
     """
-    if isinstance(network, fx.GraphModule) and "qat_tricks" in network.meta:
+    if isinstance(network, TracedNetwork):
         return network
+    settings = settings or TraceSettings()
     check_untraced(network, untraced)
-    tracer = Tracer(untraced)
-    was_training = network.training
-    try:
-        with evaluating(network):  # auxiliary heads and stochastic branches belong to training only
-            graph = tracer.trace(network)
-    except Exception as error:  # whatever user code raises when it meets a proxy
-        part = f'keep that part in float with untraced=["{tracer.culprit}"]'
-        way_out = part if tracer.culprit else "hand over the part that can be"
-        raise QatTricksError(
-            f"{type(network).__name__} cannot be traced: {_user_line(error)}: "
-            f"{_first_line(error)}; mend that line so that it does not depend on the values or the "
-            f"shape of the input, or {way_out}"
-        ) from error
-    traced = fx.GraphModule(network, graph, class_name=type(network).__name__)
-    _dropout_to_modules(traced)
-    _erase_assertions(traced)
-    _erase_identities(traced)
-    functions_to_modules(traced, network)
-    traced.train(was_training)  # also the modules that tracing has added
-    traced.meta["qat_tricks"] = {"untraced": list(untraced)} if untraced else {}
+    check_traceable(network, untraced)
+    masks = take_over_masks(network)
+    here, no_training = _both_modes(network, untraced, settings)
+    for name, constant in here.constants.items():
+        setattr(network, name, constant)
+    traced = adopt(network, here.graph)
+    for name in here.constants:
+        delattr(network, name)
+    _prepare(traced, network, settings)
+    _forget_attributes(traced, here.written)
+    if defaults := defaults_of(network):
+        traced.meta[DEFAULTS] = defaults
+    if no_training is not None:
+        traced.meta[NO_TRAINING] = no_training
+    spec = traced.meta["qat_tricks"] = {"untraced": list(untraced)} if untraced else {}
+    spec |= settings.as_spec()
+    for name, mask in masks.items():
+        as_layer(traced.get_submodule(name)).weight_mask = mask
+        spec.setdefault("layers", {})[name] = {"mask": True}
+    traced.recompile()
     return traced
 
 
-def _user_line(error: BaseException) -> str:
-    """``file:line "code"`` of the innermost frame outside of torch and of this package."""
-    # Of an error inside torch, the user's line that led to it is named.
-    own = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
-    frames = [
-        f
-        for f in traceback.extract_tb(error.__traceback__)
-        if not f.filename.startswith((*own, "<"))
-    ]
-    if not frames:
-        return "in PyTorch itself"
-    return f'{frames[-1].filename}:{frames[-1].lineno} "{(frames[-1].line or "").strip()}"'
+def _both_modes(
+    network: nn.Module, untraced: Sequence[str], settings: TraceSettings
+) -> tuple[Followed, str | None]:
+    """The graph of both modes; and why it is of evaluation only, if training cannot be traced."""
+
+    def tracer(whole_functions: Sequence[Any] = ()) -> Tracer:
+        return Tracer(
+            untraced, splits_attention=settings.splits_attention, whole_functions=whole_functions
+        )
+
+    here = follow(network, tracer(), training=False)
+    if not settings.training_mode:
+        return here, None
+    try:
+        there = follow(network, tracer(), training=True)
+    except QatTricksError as error:
+        # A function such as ``drop_path(x, p, training)`` can be one call, in training only.
+        whole_functions = functions_of_mode(network)
+        if not whole_functions:
+            return here, str(error)
+        try:
+            there = follow(network, tracer(whole_functions), training=True)
+        except QatTricksError:
+            return here, str(error)
+    # Each trace numbers the tensors that it makes from 0.
+    for node in there.graph.nodes:
+        if node.op == "get_attr" and node.target in there.constants:
+            constant = there.constants[str(node.target)]
+            same = here.constants.get(str(node.target))
+            if same is None or not torch.equal(same, constant):
+                node.target = str(node.target).replace("constant", "constant_of_training")
+                here.constants[node.target] = constant
+    merge(here.graph, there.graph)
+    here.written += [name for name in there.written if name not in here.written]
+    return here, None
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _prepare(traced: TracedNetwork, network: nn.Module, settings: TraceSettings) -> None:
+    """Brings a graph just traced into the form that tricks expect."""
+    own = {name for name, _ in traced.named_modules()}
+    _dropout_to_modules(traced, every=not settings.training_mode)
+    _erase_assertions(traced)
+    _erase_identities(traced)
+    if settings.training_mode:
+        _detach_no_grad(traced)
+    if settings.functions_to_modules:
+        functions_to_modules(traced, network)
+    split_by_training(traced)
+    if not settings.keep_unused:
+        drop_unused(traced)
+    for name, module in traced.named_modules():
+        if name not in own:  # it has the mode of the part that it was added to
+            module.training = traced.get_submodule(name.rpartition(".")[0]).training
 
 
-def _dropout_to_modules(traced: fx.GraphModule) -> None:
+def _forget_attributes(traced: TracedNetwork, written: Sequence[str]) -> None:
+    """Removes attributes that the code sets, because the traced network does not set them."""
+    for name in written:
+        path, _, attribute = name.rpartition(".")
+        vars(traced.get_submodule(path)).pop(attribute, None)
+    if written:
+        warnings.warn(
+            f"{type(traced).__name__} sets {', '.join(written)} while it computes; the traced "
+            "network does not, and has no such attribute: yield what is needed later instead",
+            stacklevel=3,
+        )
+
+
+def _detach_no_grad(traced: fx.GraphModule) -> None:
+    """Detaches what was computed under ``torch.no_grad()`` where it meets the rest."""
+    for node in list(traced.graph.nodes):
+        outside = [user for user in node.users if not user.meta.get(NO_GRAD)]
+        if not node.meta.get(NO_GRAD) or node.op in ("placeholder", "get_attr") or not outside:
+            continue
+        with traced.graph.inserting_after(node):
+            detached = traced.graph.call_method("detach", (node,))
+        node.replace_all_uses_with(
+            detached, delete_user_cb=lambda user, outside=outside: user in outside
+        )
+
+
+def _dropout_to_modules(traced: fx.GraphModule, *, every: bool) -> None:
     """Turns functional dropout into modules, which follow ``train()`` and ``eval()``.
 
-    It was traced with ``training=False`` and would stay so.
+    Args:
+        traced: just traced.
+        every: also those of which it is not known whether training switches them on.
     """
     for node in list(traced.graph.nodes):
         dropout = _dropout_module(node.target) if node.op == "call_function" else None
-        if dropout is not None:
+        if dropout is not None and (every or node.meta.get(FOLLOWS_MODE)):
             # torch's functions have 0.5 as their default.
             p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
-            name = f"dropouts.{node.name}"
+            # Beside the code that calls it, whose mode it follows.
+            owner = node.meta.get(OWNER)
+            name = f"{owner}.dropouts.{node.name}" if owner else f"dropouts.{node.name}"
             replace_with_module(traced, node, name, dropout(p), node.all_input_nodes[:1])
     traced.recompile()
 

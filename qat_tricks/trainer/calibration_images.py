@@ -10,9 +10,9 @@ from torch import nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.inputs import Inputs, as_tensors, input_names, inputs_of, is_nested
+from qat_tricks.graph.random_state import kept_random_state
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.trainer.framework import package_of
-from qat_tricks.trainer.random_state import kept_random_state
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer

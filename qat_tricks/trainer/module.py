@@ -7,9 +7,9 @@ from torch import nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.layers import is_layer
+from qat_tricks.graph.random_state import random_state
 from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.workbench import Workbench
-from qat_tricks.trainer.random_state import random_state
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from qat_tricks.errors import QatTricksError
+from qat_tricks.graph.random_state import restore_random_state
 from qat_tricks.graph.surgery import rebuild
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.trainer.averaging import is_averaging, keep_grids
@@ -28,7 +29,6 @@ from qat_tricks.trainer.module import (
 )
 from qat_tricks.trainer.optimizers import renew_parameters
 from qat_tricks.trainer.order import Ordered, check_order
-from qat_tricks.trainer.random_state import restore_random_state
 from qat_tricks.trainer.ranks import loaded_once
 from qat_tricks.trainer.resume import check_restore, spec_to_restore
 

@@ -20,6 +20,7 @@ from qat_tricks.graph.inputs import Inputs, as_tensors, check_batches
 from qat_tricks.graph.layers import Layer
 from qat_tricks.graph.modes import evaluating, unrounded_sums
 from qat_tricks.graph.trace import module_of
+from qat_tricks.graph.two_modes import EvaluationInterpreter
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.progress import track
 from qat_tricks.trainer.trick import Trick, check_num_images
@@ -100,7 +101,7 @@ class _Stream:
     """Runs a graph node by node on all batches at once; a value is kept until its last use."""
 
     def __init__(self, traced: fx.GraphModule, batches: Sequence[Inputs]) -> None:
-        self.interpreter = [fx.Interpreter(traced) for _ in batches]
+        self.interpreter = [EvaluationInterpreter(traced) for _ in batches]
         for interpreter, batch in zip(self.interpreter, batches, strict=True):
             interpreter.args_iter = iter(as_tensors(batch))
         self.nodes = iter(traced.graph.nodes)

@@ -33,6 +33,7 @@ from qat_tricks.graph.modes import evaluating
 from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.surgery import uncap as uncap_nodes
 from qat_tricks.graph.trace import layer_at
+from qat_tricks.graph.two_modes import EvaluationInterpreter
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.progress import track
 from qat_tricks.trainer.trick import Trick
@@ -188,7 +189,7 @@ def _channel_maxima(
     last = {pair.between: isinstance(layer_at(traced, pair.first), nn.Linear) for pair in pairs}
     largest: dict[str, list[Tensor]] = {}
 
-    class Watch(fx.Interpreter):
+    class Watch(EvaluationInterpreter):
         def run_node(self, n: fx.Node) -> Any:
             output = super().run_node(n)
             if n.name in last:

@@ -24,6 +24,7 @@ from torch import Tensor, fx
 from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.graph.layers import Layer, as_layer, is_layer
 from qat_tricks.graph.spec import spec_of
+from qat_tricks.graph.traced_network import is_inside
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.trainer.averaging import keep_grids
 from qat_tricks.trainer.module import workbench_of
@@ -112,10 +113,11 @@ def prunable(
     """
     # A conv that was a BatchNorm has one weight a channel: without it the channel is lost.
     factors = spec_of(traced).get("convs", [])
+    called = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}
     modules = {
         name: module
         for name, module in traced.named_modules()
-        if is_layer(module) and name not in factors
+        if is_layer(module) and is_inside(name, called) and name not in factors
     }
     for pattern in [*include, *exclude]:
         if not any(fnmatchcase(name, pattern) for name in modules):

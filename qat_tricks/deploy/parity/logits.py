@@ -1,15 +1,12 @@
 """Compares the logits of two ways to run a network, and judges the difference."""
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from qat_tricks.errors import QatTricksError
-
-# stands for logits without any difference, so that a report stays plain JSON
-LARGEST_SQNR_DB = 200.0
+from qat_tricks.numerics.decibels import LARGEST_SQNR_DB, decibels
 
 
 def compare_logits(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
@@ -90,14 +87,3 @@ def agrees(top1_agreement: float, images: int, least: float) -> bool:
     """
     differing = round((1 - top1_agreement) * images)
     return differing <= max((1 - least) * images, float(least < 1))
-
-
-def decibels(signal: float, noise: float) -> float:
-    """The ratio of two powers in dB, from -200 to 200."""
-    if noise == 0.0:
-        return LARGEST_SQNR_DB
-    if not math.isfinite(noise) or not math.isfinite(signal):
-        return -LARGEST_SQNR_DB
-    # a signal of zeros has no logarithm
-    ratio_db = 10 * math.log10(max(signal, 1e-300) / noise)
-    return min(max(ratio_db, -LARGEST_SQNR_DB), LARGEST_SQNR_DB)

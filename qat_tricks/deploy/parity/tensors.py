@@ -13,14 +13,15 @@ from onnx import TensorProto, numpy_helper
 from torch import Tensor, fx
 
 from qat_tricks.deploy.onnx_graph import load_model
-from qat_tricks.deploy.parity.logits import decibels
 from qat_tricks.deploy.passes import QUANTIZED
 from qat_tricks.deploy.runtimes.network import feed
 from qat_tricks.deploy.runtimes.session import input_specs, open_session
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.inputs import Inputs, as_tensors
 from qat_tricks.graph.trace import module_of
+from qat_tricks.graph.two_modes import EvaluationInterpreter
 from qat_tricks.numerics import ActivationQuantizer
+from qat_tricks.numerics.decibels import decibels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,7 @@ def measure_tensor_parity(
     return sorted(rows, key=lambda row: (row.sqnr_db, row.place))
 
 
-class _Recorder(fx.Interpreter):
+class _Recorder(EvaluationInterpreter):
     """Records the values of each call of a quantizer, by the name of the quantized node."""
 
     def __init__(self, network: fx.GraphModule) -> None:

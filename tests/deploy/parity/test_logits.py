@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from qat_tricks.deploy.parity.logits import LARGEST_SQNR_DB, agrees, check_agreement, compare_logits
+from qat_tricks.deploy.parity.logits import agrees, check_agreement, compare_logits
 from qat_tricks.errors import QatTricksError
+from qat_tricks.numerics.decibels import LARGEST_SQNR_DB
 
 LOGITS = np.array([[3.0, 0, 0], [0, 3, 0], [0, 0, 3], [3, 0, 0]])
 

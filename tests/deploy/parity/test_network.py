@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from qat_tricks.deploy.parity.logits import LARGEST_SQNR_DB
 from qat_tricks.deploy.parity.network import measure_parity
 from qat_tricks.errors import QatTricksError
+from qat_tricks.numerics.decibels import LARGEST_SQNR_DB
 from tests.helpers.handmade import float_conv
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from qat_tricks.deploy.parity.logits import LARGEST_SQNR_DB
 from qat_tricks.deploy.parity.runtimes import PARITY_BATCHES, check_parity, parity, predictor
 from qat_tricks.errors import QatTricksError
+from qat_tricks.numerics.decibels import LARGEST_SQNR_DB
 from tests.helpers.handmade import float_conv
 
 

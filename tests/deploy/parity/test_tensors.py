@@ -7,10 +7,10 @@ import torch
 from onnx import helper
 
 from qat_tricks.deploy.export import export_onnx
-from qat_tricks.deploy.parity.logits import LARGEST_SQNR_DB
 from qat_tricks.deploy.parity.tensors import measure_tensor_parity
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import activation_quantizers, layers
+from qat_tricks.numerics.decibels import LARGEST_SQNR_DB
 from tests.helpers import networks
 from tests.helpers.handmade import save
 from tests.helpers.networks import images

@@ -43,3 +43,10 @@ def kept_random_state() -> Iterator[None]:
         yield
     finally:
         restore_random_state(state)
+
+
+def has_moved(state: dict[str, Any]) -> bool:
+    """Whether anything drew random numbers on the CPU since ``random_state`` returned ``state``."""
+    now = random_state()
+    same = now["python"] == state["python"] and now["numpy"] == state["numpy"]
+    return not (same and torch.equal(now["torch"], state["torch"]))

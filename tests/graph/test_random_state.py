@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from qat_tricks.trainer.random_state import random_state, restore_random_state
+from qat_tricks.graph.random_state import random_state, restore_random_state
 
 DRAWS = {
     "python": random.random,

@@ -1,0 +1,165 @@
+"""What has to be so before a network can be traced, and what is taken over from other tools."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+
+from qat_tricks.errors import QatTricksError
+from qat_tricks.graph.layers import LAYER_OF
+
+# Old-style hooks of torch.nn.utils that make a weight anew at each call, with the function that
+# makes it a parameter again.
+_MADE_BY_HOOKS = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceSettings:
+    """What ``trace`` does; a spec records it, so that a network is rebuilt as it was."""
+
+    training_mode: bool = True  # follow the code in training mode too
+    keep_unused: bool = True  # keep parts and parameters that the graph does not use
+    splits_attention: bool = True  # make linears and products of self-attention
+    functions_to_modules: bool = True  # make modules of functions with weights
+
+    def as_spec(self) -> dict[str, Any]:
+        """The entry in a spec."""
+        return {"trace": asdict(self)}
+
+    @classmethod
+    def of_spec(cls, spec: Mapping[str, Any]) -> "TraceSettings":
+        """The settings with which a spec's network was traced."""
+        # Specs written before had one mode, and only parts in use.
+        before: dict[str, Any] = {"training_mode": False, "keep_unused": False}
+        return cls(**spec.get("trace", before))
+
+
+def check_traceable(network: nn.Module, untraced: Sequence[str] = ()) -> None:
+    """Refuses networks that a tracer would follow wrong.
+
+    Args:
+        network: the user's.
+        untraced: name patterns of submodules that stay whole, which may be anything.
+
+    Raises:
+        QatTricksError: one line with the part and the way out.
+    """
+    if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise QatTricksError(
+            f"{type(network).__name__} spreads a network over devices: hand over its .module"
+        )
+    if "forward" in vars(network):
+        raise QatTricksError(
+            f"the forward of {type(network).__name__} was replaced on the object, and a tracer "
+            "reads its class: define a class with that forward"
+        )
+    for path, module in network.named_modules():
+        if _is_under(path, untraced):
+            continue
+        where = f'"{path}"' if path else type(network).__name__
+        _check_kind(module, where)
+        _check_weights(module, where)
+        if path:
+            _check_hooks(module, where)
+
+
+def _is_under(path: str, patterns: Sequence[str]) -> bool:
+    parts = path.split(".")
+    paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(fnmatchcase(p, pattern) for p in paths for pattern in patterns)
+
+
+def _check_kind(module: nn.Module, where: str) -> None:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise QatTricksError(
+            f"{where} is scripted, and tricks need its Python code: hand over the network from "
+            "before torch.jit.script or torch.jit.trace"
+        )
+    if "_orig_mod" in module._modules:
+        raise QatTricksError(
+            f"{where} is compiled, and tricks need the network itself: hand over the network from "
+            "before torch.compile (its _orig_mod), and compile what they return"
+        )
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        raise QatTricksError(
+            f"{where} was compiled in place with .compile(), and tricks need the network itself: "
+            "compile what they return instead"
+        )
+
+
+def _check_weights(module: nn.Module, where: str) -> None:
+    for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+        if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+            raise QatTricksError(
+                f"{where} is lazy and has no {name} yet: run the network once on a batch"
+            )
+    if parametrize.is_parametrized(module):
+        names = ", ".join(module.parametrizations)  # type: ignore[arg-type]
+        raise QatTricksError(
+            f"{where} computes its {names} with torch.nn.utils.parametrize, which surgery would "
+            "undo: make it a plain parameter with torch.nn.utils.parametrize."
+            f'remove_parametrizations(module, "{names}")'
+        )
+
+
+def _check_hooks(module: nn.Module, where: str) -> None:
+    for hook in module._forward_pre_hooks.values():
+        kind = type(hook).__name__
+        if kind in _MADE_BY_HOOKS:
+            raise QatTricksError(
+                f"{where} makes its weight anew in a hook ({kind}): make it a plain parameter with "
+                f"torch.nn.utils.{_MADE_BY_HOOKS[kind]}(module)"
+            )
+        if isinstance(hook, BasePruningMethod):
+            if hook._tensor_name != "weight" or type(module) not in LAYER_OF:
+                raise QatTricksError(
+                    f"{where} has a mask on its {hook._tensor_name}, and only masks on weights of "
+                    "convs and linears are taken over: make it permanent with torch.nn.utils."
+                    f'prune.remove(module, "{hook._tensor_name}")'
+                )
+            continue
+        raise QatTricksError(_hook(where, hook))
+    for hook in module._forward_hooks.values():
+        raise QatTricksError(_hook(where, hook))
+
+
+def _hook(where: str, hook: Any) -> str:
+    name = getattr(hook, "__qualname__", type(hook).__name__)
+    return (
+        f"{where} has a forward hook ({name}), which a traced network would not call: remove it, "
+        "register it on the network itself, or do its work in forward"
+    )
+
+
+@torch.no_grad()
+def take_over_masks(network: nn.Module) -> dict[str, Tensor]:
+    """Makes the weights under masks of ``torch.nn.utils.prune`` plain parameters, in place.
+
+    Returns:
+        The masks by the names of their layers.
+    """
+    masks: dict[str, Tensor] = {}
+    for path, module in network.named_modules():
+        pruned = {
+            key: hook
+            for key, hook in module._forward_pre_hooks.items()
+            if isinstance(hook, BasePruningMethod)
+        }
+        # Only layers: what else has masks was refused, or is not traced.
+        if not pruned or type(module) not in LAYER_OF:
+            continue
+        for key in pruned:
+            del module._forward_pre_hooks[key]
+        vars(module).pop("weight", None)
+        weight = module._parameters.pop("weight_orig")
+        masks[path] = module._buffers.pop("weight_mask")
+        assert weight is not None
+        weight.mul_(masks[path])
+        # First again, as in a layer that was never pruned.
+        module._parameters = {"weight": weight, **module._parameters}
+    return masks

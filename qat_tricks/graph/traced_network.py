@@ -1,0 +1,440 @@
+"""A traced network that is still the user's: an object of the user's class, with all its parts.
+
+``torch.fx`` makes an object of a class of its own, and keeps only what the graph calls. Here the
+object has the user's class among its bases, and the user's attributes and parts. What would compute
+beside the graph, and so without quantizers, is refused by name when it is called.
+"""
+
+import copy
+import functools
+import inspect
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from qat_tricks.errors import QatTricksError
+from qat_tricks.graph.two_modes import EVALUATION, OWNER, TRAINING, acts_on_mode, by_mode, graph_in
+
+# Keys in the ``meta`` of a network: the names and defaults of arguments that were traced with their
+# default; why the network cannot be run in training mode.
+DEFAULTS, NO_TRAINING = "qat_tricks.defaults", "qat_tricks.no_training"
+_TABLES = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
+_HOOK_TABLES = tuple(
+    name for name in vars(nn.Module()) if name.endswith(("_hooks", "_kwargs", "_always_called"))
+)
+
+
+class TracedNetwork(fx.GraphModule):
+    """A base of every traced network; the user's class is the other (see ``adopt``)."""
+
+    _user_class: type[nn.Module]
+
+    def recompile(self) -> Any:
+        """Generates ``forward`` from the graph: one for each mode where it acts on the mode."""
+        code = super().recompile()
+        kind = type(self)
+        defaults = self.meta.get(DEFAULTS) if "meta" in vars(self) else None
+        reason = self.meta.get(NO_TRAINING) if "meta" in vars(self) else None
+        if acts_on_mode(self.graph):
+            kind.forward = _forward_of_both(self)
+        if reason is not None:
+            kind.forward = _evaluation_only(kind.forward, reason)
+        if defaults:
+            kind.forward = _with_defaults(kind.forward, defaults)
+        _refuse_calls_beside(self)
+        return code
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TracedNetwork":
+        twin = object.__new__(_class_for(self._user_class))
+        memo[id(self)] = twin
+        state = {key: value for key, value in vars(self).items() if key != "_graph"}
+        vars(twin).update(copy.deepcopy(state, memo))
+        twin.graph = copy.deepcopy(self.graph)
+        return twin
+
+    def __copy__(self) -> "TracedNetwork":
+        twin = object.__new__(_class_for(self._user_class))
+        vars(twin).update(vars(self))
+        twin.graph = copy.deepcopy(self.graph)
+        return twin
+
+    def __reduce__(self) -> Any:
+        # A pickle of torch.fx traces its own code again, and forgets the spec.
+        state = {
+            key: value
+            for key, value in vars(self).items()
+            if key not in ("_graph", "_code", "_lineno_map", "_prologue_start")
+        }
+        return _unpickle, (self._user_class, _as_plain(self.graph), state)
+
+
+def adopt(network: nn.Module, graph: fx.Graph) -> TracedNetwork:
+    """A network of the class of ``network`` that computes ``graph``.
+
+    The modules that the graph calls are the user's own objects. Those that it passes through are
+    copies without a ``forward``, so that surgery leaves the user's network its parts.
+
+    Args:
+        network: the user's, which was traced.
+        graph: its nodes name parts and attributes of ``network``.
+    """
+    plain = fx.GraphModule(network, graph, class_name=type(network).__name__)
+    traced = object.__new__(_class_for(type(network)))
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    fx_state = {key: vars(plain)[key] for key in vars(plain).keys() - vars(nn.Module()).keys()}
+    vars(traced).update({**vars(_shell(network, "", called, {})), **_without_parts(fx_state)})
+    vars(traced).pop("_compiled_call_impl", None)
+    if isinstance(traced, nn.Sequential):
+        vars(traced)["_layer_names"] = tuple(network._modules)
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            _register(traced, str(node.target))
+    traced.graph = graph
+    return traced
+
+
+def _without_parts(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if not isinstance(value, nn.Module)}
+
+
+def _shell(module: nn.Module, path: str, called: set[str], done: dict[int, Any]) -> nn.Module:
+    """A copy of ``module`` and its parts that shares parameters, and all parts that are called."""
+    if path in called:
+        return module
+    if id(module) not in done:
+        shell = done[id(module)] = _shallow(module)
+        prefix = f"{path}." if path else ""
+        for name, child in module._modules.items():
+            if child is not None:
+                shell._modules[name] = _shell(child, f"{prefix}{name}", called, done)
+    return done[id(module)]
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """A copy of one module, with tables of its own and the same parameters and parts."""
+    twin = object.__new__(type(module))
+    vars(twin).update(vars(module))
+    for table in (*_TABLES, *_HOOK_TABLES):
+        if table in vars(module):
+            vars(twin)[table] = copy.copy(vars(module)[table])
+    return twin
+
+
+def _register(traced: nn.Module, target: str) -> None:
+    """Makes a tensor that is a plain attribute a buffer, which follows the device."""
+    path, _, name = target.rpartition(".")
+    owner = traced.get_submodule(path)
+    value = vars(owner).get(name)
+    if isinstance(value, torch.Tensor):
+        delattr(owner, name)
+        owner.register_buffer(name, value)
+
+
+def drop_unused(traced: TracedNetwork) -> None:
+    """Removes parts, parameters and buffers that the graph does not use.
+
+    Checkpoints written before networks kept them have no values for them.
+    """
+    used = {str(n.target) for n in traced.graph.nodes if n.op in ("call_module", "get_attr")}
+    for name, module in list(traced.named_modules()):
+        if not name or any(name == u or name.startswith(f"{u}.") for u in used):
+            continue
+        if not any(u.startswith(f"{name}.") for u in used):
+            owner, _, last = name.rpartition(".")
+            traced.get_submodule(owner)._modules.pop(last, None)
+            continue
+        _drop_tensors(module, name, used)
+    _drop_tensors(traced, "", used)
+
+
+def _drop_tensors(module: nn.Module, path: str, used: set[str]) -> None:
+    prefix = f"{path}." if path else ""
+    for table in (module._parameters, module._buffers):
+        for name in list(table):
+            if prefix + name not in used:
+                del table[name]
+
+
+# Classes -----------------------------------------------------------------------------------------
+
+
+def _class_for(kind: type[nn.Module]) -> type[TracedNetwork]:
+    """A class for one network, as torch.fx has it, because ``forward`` belongs to the class."""
+    methods = {name: _guarded(name, method) for name, method in _methods_of(kind).items()}
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    bases = (_TracedSequential, kind) if issubclass(kind, nn.Sequential) else (TracedNetwork, kind)
+    make: Any = type(kind)  # the metaclass
+    return make(kind.__name__, bases, {**methods, **names, "_user_class": kind})
+
+
+def _methods_of(kind: type) -> dict[str, FunctionType]:
+    """The methods that the user has written, without those of ``nn.Module`` that they replace."""
+    methods: dict[str, FunctionType] = {}
+    for base in reversed(kind.__mro__):
+        if base.__module__.startswith("torch.nn.modules"):
+            continue
+        for name, value in vars(base).items():
+            if isinstance(value, FunctionType) and not hasattr(fx.GraphModule, name):
+                methods[name] = value
+    return {name: value for name, value in methods.items() if not name.startswith("__")}
+
+
+class _TracedSequential(TracedNetwork):
+    """A traced ``nn.Sequential``: what tricks have added is none of its layers."""
+
+    def _layers(self) -> nn.Sequential:
+        names = vars(self)["_layer_names"]
+        return RefusedSequential(OrderedDict((name, self.get_submodule(name)) for name in names))
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self._layers())
+
+    def __len__(self) -> int:
+        return len(self._layers())
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._layers()[index]
+
+
+class RefusedSequential(nn.Sequential):
+    """Layers of a traced network by index and slice; calling a slice would pass its graph by."""
+
+    def forward(self, input: Any) -> Any:
+        """Refuses."""
+        raise QatTricksError(_beside("a slice of its layers"))
+
+
+# Calls beside the graph --------------------------------------------------------------------------
+
+
+def _beside(what: str) -> str:
+    return (
+        f"{what} was called beside the forward of its traced network, where it would compute "
+        "without its quantizers: call the whole network, or do this work in its forward"
+    )
+
+
+class _Refusal:
+    """Stands in for the ``forward`` of a part that the graph passes through."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise QatTricksError(_beside(f'"{self.path}"'))
+
+
+class _HookRefusal:
+    """Stands in for ``register_forward_hook`` of such a part, whose hooks would never be called."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Lightning's summary of a model can do without: it then shows no sizes.
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if "model_summary" in caller:
+            return torch.utils.hooks.RemovableHandle({})
+        raise QatTricksError(
+            f'a forward hook on "{self.path}" would never be called, because the traced network '
+            "passes it by: register it on the network itself, or before on a network of its own"
+        )
+
+
+def _refuse_calls_beside(traced: TracedNetwork) -> None:
+    """Gives each part that the graph does not call a ``forward`` that refuses by name."""
+    called = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}
+    for path, module in list(traced.named_modules()):
+        is_refused = isinstance(vars(module).get("forward"), _Refusal)
+        if path in called and is_refused:
+            for name in _refusals(path):
+                del vars(module)[name]
+        if not path or is_refused or is_inside(path, called):
+            continue
+        owner, _, name = path.rpartition(".")
+        # A copy: the user may hold the module in a network of their own.
+        twin = _shallow(module)
+        if type(module) is nn.Sequential:
+            twin.__class__ = RefusedSequential
+        vars(twin).update(_refusals(path))
+        traced.get_submodule(owner)._modules[name] = twin
+
+
+def _refusals(path: str) -> dict[str, Any]:
+    hooks = dict.fromkeys(
+        ("register_forward_hook", "register_forward_pre_hook"), _HookRefusal(path)
+    )
+    return {"forward": _Refusal(path), **hooks}
+
+
+def is_inside(path: str, called: set[str]) -> bool:
+    """Whether a module is called, or a part of one that is."""
+    parts = path.split(".")
+    return any(".".join(parts[: i + 1]) in called for i in range(len(parts)))
+
+
+def _guarded(name: str, method: FunctionType) -> Callable[..., Any]:
+    """The user's method, which may call the network and none of its parts."""
+
+    @functools.wraps(method)
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _parts_refused(self, f"{self._user_class.__name__}.{name}"):
+            return method(self, *args, **kwargs)
+
+    return guarded
+
+
+@contextmanager
+def _parts_refused(network: nn.Module, method: str) -> Iterator[None]:
+    """Refuses calls of parts of ``network``, other than by its own ``forward``."""
+    if "forward" in vars(network):  # a method that was called by another
+        yield
+        return
+    parts = {id(module) for module in network.modules() if module is not network}
+    runs = [False]
+
+    def refuse(module: nn.Module, args: Any) -> None:
+        if id(module) in parts and not runs[0]:
+            raise QatTricksError(_beside(f"{method} calls {type(module).__name__}, which"))
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        runs[0] = True
+        try:
+            return type(network).forward(network, *args, **kwargs)
+        finally:
+            runs[0] = False
+
+    handle = register_module_forward_pre_hook(refuse)
+    vars(network)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(network)["forward"]
+        handle.remove()
+
+
+# Forward -----------------------------------------------------------------------------------------
+
+
+def _forward_of_both(traced: TracedNetwork) -> Callable[..., Any]:
+    """A ``forward`` that computes what the network computes in the mode that it is in."""
+    evaluation, training = (
+        type(fx.GraphModule(traced, graph_in(traced.graph, mode))).forward
+        for mode in (EVALUATION, TRAINING)
+    )
+    owners = tuple(
+        {str(n.meta.get(OWNER, "")) for n in traced.graph.nodes if n.target is by_mode} - {""}
+    )
+
+    @functools.wraps(evaluation)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for owner in owners:
+            if self.get_submodule(owner).training != self.training:
+                raise QatTricksError(
+                    f'"{owner}" acts on its mode, and is in another mode than its network: put '
+                    f'both in one mode, or keep that part in float with untraced=["{owner}"]'
+                )
+        return (training if self.training else evaluation)(self, *args, **kwargs)
+
+    return forward
+
+
+def _evaluation_only(evaluation: Callable[..., Any], reason: str) -> Callable[..., Any]:
+    """A ``forward`` that refuses to run in training mode."""
+
+    @functools.wraps(evaluation)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.training:
+            raise QatTricksError(reason)
+        return evaluation(self, *args, **kwargs)
+
+    return forward
+
+
+def _with_defaults(inner: Callable[..., Any], defaults: dict[str, Any]) -> Callable[..., Any]:
+    """A ``forward`` that also takes the arguments that were traced with their default."""
+    required = inspect.signature(inner)
+    optional = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=value)
+        for name, value in defaults.items()
+    ]
+    signature = required.replace(parameters=[*required.parameters.values(), *optional])
+
+    @functools.wraps(inner)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        arguments = signature.bind(self, *args, **kwargs).arguments
+        for name in defaults.keys() & arguments.keys():
+            value, default = arguments.pop(name), defaults[name]
+            if value is not default and not _equal(value, default):
+                raise QatTricksError(
+                    f"{type(self).__name__} was traced with {name}={default!r}, and cannot be "
+                    "called with another value: leave the argument out"
+                )
+        return inner(**arguments)
+
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    return forward
+
+
+def _equal(value: Any, default: Any) -> bool:
+    if isinstance(value, torch.Tensor) or isinstance(default, torch.Tensor):
+        return False
+    return bool(value == default)
+
+
+# Pickles -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """A node in the arguments of another, in a pickle."""
+
+    name: str
+
+
+def _as_plain(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    """The nodes of a graph as data."""
+
+    def refer(source: fx.Node) -> Any:
+        return _Reference(source.name)
+
+    return [
+        (
+            node.op,
+            node.name,
+            node.target,
+            *fx.map_arg((node.args, node.kwargs), refer),
+            {key: value for key, value in node.meta.items() if str(key).startswith("qat_tricks")},
+        )
+        for node in graph.nodes
+    ]
+
+
+def _as_graph(nodes: list[tuple[Any, ...]]) -> fx.Graph:
+    graph, made = fx.Graph(), dict[str, fx.Node]()
+
+    def resolve(argument: Any) -> Any:
+        return made[argument.name] if isinstance(argument, _Reference) else argument
+
+    for op, name, target, args, kwargs, meta in nodes:
+        args, kwargs = fx.node.map_aggregate((args, kwargs), resolve)
+        node = made[name] = graph.create_node(op, target, args, kwargs, name)
+        node.meta.update(meta)
+    return graph
+
+
+def _unpickle(
+    kind: type[nn.Module], nodes: list[tuple[Any, ...]], state: dict[str, Any]
+) -> TracedNetwork:
+    traced = object.__new__(_class_for(kind))
+    vars(traced).update(state)
+    traced.graph = _as_graph(nodes)
+    return traced

@@ -1,0 +1,346 @@
+"""Follows a network's code in one mode, and leaves all that is around it as it was."""
+
+import copy
+import inspect
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from qat_tricks.errors import QatTricksError
+from qat_tricks.graph import attention
+from qat_tricks.graph.modes import modes_kept
+from qat_tricks.graph.random_state import has_moved, random_state, restore_random_state
+from qat_tricks.graph.two_modes import OWNER
+
+# A key in a node's meta: it was computed under ``torch.no_grad()``.
+NO_GRAD = "qat_tricks.no_grad"
+# Functions that make tensors of nothing but sizes: a tracer does not see them, for no input of
+# theirs is a tensor. Those that draw random numbers have to be called each time.
+_DRAWING = ("rand", "randn", "randint", "randperm")
+_MAKING = ("zeros", "ones", "full", "empty", "arange", "linspace")
+_VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+class Tracer(fx.Tracer):
+    """Follows a network's code.
+
+    It does not trace through a module without parts that behaves differently in training, nor
+    through torch's own modules.
+
+    Attributes:
+        untraced: name patterns of other modules that it does not trace through.
+        splits_attention: whether it traces through self-attention.
+        whole_functions: functions of the user's that it does not trace through.
+        culprit: the innermost module that could not be traced.
+        draws: the innermost module that drew random numbers while it was traced, if asked for.
+    """
+
+    def __init__(
+        self,
+        untraced: Sequence[str] = (),
+        *,
+        splits_attention: bool = True,
+        watches_random: bool = False,
+        whole_functions: Sequence[Callable[..., Any]] = (),
+    ) -> None:
+        super().__init__(autowrap_functions=tuple(whole_functions))
+        self.untraced, self.splits_attention = untraced, splits_attention
+        self.watches_random = watches_random
+        self.culprit: str | None = None
+        self.draws: str | None = None
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module stays one call."""
+        if super().is_leaf_module(m, module_qualified_name) or any(
+            fnmatchcase(module_qualified_name, p) for p in self.untraced
+        ):
+            return True
+        # A module with parts or parameters is traced through: surgery has to reach them.
+        has_parts = any(True for _ in m.children()) or any(
+            True for _ in m.parameters(recurse=False)
+        )
+        # Only the code tells: a module without parts that reads its mode acts on it.
+        return not has_parts and "training" in type(m).forward.__code__.co_names
+
+    def call_module(
+        self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Traces through self-attention, so that its projections are linears like any other."""
+        is_attention = self.splits_attention and isinstance(m, nn.MultiheadAttention)
+        if is_attention and attention.is_plain(m, args, kwargs):  # type: ignore[arg-type]
+            return attention.attend(m, args[0]), None  # type: ignore[arg-type]
+        before = random_state() if self.watches_random else None
+        try:
+            result = self._follow(m, forward, args, kwargs)
+        except Exception:
+            # The error passes the innermost module first.
+            self.culprit = self.culprit or self.path_of_module(m)
+            raise
+        if before is not None and has_moved(before):
+            self.draws = self.draws or self.path_of_module(m)
+        return result
+
+    def _follow(
+        self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        is_windowed = self.splits_attention and attention.is_in_windows(m)
+        if is_windowed and not self.is_leaf_module(m, self.path_of_module(m)):
+            return attention.attend_in_windows(m, *args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Notes whose code makes the node, and whether gradients were switched off there."""
+        node = super().create_node(*args, **kwargs)
+        node.meta[OWNER] = self.scope.module_path
+        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            node.meta[NO_GRAD] = True
+        return node
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """Makes an input of each argument without a default; the others keep their default."""
+        kinds = [parameter.kind for parameter in inspect.signature(root_fn).parameters.values()]
+        if not _parameters(root_fn) and inspect.Parameter.VAR_POSITIONAL in kinds:
+            return super().create_args_for_root(root_fn, is_module, concrete_args)
+        required = [
+            self.create_proxy("placeholder", parameter.name, (), {})
+            for parameter in _parameters(root_fn)
+            if parameter.default is inspect.Parameter.empty
+        ]
+        names = [str(proxy.node.target) for proxy in required]
+
+        def call(*inputs: Any) -> Any:
+            by_name = dict(zip(names, inputs, strict=True))
+            positional = [
+                by_name.pop(parameter.name)
+                for parameter in _parameters(root_fn)
+                if parameter.kind is inspect.Parameter.POSITIONAL_ONLY and parameter.name in by_name
+            ]
+            return root_fn(self.root, *positional, **by_name)
+
+        return call, list(required)
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The parameters of a ``forward``, without ``self`` and those of variable number."""
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    return [parameter for parameter in parameters if parameter.kind not in _VARIABLE]
+
+
+def defaults_of(network: nn.Module) -> dict[str, Any]:
+    """The arguments of ``forward`` that have a default, with it."""
+    return {
+        parameter.name: parameter.default
+        for parameter in _parameters(type(network).forward)
+        if parameter.default is not inspect.Parameter.empty
+    }
+
+
+def functions_of_mode(network: nn.Module) -> list[Callable[..., Any]]:
+    """The user's functions with an argument ``training`` that the code of ``network`` can call."""
+    functions: dict[Any, None] = {}
+    for kind in {type(module) for module in network.modules()}:
+        for value in getattr(kind.forward, "__globals__", {}).values():
+            is_users = isinstance(value, FunctionType) and not value.__module__.startswith("torch.")
+            if is_users and "training" in inspect.signature(value).parameters:
+                functions[value] = None
+    return list(functions)
+
+
+@dataclass
+class Followed:
+    """What following the code has given."""
+
+    graph: fx.Graph
+    constants: dict[str, Tensor]  # tensors made on the way, by the names that the graph reads
+    written: list[str] = field(default_factory=list)  # attributes that the code sets
+
+
+def follow(network: nn.Module, tracer: Tracer, *, training: bool) -> Followed:
+    """Traces ``network`` in one mode; the network, its buffers and random states stay.
+
+    Raises:
+        QatTricksError: the code cannot be followed, draws random numbers itself, or changes a
+            buffer in place.
+    """
+    mode = "training" if training else "evaluation"
+    before = random_state()
+    with (
+        modes_kept(network),
+        _attributes_kept(network) as changes,
+        _grad_enabled(),
+        _factories_recorded(tracer),
+    ):
+        network.train(training)
+        try:
+            graph = tracer.trace(network)
+        except Exception as error:  # whatever user code raises when it meets a proxy
+            raise QatTricksError(_no_trace(network, tracer, error, mode)) from error
+        finally:
+            draws = has_moved(before)
+            restore_random_state(before)
+        constants = {
+            str(node.target): getattr(network, str(node.target))
+            for node in graph.nodes
+            if node.op == "get_attr" and str(node.target).startswith("_tensor_constant")
+        }
+    way_out = f'keep that part in float with untraced=["{tracer.draws or "PART"}"]'
+    if draws and not tracer.watches_random:
+        watching = Tracer(
+            tracer.untraced, splits_attention=tracer.splits_attention, watches_random=True
+        )
+        follow(network, watching, training=training)
+    if draws:
+        where = _code_of(network, tracer.draws)
+        raise QatTricksError(
+            f"{where} draws a random number in {mode} mode before it sees an image, which a graph "
+            "would repeat for ever: draw it with an operation on the input (as "
+            f"torchvision.ops.StochasticDepth does), or {way_out}"
+        )
+    if changes.buffers:
+        raise QatTricksError(
+            f'{type(network).__name__} changes its buffer "{changes.buffers[0]}" in {mode} mode '
+            "without an image, which the traced network would not do: change it outside of "
+            "forward, or keep that part in float with untraced"
+        )
+    return Followed(graph, constants, changes.attributes)
+
+
+def _no_trace(network: nn.Module, tracer: Tracer, error: Exception, mode: str) -> str:
+    part = f'keep that part in float with untraced=["{tracer.culprit}"]'
+    way_out = part if tracer.culprit else "hand over the part that can be"
+    in_training = " in training mode" if mode == "training" else ""
+    return (
+        f"{type(network).__name__} cannot be traced{in_training}: {_user_line(error)}: "
+        f"{_first_line(error)}; mend that line so that it does not depend on the values or the "
+        f"shape of the input, or {way_out}"
+    )
+
+
+def _code_of(network: nn.Module, path: str | None) -> str:
+    """A module by name, with the place of its code."""
+    module = network.get_submodule(path or "")
+    kind = type(module)
+    name = f'{kind.__name__}.forward of "{path}"' if path else f"{kind.__name__}.forward"
+    try:
+        return f"{name} ({inspect.getsourcefile(kind)}:{inspect.getsourcelines(kind.forward)[1]})"
+    except (OSError, TypeError):  # made at a prompt
+        return name
+
+
+def _user_line(error: BaseException) -> str:
+    """``file:line "code"`` of the innermost frame outside of torch and of this package."""
+    # Of an error inside torch, the user's line that led to it is named.
+    own = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    frames = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if not f.filename.startswith((*own, "<"))
+    ]
+    if not frames:
+        return "in PyTorch itself"
+    return f'{frames[-1].filename}:{frames[-1].lineno} "{(frames[-1].line or "").strip()}"'
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def _factories_recorded(tracer: Tracer) -> Iterator[None]:
+    """Lets ``torch.rand`` and the like become nodes of the graph."""
+    originals = {name: getattr(torch, name) for name in (*_DRAWING, *_MAKING)}
+
+    def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            leaves = tree_leaves((args, kwargs))
+            if name in _DRAWING or any(isinstance(leaf, fx.Proxy) for leaf in leaves):
+                return tracer.create_proxy("call_function", function, args, kwargs)
+            return function(*args, **kwargs)
+
+        return call
+
+    try:
+        for name, function in originals.items():
+            setattr(torch, name, recorded(name, function))
+        yield
+    finally:
+        for name, function in originals.items():
+            setattr(torch, name, function)
+
+
+@contextmanager
+def _grad_enabled() -> Iterator[None]:
+    """Switches gradients on, so that a ``no_grad`` in the user's code can be seen."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@dataclass
+class _Changes:
+    """What a trace has changed, by name, and what was put back."""
+
+    attributes: list[str] = field(default_factory=list)
+    buffers: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def _attributes_kept(network: nn.Module) -> Iterator[_Changes]:
+    """Puts attributes and buffers back that code sets while it is traced."""
+    changes = _Changes()
+    modules = list(network.named_modules())
+    attributes = [(path, module, dict(vars(module)), _contents(module)) for path, module in modules]
+    tables = [(path, module._buffers, dict(module._buffers)) for path, module in modules]
+    buffers = [(name, buffer, buffer._version, buffer.clone()) for name, buffer in _own(network)]
+    try:
+        yield changes
+    finally:
+        for path, module, before, contents in attributes:
+            prefix = f"{path}." if path else ""
+            now = vars(module)
+            names = [k for k in now.keys() | before.keys() if now.get(k, now) is not before.get(k)]
+            changes.attributes += [
+                prefix + name
+                for name in sorted(names)
+                if name != "training" and not name.startswith("_tensor_constant")
+            ]
+            now.clear()
+            now.update(before)
+            for name, content in contents.items():
+                if now[name] != content:
+                    changes.attributes.append(prefix + name)
+                    now[name] = content
+        for path, table, entries in tables:
+            changes.buffers += [f"{path}.{k}" for k in table if table[k] is not entries.get(k)]
+            table.clear()
+            table.update(entries)
+        for name, buffer, version, values in buffers:
+            if buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(values)
+                # A BatchNorm written out counts its batches; as a module it will do so again.
+                if not name.endswith("num_batches_tracked"):
+                    changes.buffers.append(name)
+
+
+def _own(network: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(name, buffer) for name, buffer in network.named_buffers() if not buffer.is_meta]
+
+
+def _contents(module: nn.Module) -> dict[str, Any]:
+    """Copies of the lists and sets among a module's own attributes."""
+    return {
+        name: copy.copy(value)
+        for name, value in vars(module).items()
+        if isinstance(value, (list, set)) and not name.startswith("_")
+    }
