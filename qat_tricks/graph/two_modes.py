@@ -6,7 +6,7 @@ reads one value in evaluation and another in training, ``by_mode`` stands betwee
 """
 
 import inspect
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from difflib import SequenceMatcher
 from typing import Any
 
@@ -74,7 +74,7 @@ class _Merged:
             with self.graph.inserting_before(node):
                 node.args = (self.graph.call_function(by_mode, (node.args[0], there)),)
             return
-        theirs = iter([image[source] for source in _sources(other)])
+        theirs = iter([image[source] for source in _nodes_in((other.args, other.kwargs))])
 
         def select(source: fx.Node) -> fx.Node:
             there = next(theirs)
@@ -134,13 +134,6 @@ def _structure(node: fx.Node) -> str:
         elif place == len(args):  # the default
             args.append(None)
     return repr(fx.map_arg((args, kwargs), lambda source: "•"))
-
-
-def _sources(node: fx.Node) -> Iterator[fx.Node]:
-    """Each tensor that ``node`` reads, in the order of its arguments, repetitions included."""
-    sources: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), lambda source: sources.append(source) or source)
-    return iter(sources)
 
 
 def _training_place(node: fx.Node) -> int | None:
@@ -204,8 +197,14 @@ def only_in(graph: fx.Graph, mode: str) -> set[fx.Node]:
 
 
 def _nodes_in(argument: Any) -> list[fx.Node]:
+    """Each node in an argument, in order, repetitions included."""
     found: list[fx.Node] = []
-    fx.map_arg(argument, lambda node: found.append(node) or node)
+
+    def note(node: fx.Node) -> fx.Node:
+        found.append(node)
+        return node
+
+    fx.map_arg(argument, note)
     return found
 
 

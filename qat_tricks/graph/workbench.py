@@ -1,6 +1,7 @@
 """The workbench of tricks: a traced network, images, and float networks to compare with."""
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qat_tricks.errors import QatTricksError
+from qat_tricks.graph.equivalence import GATE_IMAGES, Gate, trace_kept
 from qat_tricks.graph.inputs import (
     Inputs,
     are_finite,
@@ -19,6 +21,7 @@ from qat_tricks.graph.inputs import (
 )
 from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.trace import trace
+from qat_tricks.graph.traced_network import TracedNetwork
 
 
 class Workbench:
@@ -34,6 +37,7 @@ class Workbench:
         network_name: the attribute of the LightningModule that holds the network, or empty.
         trains: whether training follows; without it a trick that acts gradually does all at once.
         parameters_before: the network's parameters as it came, which an optimizer may still hold.
+        gate: compares the network after each step with the user's own; None without a loader.
     """
 
     def __init__(
@@ -46,12 +50,19 @@ class Workbench:
     ) -> None:
         # Tracing may turn computed weights into parameters: the optimizer holds those from before.
         self.parameters_before = list(network.parameters())
-        self.network = trace(network, untraced)
         self.loader = loader
         self.teacher = teacher
         self.network_name = ""
         self.trains = False
         self._reference: fx.GraphModule | None = None
+        self.gate: Gate | None = None
+        self.network: Any = network
+        if loader is None or isinstance(network, TracedNetwork):
+            self.network = trace(network, untraced)
+        else:
+            self.gate = Gate(network, self.batches(GATE_IMAGES)[0])
+            self.network = trace_kept(network, untraced, self.gate)
+            self._record()
 
     def batches(self, num_images: int) -> list[Inputs]:
         """The network's inputs for the first ``num_images`` images of the loader.
@@ -110,7 +121,62 @@ class Workbench:
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles of a LightningModule take along neither its trainer's loaders nor a
         # second network.
-        return {**self.__dict__, "loader": None, "parameters_before": [], "_reference": None}
+        return {
+            **self.__dict__,
+            "loader": None,
+            "parameters_before": [],
+            "gate": None,
+            "_reference": None,
+        }
+
+    def begin_stage(self) -> None:
+        """Begins a stage: its steps are compared with the network as it is now."""
+        if self.gate is not None:
+            self.gate.rebase(self.network)
+        elif self.loader is not None:
+            self.gate = Gate(self.network, self.batches(GATE_IMAGES)[0])
+
+    def keep_function(
+        self, name: str, step: Callable[[fx.GraphModule, Sequence[str]], Sequence[str]]
+    ) -> None:
+        """Applies a step of several parts, but for parts that change the network's function.
+
+        Args:
+            name: of the step, such as ``folded``.
+            step: see ``Gate.apply_kept``.
+        """
+        if self.gate is None:
+            step(self.network, ())
+            return
+        undone = self.gate.apply_kept(name, self.network, step)
+        self._record()
+        if undone:
+            warnings.warn(
+                f"{name} without {', '.join(undone)}, which would have changed the network",
+                stacklevel=2,
+            )
+
+    def check_function(self, name: str) -> None:
+        """Checks that the step just made has kept the network's function.
+
+        Raises:
+            QatTricksError: it has not.
+        """
+        if self.gate is not None:
+            self.gate.check(name, self.network, way_out="please report this network")
+            self._record()
+
+    def note_change(self, name: str) -> None:
+        """Measures a step that changes the network's function by design."""
+        if self.gate is not None:
+            self.gate.note(name, self.network, by_design=True)
+            self._record()
+
+    def _record(self) -> None:
+        """Enters the newest figures in the spec."""
+        assert self.gate is not None
+        steps = spec_of(self.network).setdefault("equivalence", [])
+        steps.append(self.gate.steps[-1].as_dict())
 
     @property
     def applied(self) -> list[str]:
