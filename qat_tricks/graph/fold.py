@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import nodes as n
+from qat_tricks.graph.foldable import MATRIX, folds_into, is_supposed_matrix
 from qat_tricks.graph.layers import Layer
 from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.surgery import batchnorm_to_conv, erase_batchnorm, give_bias
@@ -22,14 +24,17 @@ def fold_batchnorm(traced: fx.GraphModule) -> list[tuple[str, str]]:
 
     The network's function in evaluation stays the same. Other BatchNorms stay: those before a conv
     or after an activation, those without running statistics, and those that do not follow the same
-    layers at each call of either.
+    layers at each call of either. Behind a linear, a BatchNorm1d is folded where it takes rows
+    ``[N, C]``. If neither the graph nor ``note_ranks`` tells that it does, the linear refuses other
+    inputs from then on (QatTricksError).
 
     Returns:
         The pairs ``(layer, batchnorm)`` folded.
     """
     uses = n.uses_of_weights(traced)
+    supposed = _supposed(traced, uses)
     # By name, so that a BatchNorm that is called twice is folded once.
-    layers_of = {str(node.target): n.folds_into(node, traced, uses) for node in traced.graph.nodes}
+    layers_of = {str(node.target): folds_into(node, traced, uses) for node in traced.graph.nodes}
     pairs = [
         (str(part.target), batchnorm) for batchnorm, parts in layers_of.items() for part in parts
     ]
@@ -43,9 +48,48 @@ def fold_batchnorm(traced: fx.GraphModule) -> list[tuple[str, str]]:
         _fold(layer, batchnorm, slice(begin, begins[name]))
     for name in begins:
         erase_batchnorm(traced, name)
+    for linear, dimensions in supposed:
+        linear.register_forward_pre_hook(_Dimensions(dimensions))
     traced.recompile()
     spec_of(traced).setdefault("folded", []).extend([list(pair) for pair in pairs])
     return pairs
+
+
+def needs_ranks(traced: fx.GraphModule) -> bool:
+    """Whether the graph leaves open what a BatchNorm behind a linear takes.
+
+    ``note_ranks`` answers it.
+    """
+    return bool(_supposed(traced, n.uses_of_weights(traced)))
+
+
+def _supposed(traced: fx.GraphModule, uses: n.Uses) -> list[tuple[nn.Module, int]]:
+    """The linears whose BatchNorm takes a matrix only by supposition.
+
+    Returns:
+        Each with the number of dimensions that its input then has.
+    """
+    return [
+        (layer_at(traced, str(linear.target)), MATRIX + (linear is not node.all_input_nodes[0]))
+        for node in traced.graph.nodes
+        if folds_into(node, traced, uses) and is_supposed_matrix(node, traced)
+        for linear in folds_into(node, traced, uses)
+    ]
+
+
+class _Dimensions:
+    """Refuses inputs for which a fold that was made on a supposition is wrong."""
+
+    def __init__(self, dimensions: int) -> None:
+        self.dimensions = dimensions
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found = inputs[0].dim()
+        if found != self.dimensions:
+            raise QatTricksError(
+                f"a linear with a folded BatchNorm1d is given {found} dimensions, and it was folded "
+                f"for {self.dimensions}: call note_ranks with images before fold_batchnorm"
+            )
 
 
 @torch.no_grad()

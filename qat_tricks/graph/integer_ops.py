@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from qat_tricks.numerics import ActivationQuantizer
 from qat_tricks.numerics import integer_kernels as kernels
+from qat_tricks.numerics.fake_quantize import straight_through
 
 
 class Kernel(nn.Module):
@@ -26,10 +27,19 @@ class Kernel(nn.Module):
     @property
     def is_exact(self) -> bool:
         """Whether to compute as the kernel does: in evaluation, and with every grid known."""
-        # Integers have no gradient.
-        return not (self.training or torch.is_grad_enabled()) and all(
-            grid.is_on for grid in self.quantizers
-        )
+        return not self.training and all(grid.is_on for grid in self.quantizers)
+
+    def _exactly(
+        self, kernel: Callable[..., Tensor], function: Callable[..., Tensor], *operands: Tensor
+    ) -> Tensor:
+        """What ``kernel`` computes of ``operands``, with the gradient of ``function``."""
+        if not torch.is_grad_enabled() or not any(x.requires_grad for x in operands):
+            return kernel(*operands)
+        # Integers have no gradient: it goes through the computation in float.
+        simulated = function(*operands)
+        with torch.no_grad():
+            value = self.quantizers[-1].preimage(kernel(*operands), simulated)
+        return straight_through(value, simulated)
 
 
 class Elementwise(Kernel):
@@ -44,8 +54,11 @@ class Elementwise(Kernel):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Computes as the integer kernel does where it applies, else in float."""
         if self.is_exact and (self.broadcasts or x.shape == y.shape):
-            return self.kernel(x, y, *self.quantizers)
+            return self._exactly(self._between_grids, self.function, x, y)
         return self.function(x, y)
+
+    def _between_grids(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.kernel(x, y, *self.quantizers)
 
 
 class Add(Elementwise):
@@ -73,5 +86,11 @@ class Mean(Kernel):
         """Computes as the integer kernel does where it applies, else in float."""
         # The kernel repeated here averages images; means of other shapes are computed in float.
         if self.is_exact and x.dim() == 4:
-            return kernels.mean(x, *self.quantizers, keepdim=self.keepdim)
+            return self._exactly(self._between_grids, self._in_float, x)
+        return self._in_float(x)
+
+    def _between_grids(self, x: Tensor) -> Tensor:
+        return kernels.mean(x, *self.quantizers, keepdim=self.keepdim)
+
+    def _in_float(self, x: Tensor) -> Tensor:
         return x.mean(self.dims, keepdim=self.keepdim)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qat_tricks.numerics import ActivationQuantizer, WeightQuantizer
 from qat_tricks.numerics import integer_kernels as kernels
+from qat_tricks.numerics.fake_quantize import straight_through
 
 
 class Layer(nn.Module):
@@ -43,11 +44,23 @@ class Layer(nn.Module):
             call: which of the places where the network calls the layer; each has its own grids.
         """
         before, after = self.calls[call] if len(self.calls) > 0 else (None, None)
-        # Integers have no gradient: with one, the layer computes on fake-quantized values instead.
-        differentiable = self.training or torch.is_grad_enabled()
-        if self.is_quantizing and before is not None and before.is_on and not differentiable:
+        if self.training or not self.is_quantizing or before is None or not before.is_on:
+            return self._compute(input, self.effective_weight(), self.effective_bias(before))
+        if not (torch.is_grad_enabled() and self._is_differentiated(input)):
             return self._integer_forward(input, before, after)
-        return self._compute(input, self.effective_weight(), self.effective_bias(before))
+        # Integers have no gradient: it goes through the computation on fake-quantized values.
+        simulated = self._compute(input, self.effective_weight(), self.effective_bias(before))
+        with torch.no_grad():
+            exact = self._integer_forward(input, before, after)
+        is_rounded = self.rounds and after is not None and after.is_on
+        value = after.preimage(exact, simulated) if is_rounded and after is not None else exact
+        return straight_through(value, simulated)
+
+    def _is_differentiated(self, input: Tensor) -> bool:
+        """Whether the output has a gradient where gradients are enabled."""
+        return input.requires_grad or any(
+            parameter.requires_grad for parameter in self.parameters()
+        )
 
     def _integer_forward(
         self, input: Tensor, before: ActivationQuantizer, after: ActivationQuantizer | None

@@ -28,13 +28,23 @@ def operation_of(node: fx.Node, traced: fx.GraphModule) -> Operation:
         return UNKNOWN
     module = module_of(node, traced)
     for operation in entries_for(node.target if module is None else type(module)):
-        if operation.when(_arguments(node, module, operation)):
+        if operation.when(arguments_of(node, traced, operation)):
             return operation
     return UNKNOWN
 
 
-def _arguments(node: fx.Node, module: nn.Module | None, operation: Operation) -> Arguments:
-    """A module's attributes, or the arguments of a function or method by name."""
+def arguments_of(
+    node: fx.Node, traced: fx.GraphModule, operation: Operation | None = None
+) -> Arguments:
+    """A module's attributes, or the arguments of a function or method by name.
+
+    Args:
+        node: a call.
+        traced: the network.
+        operation: the entry that names the arguments; None: that of ``node``.
+    """
+    module = module_of(node, traced)
+    operation = operation_of(node, traced) if operation is None else operation
     if module is not None:
         return vars(module)
     return {**dict(zip(("input", *operation.arguments), node.args, strict=False)), **node.kwargs}
@@ -103,27 +113,40 @@ def calls_batchnorm(node: fx.Node, traced: fx.GraphModule) -> bool:
 
 
 Uses = Mapping[fx.Node, Sequence[fx.Node]]
-"""For each call of a module, all nodes that use the module's weight, that call among them."""
+"""For each call of a module, all nodes that use its weight or bias, that call among them."""
 
 
 def uses_of_weights(traced: fx.GraphModule) -> Uses:
-    """The users of the weight of each module that is called, collected in one pass.
+    """The users of the weight and of the bias of each module that is called, found in one pass.
 
-    A weight is used by each call of its module, or of another module that shares it, and by each
-    operation that reads its values. A module without a weight counts as its own.
+    They are used by each call of their module, or of another module that shares one of them or has
+    a part that does, and by each operation that reads their values. A module without a weight
+    counts as its own.
     """
-    calls: dict[int, list[fx.Node]] = {}  # by the weight's identity
-    reads: dict[str, list[fx.Node]] = {}  # by the weight's name
-    keys: dict[fx.Node, tuple[int, str]] = {}
+    users: dict[int, list[fx.Node]] = {}  # by the identity of a parameter, or of a module
+    own: dict[fx.Node, list[int]] = {}
     for node in traced.graph.nodes:
         if node.op == "call_module":
-            module = module_of(node, traced)
-            weight = getattr(module, "weight", None)
-            keys[node] = id(module if weight is None else weight), f"{node.target}.weight"
-            calls.setdefault(keys[node][0], []).append(node)
+            module = layer_at(traced, str(node.target))
+            named = dict(module.named_parameters(recurse=False))
+            own[node] = [id(named[key]) for key in ("weight", "bias") if key in named]
+            own[node] = own[node] if "weight" in named else [id(module), *own[node]]
+            # Those of its parts are used too, where they are shared with modules that are called.
+            for key in {*own[node], *map(id, module.parameters())}:
+                users.setdefault(key, []).append(node)
         elif node.op == "get_attr" and any(map(is_tensor, node.users)):
-            reads.setdefault(str(node.target), []).append(node)
-    return {node: calls[weight] + reads.get(name, []) for node, (weight, name) in keys.items()}
+            users.setdefault(id(_attribute(traced, str(node.target))), []).append(node)
+    return {
+        node: list(dict.fromkeys(user for key in keys for user in users[key]))
+        for node, keys in own.items()
+    }
+
+
+def _attribute(traced: fx.GraphModule, name: str) -> Any:
+    value: Any = traced
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
 
 
 def is_used_once(node: fx.Node, uses: Uses) -> bool:
@@ -132,82 +155,6 @@ def is_used_once(node: fx.Node, uses: Uses) -> bool:
     Otherwise a change of the weight that suits one use is wrong for the other.
     """
     return len(uses.get(node, ())) == 1
-
-
-def folds_into(node: fx.Node, traced: fx.GraphModule, uses: Uses) -> list[fx.Node]:
-    """The calls of the convs or linears that can take in the BatchNorm that ``node`` calls.
-
-    The BatchNorm must have running statistics and be the layers' only reader. It may follow them
-    directly, behind a concat of channels, or behind a flatten of a linear's rows to one matrix. If
-    the layers are called several times, that must hold at each call.
-
-    Returns:
-        The calls in the order of their channels; none if it cannot be folded.
-    """
-    batchnorm: Any = module_of(node, traced)
-    if not calls_batchnorm(node, traced) or batchnorm.running_var is None:
-        return []
-    layers_before = {
-        use: _layers_before(use, traced) for use in uses[node] if use.target == node.target
-    }
-    if len(layers_before) < len(uses[node]):  # something else uses its weight
-        return []
-    parts = layers_before[node]
-    names = [part.target for part in parts]
-    # At another call, the BatchNorm follows other layers.
-    if any([part.target for part in others] != names for others in layers_before.values()):
-        return []
-    for calls in zip(*layers_before.values(), strict=True):  # of one layer, at each call
-        if set(uses[calls[0]]) != set(calls):
-            return []
-    channels = sum(layer_at(traced, str(part.target)).weight.shape[0] for part in parts)
-    return parts if channels == batchnorm.num_features else []
-
-
-def _layers_before(node: fx.Node, traced: fx.GraphModule) -> list[fx.Node]:
-    """The calls of convs or linears whose outputs only the BatchNorm ``node`` reads.
-
-    Returns:
-        The calls; an empty list if the BatchNorm reads anything else.
-    """
-    before = node.all_input_nodes[0]
-    is_only_reader = len(before.users) == 1
-    # A BatchNorm1d takes ``[N, C]``: of a linear's rows, channels stay last.
-    if is_only_reader and _flattens_rows(before, traced):
-        parts = [before.all_input_nodes[0]]
-        if not hasattr(module_of(parts[0], traced), "in_features"):  # channels last
-            return []
-    elif is_only_reader and _concats_channels(before, traced):
-        parts = list(before.all_input_nodes)
-    else:
-        parts = [before]
-    are_layers = all(calls_layer(part, traced) and len(_readers(part)) == 1 for part in parts)
-    return parts if are_layers else []
-
-
-def _readers(node: fx.Node) -> list[fx.Node]:
-    """The users of the values of ``node``, without those that read only its shape."""
-    # A tensor given only for its shape is read for no values.
-    as_shape = {"reshape_as", "view_as"}
-    return [
-        user
-        for user in node.users
-        if is_tensor(user) and not (user.target in as_shape and user.args[0] is not node)
-    ]
-
-
-def _concats_channels(node: fx.Node, traced: fx.GraphModule) -> bool:
-    if not is_cat(node, traced):
-        return False
-    # torch accepts "axis" for "dim".
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
-    return bool(dim == 1)
-
-
-def _flattens_rows(node: fx.Node, traced: fx.GraphModule) -> bool:
-    """Whether ``node`` makes one matrix of ``[N, L, C]``."""
-    is_flatten = operation_of(node, traced).name == "flatten"
-    return is_flatten and node.args[1:] in ((0, 1), (0, -2))
 
 
 def activation_of(node: fx.Node, traced: fx.GraphModule) -> str | None:
@@ -297,7 +244,7 @@ def mean_of(node: fx.Node, traced: fx.GraphModule) -> tuple[tuple[int, ...], boo
     if isinstance(module, Mean):  # put there when quantizers were last connected
         return module.dims, module.keepdim
     operation = operation_of(node, traced)
-    arguments = _arguments(node, module, operation)
+    arguments = arguments_of(node, traced, operation)
     if operation.name == "adaptive_avg_pool2d":
         return ((-2, -1), True) if arguments["output_size"] in (1, (1, 1), [1, 1]) else None
     if operation.name != "mean_of_positions" or not node.kwargs.keys() <= {"dim", "keepdim"}:

@@ -16,6 +16,7 @@ from torch import fx
 
 from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.graph import nodes as n
+from qat_tricks.graph.foldable import folds_into
 from qat_tricks.graph.layers import as_layer
 from qat_tricks.graph.quantize_settings import QuantizeSettings, settings_with
 from qat_tricks.graph.spec import spec_of
@@ -216,7 +217,7 @@ def _with_activation(node: fx.Node, traced: fx.GraphModule, uses: n.Uses) -> fx.
     """
 
     def folds_directly(user: fx.Node) -> bool:
-        return user.all_input_nodes == [node] and n.folds_into(user, traced, uses) == [node]
+        return user.all_input_nodes == [node] and folds_into(user, traced, uses) == [node]
 
     after = n.only_user(node, folds_directly) or node
     last = after

@@ -72,6 +72,30 @@ class _RoundToGrid(torch.autograd.Function):
         return grad, None
 
 
+class _StraightThrough(torch.autograd.Function):
+    """The value of one tensor with the gradient of another."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, path: Tensor) -> Tensor:
+        ctx.dtype = path.dtype
+        return value.clone()  # a result that is an input itself would be a view of it
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad.to(ctx.dtype)
+
+
+def straight_through(value: Tensor, path: Tensor) -> Tensor:
+    """Returns ``value``, whose gradient reaches ``path`` as it is.
+
+    Args:
+        value: has no gradient of its own.
+        path: of the shape of ``value``.
+    """
+    return _StraightThrough.apply(value, path)
+
+
 def _dequantize(
     rounded: Tensor, scale: Tensor, low: int | None = None, high: int | None = None
 ) -> Tensor:

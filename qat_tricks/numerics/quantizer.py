@@ -122,6 +122,23 @@ class ActivationQuantizer(nn.Module):
             )
         return fake_quantize_between(x, self.current_scale(), *self.steps)
 
+    @torch.no_grad()
+    def preimage(self, exact: Tensor, simulated: Tensor) -> Tensor:
+        """Values that this quantizer puts on ``exact``: those of ``simulated`` wherever it does so.
+
+        So a computation in floats keeps its gradient, which ends where values are clamped, and has
+        the values of one in integers.
+
+        Args:
+            exact: values on the grid.
+            simulated: the same before they were rounded, up to what arithmetic in floats loses.
+
+        Returns:
+            float32 of the shape of ``exact``.
+        """
+        simulated = simulated.float()
+        return torch.where(self(simulated) == exact, simulated, exact)
+
     def _activate(self, x: Tensor) -> Tensor:
         if self.activation is None:
             return x

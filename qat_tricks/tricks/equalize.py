@@ -12,8 +12,10 @@ channel: weights have a scale an output channel, which takes up any factor, whil
 one for all of its channels (as in Xiao et al. 2023, "SmoothQuant", arXiv 2211.10438, equation 4,
 with alpha 1/2). Scaling passes through whatever is positively homogeneous (ReLU, max and average
 pools, flatten), so through ReLU but not through ReLU6, unless ``uncap`` says that ReLU6 may become
-ReLU; biases are absorbed only where the next layer does not pad, since at a padded border the shift
-would not cancel. With images, a channel between a ReLU6 and a depthwise conv is scaled up towards
+ReLU; ``channel_axis`` follows the channels on their way. Biases are absorbed only where the next
+layer does not pad, since at a padded border the shift would not cancel, and not through dropout,
+whose zeros it would not reach; with images, only as far as no value of them lies below the shift.
+With images, a channel between a ReLU6 and a depthwise conv is scaled up towards
 the cap, as far as its largest values leave room: the activation's grid is used in full, and the
 depthwise conv's scale a channel takes it back at no cost. Only that can change the function, for
 images unlike those seen.
@@ -28,6 +30,7 @@ from torch import Tensor, fx, nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import nodes as n
+from qat_tricks.graph.channels import ChannelAxis, channel_axis
 from qat_tricks.graph.inputs import Inputs, as_tensors
 from qat_tricks.graph.modes import evaluating
 from qat_tricks.graph.spec import spec_of
@@ -54,7 +57,10 @@ class Pair:
     # How many inputs of the second layer come from one channel of the first: more than one where
     # positions are flattened before a linear.
     flat: int
+    source: str  # the node that calls the first layer
     between: str  # the node whose channels are scaled
+    axis: int  # of the channels there
+    drops: bool  # whether dropout is one of these operations
 
 
 def equalize(
@@ -88,16 +94,18 @@ def equalize(
     pairs, capped = find_pairs(traced), _capped(traced)
     with torch.no_grad():
         # Measured once: each step below scales the maxima along with the channels.
-        largest = _channel_maxima(traced, [*pairs, *capped], batches)
+        largest, smallest = _channel_ranges(traced, [*pairs, *capped], batches)
         # A layer belongs to two pairs, so a change of one unsettles the other.
         for _ in range(iterations):
-            change = max((_equalize_pair(traced, pair, largest) for pair in pairs), default=0.0)
+            change = max(
+                (_equalize_pair(traced, pair, largest, smallest) for pair in pairs), default=0.0
+            )
             if change < 1e-3:
                 break
         # After the scaling, which changes means and standard deviations.
         if absorb_bias:
             for pair in pairs:
-                _absorb(traced, pair)
+                _absorb(traced, pair, smallest.get(pair.source))
         if batches:
             for pair in capped:
                 _fill_cap(traced, pair, largest[pair.between])
@@ -119,15 +127,20 @@ def _capped(traced: fx.GraphModule) -> list[Pair]:
         if n.activation_of(node, traced) != "relu6":
             continue
         layer = node.all_input_nodes[0]
-        depthwise = _depthwise_after(node, traced, uses)
-        if depthwise is not None and n.calls_layer(layer, traced) and len(layer.users) == 1:
+        if not n.calls_layer(layer, traced):
+            continue
+        depthwise = _depthwise_after(node, layer_at(traced, str(layer.target)), traced, uses)
+        if depthwise is not None and n.is_used_once(layer, uses) and len(layer.users) == 1:
             pairs.append(
                 Pair(
                     first=str(layer.target),
                     second=depthwise,
                     relu=True,
                     flat=1,
+                    source=layer.name,
                     between=node.name,
+                    axis=1,
+                    drops=False,
                 )
             )
     return pairs
@@ -162,48 +175,59 @@ def _per_output(values: Tensor, weight: Tensor) -> Tensor:
     return values.view(-1, *[1] * (weight.dim() - 1))
 
 
-def _depthwise_after(node: fx.Node, traced: fx.GraphModule, uses: n.Uses) -> str | None:
+def _depthwise_after(node: fx.Node, first: Any, traced: fx.GraphModule, uses: n.Uses) -> str | None:
     """The depthwise conv that is the only reader of ``node``, if need be behind a pad.
 
-    Each of its input channels makes one output channel.
+    Each of its input channels is one of ``first`` and makes one output channel.
     """
     user = n.only_user(node, lambda user: True)
     if user is not None and user.op == "call_function" and n.pads_with_zeros(user, traced):
         user = n.only_user(user, lambda user: True)
-    if user is None or not n.calls_layer(user, traced):
+    if user is None or not n.calls_layer(user, traced) or not n.is_used_once(user, uses):
         return None
     second = layer_at(traced, str(user.target))
-    is_depthwise = getattr(second, "groups", 1) == second.weight.shape[0] > 1
-    return str(user.target) if is_depthwise and n.is_used_once(user, uses) else None
+    channels = len(second.weight)
+    is_depthwise = getattr(second, "groups", 1) == channels > 1 and second.weight.shape[1] == 1
+    # A linear has its channels last, where a conv takes none; and a pad may have added channels.
+    follows = channel_axis(first).is_input_of(second, 1) and len(first.weight) == channels
+    return str(user.target) if is_depthwise and follows else None
 
 
-def _channel_maxima(
+def _channel_ranges(
     traced: fx.GraphModule, pairs: Sequence[Pair], batches: Sequence[Inputs]
-) -> dict[str, Tensor]:
-    """The largest absolute value of each image and channel between the layers of ``pairs``.
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The ranges of the channels between the layers of ``pairs``; nothing without ``batches``.
 
     Returns:
-        ``[images, C]`` by the name of the node between; nothing without ``batches``.
+        By the name of the node between, the largest absolute value of each image and channel,
+        ``[images, C]``; and by the name of the node of the first layer, the smallest value of each
+        channel, ``[C]``.
     """
-    # Behind a linear, channels come last.
-    last = {pair.between: isinstance(layer_at(traced, pair.first), nn.Linear) for pair in pairs}
+    channels = {pair.between: len(layer_at(traced, pair.first).weight) for pair in pairs}
+    axes = {pair.between: pair.axis for pair in pairs}
+    sources = {pair.source: layer_at(traced, pair.first) for pair in pairs if pair.relu}
     largest: dict[str, list[Tensor]] = {}
+    smallest: dict[str, Tensor] = {}
 
     class Watch(EvaluationInterpreter):
         def run_node(self, n: fx.Node) -> Any:
             output = super().run_node(n)
-            if n.name in last:
-                # Channels to dimension 1; all behind it are positions.
-                values = output.abs().movedim(-1 if last[n.name] else 1, 1)
+            if n.name in axes:
+                # Channels to dimension 1; all behind it are positions, also those flattened into it.
+                values = output.abs().movedim(axes[n.name], 1)
                 largest.setdefault(n.name, []).append(
-                    values.flatten(2).amax(2) if values.dim() > 2 else values
+                    values.reshape(len(values), channels[n.name], -1).amax(2)
                 )
+            if n.name in sources:
+                axis = -1 if isinstance(sources[n.name], nn.Linear) else 1
+                least = output.movedim(axis, 0).flatten(1).amin(1)
+                smallest[n.name] = torch.minimum(least, smallest.get(n.name, least))
             return output
 
     with evaluating(traced):
         for batch in track(batches if pairs else [], "equalize"):
             Watch(traced).run(*as_tensors(batch))
-    return {name: torch.cat(parts) for name, parts in largest.items()}
+    return {name: torch.cat(parts) for name, parts in largest.items()}, smallest
 
 
 def find_pairs(traced: fx.GraphModule) -> list[Pair]:
@@ -221,34 +245,39 @@ def find_pairs(traced: fx.GraphModule) -> list[Pair]:
 def _pair_from(node: fx.Node, traced: fx.GraphModule, uses: n.Uses) -> Pair | None:
     """The pair that begins with the layer that ``node`` calls, or None."""
     # The maxima are read behind the last ReLU, which is where the quantizer will be.
-    relu, between, after = False, node, node
+    relu, drops, between, after = False, False, node, node
+    first = layer_at(traced, str(node.target))
+    axis: ChannelAxis | None = channel_axis(first)
+    axis_between = axis
     # Down the graph, as long as one operation reads each tensor and leaves channels apart.
-    while len(after.users) == 1:
+    while len(after.users) == 1 and axis is not None:
         (after,) = after.users
         if n.activation_of(after, traced) == "relu":
-            relu, between = True, after
-        elif not _is_channelwise(after, traced):
+            relu, between, axis_between = True, after, axis
+        elif n.operation_of(after, traced).is_homogeneous:
+            axis = axis.behind(after, traced)
+            drops = drops or n.is_dropout(after, traced)
+        else:
             break
-    if after is node or not n.calls_layer(after, traced) or not n.is_used_once(after, uses):
+    if axis is None or axis_between is None or after is node:
         return None
-    first, second = layer_at(traced, str(node.target)), layer_at(traced, str(after.target))
+    if not n.calls_layer(after, traced) or not n.is_used_once(after, uses):
+        return None
+    second = layer_at(traced, str(after.target))
     channels, inputs = first.weight.shape[0], second.weight.shape[1] * getattr(second, "groups", 1)
-    # Flattened behind a conv, the values of a channel lie side by side; behind a linear they do
-    # not.
-    is_flattened = isinstance(second, nn.Linear) and not isinstance(first, nn.Linear)
-    if inputs % channels != 0 or (inputs != channels and not is_flattened):
+    flat, rest = divmod(inputs, channels)
+    if rest or not axis.is_input_of(second, flat):
         return None
     return Pair(
         first=str(node.target),
         second=str(after.target),
         relu=relu,
-        flat=inputs // channels,
+        flat=flat,
+        source=node.name,
         between=between.name,
+        axis=axis_between.index,
+        drops=drops,
     )
-
-
-def _is_channelwise(node: fx.Node, traced: fx.GraphModule) -> bool:
-    return n.operation_of(node, traced).is_homogeneous
 
 
 def _by_input(weight: Tensor, channels: int, flat: int) -> Tensor:
@@ -266,14 +295,17 @@ def _by_input(weight: Tensor, channels: int, flat: int) -> Tensor:
     return weight.view(groups, weight.shape[0] // groups, channels // groups, -1)
 
 
-def _equalize_pair(traced: fx.GraphModule, pair: Pair, largest: dict[str, Tensor]) -> float:
+def _equalize_pair(
+    traced: fx.GraphModule, pair: Pair, largest: dict[str, Tensor], smallest: dict[str, Tensor]
+) -> float:
     """Equalizes one pair and returns the largest relative change.
 
     Args:
         traced: the network, changed in place.
         pair: the two layers.
-        largest: the values between the layers, see ``_channel_maxima``; those of this pair are
+        largest: the values between the layers, see ``_channel_ranges``; those of this pair are
             scaled along.
+        smallest: the smallest values of the first layer, likewise.
     """
     first, second = layer_at(traced, pair.first), layer_at(traced, pair.second)
     channels = first.weight.shape[0]
@@ -299,22 +331,34 @@ def _equalize_pair(traced: fx.GraphModule, pair: Pair, largest: dict[str, Tensor
     if seen is not None:
         # The channel between was divided by the scale.
         largest[pair.between] = seen / scale
+    if pair.source in smallest:
+        smallest[pair.source] = smallest[pair.source] / scale
     statistics = getattr(first, "output_statistics", None)
     if statistics is not None:
         first.output_statistics = (statistics[0] / scale, statistics[1] / scale)
     return float((scale - 1).abs().max())
 
 
-def _absorb(traced: fx.GraphModule, pair: Pair) -> None:
-    """Moves ``max(0, mean - 3 * std)`` of the first layer's output into the second layer's bias."""
+def _absorb(traced: fx.GraphModule, pair: Pair, smallest: Tensor | None) -> None:
+    """Moves ``max(0, mean - 3 * std)`` of the first layer's output into the second layer's bias.
+
+    Args:
+        traced: the network, changed in place.
+        pair: the two layers.
+        smallest: the smallest value of each channel of the first layer's output, ``[C]``, if images
+            have shown it: no more than that is moved.
+    """
     first, second = layer_at(traced, pair.first), layer_at(traced, pair.second)
     statistics = getattr(first, "output_statistics", None)
     has_biases = first.bias is not None and second.bias is not None
-    if not pair.relu or statistics is None or not has_biases or _pads(second):
+    if not pair.relu or pair.drops or statistics is None or not has_biases or _pads(second):
         return
     mean, std = statistics
     # Nearly no value of the ReLU's input lies below it: the ReLU passes the shift on.
-    shift = (mean - 3 * std).clamp_min(0)
+    shift = mean - 3 * std
+    if smallest is not None:
+        shift = torch.minimum(shift, smallest)
+    shift = shift.clamp_min(0)
     by_input = _by_input(second.weight, first.weight.shape[0], pair.flat)
     groups, _, per_group, _ = by_input.shape
     carried = (by_input.sum(3) * shift.view(groups, 1, per_group)).sum(2).flatten()
@@ -323,12 +367,10 @@ def _absorb(traced: fx.GraphModule, pair: Pair) -> None:
     first.output_statistics = (mean - shift, std)
 
 
-def _pads(layer: nn.Module) -> bool:
+def _pads(layer: Any) -> bool:
     """Whether a layer takes zeros at the border, where a shift of its input would not cancel."""
-    return not isinstance(layer, nn.Linear) and any(
-        padding != 0
-        for padding in layer.padding  # type: ignore[union-attr]
-    )
+    # A padding given as "same" or "valid" counts as one that is not 0.
+    return not isinstance(layer, nn.Linear) and any(padding != 0 for padding in layer.padding)
 
 
 class Equalize(Trick):

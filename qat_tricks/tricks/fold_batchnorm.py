@@ -7,7 +7,8 @@ of the unfolded one's on MobileNetV2). A BatchNorm before its conv, or whose con
 reader, becomes a depthwise conv of one weight a channel.
 """
 
-from qat_tricks.graph.fold import batchnorms_to_convs, fold_batchnorm
+from qat_tricks.graph.fold import batchnorms_to_convs, fold_batchnorm, needs_ranks
+from qat_tricks.graph.ranks import note_ranks
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.trainer.trick import Trick
 
@@ -23,6 +24,8 @@ class FoldBatchnorm(Trick):
 
     def apply(self, work: Workbench) -> None:
         """Folds each BatchNorm, or makes a depthwise conv of it."""
+        if work.loader is not None and needs_ranks(work.network):
+            note_ranks(work.network, work.batches(2)[0])
         fold_batchnorm(work.network)
         # Only those that could not be folded are left.
         batchnorms_to_convs(work.network)

@@ -31,7 +31,11 @@ def test_the_kernel_computes_in_evaluation_and_the_function_in_training(kind, ke
     operation, (x, y) = kind(*GRIDS).eval(), operands()
     on_grid = kernel(x, y, *GRIDS)
     assert not torch.equal(on_grid, function(x, y))
-    assert torch.equal(operation(x, y), function(x, y))  # a gradient may be wanted
+    assert torch.equal(operation(x, y), on_grid)
+    x.requires_grad_()  # values that keep the gradient, and that the grid puts where the kernel does
+    found = operation(x, y)
+    assert found.requires_grad
+    assert torch.equal(GRIDS[2](found), on_grid)
     with torch.no_grad():
         assert torch.equal(operation(x, y), on_grid)
         assert torch.equal(operation.train()(x, y), function(x, y))

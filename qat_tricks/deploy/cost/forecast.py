@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qat_tricks.deploy.prepare import prepare_for_export
 from qat_tricks.graph import nodes as n
-from qat_tricks.graph.fold import batchnorms_to_convs, fold_batchnorm
+from qat_tricks.graph.fold import batchnorms_to_convs, fold_batchnorm, needs_ranks
 from qat_tricks.graph.grids import output_grid_of
 from qat_tricks.graph.inputs import Inputs, as_tensors, first_images, input_names
 from qat_tricks.graph.integer_ops import Elementwise
@@ -27,6 +27,7 @@ from qat_tricks.graph.layers import Layer
 from qat_tricks.graph.modes import float_mode
 from qat_tricks.graph.place import place_quantizers
 from qat_tricks.graph.quantize_settings import QuantizeSettings
+from qat_tricks.graph.ranks import note_ranks
 from qat_tricks.graph.trace import module_of, trace
 from qat_tricks.numerics import ActivationQuantizer
 
@@ -121,6 +122,8 @@ def forecast_network(
         QatTricksError: the network cannot be traced, or a pattern matches no layer.
     """
     traced = trace(copy.deepcopy(network).eval(), untraced)
+    if needs_ranks(traced):
+        note_ranks(traced, images)
     fold_batchnorm(traced)
     batchnorms_to_convs(traced)
     if len(input_names(traced)) > 1:
