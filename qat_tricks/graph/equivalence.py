@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.inputs import Inputs, as_tensors, call_network, first_images
 from qat_tricks.graph.modes import float_mode, modes_kept
-from qat_tricks.graph.random_state import kept_random_state, random_state, restore_random_state
+from qat_tricks.graph.random_state import kept_random_state, seed_all
 from qat_tricks.graph.trace import trace
 from qat_tricks.graph.traceable import TraceSettings
 from qat_tricks.graph.traced_network import NO_TRAINING, TracedNetwork
@@ -64,7 +64,7 @@ class _Outputs:
     frozen: list[Tensor] | None  # in training mode, with BatchNorms in evaluation mode
 
 
-@dataclass
+@dataclass(repr=False)
 class Gate:
     """Compares a network after each step with the user's own as it was at first.
 
@@ -329,25 +329,24 @@ def summary(steps: Sequence[dict[str, Any]]) -> str:
 def _run(network: nn.Module, inputs: Inputs, *, frozen_only: bool = False) -> _Outputs:
     """The float outputs of ``network`` in each mode; it stays as it was."""
     with float_mode(network), modes_kept(network), kept_random_state(), torch.no_grad():
-        start = random_state()
         network.eval()
         evaluation = _tensors(call_network(network, inputs))
 
         def in_training(*, frozen: bool) -> list[Tensor] | None:
-            restore_random_state(start)
+            seed_all(0)  # dropout drops the same values in both networks
             network.train()
             for module in network.modules():
                 if frozen and isinstance(module, BATCHNORMS):
                     module.eval()
             try:
-                return _tensors(call_network(network, inputs))
+                with _buffers_kept(network):  # BatchNorms of the next run are those of this one
+                    return _tensors(call_network(network, inputs))
             # Whatever the user's code raises, such as a BatchNorm of one value a channel.
             except Exception:
                 return None
 
-        with _buffers_kept(network):
-            training = None if frozen_only else in_training(frozen=False)
-            return _Outputs(evaluation, training, in_training(frozen=True))
+        training = None if frozen_only else in_training(frozen=False)
+        return _Outputs(evaluation, training, in_training(frozen=True))
 
 
 @contextmanager

@@ -5,6 +5,7 @@ depthwise conv with one weight for each channel, which eight bits hold without a
 kernels compute.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from qat_tricks.graph.surgery import batchnorm_to_conv, erase_batchnorm, give_bi
 from qat_tricks.graph.trace import layer_at, module_of
 
 
-def fold_batchnorm(traced: fx.GraphModule) -> list[tuple[str, str]]:
+def fold_batchnorm(traced: fx.GraphModule, skip: Sequence[str] = ()) -> list[tuple[str, str]]:
     """Folds every BatchNorm that is the only reader of a conv or linear, or of a concat of some.
 
     The network's function in evaluation stays the same. Other BatchNorms stay: those before a conv
@@ -27,6 +28,10 @@ def fold_batchnorm(traced: fx.GraphModule) -> list[tuple[str, str]]:
     layers at each call of either. Behind a linear, a BatchNorm1d is folded where it takes rows
     ``[N, C]``. If neither the graph nor ``note_ranks`` tells that it does, the linear refuses other
     inputs from then on (QatTricksError).
+
+    Args:
+        traced: the network, changed in place.
+        skip: names of BatchNorms that stay.
 
     Returns:
         The pairs ``(layer, batchnorm)`` folded.
@@ -36,7 +41,10 @@ def fold_batchnorm(traced: fx.GraphModule) -> list[tuple[str, str]]:
     # By name, so that a BatchNorm that is called twice is folded once.
     layers_of = {str(node.target): folds_into(node, traced, uses) for node in traced.graph.nodes}
     pairs = [
-        (str(part.target), batchnorm) for batchnorm, parts in layers_of.items() for part in parts
+        (str(part.target), batchnorm)
+        for batchnorm, parts in layers_of.items()
+        for part in parts
+        if batchnorm not in skip
     ]
     begins: dict[str, int] = {}  # the first channel of each BatchNorm that is not folded yet
     for layer_name, name in pairs:
@@ -93,17 +101,25 @@ class _Dimensions:
 
 
 @torch.no_grad()
-def batchnorms_to_convs(traced: fx.GraphModule) -> list[str]:
+def batchnorms_to_convs(traced: fx.GraphModule, skip: Sequence[str] = ()) -> list[str]:
     """Turns each BatchNorm of images behind an integer kernel into a depthwise conv.
 
     Behind a concat it stays: an integer kernel takes one scale, and the parts may differ much in
     theirs.
 
+    Args:
+        traced: the network, changed in place.
+        skip: names of BatchNorms that stay.
+
     Returns:
         The names of these BatchNorms.
     """
     uses = n.uses_of_weights(traced)
-    names = [str(node.target) for node in traced.graph.nodes if _takes_integers(node, traced, uses)]
+    names = [
+        str(node.target)
+        for node in traced.graph.nodes
+        if _takes_integers(node, traced, uses) and node.target not in skip
+    ]
     for name in names:
         # Read before surgery, which takes the BatchNorm out.
         factor, mean, beta, gamma = _affine_of(layer_at(traced, name))

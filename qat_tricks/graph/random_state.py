@@ -50,3 +50,10 @@ def has_moved(state: dict[str, Any]) -> bool:
     now = random_state()
     same = now["python"] == state["python"] and now["numpy"] == state["numpy"]
     return not (same and torch.equal(now["torch"], state["torch"]))
+
+
+def seed_all(seed: int) -> None:
+    """Puts every generator into the state that ``seed`` stands for."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

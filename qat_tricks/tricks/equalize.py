@@ -22,7 +22,7 @@ images unlike those seen.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -62,6 +62,9 @@ class Pair:
     axis: int  # of the channels there
     drops: bool  # whether dropout is one of these operations
 
+    def __str__(self) -> str:
+        return f"{self.first} → {self.second}"
+
 
 def equalize(
     traced: fx.GraphModule,
@@ -91,25 +94,66 @@ def equalize(
         raise QatTricksError(f"iterations={iterations} is not allowed: give 1 or more")
     if uncap:
         uncap_all(traced)
-    pairs, capped = find_pairs(traced), _capped(traced)
-    with torch.no_grad():
-        # Measured once: each step below scales the maxima along with the channels.
-        largest, smallest = _channel_ranges(traced, [*pairs, *capped], batches)
-        # A layer belongs to two pairs, so a change of one unsettles the other.
-        for _ in range(iterations):
-            change = max(
-                (_equalize_pair(traced, pair, largest, smallest) for pair in pairs), default=0.0
-            )
-            if change < 1e-3:
-                break
-        # After the scaling, which changes means and standard deviations.
-        if absorb_bias:
-            for pair in pairs:
-                _absorb(traced, pair, smallest.get(pair.source))
-        if batches:
-            for pair in capped:
-                _fill_cap(traced, pair, largest[pair.between])
+    pairs = find_pairs(traced)
+    # Measured once: each step below scales the maxima along with the channels.
+    ranges = channel_ranges(traced, batches)
+    scale_pairs(traced, pairs, ranges, iterations)
+    # After the scaling, which changes means and standard deviations.
+    if absorb_bias:
+        absorb_biases(traced, pairs, ranges)
+    fill_caps(traced, ranges)
     return pairs
+
+
+@dataclass
+class Ranges:
+    """The ranges of the channels between layers; empty without images.
+
+    Attributes:
+        largest: the largest absolute value of each image and channel, ``[images, C]``, by the name
+            of the node between two layers.
+        smallest: the smallest value of each channel, ``[C]``, by the name of the node of the first
+            layer.
+    """
+
+    largest: dict[str, Tensor] = field(default_factory=dict)
+    smallest: dict[str, Tensor] = field(default_factory=dict)
+
+    def copy(self) -> "Ranges":
+        """A copy that a step may scale along."""
+        return Ranges(dict(self.largest), dict(self.smallest))
+
+
+@torch.no_grad()
+def scale_pairs(
+    traced: fx.GraphModule, pairs: Sequence[Pair], ranges: Ranges, iterations: int
+) -> None:
+    """Scales the channels between the layers of ``pairs``, and ``ranges`` along with them."""
+    # A layer belongs to two pairs, so a change of one unsettles the other.
+    for _ in range(iterations):
+        changes = [_equalize_pair(traced, pair, ranges.largest, ranges.smallest) for pair in pairs]
+        if max(changes, default=0.0) < 1e-3:
+            break
+
+
+@torch.no_grad()
+def absorb_biases(traced: fx.GraphModule, pairs: Sequence[Pair], ranges: Ranges) -> None:
+    """Moves large biases before a ReLU into the next layer."""
+    for pair in pairs:
+        _absorb(traced, pair, ranges.smallest.get(pair.source))
+
+
+@torch.no_grad()
+def fill_caps(traced: fx.GraphModule, ranges: Ranges) -> bool:
+    """Scales channels between a ReLU6 and a depthwise conv up to the cap; needs images.
+
+    Returns:
+        Whether there were such channels.
+    """
+    capped = [pair for pair in _capped(traced) if pair.between in ranges.largest]
+    for pair in capped:
+        _fill_cap(traced, pair, ranges.largest[pair.between])
+    return bool(capped)
 
 
 def uncap_all(traced: fx.GraphModule) -> None:
@@ -193,16 +237,10 @@ def _depthwise_after(node: fx.Node, first: Any, traced: fx.GraphModule, uses: n.
     return str(user.target) if is_depthwise and follows else None
 
 
-def _channel_ranges(
-    traced: fx.GraphModule, pairs: Sequence[Pair], batches: Sequence[Inputs]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The ranges of the channels between the layers of ``pairs``; nothing without ``batches``.
-
-    Returns:
-        By the name of the node between, the largest absolute value of each image and channel,
-        ``[images, C]``; and by the name of the node of the first layer, the smallest value of each
-        channel, ``[C]``.
-    """
+@torch.no_grad()
+def channel_ranges(traced: fx.GraphModule, batches: Sequence[Inputs]) -> Ranges:
+    """The ranges of the channels between the layers of all pairs; none without ``batches``."""
+    pairs = [*find_pairs(traced), *_capped(traced)]
     channels = {pair.between: len(layer_at(traced, pair.first).weight) for pair in pairs}
     axes = {pair.between: pair.axis for pair in pairs}
     sources = {pair.source: layer_at(traced, pair.first) for pair in pairs if pair.relu}
@@ -227,7 +265,7 @@ def _channel_ranges(
     with evaluating(traced):
         for batch in track(batches if pairs else [], "equalize"):
             Watch(traced).run(*as_tensors(batch))
-    return {name: torch.cat(parts) for name, parts in largest.items()}, smallest
+    return Ranges({name: torch.cat(parts) for name, parts in largest.items()}, smallest)
 
 
 def find_pairs(traced: fx.GraphModule) -> list[Pair]:
@@ -405,4 +443,27 @@ class Equalize(Trick):
     def apply(self, work: Workbench) -> None:
         """Equalizes the network on the first ``num_images`` training images."""
         batches = work.batches(self.num_images) if self.num_images else []
-        equalize(work.network, batches, **self.settings)
+        if self.settings["uncap"]:
+            uncap_all(work.network)
+            work.note_change("uncapped")
+        measured = channel_ranges(work.network, batches)
+        ranges = measured.copy()
+        pairs = {str(pair): pair for pair in find_pairs(work.network)}
+
+        def scale(traced: fx.GraphModule, skip: Sequence[str]) -> list[str]:
+            nonlocal ranges
+            ranges = measured.copy()
+            names = [name for name in pairs if name not in skip]
+            scale_pairs(traced, [pairs[name] for name in names], ranges, self.settings["iterations"])
+            return names
+
+        def absorb(traced: fx.GraphModule, skip: Sequence[str]) -> list[str]:
+            names = [name for name in pairs if name not in skip]
+            absorb_biases(traced, [pairs[name] for name in names], ranges)
+            return names
+
+        work.keep_function("equalized", scale)
+        if self.settings["absorb_bias"]:
+            work.keep_function("biases absorbed", absorb)
+        if fill_caps(work.network, ranges):
+            work.note_change("caps filled")

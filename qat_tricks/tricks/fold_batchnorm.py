@@ -7,6 +7,10 @@ of the unfolded one's on MobileNetV2). A BatchNorm before its conv, or whose con
 reader, becomes a depthwise conv of one weight a channel.
 """
 
+from collections.abc import Sequence
+
+from torch import fx
+
 from qat_tricks.graph.fold import batchnorms_to_convs, fold_batchnorm, needs_ranks
 from qat_tricks.graph.ranks import note_ranks
 from qat_tricks.graph.workbench import Workbench
@@ -26,6 +30,9 @@ class FoldBatchnorm(Trick):
         """Folds each BatchNorm, or makes a depthwise conv of it."""
         if work.loader is not None and needs_ranks(work.network):
             note_ranks(work.network, work.batches(2)[0])
-        fold_batchnorm(work.network)
-        # Only those that could not be folded are left.
-        batchnorms_to_convs(work.network)
+        work.keep_function("folded", _fold)
+        work.keep_function("BatchNorms made convs", batchnorms_to_convs)
+
+
+def _fold(traced: fx.GraphModule, skip: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(name for _, name in fold_batchnorm(traced, skip)))

@@ -90,3 +90,4 @@ class Quantize(Trick):
         # Before the quantizers: bias correction compares with this float copy.
         work.keep_reference()
         self.restructure(work)
+        work.check_function("quantizers placed")
