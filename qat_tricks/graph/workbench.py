@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph.equivalence import GATE_IMAGES, Gate, trace_kept
+from qat_tricks.graph.equivalence import GATE_IMAGES, Gate
 from qat_tricks.graph.inputs import (
     Inputs,
     are_finite,
@@ -21,6 +21,7 @@ from qat_tricks.graph.inputs import (
 )
 from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.trace import trace
+from qat_tricks.graph.trace_kept import trace_kept
 from qat_tricks.graph.traced_network import TracedNetwork
 
 
@@ -163,20 +164,21 @@ class Workbench:
             QatTricksError: it has not.
         """
         if self.gate is not None:
-            self.gate.check(name, self.network, way_out="please report this network")
+            self.gate.enter(self.gate.measure(self.network, name))
             self._record()
 
     def note_change(self, name: str) -> None:
         """Measures a step that changes the network's function by design."""
         if self.gate is not None:
-            self.gate.note(name, self.network, by_design=True)
+            self.gate.note_change(name, self.network)
             self._record()
 
     def _record(self) -> None:
-        """Enters the newest figures in the spec."""
+        """Enters the gate's figures in the spec, behind those of earlier stages."""
         assert self.gate is not None
         steps = spec_of(self.network).setdefault("equivalence", [])
-        steps.append(self.gate.steps[-1].as_dict())
+        steps += [step.as_dict() for step in self.gate.steps]
+        self.gate.steps.clear()
 
     @property
     def applied(self) -> list[str]:

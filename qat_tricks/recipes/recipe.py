@@ -38,6 +38,8 @@ class Stage:
         """Applies the tricks without training."""
         # A trick is applied once in each stage, and may come again in a later one.
         work.applied.clear()
+        if work.history:  # after another stage, which may have trained
+            work.begin_stage()
         for trick in self.tricks:
             trick.apply_once(work)
         # The float copy fits only this stage's network.

@@ -454,7 +454,9 @@ class Equalize(Trick):
             nonlocal ranges
             ranges = measured.copy()
             names = [name for name in pairs if name not in skip]
-            scale_pairs(traced, [pairs[name] for name in names], ranges, self.settings["iterations"])
+            scale_pairs(
+                traced, [pairs[name] for name in names], ranges, self.settings["iterations"]
+            )
             return names
 
         def absorb(traced: fx.GraphModule, skip: Sequence[str]) -> list[str]:
