@@ -10,17 +10,24 @@ from qat_tricks.numerics import ActivationQuantizer, WeightQuantizer
 
 
 @contextmanager
-def evaluating(*networks: nn.Module) -> Iterator[None]:
-    """Puts ``networks`` into evaluation mode, and afterwards each module back into its own mode."""
+def kept_modes(*networks: nn.Module) -> Iterator[None]:
+    """Puts each module of ``networks``, after the block, back into its own mode."""
     # Each by itself: a user may hold some modules in evaluation mode during training.
     modes = [(module, module.training) for network in networks for module in network.modules()]
     try:
-        for network in networks:
-            network.eval()
         yield
     finally:
         for module, was_training in modes:
             module.training = was_training
+
+
+@contextmanager
+def evaluating(*networks: nn.Module) -> Iterator[None]:
+    """Puts ``networks`` into evaluation mode, and afterwards each module back into its own mode."""
+    with kept_modes(*networks):
+        for network in networks:
+            network.eval()
+        yield
 
 
 @contextmanager
