@@ -160,13 +160,14 @@ def as_in_training(
     Nothing is logged, no optimizer steps, and the state of every module outside of ``network``,
     which does not run, is restored.
     """
-    loggers, state = trainer.loggers, trainer.state
+    loggers, state, configured = trainer.loggers, trainer.state, _Configured(trainer, pl_module)
     fn, stage = state.fn, state.stage
     assert fn is not None  # a run has begun
     with ExitStack() as stack:
         stack.enter_context(_kept_state(pl_module, network))
         stack.enter_context(kept_modes(pl_module))
-        stack.enter_context(_attributes(pl_module, **_stand_ins(trainer, pl_module)))
+        stack.enter_context(_attributes(pl_module, **_stand_ins(configured)))
+        stack.enter_context(_attributes(trainer.strategy, **configured.as_lists()))
         if trainer.world_size > 1:
             # The other processes are waiting for the images, and take no part in it.
             stack.enter_context(_attributes(trainer.fit_loop, setup_data=_refuse_setup_data))
@@ -237,34 +238,76 @@ class _Still:
         return getattr(self.own, name)
 
 
-def _stand_ins(trainer: "Trainer", pl_module: "LightningModule") -> dict[str, Callable[..., Any]]:
-    """What stands in for methods of ``pl_module`` that would log, or change something."""
-    made: list[tuple[list[Any], list[Any]]] = []
+class _Configured:
+    """The optimizers and schedules of the running fit, or, before it, some to be thrown away.
 
-    def configured() -> tuple[list[Any], list[Any]]:
-        """The optimizers and schedules of the fit, or, before it, some to be thrown away."""
-        if trainer.optimizers:
-            return trainer.optimizers, trainer.lr_scheduler_configs
-        if not made:
-            make = import_module(f"{package_of(trainer).__name__}.core.optimizer")
+    The latter are made when a step asks for them, which few do before they call the network.
+    """
+
+    def __init__(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        self.trainer, self.pl_module = trainer, pl_module
+        running = list(trainer.optimizers), list(trainer.lr_scheduler_configs)
+        self._made = running if running[0] else None
+
+    @property
+    def made(self) -> tuple[list[Any], list[Any]]:
+        """Optimizers, and the configurations of schedules.
+
+        Raises:
+            QatTricksError: ``configure_optimizers`` fails.
+        """
+        if self._made is None:
+            make = import_module(f"{package_of(self.trainer).__name__}.core.optimizer")
             try:
-                made.append(make._init_optimizers_and_lr_schedulers(pl_module))
+                self._made = make._init_optimizers_and_lr_schedulers(self.pl_module)
             except QatTricksError:
                 raise
             except Exception as error:  # whatever the user's code raises
                 raise QatTricksError(
-                    f"{type(pl_module).__name__}.training_step asks for its optimizers before it "
-                    f"calls its network, and configure_optimizers fails ({one_line(error)}): call "
-                    f"the network first, {REMEDY}"
+                    f"{type(self.pl_module).__name__}.training_step asks for its optimizers before "
+                    f"it calls its network, and configure_optimizers fails ({one_line(error)}): "
+                    f"call the network first, {REMEDY}"
                 ) from error
-        return made[0]
+        return self._made
+
+    def optimizers(self) -> list[Any]:
+        """The optimizers, which do not step."""
+        return [_Still(optimizer) for optimizer in self.made[0]]
+
+    def schedules(self) -> list[Any]:
+        """The schedules, which do not step."""
+        return [_Still(config.scheduler) for config in self.made[1]]
+
+    def as_lists(self) -> dict[str, Any]:
+        """What a strategy holds them in, and a trainer reads them from."""
+        return {
+            "_optimizers": _Later(self.optimizers),
+            "lr_scheduler_configs": _Later(lambda: self.made[1]),
+        }
+
+
+class _Later(Sequence[Any]):
+    """A list that is made when somebody looks at it."""
+
+    def __init__(self, make: Callable[[], list[Any]]) -> None:
+        self.make = make
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.make()[index]
+
+    def __len__(self) -> int:
+        return len(self.make())
+
+
+def _stand_ins(configured: _Configured) -> dict[str, Callable[..., Any]]:
+    """What stands in for methods of a module that would log, or change something."""
 
     def optimizers(*args: Any, **kwargs: Any) -> Any:
-        still = [_Still(optimizer) for optimizer in configured()[0]]
+        still = configured.optimizers()
         return still[0] if len(still) == 1 else still
 
     def lr_schedulers() -> Any:
-        still = [_Still(config.scheduler) for config in configured()[1]]
+        still = configured.schedules()
         return (still[0] if len(still) == 1 else still) if still else None
 
     silent = ("log", "log_dict", "print", "manual_backward", "clip_gradients")

@@ -126,6 +126,15 @@ class Manual(Bare):
         self.untoggle_optimizer(optimizer)
 
 
+class AsksTheTrainer(Bare):
+    """Reads the rate from the trainer's optimizers, as for a log."""
+
+    def training_step(self, batch, _):
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        assert rate == self.trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0] > 0
+        return F.cross_entropy(self(seen(batch[0])), batch[1])
+
+
 class Twice(Bare):
     def training_step(self, batch, _):
         return F.cross_entropy(self(seen(batch[0])) + self(1000 * batch[0]), batch[1])
@@ -191,6 +200,7 @@ def as_bytes(x, y):
         (WithoutForward, Raw()),
         (FromSetup, Raw()),
         (Manual, Raw()),
+        (AsksTheTrainer, Raw()),
         (Twice, Raw()),
         (Guarded, Raw()),
         (Mappings, Raw(as_mapping)),
