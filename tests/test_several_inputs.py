@@ -365,10 +365,11 @@ class Data(several.pl.LightningDataModule):
 
 
 def test_without_a_fit_and_in_stages():
-    tested, staged = Lit(gain=1.0), Lit(gain=1.0)
-    trainer(qat_tricks.recipe("int8_ptq")).test(tested, Data(), verbose=False)
-    qat_tricks.run_stages(staged, Data(), "int8_ptq")
-    assert differences(tested.backbone.state_dict(), staged.backbone.state_dict()) == []
+    for gain in (0.5, 1.0):  # the module scales an input before the network sees it
+        tested, staged = Lit(gain=gain), Lit(gain=gain)
+        trainer(qat_tricks.recipe("int8_ptq")).test(tested, Data(), verbose=False)
+        qat_tricks.run_stages(staged, Data(), "int8_ptq")
+        assert differences(tested.backbone.state_dict(), staged.backbone.state_dict()) == []
     plain = qat_tricks.quantize(network(TwoImages), loader())
     assert differences(plain.state_dict(), staged.backbone.state_dict()) == []
 

@@ -169,8 +169,10 @@ def as_in_training(
         stack.enter_context(_attributes(pl_module, **_stand_ins(configured)))
         stack.enter_context(_attributes(trainer.strategy, **configured.as_lists()))
         if trainer.world_size > 1:
-            # The other processes are waiting for the images, and take no part in it.
-            stack.enter_context(_attributes(trainer.fit_loop, setup_data=_refuse_setup_data))
+            # The other processes are waiting for the images: they would be waited for in turn.
+            length, others = _alone("the length of the training"), _alone("all_gather")
+            stack.enter_context(_attributes(trainer.fit_loop, setup_data=length))
+            stack.enter_context(_attributes(pl_module, all_gather=others))
         stack.enter_context(_eager(pl_module))
         stack.callback(setattr, trainer, "loggers", loggers)
         stack.callback(setattr, state, "stage", stage)
@@ -210,11 +212,16 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     """Does nothing."""
 
 
-def _refuse_setup_data(*args: Any, **kwargs: Any) -> None:
-    raise QatTricksError(
-        "several processes cannot know the length of the training while the first calibrates, and "
-        f"configure_optimizers asks for it: call the network before self.optimizers(), {REMEDY}"
-    )
+def _alone(what: str) -> Callable[..., None]:
+    """What refuses something for which all processes are needed."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise QatTricksError(
+            f"the training step asks for {what} before it calls its network, and the first of "
+            f"several processes calibrates alone: call the network first, {REMEDY}"
+        )
+
+    return refuse
 
 
 class _Still:

@@ -11,6 +11,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 import qat_tricks
+from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import activation_quantizers
 from qat_tricks.trainer.calibration_images import network_inputs
 from tests.helpers.lightning import pl
@@ -163,3 +164,30 @@ def test_the_hooks_of_a_data_module_count_too():
         for lit in (plain, hooked)
     ]
     assert ranges[1] == pytest.approx(5 * ranges[0], rel=0.05)
+
+
+class Gathers(Lit):
+    def training_step(self, batch, index):
+        return F.cross_entropy(self(self.all_gather(batch[0])), batch[1])
+
+
+class AsksForTheLength(Lit):
+    def training_step(self, batch, index):
+        share = self.global_step / self.trainer.estimated_stepping_batches
+        return share + super().training_step(batch, index)
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"), [(Gathers, "all_gather"), (AsksForTheLength, "the length of the training")]
+)
+def test_one_of_several_processes_asks_nothing_of_the_others(monkeypatch, kind, what):
+    class Ask(pl.Callback):
+        def setup(self, trainer, pl_module, stage):
+            assert len(network_inputs(trainer, pl_module, "backbone", 16)) == 1
+            monkeypatch.setattr(type(trainer), "world_size", property(lambda self: 2))
+            trainer.fit_loop._combined_loader = None
+            with pytest.raises(QatTricksError, match=f"asks for {what} before it calls its net"):
+                network_inputs(trainer, pl_module, "backbone", 16)
+            monkeypatch.undo()
+
+    trainer([Ask()], limit_train_batches=1).fit(kind().train(), loader())
