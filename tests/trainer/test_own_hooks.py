@@ -1,6 +1,7 @@
 """Networks that a module makes in ``setup`` or ``configure_model``, as Lightning's users do."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -205,3 +206,14 @@ def test_a_hook_that_was_put_on_the_object_is_called():
     lit.configure_model = lambda: setattr(lit, "backbone", net(0))
     fit(lit, recipe="int8_qat")
     assert isinstance(layers(lit.backbone)["head"], nn.Linear)
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda lit: pickle.loads(pickle.dumps(lit))])
+def test_a_copy_of_the_module_has_hooks_of_its_own(make):
+    lit = InSetup().train()
+    fit(lit, recipe="int8_qat")
+    other = make(lit)
+    network = other.backbone
+    trainer().test(other, Data(), verbose=False)
+    assert other.backbone is network is not lit.backbone
+    assert (lit.made, other.made) == (["fit"], ["fit", "test"])
