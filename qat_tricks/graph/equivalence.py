@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.inputs import Inputs, call_network, first_images
-from qat_tricks.graph.modes import float_mode, modes_kept
+from qat_tricks.graph.modes import float_mode, kept_modes
 from qat_tricks.graph.random_state import kept_random_state, seed_all
 from qat_tricks.graph.traced_network import NO_TRAINING
 from qat_tricks.numerics.decibels import LARGEST_SQNR_DB, decibels
@@ -200,7 +200,7 @@ def _run(network: nn.Module, inputs: Inputs, *, thawed: bool = False) -> _Output
         inputs: of it.
         thawed: whether to run it also with BatchNorms in training mode.
     """
-    with float_mode(network), modes_kept(network), kept_random_state(), torch.no_grad():
+    with float_mode(network), kept_modes(network), kept_random_state(), torch.no_grad():
         network.eval()
         evaluation = tensors_in(call_network(network, inputs))
         training = _in_training(network, inputs, frozen=False) if thawed else None

@@ -49,7 +49,7 @@ def fold_batchnorm(traced: fx.GraphModule, skip: Sequence[str] = ()) -> list[tup
     begins: dict[str, int] = {}  # the first channel of each BatchNorm that is not folded yet
     for layer_name, name in pairs:
         layer, batchnorm = layer_at(traced, layer_name), layer_at(traced, name)
-        give_bias(layer)
+        give_bias(layer, batchnorm)
         # Behind a concat, each layer has its own part of the BatchNorm's channels, in order.
         begin = begins.get(name, 0)
         begins[name] = begin + layer.weight.shape[0]

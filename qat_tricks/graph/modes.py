@@ -10,8 +10,8 @@ from qat_tricks.numerics import ActivationQuantizer, WeightQuantizer
 
 
 @contextmanager
-def modes_kept(*networks: nn.Module) -> Iterator[None]:
-    """Afterwards puts each module of ``networks`` back into its own mode."""
+def kept_modes(*networks: nn.Module) -> Iterator[None]:
+    """Puts each module of ``networks``, after the block, back into its own mode."""
     # Each by itself: a user may hold some modules in evaluation mode during training.
     modes = [(module, module.training) for network in networks for module in network.modules()]
     try:
@@ -24,7 +24,7 @@ def modes_kept(*networks: nn.Module) -> Iterator[None]:
 @contextmanager
 def evaluating(*networks: nn.Module) -> Iterator[None]:
     """Puts ``networks`` into evaluation mode, and afterwards each module back into its own mode."""
-    with modes_kept(*networks):
+    with kept_modes(*networks):
         for network in networks:
             network.eval()
         yield

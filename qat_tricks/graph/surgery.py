@@ -49,8 +49,8 @@ def rebuild(network: nn.Module, spec: dict[str, Any]) -> fx.GraphModule:
         )
     # In the order in which the tricks worked: each step finds the names that the last one left.
     folded = spec.get("folded", [])
-    for layer, _ in folded:
-        give_bias(traced.get_submodule(layer))
+    for layer, batchnorm in folded:
+        give_bias(traced.get_submodule(layer), traced.get_submodule(batchnorm))
     for batchnorm in dict.fromkeys(batchnorm for _, batchnorm in folded):
         erase_batchnorm(traced, batchnorm)
     for batchnorm in spec.get("convs", []):
@@ -76,13 +76,28 @@ def _missing_names(traced: fx.GraphModule, spec: Mapping[str, Any]) -> list[str]
     ]
 
 
-def give_bias(layer: nn.Module) -> None:
-    """Makes sure that a conv or linear has a bias, of zeros if it had none."""
+def give_bias(layer: nn.Module, batchnorm: Any = None) -> None:
+    """Makes sure that a conv or linear has a bias, of zeros if it had none.
+
+    What the user froze stays frozen: the bias trains if one of those that it stands for does, which
+    are the layer's own and the BatchNorm's. Where neither has one, it follows the layer's weight.
+    The weight itself goes on as it is, also where only the BatchNorm was trained: its factor is
+    folded in and trains no more, for a frozen weight that moved would be the greater surprise.
+
+    Args:
+        layer: a conv or linear.
+        batchnorm: that is folded into it.
+    """
     assert isinstance(layer.weight, torch.Tensor)
+    of_batchnorm = getattr(batchnorm, "bias", None)
+    biases = [bias for bias in (layer.bias, of_batchnorm) if isinstance(bias, torch.Tensor)]
+    trains = any(value.requires_grad for value in biases or [layer.weight])
     if layer.bias is None:
         layer.bias = nn.Parameter(
             torch.zeros(layer.weight.shape[0], dtype=layer.weight.dtype, device=layer.weight.device)
         )
+    assert isinstance(layer.bias, torch.Tensor)
+    layer.bias.requires_grad_(trains)
 
 
 def erase_batchnorm(traced: fx.GraphModule, batchnorm: str) -> None:
@@ -120,7 +135,8 @@ def batchnorm_to_conv(traced: fx.GraphModule, name: str) -> nn.Conv2d:
         # An optimizer that holds the BatchNorm's parameters goes on training the conv's.
         batchnorm.weight.data = batchnorm.weight.data.view(conv.weight.shape)
         conv.weight, conv.bias = batchnorm.weight, batchnorm.bias
-    conv.requires_grad_(batchnorm.affine and batchnorm.weight.requires_grad)
+    else:
+        conv.requires_grad_(False)
     install(traced, name, conv.train(batchnorm.training))
     return conv
 

@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.equivalence import LEAST_DB, Gate, buffers_kept, sqnr, tensors_in
-from qat_tricks.graph.inputs import Inputs, call_network
-from qat_tricks.graph.modes import modes_kept
+from qat_tricks.graph.inputs import Inputs, as_tensors, call_network
+from qat_tricks.graph.modes import kept_modes
 from qat_tricks.graph.random_state import kept_random_state
 from qat_tricks.graph.trace import trace
 from qat_tricks.graph.traceable import TraceSettings
@@ -82,7 +82,7 @@ def _first_difference(
             return super().run_node(n)
 
     in_mode = fx.GraphModule(traced, graph_in(traced.graph, mode))
-    with modes_kept(traced), buffers_kept(traced), kept_random_state(), torch.no_grad():
+    with kept_modes(traced), buffers_kept(traced), kept_random_state(), torch.no_grad():
         traced.train(training)
         Compare(in_mode).run(*as_tensors(inputs))
     node = differing[0] if differing else in_mode.graph.output_node()
@@ -118,7 +118,7 @@ def _inputs_of_parts(
         parts[name].register_forward_pre_hook(partial(note, name)) for name in called & parts.keys()
     ]
     try:
-        with modes_kept(network), buffers_kept(network), torch.no_grad():
+        with kept_modes(network), buffers_kept(network), torch.no_grad():
             network.train(training)
             call_network(network, inputs)
     finally:

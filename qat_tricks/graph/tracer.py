@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import attention
-from qat_tricks.graph.modes import modes_kept
+from qat_tricks.graph.modes import kept_modes
 from qat_tricks.graph.random_state import has_moved, random_state, restore_random_state
 from qat_tricks.graph.two_modes import OWNER
 
@@ -176,7 +176,7 @@ def follow(network: nn.Module, tracer: Tracer, *, training: bool) -> Followed:
     mode = "training" if training else "evaluation"
     before = random_state()
     with (
-        modes_kept(network),
+        kept_modes(network),
         _attributes_kept(network) as changes,
         _grad_enabled(),
         _factories_recorded(tracer),

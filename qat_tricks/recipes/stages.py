@@ -1,20 +1,15 @@
 """Runs the stages of a recipe on a LightningModule, each with its own tricks and its own fit."""
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from qat_tricks.graph.inputs import Inputs, input_names, inputs_of
-from qat_tricks.graph.workbench import Workbench
 from qat_tricks.recipes.recipe import Stage, StagedRecipe, load_recipe
-from qat_tricks.trainer.calibration_images import datamodule_images
 from qat_tricks.trainer.framework import package_of
-from qat_tricks.trainer.module import attach_workbench, find_network
-from qat_tricks.trainer.ranks import loaded_once
+from qat_tricks.trainer.module import has_workbench, networks_in, workbench_of
 from qat_tricks.trainer.session import Session
+from qat_tricks.trainer.set_up import set_up_trainer
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningDataModule, LightningModule
@@ -32,7 +27,7 @@ def run_stages(
 ) -> "LightningModule":
     """Runs every stage of ``recipe`` and returns ``module``.
 
-    Each stage that trains has a ``Trainer`` of its own.
+    Each stage has a ``Trainer`` of its own; that of a stage without training ends with the set-up.
 
     Args:
         module: a trained LightningModule, of either Lightning package, which the trainers come
@@ -51,40 +46,59 @@ def run_stages(
         recipe = load_recipe(recipe)
     settings = {"enable_checkpointing": False, "logger": False, **(trainer or {})}
     extra_callbacks = list(settings.pop("callbacks", None) or [])
-    name = find_network(module, recipe.network)
-    network = module.get_submodule(name)
-    # Before the first stage: the teacher of every stage is the float network.
-    teacher = copy.deepcopy(network) if any(t.needs_teacher for t in recipe.tricks) else None
-    work = Workbench(network, teacher=teacher, untraced=recipe.untraced)
-    attach_workbench(module, work, name)
-    for stage in recipe.stages:
+    frozen = _held_in_evaluation(module, recipe.network)
+    # A recipe without stages still gives a network that was traced, as for export.
+    for stage in recipe.stages or [Stage(name="float", tricks=[])]:
+        session = Session(
+            network=recipe.network,
+            untraced=recipe.untraced,
+            fits=stage.epochs > 0,
+            # Before the first stage: the teacher of every stage is the float network.
+            keeps_teacher=any(trick.needs_teacher for trick in recipe.tricks),
+        )
+        # A trick is applied once in each stage, and may come again in a later one.
+        if has_workbench(module):
+            workbench_of(module).applied.clear()
+        # A trainer of the other Lightning package would not take the module.
+        package = package_of(module)
         if stage.epochs == 0:
-            # Without a trainer the module's ``forward`` is not run: a batch holds the network's
-            # inputs.
-            names = input_names(work.network)
-            work.loader = partial(loaded_once, partial(_calibration_inputs, datamodule, names))
-            work.trains = False
-            stage.apply(work)
+            callbacks = [session, *stage.tricks]
+            fit = set_up_trainer(package)(max_epochs=1, callbacks=callbacks, **settings)
         else:
-            work.applied.clear()
             if stage.lr is not None and hasattr(module, "lr"):
                 module.lr = stage.lr  # type: ignore[assignment]
-            module.train()  # Lightning trains a module in the mode it finds it
-            # The session takes the workbench that the module has by now.
-            callbacks = [Session(network=name), *stage.tricks, *extra_callbacks]
-            # A trainer of the other Lightning package would not take the module.
-            make_trainer = package_of(module).Trainer
-            fit = make_trainer(max_epochs=stage.epochs, callbacks=callbacks, **settings)
-            fit.fit(module, datamodule=datamodule)
-        if after_stage is not None:
+            _train(module, frozen)
+            callbacks = [session, *stage.tricks, *extra_callbacks]
+            fit = package.Trainer(max_epochs=stage.epochs, callbacks=callbacks, **settings)
+        fit.fit(module, datamodule=datamodule)
+        work = workbench_of(module)
+        # The float copy fits only this stage's network.
+        work.drop_reference()
+        if after_stage is not None and recipe.stages:
             after_stage(stage, work.network)
     return module
 
 
-def _calibration_inputs(
-    datamodule: "LightningDataModule", names: Sequence[str], num_images: int
-) -> Iterator[Inputs]:
-    """The inputs, called ``names``, of the training images of a data module."""
-    # A trainer would do this, and a stage without training has none.
-    datamodule.setup("fit")
-    return (inputs_of(batch, names) for batch in datamodule_images(datamodule, num_images))
+def _held_in_evaluation(module: nn.Module, network: str | None) -> list[str]:
+    """The names of submodules that the user holds in evaluation mode while the others train.
+
+    Of a module, or a network, that is in evaluation mode as a whole, nobody knows which parts are
+    meant to stay so.
+    """
+    networks = networks_in(module) if network is None else {network: None}
+    whole = [name for name, m in module.named_modules() if name in networks and not m.training]
+    return [
+        name
+        for name, m in module.named_modules()
+        if module.training
+        and not m.training
+        and not any(f"{name}.".startswith(f"{other}.") for other in whole)
+    ]
+
+
+def _train(module: nn.Module, frozen: Sequence[str]) -> None:
+    """Puts ``module`` into training mode, for Lightning trains a module in the mode it finds it."""
+    module.train()
+    for name, part in module.named_modules():
+        if name in frozen:
+            part.training = False

@@ -1,75 +1,108 @@
-"""Training images for the tricks, as the module's ``forward`` passes them to its network."""
+"""Training images for the tricks, as training feeds them to the network."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning_utilities.core.overrides import is_overridden
-from torch import nn
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph.inputs import Inputs, as_tensors, input_names, inputs_of, is_nested
+from qat_tricks.graph.inputs import (
+    Inputs,
+    as_tensors,
+    batch_size,
+    input_names,
+    inputs_of,
+    is_nested,
+)
 from qat_tricks.graph.random_state import kept_random_state
-from qat_tricks.graph.workbench import Workbench
 from qat_tricks.trainer.framework import package_of
+from qat_tricks.trainer.training_step import (
+    REMEDY,
+    Step,
+    as_in_training,
+    network_inputs_of,
+    on_device,
+)
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-
-class _SeenError(Exception):
-    """Ends a forward pass once the network's input is known."""
+PATIENCE = 16  # batches after which a step that has not called its network never will
 
 
 def network_inputs(
-    trainer: "Trainer", pl_module: "LightningModule", work: Workbench, num_images: int
-) -> Iterator[Inputs]:
-    """The network's inputs for the training images, after the module's own preprocessing.
+    trainer: "Trainer", pl_module: "LightningModule", name: str, num_images: int
+) -> list[Inputs]:
+    """The network's inputs for the first training images, as training feeds them to it.
+
+    The module's own ``training_step`` runs on batches that have been through all hooks of a batch,
+    up to its first call of the network. A module without one is called itself, and where it has no
+    ``forward`` either, the batch holds the inputs. The module is left as it was.
+
+    Args:
+        trainer: knows the training images.
+        pl_module: holds the network.
+        name: of the network in ``pl_module``; it may be traced or not.
+        num_images: so many, or a few more, or all that there are.
 
     Raises:
-        QatTricksError: there are no training images, or ``forward`` does not take the inputs that
-            a batch holds.
+        QatTricksError: there are no training images, or the step does not call the network with
+            them, calls its parts by themselves, or fails.
     """
-    # A batch gives the module its arguments where it takes one, or as many as the network does.
-    names, required = input_names(work.network), input_names(pl_module.forward)
-    through_module = _overrides("forward", pl_module) and len(required) in (0, 1, len(names))
-    seen: list[Inputs] = []
-
-    def see(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        arguments = signature(network.forward).bind(*args, **kwargs).arguments
-        seen.append(inputs_of([arguments[name] for name in names], names) if names else args[0])
-        # The network itself need not run: its inputs are known.
-        raise _SeenError
-
+    network = pl_module.get_submodule(name)
+    step = _step(trainer, pl_module, network)
+    taken: list[Inputs] = []
+    tried = 0
     # Augmentations draw random numbers. The fit must draw the same ones with or without tricks.
     with kept_random_state():
-        for batch in _training_loader(trainer, pl_module, num_images):
-            batch = trainer.strategy.batch_to_device(batch)
-            if not through_module:
-                yield inputs_of(batch, names)
-                continue
-            handle = work.network.register_forward_pre_hook(see, with_kwargs=True)
-            try:
-                with torch.no_grad():
-                    pl_module(*_module_inputs(batch, required, names))
-                raise QatTricksError(
-                    f"{type(pl_module).__name__}.forward does not call its network "
-                    f"{work.network_name}"
-                )
-            except _SeenError:
-                yield seen.pop()
-            except (TypeError, ValueError) as error:
-                raise QatTricksError(
-                    f"{type(pl_module).__name__}.forward does not take what a batch begins with "
-                    f"({error}): let a batch be (inputs, labels), inputs being a tensor, or the "
-                    "tuple of tensors that forward takes"
-                ) from error
-            finally:
-                handle.remove()
+        loader = _training_loader(trainer, pl_module, num_images)
+        with as_in_training(trainer, pl_module, network):
+            for index, raw in enumerate(loader):
+                batch = on_device(trainer, pl_module, raw)
+                if batch is None:  # Lightning skips it
+                    continue
+                if step is None:
+                    inputs: Inputs | None = inputs_of(batch, input_names(network))
+                else:
+                    inputs = network_inputs_of(trainer, pl_module, name, step, batch, index)
+                tried += 1
+                taken += [] if inputs is None else [inputs]
+                # Some steps leave the network out, and some modules never call it.
+                if sum(map(batch_size, taken)) >= num_images or (not taken and tried == PATIENCE):
+                    break
+    if tried and not taken and step is not None:
+        raise QatTricksError(
+            f"{type(pl_module).__name__}.{step.name} does not call its network {name}: let it call "
+            'the network, or name the one that it calls with overrides=["network=NAME"]'
+        )
+    return taken
 
 
-def _module_inputs(batch: Any, required: Sequence[str], names: Sequence[str]) -> tuple[Any, ...]:
+def _step(trainer: "Trainer", pl_module: "LightningModule", network: Any) -> Step | None:
+    """The method of ``pl_module`` that calls the network in training, or None."""
+    if _overrides("training_step", pl_module):
+        if "dataloader_iter" in signature(pl_module.training_step).parameters:
+            raise QatTricksError(
+                f"{type(pl_module).__name__}.training_step takes dataloader_iter, of which no "
+                f"batch can be taken before the training: let it take batch, {REMEDY}"
+            )
+        build = trainer.fit_loop.epoch_loop._build_kwargs
+        return Step(
+            "training_step",
+            lambda batch, index: pl_module.training_step(
+                *build(OrderedDict(), batch, index).values()
+            ),
+        )
+    names, required = input_names(network), input_names(pl_module.forward)
+    # A batch gives the module its arguments where it takes one, or as many as the network does.
+    if _overrides("forward", pl_module) and len(required) in (0, 1, len(names)):
+        return Step("forward", lambda batch, _: pl_module(*_arguments(batch, required, names)))
+    return None
+
+
+def _arguments(batch: Any, required: Sequence[str], names: Sequence[str]) -> tuple[Any, ...]:
     """The part of a batch that a module's ``forward`` takes.
 
     Args:
@@ -95,26 +128,32 @@ def datamodule_images(datamodule: Any, num_images: int) -> Iterable[Any]:
 def _training_loader(
     trainer: "Trainer", pl_module: "LightningModule", num_images: int
 ) -> Iterable[Any]:
+    """Batches of training images, as the fit would get them."""
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    source = trainer.fit_loop._data_source
     if datamodule is not None:
         if trainer.state.fn != "fit":
             datamodule.setup("fit")  # validation and test set up their own split only
-        return datamodule_images(datamodule, num_images)
+        loader = datamodule_images(datamodule, num_images)
+        if hasattr(datamodule, "calibration_loader"):
+            return loader
     # A loader that was handed to ``fit`` wins over the module's own, as in Lightning.
-    source = trainer.fit_loop._data_source
-    if source.instance is not None and source.is_defined():
+    elif source.instance is not None and source.is_defined():
         loader = source.dataloader()
-        if not isinstance(loader, Iterable):
-            raise QatTricksError(
-                f"calibration needs one training loader, not {type(loader).__name__}"
-            )
-        return loader
-    if _overrides("train_dataloader", pl_module):
-        return pl_module.train_dataloader()
-    raise QatTricksError(
-        "there are no training images to calibrate on: give the trainer a data module, or "
-        "quantize beforehand with qat_tricks.quantize(network, loader)"
-    )
+    elif _overrides("train_dataloader", pl_module):
+        loader = pl_module.train_dataloader()
+    else:
+        raise QatTricksError(
+            "there are no training images to calibrate on: give the trainer a data module, "
+            f"{REMEDY}"
+        )
+    # Of several loaders, a batch is a list or mapping with a batch of each.
+    if isinstance(loader, (list, tuple, Mapping)):
+        combined = package_of(trainer).utilities.CombinedLoader(loader, "max_size_cycle")
+        return (batch for batch, *_ in combined)
+    if not isinstance(loader, Iterable):
+        raise QatTricksError(f"calibration needs one training loader, not {type(loader).__name__}")
+    return loader
 
 
 def _overrides(method: str, pl_module: "LightningModule") -> bool:

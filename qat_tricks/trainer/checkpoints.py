@@ -22,6 +22,7 @@ from qat_tricks.trainer.module import (
     find_network,
     has_workbench,
 )
+from qat_tricks.trainer.own_hooks import make_network
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule
@@ -91,6 +92,7 @@ def load_from_checkpoint(
             key: value for key, value in hyperparameters.items() if key in parameters
         }
     module = module_class(**{**hyperparameters, **kwargs})
+    make_network(module, checkpoint["state_dict"])
     saved = checkpoint.get(CHECKPOINT_KEY)
     if saved is not None:
         name = find_network(module, saved["network"])

@@ -10,12 +10,23 @@ from qat_tricks.graph.layers import is_layer
 from qat_tricks.graph.random_state import random_state
 from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.workbench import Workbench
+from qat_tricks.trainer.own_hooks import keep_network
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule
 
 CHECKPOINT_KEY = "qat_tricks"
 _ATTRIBUTE = "_qat_tricks_workbench"
+
+
+def networks_in(pl_module: nn.Module) -> dict[str, nn.Module]:
+    """The children of ``pl_module`` that have conv or linear layers, by name."""
+    # A loss or a metric is a child too, but has no conv or linear.
+    return {
+        key: child
+        for key, child in pl_module.named_children()
+        if any(is_layer(m) for m in child.modules())
+    }
 
 
 def find_network(pl_module: nn.Module, name: str | None = None) -> str:
@@ -26,12 +37,7 @@ def find_network(pl_module: nn.Module, name: str | None = None) -> str:
     Raises:
         QatTricksError: there is no such child, or several; or ``name`` is none of its submodules.
     """
-    # A loss or a metric is a child too, but has no conv or linear.
-    children = {
-        key: child
-        for key, child in pl_module.named_children()
-        if any(is_layer(m) for m in child.modules())
-    }
+    children = networks_in(pl_module)
     listed = (
         ", ".join(f'"{key}" ({type(child).__name__})' for key, child in children.items()) or "none"
     )
@@ -42,8 +48,8 @@ def find_network(pl_module: nn.Module, name: str | None = None) -> str:
         return name
     if not children:
         raise QatTricksError(
-            f"{owner} holds no network with conv or linear layers: make it in __init__, because "
-            "tricks are applied before the module's own setup and configure_model"
+            f"{owner} holds no network with conv or linear layers: make it in __init__, setup or "
+            "configure_model"
         )
     if len(children) != 1:
         raise QatTricksError(
@@ -58,6 +64,7 @@ def attach_workbench(pl_module: "LightningModule", work: Workbench, name: str) -
     """Puts the network of ``work`` into ``pl_module`` as submodule ``name``; returns ``work``."""
     work.network_name = name
     pl_module.set_submodule(name, work.network)
+    keep_network(pl_module, name, work.network)
     setattr(pl_module, _ATTRIBUTE, work)
     # On the object and not on its class: other modules of that class stay as they are.
     pl_module.on_save_checkpoint = _SaveSpec(pl_module)  # type: ignore[method-assign]

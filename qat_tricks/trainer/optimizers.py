@@ -34,7 +34,9 @@ def renew_parameters(
     """Mends optimizers that hold parameters from before the surgery.
 
     Surgery removes the parameters of folded BatchNorms: they leave the optimizers. It adds biases
-    to layers: each joins the group of its layer's weight, unless an optimizer has it already.
+    to layers: each joins the group of its layer's weight, unless an optimizer has it already. The
+    bias of a layer whose weight is frozen, and in no optimizer, stands for a BatchNorm that was
+    trained, and joins the group that the BatchNorm has left.
 
     Args:
         optimizers: as the user has made them.
@@ -43,8 +45,10 @@ def renew_parameters(
     """
     now = dict(network.named_parameters())
     gone = {id(parameter) for parameter in before} - {id(parameter) for parameter in now.values()}
+    left: list[tuple[Group, nn.Parameter]] = []
     for group in _groups(optimizers):
         for parameter in take_out(group, gone)["params"]:
+            left.append((group, parameter))
             for optimizer in optimizers:
                 # Momentum of a parameter that is gone would stay in memory and in checkpoints.
                 optimizer.state.pop(parameter, None)
@@ -53,9 +57,14 @@ def renew_parameters(
     for name, parameter in now.items():
         owner, _, kind = name.rpartition(".")
         if kind == "bias" and id(parameter) not in known:
-            for group in _groups(optimizers):
-                if any(held is now[f"{owner}.weight"] for held in group["params"]):
-                    _join(group, name, parameter)
+            weight = now[f"{owner}.weight"]
+            homes = [g for g in _groups(optimizers) if any(p is weight for p in g["params"])]
+            if not homes and parameter.requires_grad:
+                # A part of a BatchNorm behind a concat has another shape.
+                same = [group for group, old in left if old.shape == parameter.shape]
+                homes = [*same, *(group for group, _ in left)][:1]
+            for group in homes:
+                _join(group, name, parameter)
 
 
 def take_in(

@@ -50,6 +50,11 @@ def spec_to_restore(trainer: "Trainer", pl_module: "LightningModule") -> dict[st
     return None
 
 
+def resumes(trainer: "Trainer") -> bool:
+    """Whether this run is about to restore a checkpoint."""
+    return _checkpoint_to_restore(trainer) is not None
+
+
 def _log(trainer: "Trainer") -> logging.Logger:
     """The logger of the trainer's own package; both packages share one in ``rank_zero_info``."""
     return logging.getLogger(f"{package_of(trainer).__name__}.utilities.rank_zero")

@@ -1,6 +1,7 @@
 """The progress of a fit, on which schedules are based."""
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qat_tricks.errors import QatTricksError
@@ -9,22 +10,64 @@ if TYPE_CHECKING:
     from pytorch_lightning import Trainer
 
 
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """What a trainer has done, in all its fits together."""
+
+    batches: int = 0
+    epochs: int = 0
+    steps: int = 0  # of optimizers
+
+
+def done_by(trainer: "Trainer") -> Done:
+    """What ``trainer`` has done up to now."""
+    loop = trainer.fit_loop
+    # Not ``total_batch_idx``: it counts twice a batch in the midst of which a run broke off and
+    # that is repeated.
+    return Done(
+        batches=loop.epoch_loop.batch_progress.total.completed,
+        epochs=loop.epoch_progress.current.processed,  # type: ignore[attr-defined]
+        steps=loop.epoch_loop.global_step,
+    )
+
+
+def done_before(trainer: "Trainer") -> Done:
+    """What ``trainer`` had done before this fit, which its session knows; nothing without one."""
+    found = (getattr(callback, "done_before", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    return next((done for done in found if isinstance(done, Done)), Done())
+
+
+def check_not_done(trainer: "Trainer", done: Done) -> None:
+    """Raises QatTricksError if a trainer that has ``done`` so much in earlier fits trains no more.
+
+    Lightning would say so in a log line, and the network would stay as it was quantized.
+    """
+    ends = {"max_epochs": done.epochs, "max_steps": done.steps}
+    for name, count in ends.items():
+        limit = getattr(trainer, name)
+        if limit is not None and 0 < limit <= count:
+            raise QatTricksError(
+                f"this trainer has reached {name}={limit} in an earlier fit and would train "
+                "nothing: make a new trainer for this fit"
+            )
+
+
 def total_batches(trainer: "Trainer") -> float:
     """The number of training batches that the fit will have.
 
     Raises:
         QatTricksError: the trainer has no end that can be foreseen.
     """
-    ends = []
+    before, ends = done_before(trainer), []
     if (
         trainer.max_epochs is not None
         and trainer.max_epochs > 0
         and math.isfinite(trainer.num_training_batches)
     ):
-        ends.append(trainer.max_epochs * trainer.num_training_batches)
+        ends.append((trainer.max_epochs - before.epochs) * trainer.num_training_batches)
     if trainer.max_steps > 0:
         # A step of an optimizer may take several batches.
-        ends.append(trainer.max_steps * trainer.accumulate_grad_batches)
+        ends.append((trainer.max_steps - before.steps) * trainer.accumulate_grad_batches)
     if not ends:
         raise QatTricksError(
             "schedules are fractions of the training, and this trainer has no foreseeable end: "
@@ -38,11 +81,8 @@ def fit_progress(trainer: "Trainer") -> float:
 
     It also holds right after a resume, and when training has ended.
     """
-    # Not ``total_batch_idx``: it counts twice a batch in the midst of which a run broke off and
-    # that is repeated.
-    return min(
-        1.0, trainer.fit_loop.epoch_loop.batch_progress.total.completed / total_batches(trainer)
-    )
+    batches, total = done_by(trainer).batches - done_before(trainer).batches, total_batches(trainer)
+    return min(1.0, batches / total) if total > 0 else 1.0
 
 
 def check_fraction(name: str, value: float) -> float:

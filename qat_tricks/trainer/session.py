@@ -6,13 +6,16 @@ averaged networks exact.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import nn
 
 from qat_tricks.errors import QatTricksError
+from qat_tricks.graph.inputs import Inputs
+from qat_tricks.graph.modes import kept_modes
 from qat_tricks.graph.random_state import restore_random_state
 from qat_tricks.graph.surgery import rebuild
 from qat_tricks.graph.workbench import Workbench
@@ -29,8 +32,10 @@ from qat_tricks.trainer.module import (
 )
 from qat_tricks.trainer.optimizers import renew_parameters
 from qat_tricks.trainer.order import Ordered, check_order
+from qat_tricks.trainer.own_hooks import call_hooks_early, end_run
 from qat_tricks.trainer.ranks import loaded_once
-from qat_tricks.trainer.resume import check_restore, spec_to_restore
+from qat_tricks.trainer.resume import check_restore, resumes, spec_to_restore
+from qat_tricks.trainer.schedule import Done, check_not_done, done_by
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -63,6 +68,11 @@ class Session(Callback):
         untraced: name patterns of its submodules that are not traced through.
         trains: whether a fit follows a validation or a test that comes first. Tricks that act
             gradually then wait for it.
+        fits: whether a fit may train at all; without one, such tricks act at once.
+        keeps_teacher: whether the float network is kept also for tricks of later fits.
+
+    Attributes:
+        done_before: what the trainer has done in earlier fits, from which schedules begin.
     """
 
     name = "session"
@@ -74,9 +84,12 @@ class Session(Callback):
         network: str | None = None,
         untraced: Sequence[str] = (),
         trains: bool = True,
+        fits: bool = True,
+        keeps_teacher: bool = False,
     ) -> None:
         self.tricks, self.network, self.untraced = list(tricks), network, tuple(untraced)
-        self.trains = trains
+        self.trains, self.fits, self.keeps_teacher = trains, fits, keeps_teacher
+        self.done_before = Done()
         # Of a run resumed in the middle of an epoch, until it goes on.
         self._random_state: dict[str, Any] | None = None
 
@@ -100,6 +113,14 @@ class Session(Callback):
             # A callback may be used for a second fit; a restored state comes after this.
             for trick in tricks:
                 trick.reset()
+            # A trainer may be used for a second fit too, and counts on.
+            self.done_before = Done() if resumes(trainer) else done_by(trainer)
+            if self.trains and self.fits:
+                check_not_done(trainer, self.done_before)
+        # They may make the network, or what its training step needs.
+        call_hooks_early(trainer, pl_module)
+        # Lightning moves the module only after ``setup``, and calibration runs in it.
+        pl_module.to(trainer.strategy.root_device)
         work = self._workbench(trainer, pl_module, tricks)
         changes = [trick.apply_once(work) for trick in tricks]
         # Each rank has calibrated by itself, and sums on GPUs differ in their last bits.
@@ -132,6 +153,7 @@ class Session(Callback):
 
     def _check_trainer(self, trainer: "Trainer") -> None:
         """Raises QatTricksError for settings of a trainer that tricks cannot work with."""
+        self._check_callbacks(trainer)
         strategy, precision = trainer.strategy, str(trainer.precision)
         strategies = package_of(trainer).strategies
         if isinstance(strategy, tuple(getattr(strategies, name) for name in SHARDED)):
@@ -145,7 +167,24 @@ class Session(Callback):
                 f"precision={precision} is not allowed: scales and integer grids need float32; "
                 f"give one of {', '.join(PRECISIONS)}"
             )
+
+    def _check_callbacks(self, trainer: "Trainer") -> None:
+        """Raises QatTricksError for other callbacks that tricks cannot work with."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        kinds = package_of(trainer).callbacks
+        for callback in callbacks:
+            name = type(callback).__name__
+            if isinstance(callback, kinds.ModelPruning):
+                raise QatTricksError(
+                    f"{name} prunes by parameters of its own, which surgery cannot follow: leave "
+                    "it out, and take the trick prune (qat_tricks.tricks.Prune, or int8_prune50)"
+                )
+            if isinstance(callback, kinds.BaseFinetuning) and trainer.state.fn == "fit":
+                raise QatTricksError(
+                    f"{name} unfreezes whole modules, the scales of quantizers in them too: "
+                    "fine-tune in a fit of its own, before the recipe's, or set requires_grad in "
+                    "the module"
+                )
         for callback in callbacks[: callbacks.index(self)]:
             if is_averaging(callback):
                 name = type(callback).__name__
@@ -161,13 +200,12 @@ class Session(Callback):
         if has_workbench(pl_module):
             check_restore(trainer)
             work = workbench_of(pl_module)
+            # A workbench of an earlier run still has that run's loader.
+            work.loader = _loader(trainer, pl_module, work.network_name)
         else:
             work = self._open(trainer, pl_module, tricks)
         check_order(tricks, work.history)
-        load = partial(network_inputs, trainer, pl_module, work)
-        # A workbench of an earlier run still has that run's loader.
-        work.loader = partial(loaded_once, load)
-        work.trains = self.trains or trainer.state.fn == "fit"
+        work.trains = self.fits and (self.trains or trainer.state.fn == "fit")
         return work
 
     def _open(
@@ -181,15 +219,23 @@ class Session(Callback):
                 f"{name} is compiled, and surgery needs the network itself: leave it as it is and "
                 "compile what is trained, trainer.fit(torch.compile(module))"
             )
-        # Lightning moves the module only after ``setup``, and calibration runs in it.
-        pl_module.to(trainer.strategy.root_device)
         spec = spec_to_restore(trainer, pl_module)
         # Before surgery, and after a float checkpoint was loaded.
-        teacher = copy.deepcopy(network) if any(t.needs_teacher for t in tricks) else None
+        needs_teacher = self.keeps_teacher or any(trick.needs_teacher for trick in tricks)
+        teacher = copy.deepcopy(network) if needs_teacher else None
         before = list(network.parameters())
-        if spec is not None:
-            network = rebuild(network, spec)
-        work = Workbench(network, teacher=teacher, untraced=self.untraced)
+        load = _loader(trainer, pl_module, name)
+        # A part that the user holds in evaluation mode is to stay in it.
+        with kept_modes(network):
+            if spec is not None:
+                traced: nn.Module = rebuild(network, spec)
+            else:
+                traced = network
+                if any(hasattr(trick, "num_images") for trick in tricks):
+                    # A step that calls parts of the network is told by the user's own names.
+                    for _ in load(1):
+                        break
+            work = Workbench(traced, load, teacher=teacher, untraced=self.untraced)
         work.parameters_before = before  # an optimizer made in ``__init__`` holds these
         return attach_workbench(pl_module, work, name)
 
@@ -223,9 +269,34 @@ class Session(Callback):
         """Keeps the grids of averaged networks exact."""
         keep_grids(trainer, pl_module)
 
+    def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+        """Ends the run for the module's own hooks."""
+        end_run(pl_module)
+
+    def on_exception(
+        self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException
+    ) -> None:
+        """Ends the run for the module's own hooks."""
+        end_run(pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the trainer had done in earlier fits, if anything."""
+        return vars(self.done_before).copy() if self.done_before != Done() else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes in what the trainer had done in earlier fits."""
+        self.done_before = Done(**state_dict)
+
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Keeps the grids of averaged networks exact."""
         keep_grids(trainer, pl_module)
+
+
+def _loader(
+    trainer: "Trainer", pl_module: "LightningModule", name: str
+) -> Callable[[int], Iterable[Inputs]]:
+    """What calls the network ``name`` with so many training images, the same on every rank."""
+    return partial(loaded_once, partial(network_inputs, trainer, pl_module, name))
 
 
 def _synchronize(trainer: "Trainer", work: Workbench) -> None:

@@ -3,6 +3,10 @@
 Hinton et al. 2015, "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), section 2:
 the loss becomes ``(1 - weight) * loss + weight * T^2 * KL(softmax(teacher / T) || softmax(student /
 T))``.
+
+Where this differs: a network that yields one logit an image says with its sigmoid which of two
+classes it is. The softmax of one logit is always 1; so the divergence is that of the two classes,
+``KL(sigmoid(teacher / T) || sigmoid(student / T))``.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -25,15 +29,25 @@ def distill(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Te
     """The distillation loss, a scalar; gradients reach ``student`` only.
 
     Args:
-        student: logits ``[N, classes]`` of the network that is trained.
+        student: logits ``[N, classes]`` of the network that is trained; or, of two classes, one
+            logit an image, ``[N]`` or ``[N, 1]``.
         teacher: logits of the float network, of the same shape.
         temperature: softens both distributions; above 0.
     """
     # In float32 also under mixed precision: the differences of logits are small.
-    log_p = F.log_softmax(student.float() / temperature, dim=-1)
-    q = F.log_softmax(teacher.detach().float() / temperature, dim=-1)
+    log_p = F.log_softmax(_of_classes(student.float()) / temperature, dim=-1)
+    q = F.log_softmax(_of_classes(teacher.detach().float()) / temperature, dim=-1)
     # The factor keeps gradients at the same size for all temperatures (section 2).
     return F.kl_div(log_p, q, reduction="batchmean", log_target=True) * temperature**2
+
+
+def _of_classes(logits: Tensor) -> Tensor:
+    """Logits ``[N, classes]``; one logit an image becomes those of two classes."""
+    if logits.dim() > 1 and logits.shape[-1] > 1:
+        return logits
+    # The softmax of 0 and z is 1 - sigmoid(z) and sigmoid(z).
+    one = logits.flatten()
+    return torch.stack([torch.zeros_like(one), one], 1)
 
 
 class _Step:

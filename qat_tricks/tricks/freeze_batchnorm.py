@@ -7,7 +7,7 @@ will be folded for inference.
 
 from typing import TYPE_CHECKING, Any
 
-from torch import fx
+from torch import fx, nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.nodes import BATCHNORMS
@@ -29,14 +29,22 @@ def freeze_batchnorm(traced: fx.GraphModule) -> int:
     Raises:
         QatTricksError: no BatchNorm is left unfolded.
     """
-    norms = [module for module in traced.modules() if isinstance(module, BATCHNORMS)]
+    norms = _batchnorms(traced)
+    for norm in norms:
+        norm.eval()
+    return len(norms)
+
+
+def _batchnorms(traced: fx.GraphModule) -> list[nn.Module]:
+    """The BatchNorms of ``traced``; raises QatTricksError if there is none."""
+    norms: list[nn.Module] = [
+        module for module in traced.modules() if isinstance(module, BATCHNORMS)
+    ]
     if not norms:
         raise QatTricksError(
             "no BatchNorm is left to freeze: leave out fold_batchnorm, or leave out this trick"
         )
-    for norm in norms:
-        norm.eval()
-    return len(norms)
+    return norms
 
 
 class FreezeBatchnorm(Trick):
@@ -50,9 +58,8 @@ class FreezeBatchnorm(Trick):
 
     def apply(self, work: Workbench) -> None:
         """Checks that there is a BatchNorm to freeze."""
-        # Freezing raises if there is none; the next line thaws them again.
-        freeze_batchnorm(work.network)
-        work.network.train(work.network.training)
+        # The modes stay: the user may hold some of them in evaluation mode.
+        _batchnorms(work.network)
 
     def on_train_batch_start(
         self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int

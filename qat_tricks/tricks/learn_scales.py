@@ -6,19 +6,25 @@ reach the user's optimizer in a group of their own, without weight decay.
 
 Where this differs: weights of 5 and more bits keep the scale that follows their largest value.
 Nothing clips there, so there is nothing to learn, and their backward costs nothing. The scale of
-the network's input stays as calibrated: the images do not change.
+the network's input stays as calibrated: the images do not change. So do the scales of what the user
+froze: those of frozen weights, and those of activations that come from layers, or other modules, in
+which no parameter trains.
 """
 
+import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph.layers import activation_quantizers, layers
+from qat_tricks.graph.integer_ops import Kernel
+from qat_tricks.graph.layers import Layer, activation_quantizers, layers
 from qat_tricks.graph.near_ties import avoid_rounding_ties
 from qat_tricks.graph.spec import QUANTIZERS, spec_of
+from qat_tricks.graph.trace import module_of
 from qat_tricks.graph.workbench import Workbench
+from qat_tricks.numerics import ActivationQuantizer
 from qat_tricks.trainer.framework import package_of
 from qat_tricks.trainer.module import workbench_of
 from qat_tricks.trainer.optimizers import take_in, take_out
@@ -50,17 +56,50 @@ def learn_scales(traced: fx.GraphModule) -> list[nn.Parameter]:
         and node.all_input_nodes
         and node.all_input_nodes[0].op == "placeholder"
     }
+    stay = of_inputs | _of_frozen_parts(traced)
     for name, quantizer in quantizers.items():
-        if name not in of_inputs:
+        if name not in stay:
             spec["activations"][name.removeprefix(f"{QUANTIZERS}.")]["learned"] = True
             quantizer.scale.requires_grad_()
             scales.append(quantizer.scale)
     for name, layer in layers(traced).items():
-        if layer.weight_quantizer is not None and layer.weight_quantizer.scale is not None:
+        scale = None if layer.weight_quantizer is None else layer.weight_quantizer.scale
+        if scale is not None and layer.weight.requires_grad:
             spec["layers"][name]["learned"] = True
-            layer.weight_quantizer.scale.requires_grad_()
-            scales.append(layer.weight_quantizer.scale)
+            scale.requires_grad_()
+            scales.append(scale)
     return scales
+
+
+def _of_frozen_parts(traced: fx.GraphModule) -> set[str]:
+    """The activation quantizers of which all values come straight from frozen layers."""
+    trains: dict[str, list[bool]] = {}
+    for node in traced.graph.nodes:
+        if isinstance(module_of(node, traced), ActivationQuantizer):
+            trains.setdefault(str(node.target), []).extend(_sources_train(node, traced))
+    return {name for name, sources in trains.items() if sources and not any(sources)}
+
+
+def _sources_train(quantizer: fx.Node, traced: fx.GraphModule) -> list[bool]:
+    """For each nearest layer before ``quantizer``, whether it has a parameter that trains."""
+    seen: set[fx.Node] = set()
+    left, found = list(quantizer.all_input_nodes), []
+    while left:
+        node = left.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        module = module_of(node, traced)
+        own: list[Any] = []
+        if node.op == "get_attr":
+            own = [operator.attrgetter(str(node.target))(traced)]
+        elif module is not None and not isinstance(module, (ActivationQuantizer, Kernel)):
+            own = list(module.parameters(recurse=not isinstance(module, Layer)))
+        if own:
+            found.append(any(getattr(value, "requires_grad", False) for value in own))
+        else:
+            left += node.all_input_nodes
+    return found
 
 
 def give_scales_own_group(
@@ -207,7 +246,7 @@ class LearnScales(Trick):
             for layer in layers(network).values()
             if layer.weight_quantizer is not None
         ]
-        scales = of_activations + [scale for scale in of_weights if scale is not None]
+        scales = of_activations + [s for s in of_weights if s is not None and s.requires_grad]
         # An optimizer made before the tricks does not know the scales.
         take_in(trainer.optimizers, network, scales)
         configs = trainer.lr_scheduler_configs

@@ -293,6 +293,11 @@ class Prune(Trick):
         """Prunes to ``initial`` before a training, to ``sparsity`` without one."""
         self._prune(work, self.initial if work.trains else self.sparsity)
 
+    def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Notes the sparsity that there is: masks of an earlier fit stay, and only grow."""
+        pruned = self._prunable(workbench_of(pl_module))
+        self.reached = sparsity_of(pruned.values())
+
     def on_train_batch_start(
         self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
     ) -> None:
@@ -329,6 +334,9 @@ class Prune(Trick):
         sparsity = SCHEDULES[self.schedule](time, **bounds, start=self.start, end=self.end)
         self._prune(work, sparsity)
         return True
+
+    def _prunable(self, work: Workbench) -> dict[str, Layer]:
+        return prunable(work.network, self.choices["granularity"], self.include, self.exclude)
 
     def _prune(self, work: Workbench, sparsity: float) -> None:
         self.reached = prune(

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -5,8 +7,10 @@ import qat_tricks
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import layers, spec_of
 from qat_tricks.recipes.recipe import load_recipe
+from qat_tricks.trainer.module import workbench_of
 from tests.helpers.lightning import pl
-from tests.helpers.lit import Data, Lit
+from tests.helpers.lit import Data, Lit, differences
+from tests.helpers.weights import zeros
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -68,6 +72,54 @@ def test_what_is_called_after_a_stage_can_stop_the_run():
     with pytest.raises(RuntimeError, match="ptq is enough"):
         qat_tricks.run_stages(lit, Data(), "int8_qat", trainer=QUIET, after_stage=stop)
     assert spec_of(lit.backbone)["history"][-1] == "correct_bias"  # nothing was trained
+
+
+def test_a_stage_without_training_does_all_at_once_and_needs_no_training():
+    class Bare(pl.LightningModule):
+        """Has neither a step nor an optimizer."""
+
+        def __init__(self):
+            super().__init__()
+            self.backbone = Lit().backbone
+
+    class Watching(Data):
+        calls = []
+
+        def setup(self, stage):
+            self.calls.append(("setup", stage))
+
+        def teardown(self, stage):
+            self.calls.append(("teardown", stage))
+
+    lit, data = Bare(), Watching()
+    recipe = load_recipe("int8_prune50", ["stages.prune_qat.epochs=0"])
+    qat_tricks.run_stages(lit, data, recipe, trainer=QUIET)
+    assert zeros(lit) >= 0.5
+    assert spec_of(lit.backbone)["history"][-1] == "distill"
+    assert data.calls == [("setup", "fit"), ("teardown", "fit")] * 2  # as in fits
+
+
+def test_the_teacher_of_a_later_stage_is_the_float_network():
+    taught = []
+
+    class See(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            taught.append(copy.deepcopy(workbench_of(pl_module).teacher.state_dict()))
+
+    lit = Lit()
+    expected = copy.deepcopy(dict(lit.backbone.state_dict()))
+    trainer = {**QUIET, "callbacks": [See()], "max_steps": 1}
+    qat_tricks.run_stages(lit, Data(), "int8_prune50_multistage", trainer=trainer)
+    assert len(taught) == 2
+    assert all(differences(expected, dict(found)) == [] for found in taught)
+
+
+def test_a_recipe_without_stages_gives_the_traced_network():
+    lit = Lit()
+    seen = []
+    qat_tricks.run_stages(lit, Data(), "fp32", trainer=QUIET, after_stage=seen.append)
+    assert spec_of(lit.backbone)["history"] == seen == []
+    assert not layers(lit.backbone)
 
 
 def test_an_unknown_recipe_is_refused_before_anything_is_changed():

@@ -6,6 +6,7 @@ import torch
 import qat_tricks
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import layers, spec_of
+from qat_tricks.graph.workbench import Workbench
 from qat_tricks.trainer import session as session_module
 from qat_tricks.trainer.session import Session
 from qat_tricks.tricks import Distill, FoldBatchnorm, Prune, Quantize
@@ -148,5 +149,89 @@ class Late(Lit):
 
 
 def test_a_module_without_a_network_is_told_where_to_make_it():
-    with pytest.raises(QatTricksError, match="make it in __init__"):
+    with pytest.raises(QatTricksError, match="make it in __init__, setup or configure_model"):
         trainer(qat_tricks.recipe("int8_ptq")).validate(Late(), Data(), verbose=False)
+
+
+@pytest.fixture
+def gated(monkeypatch):
+    """A workbench that asks for images while it is made, unless the network is traced already."""
+    made = []
+
+    class Gated(Workbench):
+        def __init__(self, network, loader=None, **settings):
+            super().__init__(network, loader, **settings)
+            made.append(len(self.batches(4)[0]) if self.network is not network else None)
+            assert self.loader is loader is not None
+
+    monkeypatch.setattr(session_module, "Workbench", Gated)
+    return made
+
+
+class Counting(Data):
+    asked = 0
+
+    def train_dataloader(self):
+        type(self).asked += 1
+        return super().train_dataloader()
+
+
+def test_the_workbench_has_its_loader_before_the_network_is_traced(gated):
+    for run in (
+        lambda: trainer(qat_tricks.recipe("int8_qat")).fit(Lit().train(), datamodule=Data()),
+        lambda: trainer(qat_tricks.recipe("int8_ptq")).test(Lit(), Data(), verbose=False),
+        lambda: qat_tricks.run_stages(Lit(), Data(), "int8_ptq"),
+    ):
+        run()
+    assert gated == [4, 4, 4]
+
+
+def test_a_rebuilt_network_has_its_loader_too_and_does_not_ask_it(gated, tmp_path):
+    lit = Lit()
+    run = trainer(qat_tricks.recipe("int8_ptq"))
+    run.test(lit, Data(), verbose=False)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    Counting.asked = 0
+    again = trainer(qat_tricks.recipe("int8_ptq"))
+    again.test(Lit(seed=3), Counting(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    assert gated == [4, None]
+    assert Counting.asked == 0
+
+
+@pytest.mark.feature("one trainer for two fits")
+def test_a_trainer_that_has_reached_its_end_is_refused():
+    run = trainer(qat_tricks.recipe("int8_prune50"))
+    run.fit(Lit().train(), datamodule=Data())
+    with pytest.raises(QatTricksError, match="has reached max_epochs=2 in an earlier fit"):
+        run.fit(Lit(seed=1).train(), datamodule=Data())
+    run = trainer(qat_tricks.recipe("int8_prune50"), max_epochs=-1, max_steps=3)
+    run.fit(Lit().train(), datamodule=Data())
+    with pytest.raises(QatTricksError, match="has reached max_steps=3 in an earlier fit"):
+        run.fit(Lit(seed=1).train(), datamodule=Data())
+
+
+@pytest.mark.feature("ModelPruning and callbacks that unfreeze are refused")
+def test_callbacks_that_cannot_work_beside_the_tricks_are_refused():
+    kinds = pl.callbacks
+    for callback, message in (
+        (kinds.ModelPruning("l1_unstructured", amount=0.5), "ModelPruning prunes .*take the trick"),
+        (kinds.BackboneFinetuning(1), "BackboneFinetuning unfreezes whole modules"),
+    ):
+        for callbacks in (
+            [callback, *qat_tricks.recipe("int8_qat")],
+            [*qat_tricks.recipe("int8_qat"), callback],
+        ):
+            lit = Lit().train()
+            with pytest.raises(QatTricksError, match=message) as error:
+                trainer(callbacks).fit(lit, datamodule=Data())
+            assert "\n" not in str(error.value)
+            assert not layers(lit.backbone)
+
+
+def test_a_callback_of_functions_works_beside_the_tricks():
+    seen = []
+    beside = pl.callbacks.LambdaCallback(on_train_epoch_end=lambda *_: seen.append(1))
+    lit = Lit().train()
+    trainer([beside, *qat_tricks.recipe("int8_qat")]).fit(lit, datamodule=Data())
+    assert seen == [1, 1]
+    assert layers(lit.backbone)

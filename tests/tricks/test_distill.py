@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import qat_tricks
 from qat_tricks.errors import QatTricksError
@@ -31,6 +32,21 @@ def test_value_and_gradient_are_the_formulas(temperature):
     loss.backward()
     torch.testing.assert_close(student.grad, temperature * (p - q) / len(p))
     assert teacher.grad is None
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 1)])
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_one_logit_is_the_probability_of_two_classes(shape, temperature):
+    student = logits(seed=1)[:, 0].reshape(shape).requires_grad_()
+    teacher = logits(seed=2)[:, 0].reshape(shape)
+    loss = distill(student, teacher, temperature=temperature)
+    p, q = (values.detach().div(temperature).sigmoid() for values in (student, teacher))
+    of_each = q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
+    torch.testing.assert_close(loss.detach(), temperature**2 * of_each.mean())
+    assert loss > 0.1
+    loss.backward()
+    torch.testing.assert_close(student.grad, temperature * (p - q) / len(p))
+    assert float(distill(teacher, teacher)) == pytest.approx(0, abs=1e-6)
 
 
 def test_equal_logits_cost_nothing_and_half_precision_is_computed_in_float():
@@ -118,7 +134,7 @@ def test_a_step_that_returns_a_mapping_keeps_what_else_is_in_it():
 def test_the_modules_own_step_is_back_after_an_exception():
     class Failing(Lit):
         def training_step(self, batch, index):
-            if index == 1:
+            if self.trainer.global_step == 1:
                 raise RuntimeError("the user's own mistake")
             return super().training_step(batch, index)
 
@@ -142,9 +158,7 @@ class WithoutLoss(Lit):
 @pytest.mark.parametrize("kind", [WithoutNetwork, WithoutLoss])
 def test_a_step_that_cannot_be_distilled_is_refused(kind):
     with pytest.raises(QatTricksError, match=f"distill needs {kind.__name__}.training_step to run"):
-        trainer(qat_tricks.recipe("w4a8_qat", DISTIL), max_epochs=1).fit(
-            kind().train(), datamodule=Data()
-        )
+        trainer([Distill()], max_epochs=1).fit(kind().train(), datamodule=Data())
 
 
 def test_a_network_that_was_quantized_before_has_no_teacher():
@@ -169,3 +183,35 @@ def test_distillation_pulls_towards_the_float_network():
         )
 
     assert distance(1.0) < 0.5 * distance(0.0)
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_a_network_of_one_logit_is_pulled_towards_the_float_one(flat):
+    class Binary(Lit):
+        def __init__(self):
+            super().__init__()
+            self.backbone = small_net(0, num_classes=1)
+            self.losses = []
+
+        def forward(self, x):
+            logits = self.backbone(0.5 * x)
+            return logits.flatten() if flat else logits[:, 0]
+
+        def training_step(self, batch, _):
+            # says nothing: all that is learned comes from the teacher
+            return 0 * F.binary_cross_entropy_with_logits(self(batch[0]), (batch[1] > 1).float())
+
+        validation_step = None
+
+    def distance(weight):
+        pl.seed_everything(0, verbose=False)
+        lit, noting = Binary().train(), NotingLosses()
+        recipe = qat_tricks.recipe("w4a4_qat", [f"stages.qat.tricks.distill.weight={weight}"])
+        trainer([*recipe, noting], max_epochs=4).fit(lit, loader(64))
+        with torch.no_grad():
+            apart = lit.backbone.eval()(images(64)) - small_net(0, num_classes=1)(images(64))
+        return float(apart.square().mean()), max(noting.losses)
+
+    (pulled, loss), (left, none) = distance(1.0), distance(0.0)
+    assert loss > 0 == none
+    assert pulled < left

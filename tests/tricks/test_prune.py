@@ -4,11 +4,15 @@ import pytest
 import torch
 from torch import nn
 
+import qat_tricks
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import layers, trace
 from qat_tricks.tricks import prune
 from qat_tricks.tricks.prune import Prune, cubic_schedule
+from tests.helpers.lightning import pl
+from tests.helpers.lit import Lit, ResumableLoader, differences, trainer
 from tests.helpers.nets import small_net
+from tests.helpers.weights import zeros
 
 prune_module = sys.modules[Prune.__module__]  # the function hides its module
 
@@ -126,3 +130,67 @@ def test_checking_the_settings_draws_no_random_numbers():
     before = torch.get_rng_state()
     Prune(granularity="2:4")
     assert torch.equal(before, torch.get_rng_state())
+
+
+class Sparsity(pl.Callback):
+    """Notes what the trick says it has reached, and the share of zeros, at each step."""
+
+    def __init__(self):
+        self.reached, self.masks = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        (trick,) = (c for c in trainer.callbacks if isinstance(c, Prune))
+        masks = [layer.weight_mask for layer in layers(pl_module.backbone).values()]
+        self.reached.append(trick.reached)
+        self.masks.append([mask.clone() for mask in masks])
+
+
+def fit(run, lit, path=None):
+    (seen,) = (c for c in run.callbacks if isinstance(c, Sparsity))
+    seen.reached, seen.masks = [], []
+    pl.seed_everything(1, verbose=False)
+    run.fit(lit.train(), ResumableLoader(), ckpt_path=path)
+    return seen.reached, seen.masks
+
+
+@pytest.mark.feature("one list of callbacks, several fits: the pruning schedule begins anew")
+def test_one_list_prunes_two_modules_alike():
+    callbacks = [*qat_tricks.recipe("int8_prune50"), Sparsity()]
+    first, _ = fit(trainer(callbacks, max_epochs=3), Lit())
+    second, _ = fit(trainer(callbacks, max_epochs=3), other := Lit(seed=1))
+    assert first == second
+    assert first[-1] == pytest.approx(zeros(other), abs=1e-6)
+    assert first[-1] >= 0.5 > first[0]
+
+
+def test_a_trainer_that_goes_on_with_another_module_begins_the_schedule_anew(tmp_path):
+    def trainer_and_first():
+        keep = pl.callbacks.ModelCheckpoint(
+            tmp_path, save_top_k=-1, every_n_train_steps=1, filename="{step}"
+        )
+        callbacks = [*qat_tricks.recipe("int8_prune50"), Sparsity(), keep]
+        run = trainer(callbacks, max_epochs=3, enable_checkpointing=True)
+        reached, _ = fit(run, Lit())
+        run.fit_loop.max_epochs = 6
+        return run, reached
+
+    run, first = trainer_and_first()
+    second, _ = fit(run, other := Lit(seed=1))
+    assert second == first
+    assert zeros(other) >= 0.5
+    # and a run that goes on from its middle, in a trainer of its own, ends like it
+    callbacks = [*qat_tricks.recipe("int8_prune50"), Sparsity()]
+    rest, _ = fit(trainer(callbacks, max_epochs=6), again := Lit(seed=2), tmp_path / "step=16.ckpt")
+    assert rest == second[4:]
+    assert differences(dict(other.state_dict()), dict(again.state_dict())) == []
+
+
+def test_a_second_fit_of_the_same_module_keeps_its_masks():
+    callbacks = [*qat_tricks.recipe("int8_prune50"), Sparsity()]
+    lit = Lit()
+    _, masks = fit(trainer(callbacks, max_epochs=3), lit)
+    reached, again = fit(trainer(callbacks, max_epochs=3), lit)
+    assert min(reached) >= 0.5  # and not that of a schedule that begins at zero
+    assert zeros(lit) >= 0.5
+    for now in again:
+        assert all((new <= old).all() for new, old in zip(now, masks[-1], strict=True))
