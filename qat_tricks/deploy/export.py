@@ -30,6 +30,7 @@ from qat_tricks.files import replacing
 from qat_tricks.graph.inputs import (
     Inputs,
     as_tensors,
+    call_network,
     first_images,
     input_names,
     inputs_of,
@@ -37,6 +38,7 @@ from qat_tricks.graph.inputs import (
     on_cpu,
 )
 from qat_tricks.graph.layers import activation_quantizers, layers
+from qat_tricks.graph.logits import check_batch_first
 from qat_tricks.graph.workbench import logits_of
 from qat_tricks.version import __version__
 
@@ -71,7 +73,8 @@ def export_onnx(
 
     Args:
         network: a network of ours, calibrated, or any float network. It yields logits ``[N,
-            classes]``, a tuple that begins with them, or a mapping that has them as ``logits``.
+            classes]`` or, of two classes, one an image; a tuple that begins with them, or a mapping
+            that has them as ``logits``.
         path: of the file to write; its folder is made.
         example: images ``[N, C, H, W]``, ``N`` at least 1; a tuple if the network takes several
             inputs.
@@ -93,10 +96,9 @@ def export_onnx(
     names = input_names(network)
     example = inputs_of(example, names)
     _check_inputs(example, names)
-    # In float32 on the CPU, where the file will run, and the caller's network stays.
+    # In float32 on the CPU, where the file will run.
     simulated = copy.deepcopy(network).cpu().float().eval()
     batches = [example] if images is None else list(images)
-    # a single input is called "images", and not by the argument's name
     file_inputs = names if len(names) > 1 else [INPUT]
     with replacing(path) as draft:
         model = _to_onnx(copy.deepcopy(simulated), on_cpu(example), file_inputs, opset, layout)
@@ -160,11 +162,16 @@ def _to_onnx(
             )
         # Pruned weights become zeros in the file, which knows no masks.
         layer.weight.data, layer.weight_mask = layer.masked_weight().data, None
+    one = first_images(example, 1)
     # two images: the exporter would freeze a batch size of one
-    pair = as_tensors(map_tensors(example, lambda values: torch.cat([values[:1]] * 2)))
+    pair = as_tensors(map_tensors(one, lambda values: torch.cat([values] * 2)))
     try:
         with _quiet():
-            outputs = _output_names(network(*pair))
+            # The file takes any number of images, and a squeeze() changes the shape of one alone.
+            check_batch_first(logits_of(call_network(network, one)), 1)
+            output = network(*pair)
+            check_batch_first(logits_of(output), 2)
+            outputs = _output_names(output)
             program = torch.onnx.export(
                 network,
                 pair,

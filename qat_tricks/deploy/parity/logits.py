@@ -13,7 +13,7 @@ LARGEST_SQNR_DB = 200.0
 
 
 def compare_logits(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
-    """Compares logits ``[batch, classes]`` with those of a reference.
+    """Compares logits ``[batch, classes]``, or one logit an image, with those of a reference.
 
     Args:
         pairs: the reference's logits and the others, a batch each.
@@ -36,7 +36,7 @@ def compare_logits(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, 
         difference = other.astype(np.float64) - reference
         images += len(reference)
         # the mean, and not the sum, also where each image has logits at several positions
-        agreeing += len(reference) * float((reference.argmax(1) == other.argmax(1)).mean())
+        agreeing += len(reference) * _share_of_same_class(reference, other)
         # NaN is no number to be the largest: it counts as an infinite error
         largest = max(largest, float(np.nan_to_num(np.abs(difference), nan=np.inf).max()))
         noise += float(np.square(difference).sum())
@@ -49,6 +49,16 @@ def compare_logits(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, 
         "sqnr_db": decibels(signal, noise),
         "images": images,
     }
+
+
+def _share_of_same_class(reference: np.ndarray, other: np.ndarray) -> float:
+    # The rule of ``graph.logits``, without torch: of one logit the sign is the class.
+    if reference.ndim > 1 and reference.shape[1] > 1:
+        return float((reference.argmax(1) == other.argmax(1)).mean())
+    # A network that ends in a sigmoid yields one probability, of which no sign tells the class.
+    is_probability = bool(((reference >= 0) & (reference <= 1)).all())
+    between = 0.5 if is_probability else 0.0
+    return float(((reference > between) == (other > between)).mean())
 
 
 def check_agreement(
