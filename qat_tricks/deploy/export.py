@@ -18,10 +18,11 @@ from torch.utils._pytree import MappingKey, tree_flatten_with_path
 
 from qat_tricks.deploy.cost.weights import WEIGHT_BITS_KEY
 from qat_tricks.deploy.layouts import DEFAULT_LAYOUT
-from qat_tricks.deploy.parity.logits import check_agreement
+from qat_tricks.deploy.parity.logits import MIN_SQNR_DB, check_agreement
 from qat_tricks.deploy.parity.network import ParityReport, measure_parity
 from qat_tricks.deploy.parity.tensors import measure_tensor_parity
 from qat_tricks.deploy.passes import COPY, name_quantized, tidy
+from qat_tricks.deploy.pools import Divisors, mend_pools
 from qat_tricks.deploy.prepare import prepare_for_export
 from qat_tricks.deploy.qdq import Emitted, to_qdq
 from qat_tricks.deploy.targets import OPSET
@@ -45,8 +46,6 @@ from qat_tricks.version import __version__
 INPUT, OUTPUT = "images", "logits"
 TENSOR_IMAGES = 8  # for parity tensor by tensor, which holds the values of all tensors at once
 
-# The limits of parity catch faults, and not rounding: a value that float arithmetic puts on the
-# other side of a rounding boundary than integer arithmetic does spreads through a deep network.
 FAULT = "the ONNX file does not run as simulated, so it was not kept"
 REMEDY = "compare on real images, or lower min_top1_agreement or min_sqnr_db"
 
@@ -59,7 +58,7 @@ def export_onnx(
     images: Iterable[object] | None = None,
     metadata: Mapping[str, str] | None = None,
     min_top1_agreement: float = 0.9,
-    min_sqnr_db: float = 10.0,
+    min_sqnr_db: float = MIN_SQNR_DB,
     opset: int = OPSET,
     layout: str = DEFAULT_LAYOUT,
 ) -> ParityReport:
@@ -104,13 +103,25 @@ def export_onnx(
         model = _to_onnx(copy.deepcopy(simulated), on_cpu(example), file_inputs, opset, layout)
         _save(model, draft, metadata or {})
         report = measure_parity(draft, simulated, batches)
-        limits = {"min_top1_agreement": min_top1_agreement, "min_sqnr_db": min_sqnr_db}
-        check_agreement(report.as_dict(), FAULT, **limits, remedy=REMEDY)
         if any(quantizer.enabled for quantizer in activation_quantizers(simulated).values()):
             assert isinstance(simulated, fx.GraphModule)
             few = on_cpu(first_images(inputs_of(batches[0], names), TENSOR_IMAGES))
             report = replace(report, layers=tuple(measure_tensor_parity(draft, simulated, few)))
+        limits = {"min_top1_agreement": min_top1_agreement, "min_sqnr_db": min_sqnr_db}
+        remedy = f"{_where_it_begins(report)}; {REMEDY}"
+        check_agreement(report.as_dict(), FAULT, **limits, remedy=remedy)
     return report
+
+
+def _where_it_begins(report: ParityReport) -> str:
+    """The first tensor that differs, for the error of a file that is refused."""
+    differing = [tensor for tensor in report.layers if tensor.differing > 0]
+    if differing:
+        first = min(differing, key=lambda tensor: tensor.place)
+        return f'the first tensor that differs is "{first.name}" ({first.sqnr_db:.1f} dB)'
+    if report.layers:
+        return f"of the first {TENSOR_IMAGES} images no quantized tensor differs, only the logits"
+    return "of a float network only the logits are compared"
 
 
 def _check_inputs(example: Inputs, names: list[str]) -> None:
@@ -166,7 +177,7 @@ def _to_onnx(
     # two images: the exporter would freeze a batch size of one
     pair = as_tensors(map_tensors(one, lambda values: torch.cat([values] * 2)))
     try:
-        with _quiet():
+        with _quiet(), Divisors():
             # The file takes any number of images, and a squeeze() changes the shape of one alone.
             check_batch_first(logits_of(call_network(network, one)), 1)
             output = network(*pair)
@@ -186,11 +197,13 @@ def _to_onnx(
         kind, reason = type(network).__name__, one_line(_cause(error))
         raise QatTricksError(f"{kind} cannot be exported to ONNX: {reason}") from error
     assert program is not None
+    assert program.exported_program is not None
     model = program.model_proto
     # users read the first output
     logits_first = sorted(model.graph.output, key=lambda value: value.name != OUTPUT)
     model.graph.ClearField("output")
     model.graph.output.extend(logits_first)
+    mend_pools(model.graph, program.exported_program)
     name_quantized(model.graph, emitted.calls)
     # After the names, because rewrites merge tensors.
     tidy(model)
