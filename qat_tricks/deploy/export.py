@@ -4,7 +4,7 @@ import copy
 import json
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
@@ -22,7 +22,7 @@ from qat_tricks.deploy.parity.logits import MIN_SQNR_DB, check_agreement
 from qat_tricks.deploy.parity.network import ParityReport, measure_parity
 from qat_tricks.deploy.parity.tensors import measure_tensor_parity
 from qat_tricks.deploy.passes import COPY, name_quantized, tidy
-from qat_tricks.deploy.pools import Divisors, mend_pools
+from qat_tricks.deploy.pools import ExportablePools, mend_pools
 from qat_tricks.deploy.prepare import prepare_for_export
 from qat_tricks.deploy.qdq import Emitted, to_qdq
 from qat_tricks.deploy.targets import OPSET
@@ -40,6 +40,7 @@ from qat_tricks.graph.inputs import (
 )
 from qat_tricks.graph.layers import activation_quantizers, layers
 from qat_tricks.graph.logits import check_batch_first
+from qat_tricks.graph.unwrap import unwrapped
 from qat_tricks.graph.workbench import logits_of
 from qat_tricks.version import __version__
 
@@ -92,6 +93,7 @@ def export_onnx(
     """
     if opset < OPSET:
         raise QatTricksError(f"opset={opset} is not supported: give {OPSET} or newer")
+    network = unwrapped(network)
     names = input_names(network)
     example = inputs_of(example, names)
     _check_inputs(example, names)
@@ -102,15 +104,21 @@ def export_onnx(
     with replacing(path) as draft:
         model = _to_onnx(copy.deepcopy(simulated), on_cpu(example), file_inputs, opset, layout)
         _save(model, draft, metadata or {})
-        report = measure_parity(draft, simulated, batches)
-        if any(quantizer.enabled for quantizer in activation_quantizers(simulated).values()):
-            assert isinstance(simulated, fx.GraphModule)
-            few = on_cpu(first_images(inputs_of(batches[0], names), TENSOR_IMAGES))
-            report = replace(report, layers=tuple(measure_tensor_parity(draft, simulated, few)))
+        report = _compare(draft, simulated, batches)
         limits = {"min_top1_agreement": min_top1_agreement, "min_sqnr_db": min_sqnr_db}
         remedy = f"{_where_it_begins(report)}; {REMEDY}"
         check_agreement(report.as_dict(), FAULT, **limits, remedy=remedy)
     return report
+
+
+def _compare(path: Path, simulated: nn.Module, batches: Sequence[object]) -> ParityReport:
+    """Parity of the logits on all batches, and of each quantized tensor on the first images."""
+    report = measure_parity(path, simulated, batches)
+    if not any(quantizer.enabled for quantizer in activation_quantizers(simulated).values()):
+        return report
+    assert isinstance(simulated, fx.GraphModule)
+    few = on_cpu(first_images(inputs_of(batches[0], input_names(simulated)), TENSOR_IMAGES))
+    return replace(report, layers=tuple(measure_tensor_parity(path, simulated, few)))
 
 
 def _where_it_begins(report: ParityReport) -> str:
@@ -146,7 +154,13 @@ def _save(model: onnx.ModelProto, path: Path, metadata: Mapping[str, str]) -> No
     present = {entry.key: entry.value for entry in model.metadata_props}
     helper.set_model_props(model, {**present, **metadata})
     onnx.save(model, str(path))
-    onnx.checker.check_model(str(path))
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        raise QatTricksError(
+            f"the exported file is no valid ONNX network ({one_line(error)}): if the network "
+            "yields a mapping, give its keys other names"
+        ) from error
 
 
 def _to_onnx(
@@ -177,7 +191,7 @@ def _to_onnx(
     # two images: the exporter would freeze a batch size of one
     pair = as_tensors(map_tensors(one, lambda values: torch.cat([values] * 2)))
     try:
-        with _quiet(), Divisors():
+        with _quiet(), ExportablePools():
             # The file takes any number of images, and a squeeze() changes the shape of one alone.
             check_batch_first(logits_of(call_network(network, one)), 1)
             output = network(*pair)
@@ -199,10 +213,7 @@ def _to_onnx(
     assert program is not None
     assert program.exported_program is not None
     model = program.model_proto
-    # users read the first output
-    logits_first = sorted(model.graph.output, key=lambda value: value.name != OUTPUT)
-    model.graph.ClearField("output")
-    model.graph.output.extend(logits_first)
+    _put_logits_first(model.graph)
     mend_pools(model.graph, program.exported_program)
     name_quantized(model.graph, emitted.calls)
     # After the names, because rewrites merge tensors.
@@ -211,6 +222,13 @@ def _to_onnx(
         bits = _bits_of_initializers(model.graph, emitted.bits)
         helper.set_model_props(model, {WEIGHT_BITS_KEY: json.dumps(bits)})
     return model
+
+
+def _put_logits_first(graph: onnx.GraphProto) -> None:
+    """Users read the first output."""
+    logits_first = sorted(graph.output, key=lambda value: value.name != OUTPUT)
+    graph.ClearField("output")
+    graph.output.extend(logits_first)
 
 
 def _bits_of_initializers(graph: onnx.GraphProto, bits: Mapping[str, int]) -> dict[str, int]:

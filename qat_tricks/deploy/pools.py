@@ -1,9 +1,10 @@
 """Makes the pools of an exported graph compute what PyTorch computes.
 
-Three things go wrong on the way from PyTorch to ONNX Runtime. The exporter leaves out an average's
-own divisor. With ``ceil_mode``, PyTorch and ONNX Runtime drop a last window that would begin in the
-padding, and the shapes that ONNX gives to such a pool have it: integer pools then fail. And of a
-window that reaches behind the padding, an integer average counts the places that are not there.
+Four things go wrong on the way from PyTorch to ONNX Runtime. The exporter leaves out an average's
+own divisor. It knows no adaptive max pool. With ``ceil_mode``, PyTorch and ONNX Runtime drop a last
+window that would begin in the padding, and the shapes that ONNX gives to such a pool have it:
+integer pools then fail. And of a window that reaches behind the padding, an integer average counts
+the places that are not there.
 """
 
 import math
@@ -22,11 +23,8 @@ _RANKS = {F.avg_pool2d: 2, F.avg_pool3d: 3}
 _SOURCE = "pkg.torch.onnx.fx_node"  # the exporter's key for the node that it translated
 
 
-class Divisors(TorchFunctionMode):
-    """While it is active, averages with a divisor of their own are computed without one.
-
-    They become averages of whole windows, zeros included, and a product with a number.
-    """
+class ExportablePools(TorchFunctionMode):
+    """While it is active, pools that the exporter does not know are computed by what it knows."""
 
     def __torch_function__(
         self,
@@ -37,11 +35,32 @@ class Divisors(TorchFunctionMode):
     ) -> Any:
         """Calls ``func``, or computes what it computes."""
         kwargs = kwargs or {}
+        if func is F.adaptive_max_pool2d and not kwargs.get("return_indices", False):
+            return _adaptive_max(args[0], args[1] if len(args) > 1 else kwargs["output_size"])
         # A seventh argument, or one by name, is the divisor.
         divisor = args[6] if len(args) > 6 else kwargs.get("divisor_override")
         if func not in _RANKS or divisor is None:
             return func(*args, **kwargs)
         return _with_divisor(func, *args[:6], **{**kwargs, "divisor_override": divisor})
+
+
+def _adaptive_max(input: Tensor, output_size: Any) -> Tensor:
+    """The largest value of each window, whose sizes differ by one where they do not divide."""
+    sizes = [output_size] * 2 if isinstance(output_size, int) else list(output_size)
+    rows, columns = (
+        [
+            slice(place * size // count, -(-(place + 1) * size // count))  # rounded up
+            for place in range(count)
+        ]
+        for size, count in zip(
+            input.shape[-2:],
+            (given or size for given, size in zip(sizes, input.shape[-2:], strict=True)),
+            strict=True,
+        )
+    )
+    # Rows first, and then columns of them: fewer windows than those of both at once.
+    bands = torch.cat([input[..., row, :].amax(-2, keepdim=True) for row in rows], -2)
+    return torch.cat([bands[..., column].amax(-1, keepdim=True) for column in columns], -1)
 
 
 def _with_divisor(

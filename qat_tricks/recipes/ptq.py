@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.inputs import Replayed, call_network, first_images, input_names, inputs_of
+from qat_tricks.graph.unwrap import unwrapped
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.recipes.recipe import load_recipe
 
@@ -43,7 +44,7 @@ def quantize(
         )
     batches = Replayed(loader)  # each trick goes through them from the first on
     # Tracing shares parameters with the network that it traces, and tricks change them.
-    float_copy = copy.deepcopy(net).eval()
+    float_copy = copy.deepcopy(unwrapped(net)).eval()
     work = Workbench(
         float_copy, lambda num_images: _taken_by(float_copy, batches), untraced=loaded.untraced
     )

@@ -118,3 +118,14 @@ def test_a_network_that_takes_pixels_is_calibrated_and_exported_on_them(kind, tm
     (spec,) = input_specs(open_session(path))
     assert (spec.name, spec.dtype) == ("images", np.uint8)
     assert integer_coverage(path, tuple(pixels.shape[1:])).coverage == 1.0
+
+
+def test_wrappers_are_taken_off_and_torchscript_is_refused():
+    net = small_net()
+    expected = qat_tricks.quantize(net, [images()]).state_dict()
+    for wrapped in (torch.compile(net), torch.nn.DataParallel(net)):
+        found = qat_tricks.quantize(wrapped, [images()]).state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+    with pytest.raises(QatTricksError, match=r"before torch\.jit\.script"):
+        qat_tricks.quantize(torch.jit.trace(net, images(1)), [images()])

@@ -39,12 +39,14 @@ def compare_logits(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, 
                 f"logits of shapes {reference.shape} and {other.shape} cannot be compared: run the "
                 "same images"
             )
-        difference = other.astype(np.float64) - reference
+        with np.errstate(invalid="ignore"):  # of two infinities: NaN, which is told below
+            difference = other.astype(np.float64) - reference
         images += len(reference)
         # the mean, and not the sum, also where each image has logits at several positions
         agreeing += len(reference) * _share_of_same_class(reference, other)
         # NaN is no number to be the largest: it counts as an infinite error
-        largest = max(largest, float(np.nan_to_num(np.abs(difference), nan=np.inf).max()))
+        errors = np.where(np.isnan(difference), np.inf, np.abs(difference))
+        largest = max(largest, float(errors.max()))
         noise += float(np.square(difference).sum())
         signal += float(np.square(reference, dtype=np.float64).sum())
     if images == 0:
@@ -77,6 +79,8 @@ def check_agreement(
 ) -> None:
     """Refuses logits that differ more from those of the reference than is allowed.
 
+    Logits that are NaN or infinite are refused whatever is allowed.
+
     Args:
         comparison: the figures of ``compare_logits``.
         fault: begins the error: which network does not run as which other.
@@ -89,6 +93,11 @@ def check_agreement(
     """
     agreement, images = comparison["top1_agreement"], comparison["images"]
     sqnr_db = comparison["sqnr_db"]
+    if not math.isfinite(comparison["max_abs_error"]):
+        raise QatTricksError(
+            f"{fault}: of {images} images, some have logits that are NaN or infinite: check the "
+            "network's weights and the images for NaN and infinity"
+        )
     if agrees(agreement, images, min_top1_agreement) and sqnr_db >= min_sqnr_db:
         return
     least_sqnr = f" (at least {min_sqnr_db:g})" if min_sqnr_db > -LARGEST_SQNR_DB else ""
