@@ -4,7 +4,7 @@ import copy
 import json
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
@@ -18,10 +18,11 @@ from torch.utils._pytree import MappingKey, tree_flatten_with_path
 
 from qat_tricks.deploy.cost.weights import WEIGHT_BITS_KEY
 from qat_tricks.deploy.layouts import DEFAULT_LAYOUT
-from qat_tricks.deploy.parity.logits import check_agreement
+from qat_tricks.deploy.parity.logits import MIN_SQNR_DB, check_agreement
 from qat_tricks.deploy.parity.network import ParityReport, measure_parity
 from qat_tricks.deploy.parity.tensors import measure_tensor_parity
 from qat_tricks.deploy.passes import COPY, name_quantized, tidy
+from qat_tricks.deploy.pools import ExportablePools, mend_pools
 from qat_tricks.deploy.prepare import prepare_for_export
 from qat_tricks.deploy.qdq import Emitted, to_qdq
 from qat_tricks.deploy.targets import OPSET
@@ -30,6 +31,7 @@ from qat_tricks.files import replacing
 from qat_tricks.graph.inputs import (
     Inputs,
     as_tensors,
+    call_network,
     first_images,
     input_names,
     inputs_of,
@@ -37,14 +39,14 @@ from qat_tricks.graph.inputs import (
     on_cpu,
 )
 from qat_tricks.graph.layers import activation_quantizers, layers
+from qat_tricks.graph.logits import check_batch_first
+from qat_tricks.graph.unwrap import unwrapped
 from qat_tricks.graph.workbench import logits_of
 from qat_tricks.version import __version__
 
 INPUT, OUTPUT = "images", "logits"
 TENSOR_IMAGES = 8  # for parity tensor by tensor, which holds the values of all tensors at once
 
-# The limits of parity catch faults, and not rounding: a value that float arithmetic puts on the
-# other side of a rounding boundary than integer arithmetic does spreads through a deep network.
 FAULT = "the ONNX file does not run as simulated, so it was not kept"
 REMEDY = "compare on real images, or lower min_top1_agreement or min_sqnr_db"
 
@@ -57,7 +59,7 @@ def export_onnx(
     images: Iterable[object] | None = None,
     metadata: Mapping[str, str] | None = None,
     min_top1_agreement: float = 0.9,
-    min_sqnr_db: float = 10.0,
+    min_sqnr_db: float = MIN_SQNR_DB,
     opset: int = OPSET,
     layout: str = DEFAULT_LAYOUT,
 ) -> ParityReport:
@@ -71,7 +73,8 @@ def export_onnx(
 
     Args:
         network: a network of ours, calibrated, or any float network. It yields logits ``[N,
-            classes]``, a tuple that begins with them, or a mapping that has them as ``logits``.
+            classes]`` or, of two classes, one an image; a tuple that begins with them, or a mapping
+            that has them as ``logits``.
         path: of the file to write; its folder is made.
         example: images ``[N, C, H, W]``, ``N`` at least 1; a tuple if the network takes several
             inputs.
@@ -90,25 +93,43 @@ def export_onnx(
     """
     if opset < OPSET:
         raise QatTricksError(f"opset={opset} is not supported: give {OPSET} or newer")
+    network = unwrapped(network)
     names = input_names(network)
     example = inputs_of(example, names)
     _check_inputs(example, names)
-    # In float32 on the CPU, where the file will run, and the caller's network stays.
+    # In float32 on the CPU, where the file will run.
     simulated = copy.deepcopy(network).cpu().float().eval()
     batches = [example] if images is None else list(images)
-    # a single input is called "images", and not by the argument's name
     file_inputs = names if len(names) > 1 else [INPUT]
     with replacing(path) as draft:
         model = _to_onnx(copy.deepcopy(simulated), on_cpu(example), file_inputs, opset, layout)
         _save(model, draft, metadata or {})
-        report = measure_parity(draft, simulated, batches)
+        report = _compare(draft, simulated, batches)
         limits = {"min_top1_agreement": min_top1_agreement, "min_sqnr_db": min_sqnr_db}
-        check_agreement(report.as_dict(), FAULT, **limits, remedy=REMEDY)
-        if any(quantizer.enabled for quantizer in activation_quantizers(simulated).values()):
-            assert isinstance(simulated, fx.GraphModule)
-            few = on_cpu(first_images(inputs_of(batches[0], names), TENSOR_IMAGES))
-            report = replace(report, layers=tuple(measure_tensor_parity(draft, simulated, few)))
+        remedy = f"{_where_it_begins(report)}; {REMEDY}"
+        check_agreement(report.as_dict(), FAULT, **limits, remedy=remedy)
     return report
+
+
+def _compare(path: Path, simulated: nn.Module, batches: Sequence[object]) -> ParityReport:
+    """Parity of the logits on all batches, and of each quantized tensor on the first images."""
+    report = measure_parity(path, simulated, batches)
+    if not any(quantizer.enabled for quantizer in activation_quantizers(simulated).values()):
+        return report
+    assert isinstance(simulated, fx.GraphModule)
+    few = on_cpu(first_images(inputs_of(batches[0], input_names(simulated)), TENSOR_IMAGES))
+    return replace(report, layers=tuple(measure_tensor_parity(path, simulated, few)))
+
+
+def _where_it_begins(report: ParityReport) -> str:
+    """The first tensor that differs, for the error of a file that is refused."""
+    differing = [tensor for tensor in report.layers if tensor.differing > 0]
+    if differing:
+        first = min(differing, key=lambda tensor: tensor.place)
+        return f'the first tensor that differs is "{first.name}" ({first.sqnr_db:.1f} dB)'
+    if report.layers:
+        return f"of the first {TENSOR_IMAGES} images no quantized tensor differs, only the logits"
+    return "of a float network only the logits are compared"
 
 
 def _check_inputs(example: Inputs, names: list[str]) -> None:
@@ -133,7 +154,13 @@ def _save(model: onnx.ModelProto, path: Path, metadata: Mapping[str, str]) -> No
     present = {entry.key: entry.value for entry in model.metadata_props}
     helper.set_model_props(model, {**present, **metadata})
     onnx.save(model, str(path))
-    onnx.checker.check_model(str(path))
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        raise QatTricksError(
+            f"the exported file is no valid ONNX network ({one_line(error)}): if the network "
+            "yields a mapping, give its keys other names"
+        ) from error
 
 
 def _to_onnx(
@@ -160,11 +187,16 @@ def _to_onnx(
             )
         # Pruned weights become zeros in the file, which knows no masks.
         layer.weight.data, layer.weight_mask = layer.masked_weight().data, None
+    one = first_images(example, 1)
     # two images: the exporter would freeze a batch size of one
-    pair = as_tensors(map_tensors(example, lambda values: torch.cat([values[:1]] * 2)))
+    pair = as_tensors(map_tensors(one, lambda values: torch.cat([values] * 2)))
     try:
-        with _quiet():
-            outputs = _output_names(network(*pair))
+        with _quiet(), ExportablePools():
+            # The file takes any number of images, and a squeeze() changes the shape of one alone.
+            check_batch_first(logits_of(call_network(network, one)), 1)
+            output = network(*pair)
+            check_batch_first(logits_of(output), 2)
+            outputs = _output_names(output)
             program = torch.onnx.export(
                 network,
                 pair,
@@ -179,11 +211,10 @@ def _to_onnx(
         kind, reason = type(network).__name__, one_line(_cause(error))
         raise QatTricksError(f"{kind} cannot be exported to ONNX: {reason}") from error
     assert program is not None
+    assert program.exported_program is not None
     model = program.model_proto
-    # users read the first output
-    logits_first = sorted(model.graph.output, key=lambda value: value.name != OUTPUT)
-    model.graph.ClearField("output")
-    model.graph.output.extend(logits_first)
+    _put_logits_first(model.graph)
+    mend_pools(model.graph, program.exported_program)
     name_quantized(model.graph, emitted.calls)
     # After the names, because rewrites merge tensors.
     tidy(model)
@@ -191,6 +222,13 @@ def _to_onnx(
         bits = _bits_of_initializers(model.graph, emitted.bits)
         helper.set_model_props(model, {WEIGHT_BITS_KEY: json.dumps(bits)})
     return model
+
+
+def _put_logits_first(graph: onnx.GraphProto) -> None:
+    """Users read the first output."""
+    logits_first = sorted(graph.output, key=lambda value: value.name != OUTPUT)
+    graph.ClearField("output")
+    graph.output.extend(logits_first)
 
 
 def _bits_of_initializers(graph: onnx.GraphProto, bits: Mapping[str, int]) -> dict[str, int]:

@@ -17,6 +17,7 @@ from torchmetrics.classification import (
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.inputs import Inputs, call_network
+from qat_tricks.graph.logits import class_logits, has_one_logit
 from qat_tricks.progress import track
 
 
@@ -50,9 +51,11 @@ def evaluate_classifier(
 
     Args:
         predict: images [batch, channels, height, width], or several inputs, to logits [batch,
-            num_classes].
+            num_classes]. Of two classes, one logit an image will do, [batch] or [batch, 1]: that
+            of the second.
         loader: yields (images, labels), or a tuple of inputs and labels, with int64 labels [batch].
-        num_classes: of the network; the data may hold fewer.
+            Of two classes, labels may also be the floats 0 and 1, and have shape [batch, 1].
+        num_classes: of the network; the data may hold fewer. For one logit, 1 and 2 say the same.
         description: the text of the progress bar.
 
     Raises:
@@ -60,19 +63,21 @@ def evaluate_classifier(
             logits contain NaN or have another number of classes.
     """
     start = time.perf_counter()
-    metrics = _torchmetrics(num_classes)
+    classes = max(num_classes, 2)  # one logit tells two classes apart
+    metrics = _torchmetrics(classes)
     nll = torch.zeros((), dtype=torch.float64)
-    support = torch.zeros(num_classes, dtype=torch.int64)
+    support = torch.zeros(classes, dtype=torch.int64)
     predictions: list[Tensor] = []
-    for index, (inputs, labels) in enumerate(_batches(loader, description)):
-        _check_labels(labels, num_classes, index)
+    for index, (inputs, given) in enumerate(_batches(loader, description)):
+        labels = _as_classes(given.cpu(), classes)
+        _check_labels(labels, classes, index)
         with torch.no_grad():
             logits = call_network(predict, inputs).detach().float().cpu()
-        labels = labels.cpu()
         _check_logits(logits, len(labels), num_classes, index)
+        logits = class_logits(logits)
         metrics.update(logits.softmax(dim=1), labels)
         nll += F.cross_entropy(logits.double(), labels, reduction="sum")
-        support += torch.bincount(labels, minlength=num_classes)
+        support += torch.bincount(labels, minlength=classes)
         predictions.append(logits.argmax(dim=1))
     if not predictions:
         raise QatTricksError("the loader to evaluate on is empty: give it at least one batch")
@@ -137,6 +142,16 @@ def _are_inputs(value: Any) -> bool:
     )
 
 
+def _as_classes(labels: Tensor, classes: int) -> Tensor:
+    """Labels as sigmoid losses take them become classes: floats 0 and 1, a column of them."""
+    if classes > 2:
+        return labels
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels.squeeze(1)
+    is_whole = labels.is_floating_point() and bool(((labels == 0) | (labels == 1)).all())
+    return labels.long() if is_whole or labels.dtype == torch.bool else labels
+
+
 def _check_labels(labels: Tensor, num_classes: int, index: int) -> None:
     if labels.ndim != 1 or labels.is_floating_point() or labels.numel() == 0:
         raise QatTricksError(
@@ -152,7 +167,8 @@ def _check_labels(labels: Tensor, num_classes: int, index: int) -> None:
 
 
 def _check_logits(logits: Tensor, images: int, num_classes: int, index: int) -> None:
-    if logits.shape != (images, num_classes):
+    is_one = num_classes <= 2 and has_one_logit(logits) and logits.numel() == images == len(logits)
+    if not is_one and logits.shape != (images, num_classes):
         raise QatTricksError(
             f"the network gave logits of shape {tuple(logits.shape)} on batch {index}, expected "
             f"({images}, {num_classes}): choose data and a network with the same classes"

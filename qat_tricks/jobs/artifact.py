@@ -4,6 +4,7 @@ An ONNX file is opened without Lightning and the training code.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,12 +71,24 @@ def load_artifact(path: Path) -> Artifact:
     return _artifact(path, from_metadata(metadata, path), normalizes=normalization == BUILT_IN)
 
 
-def export_artifact(artifact: Artifact, path: Path, image_shape: tuple[int, int, int]) -> Artifact:
-    """Exports the network of a checkpoint to ``path`` and opens that file."""
+def export_artifact(
+    artifact: Artifact, path: Path, images: Iterable[Any], min_sqnr_db: float
+) -> Artifact:
+    """Exports the network of a checkpoint to ``path`` and opens that file.
+
+    Args:
+        artifact: opened from a checkpoint.
+        path: of the file to write.
+        images: batches to measure parity on.
+        min_sqnr_db: the least ratio of the simulated logits to their error in the file.
+
+    Raises:
+        QatTricksError: the file does not run as simulated.
+    """
     # loads Lightning, which an ONNX file does without
     from qat_tricks.jobs.checkpoint import describe, export_classifier
 
-    export_classifier(artifact.module, path, describe(artifact.module), image_shape)
+    export_classifier(artifact.module, path, describe(artifact.module), images, min_sqnr_db)
     return load_artifact(path)
 
 

@@ -3,14 +3,15 @@
 It loads Lightning, which the evaluation of an ONNX file does without.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qat_tricks.data import build_data
 from qat_tricks.deploy.export import export_onnx
+from qat_tricks.deploy.parity.logits import MIN_SQNR_DB
 from qat_tricks.errors import QatTricksError
+from qat_tricks.graph.inputs import check_batches
 from qat_tricks.jobs.classifier import Classifier
 from qat_tricks.jobs.description import to_metadata
 from qat_tricks.trainer.checkpoints import load_from_checkpoint
@@ -55,7 +56,11 @@ def describe(module: Classifier) -> dict[str, Any]:
 
 
 def export_classifier(
-    module: Classifier, path: Path, description: dict[str, Any], shape: tuple[int, int, int]
+    module: Classifier,
+    path: Path,
+    description: dict[str, Any],
+    images: Iterable[Any],
+    min_sqnr_db: float = MIN_SQNR_DB,
 ) -> None:
     """Writes the network to an ONNX file with a description.
 
@@ -63,8 +68,20 @@ def export_classifier(
         module: the classifier.
         path: of the file.
         description: from ``describe``.
-        shape: channels, height and width of the images.
+        images: at least one batch ``[N, C, H, W]``, or pairs of one and labels, on which the file
+            is compared with the network.
+        min_sqnr_db: the least ratio of the network's logits to their error in the file.
+
+    Raises:
+        QatTricksError: there are no images, or the file does not run as simulated.
     """
-    # Two images, so that the exporter keeps the batch size open.
-    example = torch.zeros(2, *shape)
-    export_onnx(module.network, path, example, metadata=to_metadata(description))
+    batches = list(images)
+    check_batches(batches, "to compare the exported file on")
+    export_onnx(
+        module.network,
+        path,
+        batches[0],
+        images=batches,
+        metadata=to_metadata(description),
+        min_sqnr_db=min_sqnr_db,
+    )

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qat_tricks.data import ImageData
+from qat_tricks.graph.logits import class_logits
 from qat_tricks.models.build import build_model
 from qat_tricks.trainer.framework import default_package
 
@@ -49,14 +50,16 @@ class Classifier(pl.LightningModule):
         self.lr = lr
 
     def forward(self, images: Tensor) -> Tensor:
-        """Returns logits ``[N, classes]`` for images ``[N, C, H, W]``."""
+        """Returns logits ``[N, classes]``, or one an image, for images ``[N, C, H, W]``."""
         return self.network(images)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Returns the cross entropy, with label smoothing."""
         images, labels = batch
         loss = F.cross_entropy(
-            self(images), labels, label_smoothing=self.hparams["label_smoothing"]
+            class_logits(self(images)),
+            labels,
+            label_smoothing=self.hparams["label_smoothing"],
         )
         self.log("train/loss", loss, prog_bar=True)
         return loss
@@ -64,7 +67,7 @@ class Classifier(pl.LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Logs the cross entropy and the accuracy."""
         images, labels = batch
-        logits = self(images)
+        logits = class_logits(self(images))
         self.log("val/loss", F.cross_entropy(logits, labels), sync_dist=True)
         self.log(
             "val/accuracy",

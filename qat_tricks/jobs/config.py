@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from qat_tricks.deploy.cost.latency import MIN_RUNS
+from qat_tricks.deploy.parity.logits import LARGEST_SQNR_DB, MIN_SQNR_DB
 from qat_tricks.deploy.targets import OPSET
 from qat_tricks.settings.ranges import (
     EPOCHS,
@@ -59,6 +60,7 @@ class Measure:
     runs: int = 200  # timed ones, at most, for one file
     max_seconds: float = 5.0  # for one file
     min_top1_agreement: float = 0.99  # 0 to 1
+    min_sqnr_db: float = MIN_SQNR_DB  # of the simulated logits to their error in the exported file
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -68,6 +70,7 @@ class Measure:
             runs=at_least(MIN_RUNS),
             max_seconds=POSITIVE,
             min_top1_agreement=between(0, 1),
+            min_sqnr_db=between(-LARGEST_SQNR_DB, LARGEST_SQNR_DB),
         )
 
 

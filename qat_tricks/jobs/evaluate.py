@@ -5,6 +5,7 @@ An ONNX file is measured without loading Lightning, the training code or the log
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from qat_tricks.data import ImageData, build_data
 from qat_tricks.deploy.cost.device import measure_device, measure_runtime
 from qat_tricks.deploy.cost.latency import measure_throughput
 from qat_tricks.deploy.normalization import BUILT_IN
-from qat_tricks.deploy.parity.runtimes import Predict, parity
+from qat_tricks.deploy.parity.runtimes import PARITY_BATCHES, Predict, parity
 from qat_tricks.deploy.runtimes.registry import (
     REFERENCE,
     check_runtimes,
@@ -132,7 +133,8 @@ class _Evaluation:
         """Measures the network of a checkpoint as it is simulated, and exports it."""
         self.simulated = artifact.network
         self.enter("simulated", artifact, self.simulated)
-        return export_artifact(artifact, path, self.shape)
+        few = islice(artifact.batches(self.data), PARITY_BATCHES)
+        return export_artifact(artifact, path, few, self.config.measure.min_sqnr_db)
 
     def report(
         self,

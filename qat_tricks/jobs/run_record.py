@@ -155,6 +155,7 @@ class RunRecord:
             images=images,
             metadata=self._metadata(),
             min_top1_agreement=measure.min_top1_agreement,
+            min_sqnr_db=measure.min_sqnr_db,
             opset=export.opset,
             layout=target_named(self.config.target).layout,
         ).as_dict()

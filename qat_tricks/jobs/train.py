@@ -10,6 +10,7 @@ from torch import nn
 
 from qat_tricks.data import ImageData
 from qat_tricks.errors import QatTricksError
+from qat_tricks.graph.logits import check_batch_first, has_one_logit
 from qat_tricks.graph.modes import evaluating
 from qat_tricks.graph.trace import check_untraced
 from qat_tricks.jobs.baseline import prepare_baseline
@@ -87,6 +88,9 @@ def _check_classes(network: nn.Module, data: ImageData) -> None:
     images, _ = next(iter(data.test_dataloader()))
     with evaluating(network), torch.no_grad():
         logits = network(images[:1])
+    check_batch_first(logits, 1)
+    if has_one_logit(logits) and data.num_classes <= 2:
+        return  # one logit tells two classes apart
     if logits.shape[-1] != data.num_classes:
         raise QatTricksError(
             f"the network has {logits.shape[-1]} classes and the data {data.num_classes}: choose a "

@@ -1,12 +1,15 @@
 """Quantization of a plain PyTorch network, without a trainer."""
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from qat_tricks.errors import QatTricksError
+from qat_tricks.graph.inputs import Replayed, call_network, first_images, input_names, inputs_of
+from qat_tricks.graph.unwrap import unwrapped
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.recipes.recipe import load_recipe
 
@@ -20,15 +23,16 @@ def quantize(
 
     Args:
         net: a float classifier that ``torch.fx`` can trace.
-        loader: yields training images: tensors ``[N, C, H, W]``, or tuples or mappings that begin
-            with one; for a network with several inputs a tuple of tensors, or tuples that begin
-            with one (see ``qat_tricks.graph.inputs``).
+        loader: yields training images: tensors ``[N, C, H, W]``, or tuples or mappings that hold
+            them; for a network with several inputs a tuple of tensors, or tuples that begin with
+            one (see ``qat_tricks.graph.inputs``). An iterator is asked for no more batches than the
+            recipe needs.
         recipe: a recipe without training.
         overrides: Hydra overrides of the recipe.
 
     Raises:
         QatTricksError: an unknown recipe or setting, a recipe that trains, a network that cannot be
-            traced, a loader that is empty, yields NaN or too few inputs.
+            traced, a loader that is empty, is none, yields NaN or too few inputs.
     """
     loaded = load_recipe(recipe, overrides)
     # Checked before any work: the calibrated network is not the result of such a recipe.
@@ -38,9 +42,24 @@ def quantize(
             f'recipe "{recipe}" trains ({names}), which needs a trainer: pass '
             f'qat_tricks.recipe("{recipe}") to Trainer(callbacks=…), or set its epochs to 0'
         )
+    batches = Replayed(loader)  # each trick goes through them from the first on
     # Tracing shares parameters with the network that it traces, and tricks change them.
-    float_copy = copy.deepcopy(net).eval()
-    work = Workbench(float_copy, lambda num_images: loader, untraced=loaded.untraced)
+    float_copy = copy.deepcopy(unwrapped(net)).eval()
+    work = Workbench(
+        float_copy, lambda num_images: _taken_by(float_copy, batches), untraced=loaded.untraced
+    )
     for stage in loaded.stages:
         stage.apply(work)
     return work.network.eval()
+
+
+def _taken_by(network: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
+    """Yields ``batches``; integers are tried first, which most networks do not take."""
+    names = input_names(network)
+    device = next((parameter.device for parameter in network.parameters()), None)
+    for index, batch in enumerate(batches):
+        inputs = inputs_of(batch, names)
+        if index == 0 and isinstance(inputs, Tensor) and not inputs.is_floating_point():
+            with torch.no_grad():
+                call_network(network, first_images(inputs.to(device), 1))
+        yield batch

@@ -17,8 +17,16 @@ import torch
 from torch import Tensor, fx
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph.inputs import Inputs, as_tensors, call_network, check_batches, map_tensors
+from qat_tricks.graph.inputs import (
+    Inputs,
+    as_tensors,
+    batch_size,
+    call_network,
+    check_batches,
+    map_tensors,
+)
 from qat_tricks.graph.layers import activation_quantizers
+from qat_tricks.graph.logits import check_batch_first, class_logits
 from qat_tricks.graph.modes import evaluating, float_mode
 from qat_tricks.graph.near_ties import avoid_rounding_ties
 from qat_tricks.graph.workbench import Workbench, logits_of
@@ -49,7 +57,7 @@ def tune_ranges(
         seed: of the labels drawn.
 
     Raises:
-        QatTricksError: a quantizer without range, or no batches.
+        QatTricksError: a quantizer without range, no batches, or logits without a batch dimension.
     """
     quantizers = activation_quantizers(traced)
     if not quantizers or not all(quantizer.is_calibrated for quantizer in quantizers.values()):
@@ -78,12 +86,11 @@ def tune_ranges(
             for chunk in track(chunks, "tune ranges"):
                 # A clone is an ordinary tensor, also of one that was made in inference mode.
                 inputs = map_tensors(chunk, Tensor.clone)
-                logits = logits_of(call_network(traced, inputs)).flatten(1)
-                likelihoods = logits.log_softmax(1)
+                likelihoods = _log_likelihoods(traced, inputs)
                 # Drawn on the CPU, so that a seed gives the same labels on every device.
                 labels = torch.multinomial(likelihoods.detach().exp().cpu(), 1, generator=generator)
                 # The sum keeps images apart: each gradient belongs to one of them.
-                likelihoods.gather(1, labels.to(logits.device)).sum().backward()
+                likelihoods.gather(1, labels.to(likelihoods.device)).sum().backward()
     finally:
         for histogram in histograms:
             histogram.handle.remove()
@@ -93,6 +100,13 @@ def tune_ranges(
         histogram.tune()
     avoid_rounding_ties(traced)
     return traced
+
+
+def _log_likelihoods(traced: fx.GraphModule, inputs: Inputs) -> Tensor:
+    """The log-likelihood of each class, ``[N, classes]``, also where two have one logit."""
+    logits = logits_of(call_network(traced, inputs))
+    check_batch_first(logits, batch_size(inputs))
+    return class_logits(logits.reshape(len(logits), -1)).log_softmax(1)
 
 
 class _GradientHistogram:

@@ -11,6 +11,7 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
+from qat_tricks.deploy import export
 from qat_tricks.deploy.cost.coverage import integer_coverage
 from qat_tricks.deploy.cost.weights import WEIGHT_BITS_KEY, weight_size, weight_sparsity
 from qat_tricks.deploy.export import export_onnx
@@ -265,3 +266,61 @@ def test_a_deep_residual_network_runs_to_the_last_bit_as_simulated(tmp_path):
     report = export_onnx(network, tmp_path / "m.onnx", torch.randn(16, 3, 32, 32))
     assert report.top1_agreement == 1.0
     assert report.sqnr_db > 45  # 200, no difference at all, where kernels fuse as on x86 with AVX2
+
+
+class Spoilt(networks.Flat):
+    """Yields no numbers for images that begin below zero."""
+
+    def forward(self, x):
+        return super().forward(x) / (x[:, 0, 0, 0].gt(0)[:, None] * 1.0)
+
+
+def test_logits_that_are_no_numbers_are_named(tmp_path):
+    given = images(4)
+    given[0] = float("nan")
+    for network, batch in [(seeded(Spoilt), -images(4).abs()), (seeded(networks.Flat), given)]:
+        with pytest.raises(QatTricksError, match="NaN or infinite") as refused:
+            export_onnx(network, tmp_path / "m.onnx", batch, min_top1_agreement=0, min_sqnr_db=-200)
+        assert "\n" not in str(refused.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrappers_are_taken_off(tmp_path):
+    network, path = quantized(networks.Flat), tmp_path / "plain.onnx"
+    export_onnx(network, path, images(3))
+    for wrapped in [torch.compile(network), nn.DataParallel(network)]:
+        export_onnx(wrapped, tmp_path / "wrapped.onnx", images(3))
+        assert (tmp_path / "wrapped.onnx").read_bytes() == path.read_bytes()
+    scripted = torch.jit.script(seeded(networks.Flat))
+    with pytest.raises(QatTricksError, match=r"before torch\.jit\.script") as refused:
+        export_onnx(scripted, path, images(3))
+    assert "\n" not in str(refused.value)
+
+
+def scaled(name, save):
+    """Saves a file in which the tensor ``name`` is larger than in the simulation."""
+
+    def spoil(model, *args):
+        tensor = next(each for each in model.graph.initializer if each.name == name)
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * 1.1, name))
+        save(model, *args)
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("network", "tensor", "begins"),
+    [
+        (lambda: quantized(networks.Residual), "b.weight_scale", r'differs is "b" \(\d\d\.\d dB\)'),
+        (lambda: quantized(networks.Residual), "fc.weight_scale", "differs, only the logits"),
+        (lambda: seeded(networks.Residual), "fc.weight", "of a float network only the logits"),
+    ],
+)
+def test_the_error_names_the_first_tensor_that_differs(
+    network, tensor, begins, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(export, "_save", scaled(tensor, export._save))
+    with pytest.raises(QatTricksError, match=rf"dB \(at least 30\).*{begins}") as refused:
+        export_onnx(network(), tmp_path / "m.onnx", images(8), min_top1_agreement=0)
+    assert "\n" not in str(refused.value)
+    assert not list(tmp_path.iterdir())

@@ -117,3 +117,38 @@ def test_agreement_is_the_share_of_equal_answers():
     assert agreement(torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 2, 0])) == 0.75
     with pytest.raises(QatTricksError, match="same images"):
         agreement(torch.tensor([0, 1]), torch.tensor([0]))
+
+
+ONE_LOGIT = torch.tensor([-2.0, 1.0, 3.0, -1.0, 0.5])
+ONE_LABEL = torch.tensor([0, 1, 0, 0, 1])
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+@pytest.mark.parametrize("logits", [ONE_LOGIT, ONE_LOGIT[:, None]], ids=["[N]", "[N, 1]"])
+@pytest.mark.parametrize(
+    "labels",
+    [ONE_LABEL, ONE_LABEL.float(), ONE_LABEL.float()[:, None], ONE_LABEL.bool()],
+    ids=["int", "float", "column", "bool"],
+)
+def test_one_logit_is_measured_as_a_sigmoid(classes, logits, labels):
+    measured = evaluate_classifier(lambda x: x, [(logits, labels)], classes)
+    assert measured.predictions.tolist() == [0, 1, 1, 0, 1]
+    assert (measured.accuracy, measured.top5) == (pytest.approx(4 / 5), 1.0)
+    assert measured.f1 == pytest.approx((4 / 5 + 4 / 5) / 2)
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(ONE_LOGIT, ONE_LABEL.float())
+    assert measured.nll == pytest.approx(loss.item(), abs=1e-6)
+    two = torch.stack([torch.zeros(5), ONE_LOGIT], 1)
+    expected = evaluate_classifier(lambda x: x, [(two, ONE_LABEL)], 2)
+    assert measured.as_dict() == pytest.approx({**expected.as_dict(), "seconds": measured.seconds})
+
+
+def test_one_logit_of_other_labels_or_classes_is_refused():
+    loader = [(ONE_LOGIT, ONE_LABEL)]
+    with pytest.raises(QatTricksError, match=r"\(5,\) on batch 0, expected \(5, 3\)"):
+        evaluate_classifier(lambda x: x, loader, 3)
+    with pytest.raises(QatTricksError, match="labels of batch 0"):
+        evaluate_classifier(lambda x: x, [(ONE_LOGIT, ONE_LABEL * 0.5)], 2)
+    with pytest.raises(QatTricksError, match="run from 0 to 2"):
+        evaluate_classifier(lambda x: x, [(ONE_LOGIT, ONE_LABEL * 2)], 2)
+    with pytest.raises(QatTricksError, match=r"expected \(5, 2\)"):
+        evaluate_classifier(lambda x: x[:1], loader, 2)

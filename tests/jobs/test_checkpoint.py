@@ -46,7 +46,7 @@ def test_the_network_and_its_description_reach_the_file(tmp_path):
     description = describe(module)
     save_checkpoint(module, tmp_path / "model.ckpt")
     loaded = load_classifier(tmp_path / "model.ckpt")
-    export_classifier(loaded, path, description, (3, 8, 8))
+    export_classifier(loaded, path, description, [torch.zeros(2, 3, 8, 8)])
     metadata = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
     assert from_metadata(metadata, path) == description
     with torch.no_grad():

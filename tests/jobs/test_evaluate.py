@@ -13,16 +13,19 @@ import pytest
 import torch
 from onnx import numpy_helper
 from PIL import Image
+from torch import nn
 
 from qat_tricks.data import Preprocessing, build_data
 from qat_tricks.deploy.runtimes.session import input_specs, open_session
 from qat_tricks.errors import QatTricksError
+from qat_tricks.evidence.report import read_report
 from qat_tricks.jobs.artifact import load_artifact
 from qat_tricks.jobs.evaluate import evaluate_artifact
 from qat_tricks.jobs.train import run_job
 from qat_tricks.trainer.checkpoints import load_checkpoint
 from tests.helpers import ROOT
 from tests.helpers.configs import job_config
+from tests.helpers.nets import SmallNet
 
 QUICK = ["measure.runs=5", "measure.threads=1"]
 EVALUATE = [
@@ -45,6 +48,10 @@ def run(folder, *overrides):
     os.environ["QAT_TRICKS_CACHE"] = str(folder / "cache")
     config = job_config(*TRAIN, "trainer.enable_progress_bar=false", *overrides)
     return run_job(config, folder)
+
+
+def one_logit(in_channels):
+    return nn.Sequential(SmallNet(1, in_channels), nn.Flatten(0))
 
 
 def evaluate(artifact, folder, *overrides):
@@ -246,3 +253,21 @@ def _rewrite(path, to, preprocessing):
         if entry.key == "qat_tricks.preprocessing":
             entry.value = json.dumps(preprocessing)
     onnx.save(model, to)
+
+
+def test_two_classes_are_trained_and_measured_with_one_logit(tmp_path):
+    settings = ["data.num_classes=2", f"model.factory={__name__}.one_logit", "baseline.epochs=4"]
+    report = run(tmp_path / "run", *settings)
+    stages = {stage["name"]: stage for stage in report["stages"]}
+    assert stages["onnx"]["accuracy"] > 0.7  # chance is half
+    assert 0 < stages["onnx"]["nll"] < 0.6931  # log 2, which chance has
+    assert stages["onnx"]["top5"] == 1
+    assert report["agreement"] > 0.9
+    assert report["parity"]["sqnr_db"] > 30
+    evaluated = evaluate(tmp_path / "run" / "model.onnx", tmp_path / "of the file")
+    figures = {stage["name"]: stage["accuracy"] for stage in evaluated["stages"]}
+    assert figures == {name: stages[name]["accuracy"] for name in ("fp32", "onnx")}
+    evaluate(tmp_path / "run" / "model.ckpt", tmp_path / "of the checkpoint")
+    again = read_report(tmp_path / "of the checkpoint")
+    assert again["parity"]["top1_agreement"] == 1.0
+    assert again["stages"][-1]["accuracy"] == stages["onnx"]["accuracy"]

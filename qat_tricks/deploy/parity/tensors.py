@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from qat_tricks.deploy.onnx_graph import load_model
 from qat_tricks.deploy.passes import QUANTIZED
 from qat_tricks.deploy.runtimes.network import feed
-from qat_tricks.deploy.runtimes.session import input_specs, open_session
+from qat_tricks.deploy.runtimes.session import input_specs, open_session, run_session
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.inputs import Inputs, as_tensors
 from qat_tricks.graph.trace import module_of
@@ -134,5 +134,5 @@ def _run(
         onnx.save(model, str(probe))
         session = open_session(probe, threads=torch.get_num_threads())
         batch = feed(input_specs(session), [values.numpy() for values in as_tensors(inputs)])
-        run = session.run(shown, batch) if grids else []
+        run = run_session(session, shown, batch) if grids else []
     return grids, dict(zip(grids, run, strict=True))

@@ -89,7 +89,7 @@ def open_session(
     except Exception as error:  # ONNX Runtime's exceptions share no narrower base class
         raise QatTricksError(
             f'ONNX Runtime cannot open "{path}" ({one_line(error)}): the file is truncated or not '
-            "an ONNX network; export it again"
+            "an ONNX network, or ONNX Runtime lacks an operation of it; export it again"
         ) from error
 
 
@@ -128,6 +128,24 @@ def run_batch(session: ort.InferenceSession, *inputs: np.ndarray) -> np.ndarray:
         The first output, logits of shape [batch, classes].
 
     Raises:
-        QatTricksError: the number of inputs, or a shape, is not the network's.
+        QatTricksError: the number of inputs, or a shape, is not the network's, or ONNX Runtime
+            cannot run it.
     """
-    return session.run(None, feed(input_specs(session), inputs))[0]
+    return run_session(session, None, feed(input_specs(session), inputs))[0]
+
+
+def run_session(
+    session: ort.InferenceSession, outputs: Sequence[str] | None, inputs: Mapping[str, np.ndarray]
+) -> list[np.ndarray]:
+    """Runs a session on named inputs, and returns the outputs named, or all of them.
+
+    Raises:
+        QatTricksError: ONNX Runtime cannot run it.
+    """
+    try:
+        return session.run(outputs, dict(inputs))
+    except Exception as error:  # ONNX Runtime's exceptions share no narrower base class
+        raise QatTricksError(
+            f"ONNX Runtime cannot run the network ({one_line(error)}): it takes other values, or "
+            "one of its operations fails; compare the images with those of training"
+        ) from error

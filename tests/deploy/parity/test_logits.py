@@ -56,3 +56,14 @@ def test_an_error_holds_the_figures_and_the_remedy():
     check_agreement(comparison, "the wrong way", **settings)
     with pytest.raises(QatTricksError, match=r"dB \(at least 10\)"):
         check_agreement(comparison, "the wrong way", **settings, min_sqnr_db=10.0)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_error_names_values_that_are_no_numbers_whatever_is_allowed(value):
+    spoilt = LOGITS.copy()
+    spoilt[1, 2] = value
+    for pair in [(LOGITS, spoilt), (spoilt, LOGITS), (spoilt, spoilt)]:
+        with pytest.raises(QatTricksError, match="of 4 images, some have logits that are NaN or"):
+            check_agreement(
+                compare_logits([pair]), "wrong", min_top1_agreement=0.0, remedy="no way"
+            )
