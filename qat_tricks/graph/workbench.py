@@ -48,6 +48,7 @@ class Workbench:
         *,
         teacher: nn.Module | None = None,
         untraced: Sequence[str] = (),
+        compares: bool = True,
     ) -> None:
         # Tracing may turn computed weights into parameters: the optimizer holds those from before.
         self.parameters_before = list(network.parameters())
@@ -58,7 +59,7 @@ class Workbench:
         self._reference: fx.GraphModule | None = None
         self.gate: Gate | None = None
         self.network: Any = network
-        if loader is None or isinstance(network, TracedNetwork):
+        if loader is None or not compares or isinstance(network, TracedNetwork):
             self.network = trace(network, untraced)
         else:
             self.gate = Gate(network, self.batches(GATE_IMAGES)[0])

@@ -18,6 +18,7 @@ from qat_tricks.graph.inputs import Inputs
 from qat_tricks.graph.modes import kept_modes
 from qat_tricks.graph.random_state import restore_random_state
 from qat_tricks.graph.surgery import rebuild
+from qat_tricks.graph.traced_network import NO_TRAINING
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.trainer.averaging import is_averaging, keep_grids
 from qat_tricks.trainer.calibration_images import network_inputs
@@ -122,6 +123,8 @@ class Session(Callback):
         # Lightning moves the module only after ``setup``, and calibration runs in it.
         pl_module.to(trainer.strategy.root_device)
         work = self._workbench(trainer, pl_module, tricks)
+        if work.history and any(trick.name not in work.applied for trick in tricks):
+            work.begin_stage()
         changes = [trick.apply_once(work) for trick in tricks]
         # Each rank has calibrated by itself, and sums on GPUs differ in their last bits.
         if any(changes):
@@ -206,6 +209,9 @@ class Session(Callback):
             work = self._open(trainer, pl_module, tricks)
         check_order(tricks, work.history)
         work.trains = self.fits and (self.trains or trainer.state.fn == "fit")
+        no_training = work.network.meta.get(NO_TRAINING)
+        if work.trains and no_training is not None:
+            raise QatTricksError(no_training)
         return work
 
     def _open(
@@ -231,11 +237,11 @@ class Session(Callback):
                 traced: nn.Module = rebuild(network, spec)
             else:
                 traced = network
-                if any(hasattr(trick, "num_images") for trick in tricks):
-                    # A step that calls parts of the network is told by the user's own names.
-                    for _ in load(1):
-                        break
-            work = Workbench(traced, load, teacher=teacher, untraced=self.untraced)
+            # A recipe that trains nothing and takes no images may have none to compare on.
+            has_images = self.fits or any(hasattr(trick, "num_images") for trick in tricks)
+            work = Workbench(
+                traced, load, teacher=teacher, untraced=self.untraced, compares=has_images
+            )
         work.parameters_before = before  # an optimizer made in ``__init__`` holds these
         return attach_workbench(pl_module, work, name)
 

@@ -1,5 +1,6 @@
 """Compares the logits of two ways to run a network, and judges the difference."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
