@@ -1,5 +1,6 @@
 """The ledger: the network's figures before and after each stage of a recipe."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.metrics import Metrics
 from qat_tricks.evidence.show import show
 from qat_tricks.files import write_json
+from qat_tricks.graph.equivalence import summary
 
 # They fit a terminal of 80 columns with a stage's name of up to 12 letters; report.md has every
 # metric.
@@ -28,6 +30,8 @@ class LedgerRow:
     size_bytes: int | None = None  # of the ONNX file
     latency_ms: dict[str, float] | None = None  # p50 and p95
     sparsity: float | None = None  # 0..1
+    # What each step of the stage has left of the float function, as a network's spec has it.
+    equivalence: Sequence[dict[str, Any]] = ()
 
 
 @dataclass
@@ -59,6 +63,7 @@ class Ledger:
                 "size_bytes": row.size_bytes,
                 "latency_ms": row.latency_ms,
                 "sparsity": row.sparsity,
+                "equivalence": list(row.equivalence),
             }
             for row in self.stages
         ]
@@ -86,6 +91,10 @@ class Ledger:
                 show(row.seconds, "seconds"),
             ]
             table.add_row(row.name, *cells)
+        steps = [step for row in self.stages for step in row.equivalence]
+        if steps:
+            table.caption = summary(steps)
+            table.caption_justify = "left"
         return table
 
     def write(self, path: Path) -> None:

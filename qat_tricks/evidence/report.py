@@ -13,6 +13,7 @@ from qat_tricks.deploy.targets import TARGETS
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.show import ratio, show
 from qat_tricks.files import finite, read_json, write_json, write_text
+from qat_tricks.graph.equivalence import summary
 
 REQUIRED_KEYS = (
     "recipe",
@@ -85,6 +86,7 @@ def render(report: dict[str, Any]) -> str:
     # a report may come from a file that somebody else wrote: other types are shown as missing
     needs = TARGETS[target].about if isinstance(target, str) and target in TARGETS else None
     preprocessing_hash = preprocessing.get("hash") if isinstance(preprocessing, dict) else None
+    steps = [step for stage in report["stages"] for step in stage.get("equivalence") or ()]
     # the template is strict: keys that a report may lack get a value here
     fields = {
         "size_bytes": report["size_bytes"] or {},
@@ -100,6 +102,8 @@ def render(report: dict[str, Any]) -> str:
         "target_needs": needs,
         "packed_bytes": report.get("packed_bytes"),
         "preprocessing_hash": preprocessing_hash,
+        "steps": steps,
+        "steps_summary": summary(steps) if steps else None,
     }
     return templates.get_template("report.md.j2").render(
         report | fields, ratio=ratio, report=report

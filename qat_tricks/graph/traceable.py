@@ -1,5 +1,6 @@
 """What has to be so before a network can be traced, and what is taken over from other tools."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -53,6 +54,7 @@ def check_traceable(network: nn.Module, untraced: Sequence[str] = ()) -> None:
         raise QatTricksError(
             f"{type(network).__name__} spreads a network over devices: hand over its .module"
         )
+    _check_kind(network, type(network).__name__)
     if "forward" in vars(network):
         raise QatTricksError(
             f"the forward of {type(network).__name__} was replaced on the object, and a tracer "
@@ -135,6 +137,17 @@ def _hook(where: str, hook: Any) -> str:
         f"{where} has a forward hook ({name}), which a traced network would not call: remove it, "
         "register it on the network itself, or do its work in forward"
     )
+
+
+def copy_of(network: nn.Module) -> nn.Module:
+    """A copy of a network of the user's, also of one under masks of ``torch.nn.utils.prune``."""
+    for module in network.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, BasePruningMethod):
+                # Made anew by the hook at each call; with its history it cannot be copied.
+                masked = getattr(module, hook._tensor_name)
+                setattr(module, hook._tensor_name, masked.detach())
+    return copy.deepcopy(network)
 
 
 @torch.no_grad()

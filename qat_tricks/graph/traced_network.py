@@ -298,12 +298,12 @@ def _parts_refused(network: nn.Module, method: str) -> Iterator[None]:
     if "forward" in vars(network):  # a method that was called by another
         yield
         return
-    parts = {id(module) for module in network.modules() if module is not network}
+    parts = {id(module): path for path, module in network.named_modules() if path}
     runs = [False]
 
     def refuse(module: nn.Module, args: Any) -> None:
         if id(module) in parts and not runs[0]:
-            raise QatTricksError(_beside(f"{method} calls {type(module).__name__}, which"))
+            raise QatTricksError(_beside(f'"{parts[id(module)]}", which {method} calls,'))
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         runs[0] = True

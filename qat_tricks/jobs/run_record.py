@@ -32,6 +32,8 @@ from qat_tricks.deploy.targets import target_named
 from qat_tricks.evidence.ledger import Ledger, LedgerRow, check_drop
 from qat_tricks.evidence.metrics import Metrics, agreement, evaluate_classifier
 from qat_tricks.evidence.report import REQUIRED_KEYS, write_report
+from qat_tricks.graph.spec import spec_of
+from qat_tricks.graph.traced_network import TracedNetwork
 from qat_tricks.jobs.classifier import Classifier
 from qat_tricks.jobs.config import timing
 from qat_tricks.jobs.description import to_metadata
@@ -136,12 +138,27 @@ class RunRecord:
         metrics = self._evaluate(network, self.data.test_dataloader(), name)
         before = self.ledger.stages[-1].after if self.ledger.stages else None
         seconds = time.perf_counter() - self.stage_started
-        self.ledger.add(LedgerRow(name=name, before=before, after=metrics, seconds=seconds))
+        self.ledger.add(
+            LedgerRow(
+                name=name,
+                before=before,
+                after=metrics,
+                seconds=seconds,
+                equivalence=self._new_steps(network),
+            )
+        )
         self._write_ledger()  # before the export, which may refuse the network
         self._export(network, path)
         self._add_costs(path)
         self.stage_started = time.perf_counter()
         return metrics
+
+    def _new_steps(self, network: nn.Module) -> list[dict[str, Any]]:
+        """What the gate has measured since the last stage; nothing of a float network."""
+        if not isinstance(network, TracedNetwork):
+            return []
+        known = sum(len(row.equivalence) for row in self.ledger.stages)
+        return spec_of(network).get("equivalence", [])[known:]
 
     def _export(self, network: nn.Module, path: Path) -> None:
         measure, export = self.config.measure, self.config.export

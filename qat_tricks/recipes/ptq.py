@@ -1,6 +1,5 @@
 """Quantization of a plain PyTorch network, without a trainer."""
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import Tensor, fx, nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.inputs import Replayed, call_network, first_images, input_names, inputs_of
+from qat_tricks.graph.traceable import check_traceable, copy_of
 from qat_tricks.graph.unwrap import unwrapped
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.recipes.recipe import load_recipe
@@ -44,7 +44,9 @@ def quantize(
         )
     batches = Replayed(loader)  # each trick goes through them from the first on
     # Tracing shares parameters with the network that it traces, and tricks change them.
-    float_copy = copy.deepcopy(unwrapped(net)).eval()
+    net = unwrapped(net)
+    check_traceable(net, loaded.untraced)  # what cannot be traced can often not be copied
+    float_copy = copy_of(net).eval()
     work = Workbench(
         float_copy, lambda num_images: _taken_by(float_copy, batches), untraced=loaded.untraced
     )

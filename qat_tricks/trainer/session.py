@@ -5,7 +5,6 @@ process. It renews the optimizers' parameters, restores random states, and keeps
 averaged networks exact.
 """
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,6 +17,7 @@ from qat_tricks.graph.inputs import Inputs
 from qat_tricks.graph.modes import kept_modes
 from qat_tricks.graph.random_state import restore_random_state
 from qat_tricks.graph.surgery import rebuild
+from qat_tricks.graph.traceable import check_traceable, copy_of
 from qat_tricks.graph.traced_network import NO_TRAINING
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.trainer.averaging import is_averaging, keep_grids
@@ -225,10 +225,11 @@ class Session(Callback):
                 f"{name} is compiled, and surgery needs the network itself: leave it as it is and "
                 "compile what is trained, trainer.fit(torch.compile(module))"
             )
+        check_traceable(network, self.untraced)
         spec = spec_to_restore(trainer, pl_module)
         # Before surgery, and after a float checkpoint was loaded.
         needs_teacher = self.keeps_teacher or any(trick.needs_teacher for trick in tricks)
-        teacher = copy.deepcopy(network) if needs_teacher else None
+        teacher = copy_of(network) if needs_teacher else None
         before = list(network.parameters())
         load = _loader(trainer, pl_module, name)
         # A part that the user holds in evaluation mode is to stay in it.

@@ -1,0 +1,115 @@
+"""What other tools did to a network is taken over, or refused with the way out."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+
+import qat_tricks
+from qat_tricks.errors import QatTricksError
+from qat_tricks.graph import spec_of, trace
+from qat_tricks.graph.traceable import TraceSettings, copy_of, take_over_masks
+from tests.helpers.modes import Base
+
+
+def with_hook(net):
+    net.conv.register_forward_hook(lambda module, args, output: None)
+    return net
+
+
+def changed(net, function, *args):
+    function(net.conv, *args)
+    return net
+
+
+def forward_on_object(net):
+    net.forward = lambda x: x
+    return net
+
+
+def compiled_in_place(net):
+    net.fc.compile()
+    return net
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (torch.jit.script, "from before torch.jit.script"),
+        (torch.compile, "_orig_mod"),
+        (compiled_in_place, '"fc" was compiled in place'),
+        (nn.DataParallel, "hand over its .module"),
+        (forward_on_object, "replaced on the object"),
+        (with_hook, '"conv" has a forward hook'),
+        (lambda net: changed(net, weight_norm), "remove_weight_norm"),
+        (lambda net: changed(net, spectral_norm), "remove_spectral_norm"),
+        (
+            lambda net: changed(net, parametrizations.weight_norm),
+            r'remove_parametrizations\(module, "weight"\)',
+        ),
+        (lambda net: changed(net, prune.l1_unstructured, "bias", 0.5), r"prune.remove\(module"),
+        (lambda net: nn.Sequential(nn.LazyConv2d(4, 1)), "run the network once"),
+    ],
+)
+def test_what_a_tracer_would_follow_wrong_is_one_line(change, told):
+    with pytest.raises(QatTricksError, match=told) as error:
+        trace(change(Base().eval()))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_hook,
+        forward_on_object,
+        lambda net: changed(net, weight_norm),
+        lambda net: changed(net, parametrizations.weight_norm),
+        lambda net: changed(net, prune.l1_unstructured, "bias", 0.5),
+    ],
+)
+def test_it_is_refused_before_it_is_copied(change):
+    with pytest.raises(QatTricksError):
+        qat_tricks.quantize(change(Base().eval()), [torch.randn(2, 3, 8, 8)])
+
+
+def test_a_part_that_is_not_traced_may_have_hooks():
+    net = with_hook(Base()).eval()
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(trace(net, ["conv"])(x), net(x))
+
+
+def test_a_hook_on_the_network_itself_goes_on_being_called():
+    net, calls = Base().eval(), []
+    net.register_forward_hook(lambda module, args, output: calls.append(output.shape))
+    trace(net)(torch.randn(2, 3, 8, 8))
+    assert calls == [(2, 5)]
+
+
+def test_masks_of_torch_prune_are_taken_over_and_their_zeros_stay():
+    torch.manual_seed(0)
+    net, x = Base().eval(), torch.randn(8, 3, 8, 8)
+    prune.l1_unstructured(net.conv, "weight", 0.5)
+    prune.random_unstructured(net.fc, "weight", 0.25)
+    zeros = {name: getattr(net, name).weight == 0 for name in ("conv", "fc")}
+    expected = net(x)
+    plain = list(Base().state_dict())
+    traced = trace(copy_of(net))
+    torch.testing.assert_close(traced(x), expected)
+    assert [key for key in traced.state_dict() if not key.endswith("mask")] == plain
+    quantized = qat_tricks.quantize(net, [x])
+    optimizer = torch.optim.SGD(quantized.parameters(), lr=0.1)
+    quantized.train()(x).square().sum().backward()
+    optimizer.step()
+    for name, expected_zeros in zeros.items():
+        weight = quantized.get_submodule(name).effective_weight()
+        assert torch.equal(weight == 0, expected_zeros | (weight == 0))
+        assert bool((weight[expected_zeros] == 0).all())
+        assert bool((weight != 0).any())
+    assert take_over_masks(Base()) == {}
+
+
+def test_a_spec_from_before_has_one_mode_and_only_parts_in_use():
+    assert TraceSettings.of_spec({}) == TraceSettings(training_mode=False, keep_unused=False)
+    settings = TraceSettings(splits_attention=False)
+    assert TraceSettings.of_spec(settings.as_spec()) == settings
+    assert spec_of(trace(Base(), settings=settings))["trace"]["splits_attention"] is False
