@@ -85,7 +85,7 @@ def _held_in_evaluation(module: nn.Module, network: str | None) -> list[str]:
     Of a module, or a network, that is in evaluation mode as a whole, nobody knows which parts are
     meant to stay so.
     """
-    networks = networks_in(module) if network is None else {network: None}
+    networks = list(networks_in(module)) if network is None else [network]
     whole = [name for name, m in module.named_modules() if name in networks and not m.training]
     return [
         name
