@@ -201,9 +201,12 @@ LAYER_OF: dict[type[nn.Module], type[Layer]] = {
 def is_layer(module: nn.Module | None) -> bool:
     """Whether ``module`` is a conv or linear that can be pruned and quantized.
 
-    It may be a ``Layer`` already or not yet.
+    It may be a ``Layer`` already or not yet. One whose weight is no parameter is none: a hook, such
+    as that of ``torch.nn.utils.weight_norm``, computes it anew at each call.
     """
-    return isinstance(module, Layer) or type(module) in LAYER_OF
+    if isinstance(module, Layer):
+        return True
+    return type(module) in LAYER_OF and module._parameters.get("weight") is not None
 
 
 def as_layer(module: nn.Module) -> Layer:

@@ -212,7 +212,7 @@ def _channel_ranges(
         def run_node(self, n: fx.Node) -> Any:
             output = super().run_node(n)
             if n.name in axes:
-                # Channels to dimension 1; all behind it are positions, also those flattened into it.
+                # Channels to dimension 1; all else but images are positions.
                 values = output.abs().movedim(axes[n.name], 1)
                 largest.setdefault(n.name, []).append(
                     values.reshape(len(values), channels[n.name], -1).amax(2)

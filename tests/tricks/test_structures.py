@@ -1,4 +1,4 @@
-"""Each structure keeps its function through trace, fold and equalize, and runs as it is simulated."""
+"""Each structure keeps its function at every step, and its file runs as it is simulated."""
 
 import copy
 
