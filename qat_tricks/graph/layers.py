@@ -138,11 +138,18 @@ class Layer(nn.Module):
         """
         assert self.weight_quantizer is not None
         scale = self.weight_quantizer.current_scale(weight)
-        if self.bias is None or not self.has_input_scale:
+        if not self.has_input_scale:
             return scale
         input_scale = torch.stack(
             [quantizer.current_scale().detach() for quantizer in self.input_quantizer]
         ).amin()
+        # Kernels take the product of both scales in float32, where it must be a normal number.
+        tiny = torch.finfo(torch.float32).tiny
+        least = 2 * tiny / input_scale
+        # A channel of zeros has the smallest scale, and stays one of zeros.
+        scale = torch.where((scale > tiny) & (scale < least), least, scale)
+        if self.bias is None:
+            return scale
         # 2 ** 30 leaves half of int32's range to the sums.
         smallest = self.bias.detach().float().abs() / (input_scale * 2.0**30)
         if scale.numel() == 1:
@@ -206,7 +213,9 @@ def is_layer(module: nn.Module | None) -> bool:
     """
     if isinstance(module, Layer):
         return True
-    return type(module) in LAYER_OF and module._parameters.get("weight") is not None
+    if module is None or type(module) not in LAYER_OF:
+        return False
+    return module._parameters.get("weight") is not None
 
 
 def as_layer(module: nn.Module) -> Layer:

@@ -192,7 +192,7 @@ def _is_known_integer(node: fx.Node, traced: fx.GraphModule) -> bool | None:
         return bool(node.meta[INTEGERS])
     dtypes = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, torch.dtype)]
     if dtypes:
-        return not (dtypes[0].is_floating_point or dtypes[0].is_complex)
+        return not bool(dtypes[0].is_floating_point or dtypes[0].is_complex)
     return True if node.target in INTEGER_RESULTS or _is_index_part(node, traced) else None
 
 

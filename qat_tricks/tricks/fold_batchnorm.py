@@ -7,6 +7,7 @@ of the unfolded one's on MobileNetV2). A BatchNorm before its conv, or whose con
 reader, becomes a depthwise conv of one weight a channel.
 """
 
+from qat_tricks.graph.finite import check_finite
 from qat_tricks.graph.fold import batchnorms_to_convs, fold_batchnorm, needs_ranks
 from qat_tricks.graph.ranks import note_ranks
 from qat_tricks.graph.workbench import Workbench
@@ -20,10 +21,15 @@ class FoldBatchnorm(Trick):
 
     def restructure(self, work: Workbench) -> None:
         """Folds: the structure does not depend on values."""
-        self.apply(work)
+        self._fold(work)
 
     def apply(self, work: Workbench) -> None:
         """Folds each BatchNorm, or makes a depthwise conv of it."""
+        # Here, so that the user's own number is named, and not the one that folding makes of it.
+        check_finite(work.network)
+        self._fold(work)
+
+    def _fold(self, work: Workbench) -> None:
         if work.loader is not None and needs_ranks(work.network):
             note_ranks(work.network, work.batches(2)[0])
         fold_batchnorm(work.network)
