@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from qat_tricks.graph.pools import spell_out_pools
+
 _MODULE_OF: dict[Any, type[nn.Module]] = {
     F.conv1d: nn.Conv1d,
     F.conv2d: nn.Conv2d,
@@ -66,6 +68,7 @@ def functions_to_modules(traced: fx.GraphModule, network: nn.Module) -> None:
         if node.op == "call_function" and node.target is F.batch_norm:
             _batchnorm_to_module(node, traced, network)
     _drop_unused(traced)  # the weights' nodes, and those that computed them
+    spell_out_pools(traced)
     traced.recompile()
 
 

@@ -199,7 +199,7 @@ def _is_known_integer(node: fx.Node, traced: fx.GraphModule) -> bool | None:
 def _is_index_part(node: fx.Node, traced: fx.GraphModule) -> bool:
     """Whether ``node`` takes the indices out of a tuple of values and indices."""
     if node.target is getattr:
-        return node.args[1] == "indices"
+        return bool(node.args[1] == "indices")
     if node.target is not operator.getitem or node.args[1] not in (1, -1):
         return False
     source: Any = node.args[0]
