@@ -56,3 +56,10 @@ def test_it_runs_as_simulated(settings, tmp_path):
     x = inputs((3, 16, 16), 16)
     quantized = quantize(net, [x])
     assert export_onnx(quantized, tmp_path / "model.onnx", x[:2], images=[x]).sqnr_db > 60
+
+
+def test_a_module_that_is_called_twice_is_spelled_out_twice():
+    for settings in ({"divisor_override": 3}, {"padding": 1, "ceil_mode": True}):
+        pool, x = nn.AvgPool2d(3, 2, **settings), torch.randn(2, 3, 16, 16)
+        net = nn.Sequential(pool, pool)
+        torch.testing.assert_close(trace(net)(x), net(x))
