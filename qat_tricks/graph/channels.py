@@ -1,4 +1,4 @@
-"""Follows the channels of a layer's output through operations, to where another layer reads them."""
+"""Follows the channels of a layer's output to where another layer reads them."""
 
 from dataclasses import dataclass, replace
 from typing import Any

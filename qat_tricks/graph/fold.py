@@ -95,8 +95,8 @@ class _Dimensions:
         found = inputs[0].dim()
         if found != self.dimensions:
             raise QatTricksError(
-                f"a linear with a folded BatchNorm1d is given {found} dimensions, and it was folded "
-                f"for {self.dimensions}: call note_ranks with images before fold_batchnorm"
+                f"a linear with a folded BatchNorm1d is given {found} dimensions, and it was "
+                f"folded for {self.dimensions}: call note_ranks with images before fold_batchnorm"
             )
 
 

@@ -5,7 +5,10 @@ quantized like others.
 
 A weight that is a parameter of the user's stays that very parameter. It keeps the user's key where
 a module of its own holds it (as in timm's ``Conv2dSame``). A weight that is computed from
-parameters only, as in weight standardization, is computed once and becomes a parameter itself.
+parameters only, as in weight standardization, is computed once and becomes a parameter itself,
+which is trained only if one of those was. If one of those is used elsewhere too, as where a head
+also takes its weight normalized, the two would drift apart in training: such a call stays a
+function, in float.
 """
 
 from collections.abc import Callable
@@ -14,6 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+
+from qat_tricks.graph.pools import spell_out_pools
+from qat_tricks.graph.two_modes import FOLLOWS_MODE
 
 _MODULE_OF: dict[Any, type[nn.Module]] = {
     F.conv1d: nn.Conv1d,
@@ -40,7 +46,7 @@ Arguments = dict[str, Any]
 """The arguments of one call by name; tensors are nodes."""
 
 
-def functions_to_modules(traced: fx.GraphModule, network: nn.Module) -> None:
+def functions_to_modules(traced: fx.GraphModule, network: nn.Module, *, every: bool = True) -> None:
     """Replaces functions with constant weights by modules.
 
     These are ``F.conv1d``, ``F.conv2d``, ``F.conv3d``, ``F.linear``, and ``F.batch_norm`` called
@@ -49,6 +55,8 @@ def functions_to_modules(traced: fx.GraphModule, network: nn.Module) -> None:
     Args:
         traced: the graph module just traced from ``network``; it is changed in place.
         network: the user's.
+        every: also each ``F.batch_norm`` of which it is not known whether training takes it to the
+            statistics of the batch.
     """
     read_before = _read_attributes(traced)
     for calls in _calls_by_weights(traced):
@@ -61,9 +69,12 @@ def functions_to_modules(traced: fx.GraphModule, network: nn.Module) -> None:
         for node, call_arguments in calls:
             call_instead(node, name, call_arguments["input"])
     for node in traced.graph.nodes:
-        if node.op == "call_function" and node.target is F.batch_norm:
+        is_batchnorm = node.op == "call_function" and node.target is F.batch_norm
+        # One that uses its running statistics in training too is none of torch.nn's modules.
+        if is_batchnorm and (every or node.meta.pop(FOLLOWS_MODE, False)):
             _batchnorm_to_module(node, traced, network)
     _drop_unused(traced, read_before)  # the weights' nodes, and those that computed them
+    spell_out_pools(traced)
     traced.recompile()
 
 
@@ -83,7 +94,68 @@ def _calls_by_weights(traced: fx.GraphModule) -> list[list[tuple[fx.Node, Argume
             settings = {key: arguments[key] for key in _CONV_SETTINGS}
             key = node.target, repr(settings), arguments["bias"] is None, weights
             calls.setdefault(key, []).append((node, arguments))
-    return list(calls.values())
+    users = _users_of_parameters(traced)
+    return [group for group in calls.values() if _may_be_computed_once(group, users, traced)]
+
+
+def _users_of_parameters(traced: fx.GraphModule) -> dict[int, list[fx.Node]]:
+    """For each tensor that the network holds, by identity, the nodes that compute with it."""
+    users: dict[int, list[fx.Node]] = {}
+    for node in traced.graph.nodes:
+        if node.op == "get_attr":
+            values = users.setdefault(id(_attribute(traced, str(node.target))), [])
+            values += [user for user in node.users if not _reads_shape(user)]
+        elif node.op == "call_module":
+            for parameter in traced.get_submodule(str(node.target)).parameters():
+                users.setdefault(id(parameter), []).append(node)
+    return users
+
+
+def _reads_shape(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "numel")
+    return node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
+
+
+def _may_be_computed_once(
+    group: list[tuple[fx.Node, Arguments]],
+    users: dict[int, list[fx.Node]],
+    traced: fx.GraphModule,
+) -> bool:
+    """Whether the parameters that a weight or bias is computed from are used for nothing else.
+
+    One that is a parameter itself stays that parameter, and may be shared.
+    """
+    calls = {node for node, _ in group}
+    for name in ("weight", "bias"):
+        computed: fx.Node | None = group[0][1][name]
+        if computed is None or computed.op == "get_attr":
+            continue
+        for source in _parameters_of(computed, traced):
+            if not all(_is_constant_for(user, calls) for user in users[id(source)]):
+                return False
+    return True
+
+
+def _is_constant_for(node: fx.Node, calls: set[fx.Node]) -> bool:
+    """Whether ``node`` is one of ``calls``, or computes a constant that only they take."""
+    if node in calls:
+        return True
+    is_constant = node.op != "call_module" and _origin(node) is not None
+    return is_constant and all(_is_constant_for(user, calls) for user in node.users)
+
+
+def _parameters_of(node: fx.Node, traced: fx.GraphModule) -> list[nn.Parameter]:
+    """The parameters that a node is computed from."""
+    if node.op == "get_attr":
+        value = _attribute(traced, str(node.target))
+        return [value] if isinstance(value, nn.Parameter) else []
+    return [p for source in node.all_input_nodes for p in _parameters_of(source, traced)]
+
+
+def _attribute(traced: fx.GraphModule, name: str) -> Any:
+    owner, _, last = name.rpartition(".")
+    return getattr(traced.get_submodule(owner), last)
 
 
 def _batchnorm_to_module(node: fx.Node, traced: fx.GraphModule, network: nn.Module) -> None:
@@ -198,19 +270,24 @@ def _module(kind: type[nn.Module], arguments: Arguments, traced: fx.GraphModule)
 
 
 def _parameter(node: fx.Node | None, traced: fx.GraphModule) -> nn.Parameter | None:
-    """The parameter that ``node`` yields: the user's own, or a new one with the computed values."""
+    """The parameter that ``node`` yields: the user's own, or a new one with the computed values.
+
+    A new one is trained if it is computed from one that is: a fixed kernel in a buffer is not.
+    """
     if node is None:
         return None
     with torch.no_grad():
         value = _value(node, traced)
-    return value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach().clone())
+    if isinstance(value, nn.Parameter):
+        return value
+    is_trained = any(source.requires_grad for source in _parameters_of(node, traced))
+    return nn.Parameter(value.detach().clone(), requires_grad=is_trained)
 
 
 def _value(node: fx.Node, traced: fx.GraphModule) -> Tensor:
     """The value of a node that depends on nothing but parameters."""
     if node.op == "get_attr":
-        owner, _, name = str(node.target).rpartition(".")
-        return getattr(traced.get_submodule(owner), name)
+        return _attribute(traced, str(node.target))
 
     def value(source: fx.Node) -> Any:
         return _value(source, traced)
@@ -234,7 +311,12 @@ def _user_name(calls: set[fx.Node], weight: fx.Node, traced: fx.GraphModule) -> 
     prefix = name.removesuffix("_weight")
     if owner and prefix != name and not hasattr(traced.get_submodule(owner), prefix):
         return f"{owner}.{prefix}"
-    # If other nodes read parameters of the owner, the owner must stay as it is.
+    # If other nodes call the owner or read its parameters, it must stay as it is.
+    if any(
+        node.op == "call_module" and f"{owner}.".startswith(f"{node.target}.")
+        for node in traced.graph.nodes
+    ):
+        return None
     readers = {
         user
         for node in traced.graph.nodes

@@ -138,11 +138,18 @@ class Layer(nn.Module):
         """
         assert self.weight_quantizer is not None
         scale = self.weight_quantizer.current_scale(weight)
-        if self.bias is None or not self.has_input_scale:
+        if not self.has_input_scale:
             return scale
         input_scale = torch.stack(
             [quantizer.current_scale().detach() for quantizer in self.input_quantizer]
         ).amin()
+        # Kernels take the product of both scales in float32, where it must be a normal number.
+        tiny = torch.finfo(torch.float32).tiny
+        least = 2 * tiny / input_scale
+        # A channel of zeros has the smallest scale, and stays one of zeros.
+        scale = torch.where((scale > tiny) & (scale < least), least, scale)
+        if self.bias is None:
+            return scale
         # 2 ** 30 leaves half of int32's range to the sums.
         smallest = self.bias.detach().float().abs() / (input_scale * 2.0**30)
         if scale.numel() == 1:
@@ -201,9 +208,14 @@ LAYER_OF: dict[type[nn.Module], type[Layer]] = {
 def is_layer(module: nn.Module | None) -> bool:
     """Whether ``module`` is a conv or linear that can be pruned and quantized.
 
-    It may be a ``Layer`` already or not yet.
+    It may be a ``Layer`` already or not yet. One whose weight is no parameter is none: a hook, such
+    as that of ``torch.nn.utils.weight_norm``, computes it anew at each call.
     """
-    return isinstance(module, Layer) or type(module) in LAYER_OF
+    if isinstance(module, Layer):
+        return True
+    if module is None or type(module) not in LAYER_OF:
+        return False
+    return module._parameters.get("weight") is not None
 
 
 def as_layer(module: nn.Module) -> Layer:

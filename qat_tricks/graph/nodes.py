@@ -5,13 +5,22 @@ Every other module asks here, and not in the graph or the table itself.
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import fx, nn
 
 from qat_tricks.graph.integer_ops import Elementwise, Mean
 from qat_tricks.graph.layers import is_layer
-from qat_tricks.graph.operations import UNKNOWN, Arguments, Operation, entries_for
+from qat_tricks.graph.operations import (
+    BITWISE,
+    INDICES_SECOND,
+    INTEGER_RESULTS,
+    UNKNOWN,
+    Arguments,
+    Operation,
+    entries_for,
+)
 from qat_tricks.graph.trace import layer_at, module_of
 from qat_tricks.graph.two_modes import TRAINING, only_in
 
@@ -162,20 +171,83 @@ def activation_of(node: fx.Node, traced: fx.GraphModule) -> str | None:
     return operation_of(node, traced).absorbed_as
 
 
-def _operands_are_activations(node: fx.Node) -> bool:
+def yields_integers(node: fx.Node, traced: fx.GraphModule) -> bool:
+    """Whether ``node`` yields integers or truth values, which no quantizer may round.
+
+    What ``note_integers`` noted counts first; else it is seen in the graph.
+    """
+    # Not recursive: deep networks would exceed Python's limit. All that is left must be integers.
+    seen, left = {node}, [node]
+    while left:
+        node = left.pop()
+        known = _is_known_integer(node, traced)
+        if known is False:
+            return False
+        if known is None:
+            operands = _operands_of_integers(node, traced)
+            if not operands or any(isinstance(operand, float) for operand in operands):
+                return False
+            new = [o for o in operands if isinstance(o, fx.Node) and o not in seen]
+            seen.update(new)
+            left += new
+    return True
+
+
+def _is_known_integer(node: fx.Node, traced: fx.GraphModule) -> bool | None:
+    """Whether ``node`` yields integers; None where that depends on its operands."""
+    if INTEGERS in node.meta:
+        return bool(node.meta[INTEGERS])
+    dtypes = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, torch.dtype)]
+    if dtypes:
+        return not bool(dtypes[0].is_floating_point or dtypes[0].is_complex)
+    return True if node.target in INTEGER_RESULTS or _is_index_part(node, traced) else None
+
+
+def _is_index_part(node: fx.Node, traced: fx.GraphModule) -> bool:
+    """Whether ``node`` takes the indices out of a tuple of values and indices."""
+    if node.target is getattr:
+        return bool(node.args[1] == "indices")
+    if node.target is not operator.getitem or node.args[1] not in (1, -1):
+        return False
+    source: Any = node.args[0]
+    return (
+        source.target in INDICES_SECOND
+        or operation_of(source, traced).name == "max_pool_with_indices"
+    )
+
+
+def _operands_of_integers(node: fx.Node, traced: fx.GraphModule) -> Sequence[Any]:
+    """The operands of which a node makes integers if all of them are; none of other nodes."""
+    operation = operation_of(node, traced)
+    if node.target in BITWISE or (operation.is_arithmetic and operation.name != "div"):
+        return node.args
+    if node.target in (torch.where, "where") and len(node.args) == 3:
+        return node.args[1:]
+    if node.target is torch.arange:
+        return node.args
+    return node.all_input_nodes[:1] if is_passthrough(node, traced) else ()
+
+
+def _operands_are_activations(node: fx.Node, traced: fx.GraphModule) -> bool:
     """Whether both operands are tensors made from the images, and no integers such as token ids."""
     return all(
         isinstance(operand, fx.Node)
         and is_tensor(operand)
         and depends_on_images(operand)
-        and not operand.meta.get(INTEGERS)
+        and not yields_integers(operand, traced)
         for operand in node.args[:2]
     )
 
 
 def is_cat(node: fx.Node, traced: fx.GraphModule) -> bool:
     """Whether ``node`` concatenates tensors; its inputs share one range."""
-    return operation_of(node, traced).concatenates
+    if not operation_of(node, traced).concatenates:
+        return False
+    parts: Any = node.args[0] if node.args else node.kwargs.get("tensors")
+    # A tuple that some operation has computed is no list of tensors with a grid each.
+    if isinstance(parts, fx.Node):
+        return is_passthrough(parts, traced)
+    return not any(yields_integers(part, traced) for part in node.all_input_nodes)
 
 
 def is_integer_op(node: fx.Node, traced: fx.GraphModule) -> bool:
@@ -185,8 +257,10 @@ def is_integer_op(node: fx.Node, traced: fx.GraphModule) -> bool:
     """
     operation = operation_of(node, traced)
     if operation.kernel is not None:
-        return _operands_are_activations(node)
-    return operation.averages and is_tensor(node)
+        return _operands_are_activations(node, traced)
+    if not operation.averages or not is_tensor(node):
+        return False
+    return not yields_integers(node.all_input_nodes[0], traced)
 
 
 def is_arithmetic(node: fx.Node, traced: fx.GraphModule) -> bool:
@@ -213,7 +287,32 @@ def is_dropout(node: fx.Node, traced: fx.GraphModule) -> bool:
 
 def is_passthrough(node: fx.Node, traced: fx.GraphModule) -> bool:
     """Whether the values of ``node`` are values of its first input: on a grid if that one is."""
-    return operation_of(node, traced).moves_values and is_tensor(node)
+    operation = operation_of(node, traced)
+    if not operation.moves_values or not is_tensor(node):
+        return False
+    return node.target is not operator.getitem or not is_computed_part(node, traced)
+
+
+def is_computed_part(node: fx.Node, traced: fx.GraphModule) -> bool:
+    """Whether ``node`` takes an entry of what an operation has computed, such as a tuple.
+
+    Then its values are new ones, and not those of the operation's input. What an operation without
+    an entry in the table yields is taken for a tuple if it is asked for an entry by its number.
+    """
+    if node.target is getattr:
+        return node.args[1] not in ("shape", "ndim", "dtype", "device", "T", "mT", "H", "data")
+    if node.target is not operator.getitem:
+        return False
+    source, index = cast("tuple[fx.Node, Any]", node.args)
+    operation = operation_of(source, traced)
+    if operation.yields_parts:
+        return operation.name == "max_pool_with_indices" and index != 0
+    if not isinstance(index, (int, str)) or not source.op.startswith("call_"):
+        return False
+    if source.target is operator.getitem:
+        return is_computed_part(source, traced)
+    is_known = operation is not UNKNOWN or calls_layer(source, traced)
+    return not is_known and not calls_batchnorm(source, traced)
 
 
 def pads_with_zeros(node: fx.Node, traced: fx.GraphModule) -> bool:
@@ -232,7 +331,7 @@ def elementwise_of(node: fx.Node, traced: fx.GraphModule) -> type[Elementwise] |
     kernel = operation_of(node, traced).kernel
     if kernel is None or len(node.args) != 2 or node.kwargs:
         return None
-    return kernel if _operands_are_activations(node) else None
+    return kernel if _operands_are_activations(node, traced) else None
 
 
 def mean_of(node: fx.Node, traced: fx.GraphModule) -> tuple[tuple[int, ...], bool] | None:

@@ -118,6 +118,10 @@ def _is_relu6(arguments: Arguments) -> bool:
     return (arguments.get("min_val", -1.0), arguments.get("max_val", 1.0)) == (0, 6)
 
 
+def _returns_indices(arguments: Arguments) -> bool:
+    return bool(arguments.get("return_indices", False))
+
+
 def _takes_nearest(arguments: Arguments) -> bool:
     return bool(arguments.get("mode", "nearest") == "nearest")
 
@@ -141,6 +145,35 @@ def _averages_positions(arguments: Arguments) -> bool:
     dims = arguments.get("dim")
     return isinstance(dims, (list, tuple)) and len(dims) == 2 and set(dims) <= {2, 3, -1, -2}
 
+
+INTEGER_RESULTS = frozenset(
+    {
+        *(operator.gt, operator.ge, operator.lt, operator.le, operator.eq, operator.ne),
+        *(torch.gt, torch.ge, torch.lt, torch.le, torch.eq, torch.ne),
+        *("gt", "ge", "lt", "le", "eq", "ne", "bool", "byte", "char", "short", "int", "long"),
+        *(torch.isnan, torch.isinf, torch.isfinite, "isnan", "isinf", "isfinite"),
+        *(torch.logical_not, torch.logical_and, torch.logical_or, torch.logical_xor),
+        *("logical_not", "logical_and", "logical_or", "logical_xor"),
+        *(torch.any, torch.all, "any", "all", torch.nonzero, "nonzero"),
+        *(torch.argmax, torch.argmin, torch.argsort, "argmax", "argmin", "argsort"),
+        *(torch.bucketize, torch.searchsorted, torch.count_nonzero, "count_nonzero"),
+    }
+)
+"""Functions, and names of methods, whose result is integers or truth values."""
+
+INDICES_SECOND = frozenset(
+    {
+        *(torch.max, torch.min, torch.topk, torch.sort, torch.kthvalue, torch.mode),
+        *(torch.median, torch.nanmedian, torch.cummax, torch.cummin),
+        *("max", "min", "topk", "sort", "kthvalue", "mode", "median", "cummax", "cummin"),
+        F.max_pool1d_with_indices,
+        F.max_pool2d_with_indices,
+        F.adaptive_max_pool2d_with_indices,
+    }
+)
+"""Those that yield a tuple of values and of their indices, or do so with some arguments."""
+
+BITWISE = frozenset({operator.and_, operator.or_, operator.xor, operator.invert})
 
 _INPUT_READ_ELSEWHERE = "its input is needed elsewhere too"
 _WITH_CONSTANT = "arithmetic with a constant, or broadcast from one"
@@ -235,6 +268,14 @@ OPERATIONS: Sequence[Operation] = (
     ),
     _average("mean", torch.mean, "mean", Mean),
     # These move values about and make no new ones: values on a grid stay on it.
+    _moves(
+        "max_pool_with_indices",
+        nn.MaxPool1d,
+        nn.MaxPool2d,
+        nn.AdaptiveMaxPool2d,
+        when=_returns_indices,
+        yields_parts=True,
+    ),
     _moves("max_pool1d", nn.MaxPool1d, F.max_pool1d),
     _moves("max_pool2d", nn.MaxPool2d, F.max_pool2d, is_homogeneous=True),
     _moves("adaptive_max_pool2d", nn.AdaptiveMaxPool2d, F.adaptive_max_pool2d),

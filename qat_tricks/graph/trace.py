@@ -80,7 +80,8 @@ def trace(
     traced = adopt(network, here.graph)
     for name in here.constants:
         delattr(network, name)
-    _prepare(traced, network, settings)
+    # Where training cannot be traced, it is not known which functions it switches on.
+    _prepare(traced, network, settings, every=not settings.training_mode or no_training is not None)
     _forget_attributes(traced, here.written)
     if defaults := defaults_of(network):
         traced.meta[DEFAULTS] = defaults
@@ -132,16 +133,18 @@ def _both_modes(
     return here, None
 
 
-def _prepare(traced: TracedNetwork, network: nn.Module, settings: TraceSettings) -> None:
+def _prepare(
+    traced: TracedNetwork, network: nn.Module, settings: TraceSettings, *, every: bool
+) -> None:
     """Brings a graph just traced into the form that tricks expect."""
     own = {name for name, _ in traced.named_modules()}
-    _dropout_to_modules(traced, every=not settings.training_mode)
+    _dropout_to_modules(traced, every=every)
     _erase_assertions(traced)
     _erase_identities(traced)
     if settings.training_mode:
         _detach_no_grad(traced)
     if settings.functions_to_modules:
-        functions_to_modules(traced, network)
+        functions_to_modules(traced, network, every=every)
     split_by_training(traced)
     if not settings.keep_unused:
         drop_unused(traced)

@@ -13,7 +13,7 @@ from qat_tricks.numerics.fake_quantize import (
     quantize_weight,
 )
 from qat_tricks.numerics.range_estimators import RangeEstimator
-from qat_tricks.numerics.scheme import Scheme
+from qat_tricks.numerics.scheme import SMALLEST_SCALE, Scheme
 
 
 class ActivationQuantizer(nn.Module):
@@ -103,10 +103,10 @@ class ActivationQuantizer(nn.Module):
     def current_scale(self) -> Tensor:
         """The scale in use: positive, and within the cap. Shape ``[]``."""
         if self.cap == float("inf"):
-            return self.scale.clamp_min(1e-8)
+            return self.scale.clamp_min(SMALLEST_SCALE)
         # A learned scale may grow past the cap: there the range would no longer be ReLU6's.
         largest, _ = self.scheme.qparams(0.0, self.cap)
-        return self.scale.clamp(1e-8, largest)
+        return self.scale.clamp(SMALLEST_SCALE, largest)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns ``x`` on the grid, or its float activation while disabled."""

@@ -16,6 +16,9 @@ from torch import Tensor
 from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.numerics.scheme import Scheme
 
+# The first reach of a histogram of zeros; bins of float32 must be normal numbers.
+SMALLEST_REACH = 1e-30
+
 
 class RangeEstimator(Protocol):
     """Sees batches through ``observe`` and answers with ``range``."""
@@ -91,7 +94,7 @@ class Histogram(MinMax):
     def observe(self, x: Tensor) -> None:
         """Takes in one batch of values."""
         super().observe(x)
-        largest = max(-self.low, self.high, 1e-12)
+        largest = max(-self.low, self.high, SMALLEST_REACH)
         if self.reach == 0.0:
             # of a power of two, so that histograms can be merged
             self.reach = 2.0 ** math.ceil(math.log2(largest))
@@ -163,9 +166,17 @@ class MSE(Histogram):
     def range(self, scheme: Scheme) -> tuple[float, float]:
         """Returns the range of least squared error."""
         low, high = super().range(scheme)
+        # Squares of small values would underflow; dividing by a power of two loses nothing.
+        unit = self.reach if self.reach < 1e-6 else 1.0
+        low, high = low / unit, high / unit
+        best_low, best_high = self._search(low, high, unit, scheme)
+        return best_low * unit, best_high * unit
+
+    def _search(self, low: float, high: float, unit: float, scheme: Scheme) -> tuple[float, float]:
+        """The best range within ``[low, high]``, in units of ``unit``."""
         # Most bins are empty, and the search visits each bin for every candidate.
         filled = self.counts > 0
-        centers, counts = self.centers[filled].float(), self.counts[filled].float()
+        centers, counts = (self.centers[filled] / unit).float(), self.counts[filled].float()
         shrink = torch.linspace(1.0 / self.candidates, 1.0, self.candidates)
         if scheme.symmetric:
             errors = _squared_errors(centers, counts, low * shrink, high * shrink, scheme)

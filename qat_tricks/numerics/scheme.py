@@ -56,8 +56,8 @@ class Scheme:
         if self.symmetric:
             zero_point = 0 if self.signed else (self.qmax + 1) // 2
             scale = max(-low / (zero_point - self.qmin), high / (self.qmax - zero_point))
-            return max(scale, SMALLEST_SCALE), zero_point
-        scale = max((high - low) / (self.qmax - self.qmin), SMALLEST_SCALE)
+            return _usable(scale), zero_point
+        scale = _usable((high - low) / (self.qmax - self.qmin))
         zero_point = round(self.qmin - low / scale)
         return scale, min(max(zero_point, self.qmin), self.qmax)
 
@@ -74,7 +74,13 @@ def is_bits(bits: object) -> bool:
 
 
 # A tensor that is always zero still needs a scale to divide by.
-SMALLEST_SCALE = 1e-8
+SCALE_OF_ZEROS = 1e-8
+# Kernels multiply two scales in float32: the product must be a normal number, 2**-126 or more.
+SMALLEST_SCALE = 2.0**-60
+
+
+def _usable(scale: float) -> float:
+    return max(scale, SMALLEST_SCALE) if scale > 0 else SCALE_OF_ZEROS
 
 
 def weight_scheme(bits: int) -> Scheme:

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from qat_tricks.errors import QatTricksError
+from qat_tricks.graph.finite import check_finite
 from qat_tricks.graph.inputs import Inputs, call_network, check_batches
 from qat_tricks.graph.integer_ops import Add
 from qat_tricks.graph.layers import activation_quantizers
@@ -22,6 +23,7 @@ from qat_tricks.graph.spec import QUANTIZERS, spec_of
 from qat_tricks.graph.surgery import share_quantizer
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.numerics import ActivationQuantizer, RangeEstimator, make_estimator
+from qat_tricks.numerics.scheme import SMALLEST_SCALE
 from qat_tricks.progress import track
 from qat_tricks.trainer.trick import Trick, check_num_images
 from qat_tricks.tricks.quantize import Quantize
@@ -45,13 +47,14 @@ def calibrate(
         share_residuals: whether tensors that are added share a range where that rounds less.
 
     Raises:
-        QatTricksError: no quantizers, no batches, values that are not finite, or an unknown
-            estimator.
+        QatTricksError: no quantizers, no batches, values or parameters that are not finite, values
+            too small or too large for integer kernels, or an unknown estimator.
     """
     quantizers = activation_quantizers(traced)
     if not quantizers:
         raise QatTricksError("there is nothing to calibrate: quantize the network first")
     check_batches(batches, "to calibrate on")
+    check_finite(traced)
     observers = {quantizer: make_estimator(estimator) for quantizer in quantizers.values()}
     try:
         for quantizer, observer in observers.items():
@@ -65,10 +68,29 @@ def calibrate(
             quantizer.observer = None
     for quantizer, observer in observers.items():
         quantizer.set_range(*observer.range(quantizer.scheme))
+    _check_scales(quantizers)
     if share_residuals:
         _share_residuals(traced, observers)
     avoid_rounding_ties(traced)
     return traced
+
+
+def _check_scales(quantizers: Mapping[str, ActivationQuantizer]) -> None:
+    """Refuses a network whose values kernels cannot multiply in float32 (QatTricksError).
+
+    A tensor or two of nearly nothing are common, as those of dead channels, and do no harm.
+    """
+    scales = {name: float(quantizer.scale) for name, quantizer in quantizers.items()}
+    small = [name for name, scale in scales.items() if scale <= SMALLEST_SCALE]
+    large = [name for name, scale in scales.items() if scale > 1 / SMALLEST_SCALE]
+    if large or len(small) * 2 > len(scales):
+        name = (large or small)[0]
+        low, high = quantizers[name].range
+        limits = f"{SMALLEST_SCALE:.0e} to {1 / SMALLEST_SCALE:.0e}"
+        raise QatTricksError(
+            f'"{name.removeprefix(f"{QUANTIZERS}.")}" has values from {low:.0e} to {high:.0e}, and '
+            f"integer kernels need steps of {limits}: scale the network's inputs or weights"
+        )
 
 
 def _share_residuals(

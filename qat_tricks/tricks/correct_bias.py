@@ -93,7 +93,7 @@ def _certain(errors: Tensor) -> Tensor:
     if len(errors) < 2:
         return mean.float()
     # (se / mean)^2, with the variance of the mean in the place of se^2.
-    chance = errors.var(0) / len(errors) / mean.square().clamp_min(1e-30)
+    chance = errors.var(0) / len(errors) / mean.square().clamp_min(1e-300)
     return (mean * (1 - chance).clamp_min(0)).float()
 
 

@@ -251,7 +251,7 @@ def channel_ranges(traced: fx.GraphModule, batches: Sequence[Inputs]) -> Ranges:
         def run_node(self, n: fx.Node) -> Any:
             output = super().run_node(n)
             if n.name in axes:
-                # Channels to dimension 1; all behind it are positions, also those flattened into it.
+                # Channels to dimension 1; all else but images are positions.
                 values = output.abs().movedim(axes[n.name], 1)
                 largest.setdefault(n.name, []).append(
                     values.reshape(len(values), channels[n.name], -1).amax(2)
@@ -354,8 +354,8 @@ def _equalize_pair(
         r2 = by_input.abs().amax((1, 3)).flatten()
     else:
         # The share of the tensor's range that each channel uses, and of each output channel's.
-        r1 = seen.amax(0) / seen.max().clamp_min(1e-12)
-        per_output = by_input.abs().amax((2, 3), keepdim=True).clamp_min(1e-12)
+        r1 = seen.amax(0) / seen.max().clamp_min(1e-30)
+        per_output = by_input.abs().amax((2, 3), keepdim=True).clamp_min(1e-30)
         r2 = (by_input.abs() / per_output).amax((1, 3)).flatten()
     # s = r1 / sqrt(r1 * r2): both ranges become sqrt(r1 * r2). Channels that one side does not use
     # stay as they are.

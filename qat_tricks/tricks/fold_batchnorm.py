@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
+from qat_tricks.graph.finite import check_finite
 from qat_tricks.graph.fold import batchnorms_to_convs, fold_batchnorm, needs_ranks
 from qat_tricks.graph.ranks import note_ranks
 from qat_tricks.graph.workbench import Workbench
@@ -24,15 +25,20 @@ class FoldBatchnorm(Trick):
 
     def restructure(self, work: Workbench) -> None:
         """Folds: the structure does not depend on values."""
-        self.apply(work)
+        self._fold(work)
 
     def apply(self, work: Workbench) -> None:
         """Folds each BatchNorm, or makes a depthwise conv of it."""
+        # Here, so that the user's own number is named, and not the one that folding makes of it.
+        check_finite(work.network)
+        self._fold(work)
+
+    def _fold(self, work: Workbench) -> None:
         if work.loader is not None and needs_ranks(work.network):
             note_ranks(work.network, work.batches(2)[0])
-        work.keep_function("folded", _fold)
+        work.keep_function("folded", _fold_all)
         work.keep_function("BatchNorms made convs", batchnorms_to_convs)
 
 
-def _fold(traced: fx.GraphModule, skip: Sequence[str]) -> list[str]:
+def _fold_all(traced: fx.GraphModule, skip: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(name for _, name in fold_batchnorm(traced, skip)))

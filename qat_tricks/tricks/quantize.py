@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import fx
 
+from qat_tricks.graph.finite import check_finite
 from qat_tricks.graph.inputs import input_names
 from qat_tricks.graph.integers import note_integers
 from qat_tricks.graph.layers import layers
@@ -87,6 +88,7 @@ class Quantize(Trick):
 
     def apply(self, work: Workbench) -> None:
         """Keeps a float reference, then places the quantizers."""
+        check_finite(work.network)
         # Before the quantizers: bias correction compares with this float copy.
         work.keep_reference()
         self.restructure(work)

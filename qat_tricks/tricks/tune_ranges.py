@@ -116,7 +116,7 @@ class _GradientHistogram:
         self.quantizer = quantizer
         self.low, self.high = quantizer.range
         self.first = self.low * FACTORS[-1]
-        self.width = max((self.high - self.low) * FACTORS[-1], 1e-12) / BINS
+        self.width = max((self.high - self.low) * FACTORS[-1], 1e-30) / BINS
         self.sums: list[Tensor] = []
         self.handle = quantizer.register_forward_hook(self._see)
 

@@ -1,11 +1,15 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from qat_tricks.deploy.cost.forecast import forecast_network
 from qat_tricks.graph import is_layer, rebuild, spec_of, trace
 from qat_tricks.tricks import calibrate, fold_batchnorm, quantize
 from tests.helpers.nets import images
+from tests.helpers.structures import STRUCTURES, built, inputs
 
 
 class SamePadded(nn.Conv2d):
@@ -138,3 +142,63 @@ def test_a_batchnorm_written_out_is_folded_and_follows_the_mode():
     expected = traced.eval()(images())
     assert fold_batchnorm(traced) == [("conv", "bn")]
     torch.testing.assert_close(traced(images()), expected)
+
+
+SHARED = ["normalized_head", "tied_weight", "two_computed_weights", "tied_embedding",
+          "weight_called_and_read", "standardized_conv_beside_the_conv"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_a_parameter_used_in_several_ways_is_trained_as_the_users(name):
+    build, shape = STRUCTURES[name]
+    net, x = built(build), inputs(shape)
+    traced = trace(copy.deepcopy(net))
+    steps = []
+    for network in (net.train(), traced.train()):
+        network(x).log_softmax(1)[:, 0].sum().backward()
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter -= 0.01 * parameter.grad
+        steps.append(network.eval()(x).detach())
+    torch.testing.assert_close(steps[1], steps[0], rtol=1e-4, atol=1e-5)
+    trained = {id(p): p for p in traced.parameters()}
+    assert len(trained) == len(list(net.parameters()))  # no weight is there twice
+
+
+@pytest.mark.parametrize(
+    ("name", "products"),
+    [
+        ("normalized_head", 8 * 5),
+        ("tied_weight", 8 * 12),
+        ("two_computed_weights", 2 * 8 * 5),
+        ("standardized_conv_beside_the_conv", 14 * 14 * 8 * 72),
+    ],
+)
+def test_a_call_that_stays_a_function_is_named(name, products):
+    build, shape = STRUCTURES[name]
+    seen = forecast_network(built(build), inputs(shape, 1))
+    assert sum(row.macs for row in seen.in_float) == products
+    assert seen.integer_macs + products == seen.total_macs
+    assert {row.operation for row in seen.in_float if row.macs} <= {"linear", "conv2d"}
+
+
+class Blurred(nn.Module):
+    """A fixed kernel, a frozen one, and one computed from a frozen parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("fixed", torch.full((1, 1, 3, 3), 1 / 9))
+        self.frozen = nn.Parameter(torch.randn(1, 1, 3, 3), requires_grad=False)
+        self.scaled = nn.Parameter(torch.randn(1, 1, 3, 3), requires_grad=False)
+        self.learned = nn.Parameter(torch.randn(2, 1, 3, 3))
+
+    def forward(self, x):
+        x = F.conv2d(F.conv2d(x, self.fixed), self.frozen)
+        return F.conv2d(F.conv2d(x, self.scaled * 2), self.learned * 2).mean((2, 3))
+
+
+def test_what_was_not_trained_is_not_trained():
+    traced = trace(Blurred())
+    trained = {name for name, p in traced.named_parameters() if p.requires_grad}
+    assert len(trained) == 1
+    assert traced.get_parameter(trained.pop()).shape[0] == 2

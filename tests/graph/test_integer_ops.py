@@ -32,7 +32,8 @@ def test_the_kernel_computes_in_evaluation_and_the_function_in_training(kind, ke
     on_grid = kernel(x, y, *GRIDS)
     assert not torch.equal(on_grid, function(x, y))
     assert torch.equal(operation(x, y), on_grid)
-    x.requires_grad_()  # values that keep the gradient, and that the grid puts where the kernel does
+    # values that keep the gradient, and that the grid puts where the kernel does
+    x.requires_grad_()
     found = operation(x, y)
     assert found.requires_grad
     assert torch.equal(GRIDS[2](found), on_grid)

@@ -1,7 +1,8 @@
 import torch
+from torch import nn
 
-from qat_tricks.graph import as_layer, layers, place_quantizers, trace
-from qat_tricks.tricks import calibrate, fold_batchnorm
+from qat_tricks.graph import as_layer, is_layer, layers, place_quantizers, trace
+from qat_tricks.tricks import calibrate, equalize, fold_batchnorm
 from tests.helpers.nets import images, small_net
 
 
@@ -50,3 +51,15 @@ def test_bias_gets_its_gradient_in_evaluation_too():
     traced = _quantized().eval()
     traced(images()).sum().backward()
     assert layers(traced)["stem.0"].bias.grad.abs().sum() > 0
+
+
+def test_a_weight_that_a_hook_computes_makes_no_layer():
+    """A change of it would be undone at the next call."""
+    conv = nn.utils.weight_norm(nn.Conv2d(1, 2, 3))
+    assert not is_layer(conv)
+    net = nn.Sequential(conv, nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 2, 3)).eval()
+    expected = net(images())
+    traced = trace(net)
+    assert fold_batchnorm(traced) == []
+    assert equalize(traced) == []
+    torch.testing.assert_close(traced(images()), expected)

@@ -119,6 +119,18 @@ def _attending(call: Callable[[Any, Tensor], Tensor]) -> Callable[[], nn.Module]
     )
 
 
+def _with_one_bias() -> nn.Module:
+    """Two convs with one bias, a BatchNorm behind one of them."""
+    net = _head(
+        lambda s, x: F.relu(s.b(s.d(x))) + F.relu(s.e(x)),
+        d=lambda: C(8, 8, 3),
+        e=lambda: C(8, 8, 3),
+        b=lambda: B(8),
+    )()
+    net.e.bias = net.d.bias
+    return net
+
+
 def _c() -> nn.Module:
     return C(3, 8, 3, padding=1)
 
@@ -162,6 +174,11 @@ def _two_weights(s: Any, x: Tensor) -> Tensor:
     return F.linear(f, s.fc.weight * 2) + F.linear(f.sin(), F.normalize(s.fc.weight))
 
 
+def _tied_embedding(s: Any, x: Tensor) -> Tensor:
+    x = F.relu(s.c(x)).flatten(2)
+    return F.linear(s.table(x.argmax(2)).mean(1) + x.mean(2), s.table.weight)
+
+
 def _weight_norm(s: Any, x: Tensor) -> Tensor:
     weight = s.g * s.v / s.v.norm(dim=1, keepdim=True)
     return F.linear(F.relu(s.c(x)).mean((2, 3)), weight)
@@ -182,6 +199,11 @@ def _masked(s: Any, x: Tensor) -> Tensor:
 def _unpooled(s: Any, x: Tensor) -> Tensor:
     values, indices = F.max_pool2d(F.relu(s.c(x)), 2, return_indices=True)
     return s.fc(F.relu(s.d(F.max_unpool2d(values, indices, 2))).mean((2, 3)))
+
+
+def _unpooled_modules(s: Any, x: Tensor) -> Tensor:
+    values, indices = s.pool(F.relu(s.c(x)))
+    return s.fc(F.relu(s.d(s.unpool(F.relu(s.e(values)), indices))).mean((2, 3)))
 
 
 STRUCTURES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -582,7 +604,6 @@ STRUCTURES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "min_of_rows": (_reduced(lambda x: x.min(dim=2).values), IMAGE),
     "topk": (_reduced(lambda x: torch.topk(x, 2, dim=2)[0].mean(2)), IMAGE),
     "sorted": (_reduced(lambda x: torch.sort(x, dim=2)[0][:, :, 0]), IMAGE),
-    "median": (_reduced(lambda x: torch.median(x, 2)[0]), IMAGE),
     "var_mean": (_reduced(lambda x: torch.var_mean(x, dim=2)[0]), IMAGE),
     "std_mean": (_reduced(lambda x: torch.std_mean(x, dim=2)[1]), IMAGE),
     "max_of_two": (_reduced(lambda x: torch.max(x[:, :, 0], x[:, :, 1])), IMAGE),
@@ -607,11 +628,99 @@ STRUCTURES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         IMAGE,
     ),
     "masked": (_between(_masked, c=_c, d=lambda: C(8, 8, 3), fc=lambda: L(8, 5)), IMAGE),
+    "arange_added": (
+        _head(
+            lambda s, x: s.d(x) + torch.arange(x.shape[3], device=x.device)[: x.shape[3] - 2] * 0.1,
+            d=lambda: C(8, 8, 3),
+        ),
+        IMAGE,
+    ),
+    "mask_concatenated": (
+        _between(
+            lambda s, x: s.fc(F.relu(s.d(torch.cat([y := s.c(x), y > 0], 1))).mean((2, 3))),
+            c=_c, d=lambda: C(16, 8, 3), fc=lambda: L(8, 5),
+        ),
+        IMAGE,
+    ),
+    "mask_averaged": (
+        _head(
+            lambda s, x: s.d(x) * (x > 0.5).float().mean((2, 3), keepdim=True),
+            d=lambda: C(8, 8, 3, padding=1),
+        ),
+        IMAGE,
+    ),
+    "mask_of_mask": (
+        _head(
+            lambda s, x: s.d(x) * ((x > 0.2) & ~(x > 1.0)),
+            d=lambda: C(8, 8, 3, padding=1),
+        ),
+        IMAGE,
+    ),
+    "unpooled_modules": (
+        _between(
+            _unpooled_modules, c=_c, pool=lambda: nn.MaxPool2d(2, return_indices=True),
+            unpool=lambda: nn.MaxUnpool2d(2), d=lambda: C(8, 8, 3), e=lambda: C(8, 8, 1),
+            fc=lambda: L(8, 5),
+        ),
+        IMAGE,
+    ),
+    "parts_concatenated": (
+        _between(
+            lambda s, x: s.fc(torch.cat(F.relu(s.c(x)).mean((2, 3)).unbind(1)).unflatten(0, (8, -1))
+                              .t()),
+            c=_c, fc=lambda: L(8, 5),
+        ),
+        IMAGE,
+    ),
     "unpooled": (_between(_unpooled, c=_c, d=lambda: C(8, 8, 3), fc=lambda: L(8, 5)), IMAGE),
     # Weights used in several ways
     "normalized_head": (_between(_arcface, c=_c, fc=lambda: L(8, 5)), IMAGE),
     "tied_weight": (_between(_tied, c=_c, fc=lambda: L(8, 12)), IMAGE),
     "two_computed_weights": (_between(_two_weights, c=_c, fc=lambda: L(8, 5, bias=False)), IMAGE),
+    "tied_embedding": (
+        _between(
+            _tied_embedding, c=lambda: C(3, 8, 3, stride=4), table=lambda: nn.Embedding(16, 8)
+        ),
+        IMAGE,
+    ),
+    "weight_called_and_read": (
+        _between(
+            lambda s, x: s.fc(F.relu(s.c(x)).mean((2, 3))) + F.linear(
+                s.c(x).mean((2, 3)), s.fc.weight
+            ),
+            c=_c, fc=lambda: L(8, 5),
+        ),
+        IMAGE,
+    ),
+    "standardized_conv_beside_the_conv": (
+        _head(
+            lambda s, x: s.d(x) + F.conv2d(x, s.d.weight - s.d.weight.mean()),
+            d=lambda: C(8, 8, 3),
+        ),
+        IMAGE,
+    ),
+    "blurred": (
+        _head(
+            lambda s, x: F.conv2d(F.relu(s.d(x)), s.kernel, stride=2, padding=1, groups=8),
+            d=lambda: C(8, 8, 3), kernel=lambda: torch.rand(8, 1, 3, 3),
+        ),
+        IMAGE,
+    ),
+    "weight_norm": (
+        _head(
+            lambda s, x: F.relu(s.d(x)),
+            d=lambda: nn.utils.parametrizations.weight_norm(C(8, 8, 3)),
+        ),
+        IMAGE,
+    ),
+    "spectral_norm": (
+        _head(
+            lambda s, x: F.relu(s.d(x)),
+            d=lambda: nn.utils.parametrizations.spectral_norm(C(8, 8, 3)),
+        ),
+        IMAGE,
+    ),
+    "bias_shared_by_two_convs": (_with_one_bias, IMAGE),
     "weight_norm_by_hand": (
         _between(
             _weight_norm, c=_c, v=lambda: torch.randn(5, 8), g=lambda: torch.rand(5, 1) + 0.5

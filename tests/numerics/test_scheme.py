@@ -2,6 +2,7 @@ import pytest
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.numerics import Scheme
+from qat_tricks.numerics.scheme import SCALE_OF_ZEROS, SMALLEST_SCALE
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -41,3 +42,14 @@ def test_range_is_covered_and_zero_is_exact(scheme, low, high):
 def test_plain_data_round_trip():
     scheme = Scheme(bits=4, symmetric=True, signed=True, narrow_range=True, per_channel=True)
     assert Scheme(**scheme.as_dict()) == scheme
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_scales_are_those_of_the_range_however_small_as_far_as_kernels_can_multiply_them(symmetric):
+    scheme = Scheme(symmetric=symmetric)
+    exact, _ = scheme.qparams(-1.0, 1.0)
+    small, _ = scheme.qparams(-1e-15, 1e-15)
+    assert small == pytest.approx(exact * 1e-15)
+    assert scheme.qparams(-1e-30, 1e-30)[0] == SMALLEST_SCALE
+    assert SMALLEST_SCALE**2 > 1.2e-38  # a normal number of float32
+    assert scheme.qparams(0.0, 0.0)[0] == SCALE_OF_ZEROS

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from qat_tricks.deploy.export import export_onnx
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph import activation_quantizers, rebuild, spec_of, trace
+from qat_tricks.graph import activation_quantizers, layers, rebuild, spec_of, trace
 from qat_tricks.numerics import ESTIMATORS
 from qat_tricks.tricks import calibrate, quantize
 from tests.helpers.nets import images, small_net
@@ -92,3 +93,54 @@ def test_an_add_on_one_grid_rounds_nothing_and_the_spec_rebuilds_it():
     rebuilt.load_state_dict(traced.state_dict(), strict=True)
     with torch.no_grad():
         assert torch.equal(rebuilt.eval()(images()), traced(images()))
+
+
+def scaled(factor):
+    """A network without BatchNorm, and images, whose values are all ``factor`` times as large."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(),
+        nn.Linear(128, 5),
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        for module in (net[0], net[2], net[5]):
+            module.bias.mul_(factor)
+    return net, factor * images(64)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("estimator", sorted(ESTIMATORS))
+@pytest.mark.parametrize("exponent", [-45, -30, -20, 0, 20, 40])
+def test_the_size_of_values_does_not_matter(estimator, exponent, tmp_path):
+    """With a factor that is a power of two, not one bit differs."""
+    net, x = scaled(1.0)
+    expected = calibrate(quantize(trace(net)), [x], estimator=estimator)(x)
+    net, x = scaled(2.0**exponent)
+    traced = calibrate(quantize(trace(net)), [x], estimator=estimator)
+    assert torch.equal(traced(x), expected * 2.0**exponent)
+    if estimator == "minmax":
+        assert export_onnx(traced, tmp_path / "model.onnx", x[:2], images=[x]).sqnr_db > 100
+
+
+@pytest.mark.parametrize("factor", [1e-20, 1e22])
+def test_values_that_kernels_cannot_multiply_are_refused(factor):
+    net, x = scaled(factor)
+    with pytest.raises(QatTricksError, match=r'^"\w+" has values .* scale the network\'s inputs'):
+        calibrate(quantize(trace(net)), [x])
+
+
+@torch.no_grad()
+def test_a_few_dead_channels_are_calibrated(tmp_path):
+    """Weights of nearly nothing, as weight decay leaves them: products of scales are normal."""
+    net, x = scaled(1.0)
+    expected = net(x)
+    for value in (0.0, 1e-25, 2e-36):
+        net[2].weight[1:3], net[2].bias[1:3] = value, 0.0
+        expected = net(x)
+        traced = calibrate(quantize(trace(copy.deepcopy(net))), [x])
+        assert (traced(x) - expected).square().mean() < 1e-3 * expected.square().mean()
+        report = export_onnx(traced, tmp_path / "model.onnx", x[:2], images=[x])
+        assert report.sqnr_db > 100
+        layer = layers(traced)["2"]
+        if value:
+            assert (layer.bias_scale() >= torch.finfo(torch.float32).tiny).all()

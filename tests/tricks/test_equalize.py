@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -176,3 +178,55 @@ def test_a_pool_that_averages_zeros_of_the_border_is_not_passed(pool):
     fold_batchnorm(traced)
     assert equalize(traced) == []
     torch.testing.assert_close(traced(images()), expected, rtol=1e-4, atol=1e-4)
+
+
+def far_above(*between):
+    """Two layers, a BatchNorm far above the ReLU's zero, and what a test puts between.
+
+    Returns:
+        The network, the same traced and folded, and the first layer of that.
+    """
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), *between, nn.Conv2d(4, 3, 1)
+    ).eval()
+    nn.init.constant_(net[1].bias, 4.0)
+    traced = trace(copy.deepcopy(net))
+    fold_batchnorm(traced)
+    return net, traced, traced.get_submodule("0")
+
+
+def test_with_images_no_value_is_lost_below_an_absorbed_bias():
+    net, traced, _ = far_above()
+    many = 3 * images(64)  # some values lie below mean - 3 * std
+    expected = net(many)
+    equalize(traced, [many])
+    torch.testing.assert_close(traced(many), expected, rtol=1e-4, atol=1e-4)
+    _, traced, _ = far_above()
+    equalize(traced)
+    assert not torch.allclose(traced(many), expected, rtol=1e-4, atol=1e-4)
+    _, traced, first = far_above()
+    ratio = first.bias / first.weight.flatten()
+    equalize(traced, [0.1 * images(64)])
+    assert (first.bias / first.weight.flatten() / ratio).min() < 0.9
+
+
+def test_a_bias_is_not_absorbed_through_dropout():
+    """In training its zeros would lack the shift."""
+    _, traced, first = far_above(nn.Dropout(0.5))
+    before = first.bias / first.weight.flatten()
+    assert len(equalize(traced)) == 1
+    torch.testing.assert_close(first.bias / first.weight.flatten(), before)
+
+
+def test_a_shared_weight_before_a_relu6_is_not_scaled_up():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 4, 1)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 1), conv, nn.ReLU6(), nn.Conv2d(4, 4, 3, groups=4), conv, nn.ReLU6(),
+        nn.Conv2d(4, 4, 3, groups=4),
+    ).eval()  # fmt: skip
+    expected = net(images())
+    traced = trace(net)
+    equalize(traced, [images()])
+    torch.testing.assert_close(traced(images()), expected, rtol=1e-4, atol=1e-5)

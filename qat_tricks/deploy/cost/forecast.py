@@ -225,6 +225,8 @@ def _reason(node: fx.Node, traced: fx.GraphModule, within: int) -> str | None:
     is_quantizer = isinstance(module, ActivationQuantizer)
     if not node.op.startswith("call_") or is_quantizer or not n.is_tensor(node):
         return None
+    if n.is_computed_part(node, traced):  # what computed it is named
+        return None
     if n.calls_layer(node, traced):
         return _reason_of_layer(module)
     if _is_integer(node, traced):
