@@ -255,8 +255,11 @@ def _output_names(output: object) -> list[str]:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The first error of a chain, which says more than the exporter's advice around it."""
-    while error.__cause__ is not None:
+    """The first error of a chain, which says more than the exporter's advice around it.
+
+    An error of ours says most.
+    """
+    while error.__cause__ is not None and not isinstance(error, QatTricksError):
         error = error.__cause__
     return error
 

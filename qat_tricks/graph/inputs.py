@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
 
 from qat_tricks.errors import QatTricksError, one_line
 
@@ -256,7 +257,13 @@ def _check_loader(loader: Any) -> None:
             f"the loader is a tensor of shape {tuple(loader.shape)}, whose images would count as "
             "batches: give a list of batches, [images]"
         )
-    # PyTorch's data sets and samplers have ``__getitem__`` alone, which is enough for ``for``.
+    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+        raise QatTricksError(
+            f"the loader is a data set, {type(loader).__name__}, whose items would count as "
+            "batches: give DataLoader(dataset, batch_size=32), or batch_size=None where its items "
+            "are batches"
+        )
+    # What has ``__getitem__`` alone can be gone through as well.
     if isinstance(loader, Iterable) or hasattr(type(loader), "__getitem__"):
         return
     if callable(loader):

@@ -234,6 +234,14 @@ def test_an_older_file_stays_when_parity_fails(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
 
+class Named(networks.Flat):
+    """Has an output with the name of a tensor inside."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return {"logits": logits, "relu": logits * 2}
+
+
 class Foreign(nn.Module):
     def forward(self, x):
         return torch.fft.fft(x).real if x.sum() > 0 else x
@@ -254,6 +262,8 @@ def test_bad_input_is_refused_in_one_line(tmp_path):
         (net, path, torch.zeros(1, 3, 20, 20), "cannot be exported"),
         (Foreign(), path, images(1), "cannot be exported"),
         (inside, path, images(1), "hand over the traced network"),
+        (net, path, images(1).byte(), r"images of torch.uint8 .*float\(\) / 255"),
+        (Named(), path, images(1), 'no valid ONNX network .*"?relu.*other names'),
     ]:
         with pytest.raises(QatTricksError, match=message) as caught:
             export_onnx(network, where, example)

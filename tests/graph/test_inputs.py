@@ -210,6 +210,7 @@ def test_an_iterable_that_is_used_up_is_refused():
         (lambda: iter([1]), r"the loader is a function: give what it returns, <lambda>\(\)"),
         (IMAGES, r"tensor of shape \(4, 3, 8, 8\).*\[images\]"),
         (None, "NoneType, which yields no batches"),
+        (torch.utils.data.TensorDataset(IMAGES), r"TensorDataset, .* give DataLoader\(dataset"),
     ],
 )
 def test_what_is_no_loader_is_refused(loader, message):
