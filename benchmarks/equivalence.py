@@ -3,10 +3,10 @@
 """How much of the user's network each step of ``int8_ptq`` leaves, in dB, in both modes.
 
 The float function after each step is compared with the user's own network, as the gate does it at
-each run: in evaluation mode, and in training mode with the same random state. The networks are those
-of coverage.py, with weights made of real images, and the small structures of the tests. The last
-column is of the rebuilt network: the spec and the state dict of the quantized one, in a network made
-anew.
+each run: in evaluation mode, and in training mode with the same random state. The networks are
+those of coverage.py, with weights made of real images, and the small structures of the tests. The
+last column of figures is of the rebuilt network: the spec and the state dict of the quantized one,
+in a network made anew.
 """
 
 import argparse
@@ -117,11 +117,11 @@ def main() -> None:
         [
             f"{command(args, 'threads')}, torch {torch.__version__}.",
             "",
-            f"SQNR in dB, in evaluation / in training mode, at most 200 (no bit differs). A step "
-            f"below {Gate.least_db:g} dB is left out or refused. From `folded` on, training mode is "
-            "compared with the BatchNorms of the user's network frozen. `caps filled` may change "
-            "the function by design, for images unlike those seen. An empty cell: the network has "
-            "nothing for that step. The last rows are small structures of the tests.",
+            "SQNR in dB, in evaluation / in training mode, at most 200 (no bit differs). A step "
+            f"below {Gate.least_db:g} dB is left out or refused. From `folded` on, training mode "
+            "is compared with the BatchNorms of the user's network frozen. `caps filled` may "
+            "change the function by design, for images unlike those seen. An empty cell: the "
+            "network has nothing for that step. The last rows are small structures of the tests.",
         ],
         ("network", *(f"{step}:" for step in STEPS), "rebuilt:", "left out"),
         args.out,

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from qat_tricks.graph.pools import spell_out_pools
 from qat_tricks.graph.two_modes import FOLLOWS_MODE
 
 _MODULE_OF: dict[Any, type[nn.Module]] = {
@@ -74,7 +73,6 @@ def functions_to_modules(traced: fx.GraphModule, network: nn.Module, *, every: b
         if is_batchnorm and (every or node.meta.pop(FOLLOWS_MODE, False)):
             _batchnorm_to_module(node, traced, network)
     _drop_unused(traced, read_before)  # the weights' nodes, and those that computed them
-    spell_out_pools(traced)
     traced.recompile()
 
 
