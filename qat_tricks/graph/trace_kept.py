@@ -71,13 +71,16 @@ def _first_difference(
     mode = TRAINING if training else EVALUATION
     with kept_random_state():
         expected = _inputs_of_parts(network, traced, inputs, training=training)
+    with kept_random_state():  # again, because code that counts its calls differs from itself
+        later = _inputs_of_parts(network, traced, inputs, training=training)
 
     class Compare(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
-            calls = expected.get(str(n.target), []) if n.op == "call_module" else []
-            if calls and not differing:
+            is_call = n.op == "call_module"
+            runs = [run.get(str(n.target), []) for run in (expected, later) if is_call]
+            if all(runs) and not differing:
                 args, _ = self.fetch_args_kwargs_from_env(n)
-                if sqnr(calls.pop(0), tensors_in(args)) < LEAST_DB:
+                if any(sqnr(calls.pop(0), tensors_in(args)) < LEAST_DB for calls in runs):
                     differing.append(n)
             return super().run_node(n)
 

@@ -7,16 +7,26 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.layers import LAYER_OF
+from qat_tricks.graph.spec import KERNELS, QUANTIZERS
 
 # Old-style hooks of torch.nn.utils that make a weight anew at each call, with the function that
 # makes it a parameter again.
 _MADE_BY_HOOKS = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}
+
+
+# What a graph module has beside a module's own attributes, and where tricks add their parts.
+_EMPTY = fx.GraphModule(nn.Module(), fx.Graph())
+_RESERVED = {
+    name
+    for name in (*dir(fx.GraphModule), *vars(_EMPTY))
+    if not hasattr(nn.Module(), name) and not name.startswith("__")
+} | {QUANTIZERS, KERNELS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +70,7 @@ def check_traceable(network: nn.Module, untraced: Sequence[str] = ()) -> None:
             f"the forward of {type(network).__name__} was replaced on the object, and a tracer "
             "reads its class: define a class with that forward"
         )
+    _check_names(network)
     for path, module in network.named_modules():
         if _is_under(path, untraced):
             continue
@@ -68,6 +79,25 @@ def check_traceable(network: nn.Module, untraced: Sequence[str] = ()) -> None:
         _check_weights(module, where)
         if path:
             _check_hooks(module, where)
+
+
+def _check_names(network: nn.Module) -> None:
+    """Refuses attributes whose names a graph module needs for itself."""
+    own = {name for kind in type(network).__mro__ if _is_users(kind) for name in vars(kind)}
+    taken = sorted((own | _attributes(network)) & _RESERVED)
+    if taken:
+        raise QatTricksError(
+            f"{type(network).__name__} has an attribute {taken[0]}, which torch.fx needs for "
+            f"itself: call it something else, such as {taken[0]}_"
+        )
+
+
+def _attributes(network: nn.Module) -> set[str]:
+    return {*vars(network), *network._modules, *network._parameters, *network._buffers}
+
+
+def _is_users(kind: type) -> bool:
+    return not kind.__module__.startswith("torch.") and kind is not object
 
 
 def _is_under(path: str, patterns: Sequence[str]) -> bool:

@@ -97,10 +97,13 @@ class Tracer(fx.Tracer):
             return attention.attend_in_windows(m, *args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         """Notes whose code makes the node, and whether gradients were switched off there."""
-        node = super().create_node(*args, **kwargs)
-        node.meta[OWNER] = self.scope.module_path
+        node = super().create_node(kind, *args, **kwargs)
+        # The innermost module on the stack is, at its own call, not yet the one whose code runs.
+        outer = [path for path, _ in self.module_stack.values()]
+        outer = outer[:-1] if kind == "call_module" else outer
+        node.meta[OWNER] = outer[-1] if outer else ""
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             node.meta[NO_GRAD] = True
         return node

@@ -22,6 +22,11 @@ def changed(net, function, *args):
     return net
 
 
+def with_part(net, name):
+    setattr(net, name, nn.Linear(2, 2))
+    return net
+
+
 def forward_on_object(net):
     net.forward = lambda x: x
     return net
@@ -49,6 +54,8 @@ def compiled_in_place(net):
         ),
         (lambda net: changed(net, prune.l1_unstructured, "bias", 0.5), r"prune.remove\(module"),
         (lambda net: nn.Sequential(nn.LazyConv2d(4, 1)), "run the network once"),
+        (lambda net: with_part(net, "meta"), "has an attribute meta, which torch.fx needs"),
+        (lambda net: with_part(net, "kernels"), "has an attribute kernels"),
     ],
 )
 def test_what_a_tracer_would_follow_wrong_is_one_line(change, told):
