@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from qat_tricks.errors import QatTricksError
+from qat_tricks.graph.finite import check_finite
 from qat_tricks.graph.inputs import Inputs, call_network, first_images
 from qat_tricks.graph.modes import float_mode, kept_modes
 from qat_tricks.graph.random_state import kept_random_state, seed_all
@@ -257,10 +258,8 @@ def _sqnr_of_one(expected: Tensor, given: Tensor) -> float:
 def _check_finite(network: nn.Module, outputs: Sequence[Tensor]) -> None:
     if all(bool(torch.isfinite(output).all()) for output in outputs):
         return
-    tensors = [*network.named_parameters(), *network.named_buffers()]
-    culprits = [name for name, value in tensors if not bool(torch.isfinite(value).all())]
-    cause = f'its "{culprits[0]}" holds some' if culprits else "its values overflow on the way"
+    check_finite(network)  # names the number that it comes from
     raise QatTricksError(
-        f"{type(network).__name__} yields NaN or infinite values on calibration images: {cause}; "
-        "give a network that is trained to the end"
+        f"{type(network).__name__} yields NaN or infinite values on calibration images, although "
+        "its numbers are finite: scale its inputs or weights so that nothing overflows"
     )

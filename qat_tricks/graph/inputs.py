@@ -152,8 +152,12 @@ def call_network(network: Callable[..., Any], inputs: Inputs) -> Any:
     Raises:
         QatTricksError: the images are integers, and the network takes floats.
     """
-    if not isinstance(inputs, Tensor) or inputs.is_floating_point():
-        return network(*as_tensors(inputs))
+    if not isinstance(inputs, Tensor):
+        named = _keyword_only(network)
+        positional = inputs[: len(inputs) - len(named)]
+        return network(*positional, **dict(zip(named, inputs[len(positional) :], strict=True)))
+    if inputs.is_floating_point():
+        return network(inputs)
     try:
         return network(inputs)
     except RuntimeError as error:
@@ -161,6 +165,14 @@ def call_network(network: Callable[..., Any], inputs: Inputs) -> Any:
             f"the network does not take images of {inputs.dtype} ({one_line(error)}): give it what "
             "it was trained on, such as images.float() / 255"
         ) from error
+
+
+def _keyword_only(network: Callable[..., Any]) -> list[str]:
+    """The inputs that a network takes by their names only, which come last."""
+    if not isinstance(network, nn.Module):
+        return []
+    parameters = inspect.signature(network.forward).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
 
 
 def batch_size(inputs: Inputs) -> int:

@@ -135,7 +135,7 @@ def _check_weights(module: nn.Module, where: str) -> None:
         raise QatTricksError(
             f"{where} computes its {names} with torch.nn.utils.parametrize, which surgery would "
             "undo: make it a plain parameter with torch.nn.utils.parametrize."
-            f'remove_parametrizations(module, "{names}")'
+            f'remove_parametrizations(module, "{names}"), or keep that part in float with untraced'
         )
 
 
@@ -145,7 +145,8 @@ def _check_hooks(module: nn.Module, where: str) -> None:
         if kind in _MADE_BY_HOOKS:
             raise QatTricksError(
                 f"{where} makes its weight anew in a hook ({kind}): make it a plain parameter with "
-                f"torch.nn.utils.{_MADE_BY_HOOKS[kind]}(module)"
+                f"torch.nn.utils.{_MADE_BY_HOOKS[kind]}(module), or keep that part in float with "
+                "untraced"
             )
         if isinstance(hook, BasePruningMethod):
             if hook._tensor_name != "weight" or type(module) not in LAYER_OF:

@@ -15,6 +15,7 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.inputs import Inputs, call_network, check_batches
 from qat_tricks.graph.modes import evaluating
 from qat_tricks.graph.nodes import BATCHNORMS
+from qat_tricks.graph.trace import module_of
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.progress import track
 from qat_tricks.trainer.module import workbench_of
@@ -35,9 +36,9 @@ def reestimate_batchnorm(traced: fx.GraphModule, batches: Sequence[Inputs]) -> f
     Raises:
         QatTricksError: no batches, or no BatchNorm is left unfolded.
     """
-    norms = [
-        m for m in traced.modules() if isinstance(m, BATCHNORMS) and m.running_mean is not None
-    ]
+    # Of BatchNorms that the graph does not call, no batch would give statistics.
+    called = [module_of(node, traced) for node in traced.graph.nodes]
+    norms = [m for m in set(called) if isinstance(m, BATCHNORMS) and m.running_mean is not None]
     if not norms:
         raise QatTricksError(
             "no BatchNorm is left to re-estimate: leave out fold_batchnorm, or leave out this trick"

@@ -164,8 +164,15 @@ def test_a_step_that_cannot_be_undone_is_refused(monkeypatch):
 def test_nan_is_refused_with_the_parameters_name():
     net = Base()
     net.fc.weight.data[0, 0] = float("nan")
-    with pytest.raises(QatTricksError, match=r'NaN or infinite.*"fc.weight"'):
+    with pytest.raises(QatTricksError, match=r'"fc\.weight" of the network holds NaN'):
         Gate(net, torch.randn(2, 3, 8, 8))
+
+
+def test_values_that_overflow_are_refused():
+    net = Base()
+    net.fc.weight.data.fill_(3e38)
+    with pytest.raises(QatTricksError, match="although its numbers are finite"):
+        Gate(net, torch.full((2, 3, 8, 8), 100.0))
 
 
 def test_the_gate_leaves_modes_statistics_and_random_numbers_as_they_were():

@@ -59,7 +59,7 @@ def test_a_weight_that_a_hook_computes_makes_no_layer():
     assert not is_layer(conv)
     net = nn.Sequential(conv, nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 2, 3)).eval()
     expected = net(images())
-    traced = trace(net)
+    traced = trace(net, ["0"])
     assert fold_batchnorm(traced) == []
     assert equalize(traced) == []
     torch.testing.assert_close(traced(images()), expected)

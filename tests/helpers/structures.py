@@ -706,20 +706,6 @@ STRUCTURES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         ),
         IMAGE,
     ),
-    "weight_norm": (
-        _head(
-            lambda s, x: F.relu(s.d(x)),
-            d=lambda: nn.utils.parametrizations.weight_norm(C(8, 8, 3)),
-        ),
-        IMAGE,
-    ),
-    "spectral_norm": (
-        _head(
-            lambda s, x: F.relu(s.d(x)),
-            d=lambda: nn.utils.parametrizations.spectral_norm(C(8, 8, 3)),
-        ),
-        IMAGE,
-    ),
     "bias_shared_by_two_convs": (_with_one_bias, IMAGE),
     "weight_norm_by_hand": (
         _between(

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import torch
 from torch import nn
 from torch.optim import SGD
 
@@ -158,3 +159,28 @@ def test_batchnorms_that_are_held_in_evaluation_mode_stay_so(run, freeze):
     after = differences(before, statistics(lit))
     assert after == [f".{key}" for key in before if not key.startswith("block")]
     assert len(after) == 4
+
+
+class WithoutGradients(nn.Module):
+    """The first part is run under ``torch.no_grad()``, and nothing is frozen by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.Linear(8, 10)
+        self.bn = nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        with torch.no_grad():
+            features = torch.relu(self.bn(self.stem(x))).mean((2, 3))
+        return self.head(features)
+
+
+def test_a_part_that_forward_runs_under_no_grad_is_not_trained():
+    lit, start = Lit(), Start()
+    lit.backbone = WithoutGradients()
+    lit.configure_optimizers = lambda: SGD(lit.parameters(), lr=0.1)
+    callbacks = [*qat_tricks.recipe("int8_qat"), start]
+    trainer(max_epochs=1, callbacks=callbacks).fit(lit, Data())
+    changed = moved(start, lit)
+    assert "head.weight" in changed
+    assert not any(name.startswith("stem") for name in changed)
