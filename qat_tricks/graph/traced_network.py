@@ -8,28 +8,27 @@ beside the graph, and so without quantizers, is refused by name when it is calle
 import copy
 import functools
 import inspect
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from qat_tricks.errors import QatTricksError
+from qat_tricks.graph.calls_beside import (
+    RefusedSequential,
+    guarded_method,
+    refuse_calls_beside,
+    shallow_copy,
+)
 from qat_tricks.graph.two_modes import EVALUATION, OWNER, TRAINING, acts_on_mode, by_mode, graph_in
 
 # Keys in the ``meta`` of a network: the names and defaults of arguments that were traced with their
 # default; why the network cannot be run in training mode.
 DEFAULTS, NO_TRAINING = "qat_tricks.defaults", "qat_tricks.no_training"
-_TABLES = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
-_HOOK_TABLES = tuple(
-    name for name in vars(nn.Module()) if name.endswith(("_hooks", "_kwargs", "_always_called"))
-)
 
 
 class TracedNetwork(fx.GraphModule):
@@ -49,7 +48,7 @@ class TracedNetwork(fx.GraphModule):
             kind.forward = _evaluation_only(kind.forward, reason)
         if defaults:
             kind.forward = _with_defaults(kind.forward, defaults)
-        _refuse_calls_beside(self)
+        refuse_calls_beside(self)
         return code
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TracedNetwork":
@@ -110,22 +109,12 @@ def _shell(module: nn.Module, path: str, called: set[str], done: dict[int, Any])
     if path in called:
         return module
     if id(module) not in done:
-        shell = done[id(module)] = _shallow(module)
+        shell = done[id(module)] = shallow_copy(module)
         prefix = f"{path}." if path else ""
         for name, child in module._modules.items():
             if child is not None:
                 shell._modules[name] = _shell(child, f"{prefix}{name}", called, done)
     return done[id(module)]
-
-
-def _shallow(module: nn.Module) -> nn.Module:
-    """A copy of one module, with tables of its own and the same parameters and parts."""
-    twin = object.__new__(type(module))
-    vars(twin).update(vars(module))
-    for table in (*_TABLES, *_HOOK_TABLES):
-        if table in vars(module):
-            vars(twin)[table] = copy.copy(vars(module)[table])
-    return twin
 
 
 def _register(traced: nn.Module, target: str) -> None:
@@ -168,7 +157,7 @@ def _drop_tensors(module: nn.Module, path: str, used: set[str]) -> None:
 
 def _class_for(kind: type[nn.Module]) -> type[TracedNetwork]:
     """A class for one network, as torch.fx has it, because ``forward`` belongs to the class."""
-    methods = {name: _guarded(name, method) for name, method in _methods_of(kind).items()}
+    methods = {name: guarded_method(name, method) for name, method in _methods_of(kind).items()}
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     bases = (_TracedSequential, kind) if issubclass(kind, nn.Sequential) else (TracedNetwork, kind)
     make: Any = type(kind)  # the metaclass
@@ -202,123 +191,6 @@ class _TracedSequential(TracedNetwork):
 
     def __getitem__(self, index: Any) -> Any:
         return self._layers()[index]
-
-
-class RefusedSequential(nn.Sequential):
-    """Layers of a traced network by index and slice; calling a slice would pass its graph by."""
-
-    def forward(self, input: Any) -> Any:
-        """Refuses."""
-        raise QatTricksError(_beside("a slice of its layers"))
-
-
-# Calls beside the graph --------------------------------------------------------------------------
-
-
-def _beside(what: str) -> str:
-    return (
-        f"{what} was called beside the forward of its traced network, where it would compute "
-        "without its quantizers: call the whole network, or do this work in its forward"
-    )
-
-
-class _Refusal:
-    """Stands in for the ``forward`` of a part that the graph passes through."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise QatTricksError(_beside(f'"{self.path}"'))
-
-
-class _HookRefusal:
-    """Stands in for ``register_forward_hook`` of such a part, whose hooks would never be called."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # Lightning's summary of a model can do without: it then shows no sizes.
-        caller = sys._getframe(1).f_globals.get("__name__", "")
-        if "model_summary" in caller:
-            return torch.utils.hooks.RemovableHandle({})
-        raise QatTricksError(
-            f'a forward hook on "{self.path}" would never be called, because the traced network '
-            "passes it by: register it on the network itself, or before on a network of its own"
-        )
-
-
-def _refuse_calls_beside(traced: TracedNetwork) -> None:
-    """Gives each part that the graph does not call a ``forward`` that refuses by name."""
-    called = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}
-    for path, module in list(traced.named_modules()):
-        is_refused = isinstance(vars(module).get("forward"), _Refusal)
-        if path in called and is_refused:
-            for name in _refusals(path):
-                del vars(module)[name]
-        if not path or is_refused or is_inside(path, called):
-            continue
-        owner, _, name = path.rpartition(".")
-        # A copy: the user may hold the module in a network of their own.
-        twin = _shallow(module)
-        if type(module) is nn.Sequential:
-            twin.__class__ = RefusedSequential
-        vars(twin).update(_refusals(path))
-        traced.get_submodule(owner)._modules[name] = twin
-
-
-def _refusals(path: str) -> dict[str, Any]:
-    hooks = dict.fromkeys(
-        ("register_forward_hook", "register_forward_pre_hook"), _HookRefusal(path)
-    )
-    return {"forward": _Refusal(path), **hooks}
-
-
-def is_inside(path: str, called: set[str]) -> bool:
-    """Whether a module is called, or a part of one that is."""
-    parts = path.split(".")
-    return any(".".join(parts[: i + 1]) in called for i in range(len(parts)))
-
-
-def _guarded(name: str, method: FunctionType) -> Callable[..., Any]:
-    """The user's method, which may call the network and none of its parts."""
-
-    @functools.wraps(method)
-    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _parts_refused(self, f"{self._user_class.__name__}.{name}"):
-            return method(self, *args, **kwargs)
-
-    return guarded
-
-
-@contextmanager
-def _parts_refused(network: nn.Module, method: str) -> Iterator[None]:
-    """Refuses calls of parts of ``network``, other than by its own ``forward``."""
-    if "forward" in vars(network):  # a method that was called by another
-        yield
-        return
-    parts = {id(module): path for path, module in network.named_modules() if path}
-    runs = [False]
-
-    def refuse(module: nn.Module, args: Any) -> None:
-        if id(module) in parts and not runs[0]:
-            raise QatTricksError(_beside(f'"{parts[id(module)]}", which {method} calls,'))
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        runs[0] = True
-        try:
-            return type(network).forward(network, *args, **kwargs)
-        finally:
-            runs[0] = False
-
-    handle = register_module_forward_pre_hook(refuse)
-    vars(network)["forward"] = forward
-    try:
-        yield
-    finally:
-        del vars(network)["forward"]
-        handle.remove()
 
 
 # Forward -----------------------------------------------------------------------------------------

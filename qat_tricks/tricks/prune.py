@@ -22,9 +22,9 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, fx
 
 from qat_tricks.errors import QatTricksError, did_you_mean
+from qat_tricks.graph.calls_beside import is_inside
 from qat_tricks.graph.layers import Layer, as_layer, is_layer
 from qat_tricks.graph.spec import spec_of
-from qat_tricks.graph.traced_network import is_inside
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.trainer.averaging import keep_grids
 from qat_tricks.trainer.module import workbench_of

@@ -11,45 +11,7 @@ import qat_tricks
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import spec_of, trace
 from qat_tricks.graph.traced_network import TracedNetwork, adopt, drop_unused
-from tests.helpers.nets import Block, images
-
-
-class Named(nn.Module):
-    """A network with everything that users reach for."""
-
-    kind = "example"
-
-    def __init__(self):
-        super().__init__()
-        self.num_classes = 10
-        self.features = nn.Sequential(
-            nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Identity(), nn.ReLU(), Block(8)
-        )
-        self.blocks = nn.ModuleList([nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)])
-        self.unused = nn.Linear(3, 3)
-        self.head = nn.Linear(8, 10)
-
-    @property
-    def width(self):
-        return self.head.in_features
-
-    def forward_features(self, x):
-        x = self.features(x)
-        for block in self.blocks:
-            x = torch.relu(block(x))
-        return x.mean((2, 3))
-
-    def forward(self, x):
-        return self.head(self.forward_features(x))
-
-    def predict(self, x):
-        return self(x).argmax(1)
-
-    def predict_by_forward(self, x):
-        return self.forward(x).argmax(1)
-
-    def describe(self):
-        return f"{self.num_classes} classes"
+from tests.helpers.nets import Block, Named, images
 
 
 @pytest.fixture
@@ -77,33 +39,6 @@ def test_methods_that_call_the_network_work(quantized):
     expected = quantized(images()).argmax(1)
     assert torch.equal(quantized.predict(images()), expected)
     assert torch.equal(quantized.predict_by_forward(images()), expected)
-
-
-@pytest.mark.parametrize(
-    ("call", "name"),
-    [
-        (lambda net, x: net.forward_features(x), '"features", which Named.forward_features calls,'),
-        (lambda net, x: net.features(x), '"features"'),
-        (lambda net, x: net.features[:2](x), "slice"),
-        (lambda net, x: net.features[4](net.features[0](x)), '"features.4"'),
-        (lambda net, x: net.features[4].forward(x), '"features.4"'),
-        (lambda net, x: net.features[1](x), '"features.1"'),
-    ],
-)
-def test_what_walks_around_forward_is_refused_by_name(quantized, call, name):
-    with pytest.raises(QatTricksError, match=f"{name}.* beside the forward"):
-        call(quantized, images())
-    quantized(images())  # and nothing is left of the refusal
-
-
-def test_hooks_work_or_are_refused_by_name(quantized):
-    calls = []
-    quantized.register_forward_hook(lambda *args: calls.append("network"))
-    quantized.head.register_forward_hook(lambda *args: calls.append("head"))
-    quantized(images())
-    assert calls == ["head", "network"]
-    with pytest.raises(QatTricksError, match='hook on "features" would never be called'):
-        quantized.features.register_forward_hook(lambda *args: None)
 
 
 def test_the_users_own_network_stays_usable():

@@ -65,3 +65,41 @@ def small_net(seed: int = 0, **settings: int) -> SmallNet:
 def images(count: int = 16, channels: int = 1, size: int = 8, seed: int = 1) -> Tensor:
     """Random images ``[count, channels, size, size]``."""
     return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+class Named(nn.Module):
+    """A network with everything that users reach for."""
+
+    kind = "example"
+
+    def __init__(self):
+        super().__init__()
+        self.num_classes = 10
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Identity(), nn.ReLU(), Block(8)
+        )
+        self.blocks = nn.ModuleList([nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)])
+        self.unused = nn.Linear(3, 3)
+        self.head = nn.Linear(8, 10)
+
+    @property
+    def width(self):
+        return self.head.in_features
+
+    def forward_features(self, x):
+        x = self.features(x)
+        for block in self.blocks:
+            x = torch.relu(block(x))
+        return x.mean((2, 3))
+
+    def forward(self, x):
+        return self.head(self.forward_features(x))
+
+    def predict(self, x):
+        return self(x).argmax(1)
+
+    def predict_by_forward(self, x):
+        return self.forward(x).argmax(1)
+
+    def describe(self):
+        return f"{self.num_classes} classes"
