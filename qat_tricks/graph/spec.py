@@ -3,6 +3,9 @@
 ::
 
     untraced     [pattern, ...]                submodules that were not traced through
+    trace        {setting: bool}               how the network was traced (``TraceSettings``)
+    code         {"torch", "sha256"}           the fingerprint of the code that was traced
+    equivalence  [step, ...]                   what each step has left of the user's network
     folded       [[layer, batchnorm], ...]     BatchNorms folded into the layer before them, or
                                                into the layers whose outputs are concatenated
     convs        [batchnorm, ...]              BatchNorms that became depthwise convs

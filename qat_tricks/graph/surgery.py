@@ -1,6 +1,7 @@
 """Changes to a traced network's graph, and ``rebuild``, which repeats those that a spec records."""
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import fx, nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import nodes as n
+from qat_tricks.graph.fingerprint import CODE, has_changed
 from qat_tricks.graph.functional import call_instead, install
 from qat_tricks.graph.grids import grid_of, input_grid_of, output_grid_of
 from qat_tricks.graph.integer_ops import Kernel, Mean
@@ -40,6 +42,12 @@ def rebuild(network: nn.Module, spec: dict[str, Any]) -> fx.GraphModule:
     if "whole" in spec:  # the key of older checkpoints
         spec["untraced"] = spec.pop("whole")
     traced = trace(network, spec.get("untraced", ()), settings=TraceSettings.of_spec(spec))
+    if has_changed(traced, spec.get(CODE)):
+        warnings.warn(
+            f"the code of {type(network).__name__} has changed since the checkpoint was written: "
+            "what is loaded may compute something else than what was saved",
+            stacklevel=2,
+        )
     traced.meta["qat_tricks"] = spec
     missing = _missing_names(traced, spec)
     if missing:

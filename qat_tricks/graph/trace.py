@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from qat_tricks.errors import QatTricksError, did_you_mean
+from qat_tricks.graph.fingerprint import CODE, fingerprint
 from qat_tricks.graph.functional import functions_to_modules
 from qat_tricks.graph.layers import as_layer
 from qat_tricks.graph.operations import entries_for
@@ -88,7 +89,7 @@ def trace(
     if no_training is not None:
         traced.meta[NO_TRAINING] = no_training
     spec = traced.meta["qat_tricks"] = {"untraced": list(untraced)} if untraced else {}
-    spec |= settings.as_spec()
+    spec |= {**settings.as_spec(), CODE: fingerprint(traced)}
     for name, mask in masks.items():
         as_layer(traced.get_submodule(name)).weight_mask = mask
         spec.setdefault("layers", {})[name] = {"mask": True}
