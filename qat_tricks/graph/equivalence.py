@@ -26,9 +26,9 @@ from qat_tricks.graph.traced_network import NO_TRAINING
 from qat_tricks.numerics.decibels import LARGEST_SQNR_DB, decibels
 
 GATE_IMAGES = 2
-# Right steps were measured at 100 dB and more in float32, wrong ones at 60 dB and less
-# (docs/results/equivalence.md).
-LEAST_DB = 80.0
+# Right steps were measured at 90 dB and more in float32 (docs/results/equivalence.md), wrong ones at
+# 46 dB and less (the tests that switch a mend off).
+LEAST_DB = 70.0
 BATCHNORMS = (nn.modules.batchnorm._BatchNorm,)
 
 

@@ -11,6 +11,7 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from torch import fx
+from torch.nn import functional as F
 
 EVALUATION, TRAINING = "evaluation", "training"
 # Keys in a node's meta: the one mode it belongs to; whether its function has a ``training``
@@ -124,15 +125,17 @@ def _key(node: fx.Node) -> Hashable:
 
 
 def _structure(node: fx.Node) -> str:
-    """A node's arguments as text, each tensor as a mark, and a ``training`` argument left out."""
+    """A node's arguments as text, each tensor as a mark, and those left out that follow the mode.
+
+    They are ``training``, and the momentum of a BatchNorm, which may count its batches.
+    """
     args, kwargs = list(node.args), dict(node.kwargs)
-    place = _training_place(node)
-    if place is not None:
-        kwargs.pop("training", None)
-        if place < len(args):
-            args[place] = None
-        elif place == len(args):  # the default
-            args.append(None)
+    if _training_place(node) is not None:
+        names = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        args = []
+        for name in ("training", *(["momentum"] if node.target is F.batch_norm else [])):
+            kwargs.pop(name, None)
     return repr(fx.map_arg((args, kwargs), lambda source: "•"))
 
 

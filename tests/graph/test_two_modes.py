@@ -108,3 +108,32 @@ def test_a_batchnorm_that_the_users_own_train_freezes_stays_frozen():
     traced = trace(Frozen().train()).train()
     assert traced.training
     assert not traced.bn.training
+
+
+class Written(nn.BatchNorm2d):
+    """A BatchNorm written out, as timm has it."""
+
+    def forward(self, x):
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.training:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                momentum = 1.0 / float(self.num_batches_tracked)
+        mean, var = self.running_mean, self.running_var
+        y = nn.functional.batch_norm(
+            x, mean, var, self.weight, self.bias, self.training, momentum, self.eps
+        )
+        return y.relu()
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_batchnorm_written_out_is_one_module_whatever_its_momentum(momentum):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), Written(4, momentum=momentum), nn.Flatten())
+    traced, x = trace(copy.deepcopy(net)), torch.randn(4, 3, 8, 8)
+    assert not acts_on_mode(traced.graph)
+    for network in (net, traced):
+        network.train()
+        for batch in (x, x + 1):
+            network(batch)
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(traced.state_dict()[name], value)
