@@ -112,3 +112,11 @@ def test_a_stage_that_lost_more_says_what_was_measured(after, tmp_path):
         part in text
         for part in ('"prune"', "98.00%", f"{after:.2%}", "allowed: 1", "ledger.json", "max_drop")
     )
+
+
+def test_what_is_left_of_the_users_network_stands_below_the_table(ledger):
+    assert "your network" not in str(ledger.as_table().caption)
+    step = {"name": "traced", "evaluation_db": 141.2, "by_design": False}
+    ledger.add(LedgerRow(name="q", before=None, after=metrics(0.9), seconds=1, equivalence=[step]))
+    assert ledger.as_table().caption == "your network → traced: 141 dB"
+    assert ledger.rows()[-1]["equivalence"] == [step]

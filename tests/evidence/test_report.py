@@ -132,3 +132,31 @@ def test_a_file_that_is_no_report_is_refused(tmp_path, content):
         path.write_text(content)
     with pytest.raises(QatTricksError, match=r"report\.json"):
         read_report(path)
+
+
+def step(name, evaluation_db, **facts):
+    return {
+        "name": name,
+        "evaluation_db": evaluation_db,
+        "training_db": None,
+        "by_design": False,
+        "undone": [],
+        **facts,
+    }
+
+
+def test_each_step_stands_against_the_users_own_network(tmp_path):
+    written = report()
+    written["stages"][-1]["equivalence"] = [
+        step("traced", 141.2),
+        step("folded", 138.9, training_db=137.4, undone=["bn1"]),
+        step("caps filled", 52.0, by_design=True),
+    ]
+    write_report(tmp_path, written)
+    text = (tmp_path / "report.md").read_text()
+    assert "| traced | 141.2 dB | not measured |  |" in text
+    assert "| folded | 138.9 dB | 137.4 dB | left out: bn1 |" in text
+    assert "| caps filled | 52.0 dB | not measured | changes the function by design |" in text
+    assert "your network → traced → folded → caps filled: 141, 139, 52 by design dB." in text
+    write_report(tmp_path, report())
+    assert "your network" not in (tmp_path / "report.md").read_text()
