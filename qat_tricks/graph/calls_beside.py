@@ -7,6 +7,7 @@ quantizers, and with BatchNorms that were folded elsewhere.
 import copy
 import functools
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FunctionType
@@ -69,7 +70,7 @@ class _HookRefusal:
         # Lightning's summary of a model can do without: it then shows no sizes.
         caller = sys._getframe(1).f_globals.get("__name__", "")
         if "model_summary" in caller:
-            return torch.utils.hooks.RemovableHandle({})
+            return torch.utils.hooks.RemovableHandle(OrderedDict())
         raise QatTricksError(
             f'a forward hook on "{self.path}" would never be called, because the traced network '
             "passes it by: register it on the network itself, or before on a network of its own"

@@ -10,7 +10,7 @@ not judged.
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -19,15 +19,15 @@ from torch.utils._pytree import tree_leaves
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.finite import check_finite
-from qat_tricks.graph.inputs import Inputs, call_network, first_images
+from qat_tricks.graph.inputs import Inputs, call_network, first_images, map_tensors
 from qat_tricks.graph.modes import float_mode, kept_modes
 from qat_tricks.graph.random_state import kept_random_state, seed_all
 from qat_tricks.graph.traced_network import NO_TRAINING
 from qat_tricks.numerics.decibels import LARGEST_SQNR_DB, decibels
 
 GATE_IMAGES = 2
-# Right steps were measured at 90 dB and more in float32 (docs/results/equivalence.md), wrong ones at
-# 46 dB and less (the tests that switch a mend off).
+# Right steps were measured at 90 dB and more in float32 (docs/results/equivalence.md), wrong ones
+# at 46 dB and less (the tests that switch a mend off).
 LEAST_DB = 70.0
 BATCHNORMS = (nn.modules.batchnorm._BatchNorm,)
 
@@ -203,7 +203,8 @@ def _run(network: nn.Module, inputs: Inputs, *, thawed: bool = False) -> _Output
     """
     with float_mode(network), kept_modes(network), kept_random_state(), torch.no_grad():
         network.eval()
-        evaluation = tensors_in(call_network(network, inputs))
+        seed_all(0)  # a network may draw random numbers in evaluation too
+        evaluation = _call(network, inputs)
         training = _in_training(network, inputs, frozen=False) if thawed else None
         return _Outputs(evaluation, training, _in_training(network, inputs, frozen=True))
 
@@ -217,10 +218,15 @@ def _in_training(network: nn.Module, inputs: Inputs, *, frozen: bool) -> list[Te
             module.eval()
     try:
         with buffers_kept(network):  # BatchNorms of the next run are those of this one
-            return tensors_in(call_network(network, inputs))
+            return _call(network, inputs)
     # Whatever the user's code raises, such as a BatchNorm of one value a channel.
     except Exception:
         return None
+
+
+def _call(network: nn.Module, inputs: Inputs) -> list[Tensor]:
+    # Copies, for a network may change its input in place.
+    return tensors_in(call_network(network, map_tensors(inputs, Tensor.clone)))
 
 
 @contextmanager
@@ -236,7 +242,13 @@ def buffers_kept(network: nn.Module) -> Iterator[None]:
 
 def tensors_in(output: Any) -> list[Tensor]:
     """The tensors in the output of a network, in order."""
-    return [leaf.detach().clone() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    found: list[Tensor] = []
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            found.append(leaf.detach().clone())
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            found += tensors_in([getattr(leaf, field.name) for field in fields(leaf)])
+    return found
 
 
 def sqnr(reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:

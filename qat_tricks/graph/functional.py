@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from qat_tricks.graph.two_modes import FOLLOWS_MODE
+from qat_tricks.graph.two_modes import FOLLOWS_MODE, NO_GRAD
 
 _MODULE_OF: dict[Any, type[nn.Module]] = {
     F.conv1d: nn.Conv1d,
@@ -122,14 +122,22 @@ def _may_be_computed_once(
 ) -> bool:
     """Whether the parameters that a weight or bias is computed from are used for nothing else.
 
-    One that is a parameter itself stays that parameter, and may be shared.
+    One that is a parameter itself stays that parameter, and may be shared. One that is computed
+    from buffers too, from frozen parameters beside others, or without a gradient, has to go on
+    being computed: as a parameter it would forget them.
     """
     calls = {node for node, _ in group}
     for name in ("weight", "bias"):
         computed: fx.Node | None = group[0][1][name]
         if computed is None or computed.op == "get_attr":
             continue
-        for source in _parameters_of(computed, traced):
+        sources = _tensors_of(computed, traced)
+        parameters = [source for source in sources if isinstance(source, nn.Parameter)]
+        trains = {parameter.requires_grad for parameter in parameters}
+        is_mixed = len(trains) > 1 or len(parameters) < len(sources)
+        if True in trains and (is_mixed or _is_detached(computed)):
+            return False
+        for source in parameters:
             if not all(_is_constant_for(user, calls) for user in users[id(source)]):
                 return False
     return True
@@ -143,12 +151,18 @@ def _is_constant_for(node: fx.Node, calls: set[fx.Node]) -> bool:
     return is_constant and all(_is_constant_for(user, calls) for user in node.users)
 
 
-def _parameters_of(node: fx.Node, traced: fx.GraphModule) -> list[nn.Parameter]:
-    """The parameters that a node is computed from."""
+def _tensors_of(node: fx.Node, traced: fx.GraphModule) -> list[Tensor]:
+    """The parameters and buffers that a node is computed from."""
     if node.op == "get_attr":
-        value = _attribute(traced, str(node.target))
-        return [value] if isinstance(value, nn.Parameter) else []
-    return [p for source in node.all_input_nodes for p in _parameters_of(source, traced)]
+        return [_attribute(traced, str(node.target))]
+    return [value for source in node.all_input_nodes for value in _tensors_of(source, traced)]
+
+
+def _is_detached(node: fx.Node) -> bool:
+    """Whether no gradient passes through the computation of a constant."""
+    if node.target == "detach" or node.meta.get(NO_GRAD) or "data" in node.args[1:]:
+        return True
+    return any(_is_detached(source) for source in node.all_input_nodes)
 
 
 def _attribute(traced: fx.GraphModule, name: str) -> Any:
@@ -174,7 +188,7 @@ def _batchnorm_to_module(node: fx.Node, traced: fx.GraphModule, network: nn.Modu
     original: Any = network.get_submodule(owner)
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     kind = next((kind for kind in kinds if isinstance(original, kind)), None)
-    if kind is None:
+    if kind is None or not _has_its_own(arguments, owner, original):
         return
     if type(traced.get_submodule(owner)) is not kind:
         # Of a class derived from a BatchNorm only that part is called: the rest was traced.
@@ -189,6 +203,17 @@ def _batchnorm_to_module(node: fx.Node, traced: fx.GraphModule, network: nn.Modu
         module._parameters, module._buffers = original._parameters, original._buffers
         install(traced, owner, module.train(original.training))
     call_instead(node, owner, arguments["input"])
+
+
+def _has_its_own(arguments: Arguments, owner: str, original: Any) -> bool:
+    """Whether a call scales and shifts by the parameters of the BatchNorm that it is called in."""
+    for name in ("weight", "bias"):
+        given: Any = arguments.get(name)
+        own = getattr(original, name)
+        path = f"{owner}.{name}" if owner else name
+        if (own is None) != (given is None) or (given is not None and given.target != path):
+            return False
+    return True
 
 
 def install(traced: fx.GraphModule, name: str, module: nn.Module) -> None:
@@ -278,7 +303,7 @@ def _parameter(node: fx.Node | None, traced: fx.GraphModule) -> nn.Parameter | N
         value = _value(node, traced)
     if isinstance(value, nn.Parameter):
         return value
-    is_trained = any(source.requires_grad for source in _parameters_of(node, traced))
+    is_trained = any(source.requires_grad for source in _tensors_of(node, traced))
     return nn.Parameter(value.detach().clone(), requires_grad=is_trained)
 
 
@@ -361,4 +386,5 @@ def _drop_unused(traced: fx.GraphModule, read_before: set[str]) -> None:
         # A module that is called uses its parameters and those of its parts.
         is_used = any(owner == module or owner.startswith(f"{module}.") for module in called)
         if name in dead and not is_used:
-            delattr(traced.get_submodule(owner), attribute)
+            # Still an attribute, which the module's own description may read.
+            traced.get_submodule(owner)._parameters[attribute] = None

@@ -152,12 +152,11 @@ def call_network(network: Callable[..., Any], inputs: Inputs) -> Any:
     Raises:
         QatTricksError: the images are integers, and the network takes floats.
     """
-    if not isinstance(inputs, Tensor):
-        named = _keyword_only(network)
-        positional = inputs[: len(inputs) - len(named)]
-        return network(*positional, **dict(zip(named, inputs[len(positional) :], strict=True)))
-    if inputs.is_floating_point():
-        return network(inputs)
+    if not isinstance(inputs, Tensor) or inputs.is_floating_point():
+        tensors = as_tensors(inputs)
+        named = _keyword_only(network)[: len(tensors)]
+        positional = tensors[: len(tensors) - len(named)]
+        return network(*positional, **dict(zip(named, tensors[len(positional) :], strict=True)))
     try:
         return network(inputs)
     except RuntimeError as error:

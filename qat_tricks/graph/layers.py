@@ -215,7 +215,9 @@ def is_layer(module: nn.Module | None) -> bool:
         return True
     if module is None or type(module) not in LAYER_OF:
         return False
-    return module._parameters.get("weight") is not None
+    # A mask of ``torch.nn.utils.prune`` is taken over when the network is traced.
+    weight = module._parameters.get("weight", module._parameters.get("weight_orig"))
+    return weight is not None
 
 
 def as_layer(module: nn.Module) -> Layer:

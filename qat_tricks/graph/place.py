@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.graph import nodes as n
@@ -256,7 +256,10 @@ def _describe(traced: fx.GraphModule, groups: Sequence[_Group], default: Scheme)
         activations = {_absorbable(node, traced) for node in members}
         # Of several layers that read a tensor, the one that asks for the most bits decides.
         bits = max((bits for asked in group.bits.values() for bits in asked), default=default.bits)
-        described[members[0].name] = {
+        name = members[0].name
+        # Such as "to": an attribute of every module.
+        name = f"{name}_" if hasattr(nn.Module, name) or name == "training" else name
+        described[name] = {
             "scheme": replace(default, bits=bits).as_dict(),
             # One grid for several tensors stands in for their ReLU only if each of them has it.
             "activation": activations.pop() if len(activations) == 1 else None,

@@ -26,14 +26,21 @@ from qat_tricks.graph.traced_network import (
     drop_unused,
 )
 from qat_tricks.graph.tracer import (
-    NO_GRAD,
     Followed,
     Tracer,
     defaults_of,
     follow,
     functions_of_mode,
 )
-from qat_tricks.graph.two_modes import FOLLOWS_MODE, OWNER, merge, split_by_training
+from qat_tricks.graph.two_modes import FOLLOWS_MODE, NO_GRAD, OWNER, merge, split_by_training
+
+_COMPARISONS = ("gt", "lt", "ge", "le", "eq", "ne", "isnan", "isinf", "logical_not")
+_TRUTH_VALUES = {
+    function
+    for name in _COMPARISONS
+    for function in (name, getattr(torch, name), getattr(operator, name, None))
+    if function is not None
+}
 
 
 def check_untraced(network: nn.Module, untraced: Sequence[str]) -> None:
@@ -83,7 +90,7 @@ def trace(
         delattr(network, name)
     # Where training cannot be traced, it is not known which functions it switches on.
     _prepare(traced, network, settings, every=not settings.training_mode or no_training is not None)
-    _forget_attributes(traced, here.written)
+    _warn_of_attributes(traced, here.written)
     if defaults := defaults_of(network):
         traced.meta[DEFAULTS] = defaults
     if no_training is not None:
@@ -144,6 +151,8 @@ def _prepare(
     _erase_identities(traced)
     if settings.training_mode:
         _detach_no_grad(traced)
+        _clone_changed_inputs(traced)
+        _refuse_changed_parameters(traced)
     if settings.functions_to_modules:
         functions_to_modules(traced, network, every=every)
     split_by_training(traced)
@@ -154,22 +163,30 @@ def _prepare(
             module.training = traced.get_submodule(name.rpartition(".")[0]).training
 
 
-def _forget_attributes(traced: TracedNetwork, written: Sequence[str]) -> None:
-    """Removes attributes that the code sets, because the traced network does not set them."""
-    for name in written:
-        path, _, attribute = name.rpartition(".")
-        vars(traced.get_submodule(path)).pop(attribute, None)
+def _warn_of_attributes(traced: TracedNetwork, written: Sequence[str]) -> None:
+    """Warns of attributes that the code sets, because the traced network does not set them."""
     if written:
         warnings.warn(
             f"{type(traced).__name__} sets {', '.join(written)} while it computes; the traced "
-            "network does not, and has no such attribute: yield what is needed later instead",
+            "network does not, and they stay as they are: yield what is needed later instead",
             stacklevel=3,
         )
 
 
 def _detach_no_grad(traced: fx.GraphModule) -> None:
     """Detaches what was computed under ``torch.no_grad()`` where it meets the rest."""
-    for node in list(traced.graph.nodes):
+    nodes = list(traced.graph.nodes)
+    for node in nodes:
+        if not node.meta.get(NO_GRAD):
+            continue
+        # What comes in, which an operation in place would otherwise give a gradient to.
+        for source in node.all_input_nodes:
+            if not source.meta.get(NO_GRAD) and source.op != "get_attr":
+                with traced.graph.inserting_before(node):
+                    detached = traced.graph.call_method("detach", (source,))
+                detached.meta[NO_GRAD] = True
+                node.replace_input_with(source, detached)
+    for node in nodes:
         outside = [user for user in node.users if not user.meta.get(NO_GRAD)]
         if not node.meta.get(NO_GRAD) or node.op in ("placeholder", "get_attr") or not outside:
             continue
@@ -178,6 +195,47 @@ def _detach_no_grad(traced: fx.GraphModule) -> None:
         node.replace_all_uses_with(
             detached, delete_user_cb=lambda user, outside=outside: user in outside
         )
+
+
+def _works_in_place(node: fx.Node) -> bool:
+    """Whether ``node`` changes its first input in place."""
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    if node.op != "call_function":
+        return False
+    name = getattr(node.target, "__name__", "")
+    is_operator = getattr(node.target, "__module__", "") == "_operator"
+    in_place = name in ("setitem", *(f"i{op}" for op in ("add", "sub", "mul", "truediv", "pow")))
+    return (is_operator and in_place) or bool(node.kwargs.get("inplace"))
+
+
+def _clone_changed_inputs(traced: fx.GraphModule) -> None:
+    """Lets a network that changes its input in place change a copy: tricks run a batch again."""
+    for node in list(traced.graph.nodes):
+        if node.op != "placeholder" or not any(_works_in_place(user) for user in node.users):
+            continue
+        with traced.graph.inserting_after(node):
+            clone = traced.graph.call_method("clone", (node,))
+        node.replace_all_uses_with(
+            clone, delete_user_cb=lambda user, clone=clone: user is not clone
+        )
+
+
+def _refuse_changed_parameters(traced: TracedNetwork) -> None:
+    """Refuses code that changes a parameter in place, which a change of the weight would undo."""
+    parameters = dict(traced.named_parameters())
+    for node in traced.graph.nodes:
+        source = node.all_input_nodes[0] if _works_in_place(node) and node.args else None
+        # Through ``.data`` and other views.
+        while source is not None and source.op.startswith("call_") and source.all_input_nodes:
+            is_view = source.target in (getattr, operator.getitem, "detach", "view", "t")
+            source = source.all_input_nodes[0] if is_view else None
+        if source is not None and source.op == "get_attr" and source.target in parameters:
+            raise QatTricksError(
+                f'{type(traced).__name__} changes its parameter "{source.target}" in place in '
+                "forward, where tricks change the weights themselves: do it between steps, as in "
+                "on_train_batch_end, or keep that part in float with untraced"
+            )
 
 
 def _dropout_to_modules(traced: fx.GraphModule, *, every: bool) -> None:
@@ -224,8 +282,10 @@ def _erase_identities(traced: fx.GraphModule) -> None:
         adds_zero = node.target in (operator.add, operator.iadd) and any(
             isinstance(arg, int) and arg == 0 for arg in node.args
         )
-        # Two tensors would be a true sum.
+        # Two tensors would be a true sum, and a sum of truth values counts them.
         tensors = node.all_input_nodes
+        if adds_zero and any(tensor.target in _TRUTH_VALUES for tensor in tensors):
+            continue
         if len(tensors) == 1 and (adds_zero or type(module_of(node, traced)) is nn.Identity):
             node.replace_all_uses_with(tensors[0])
             traced.graph.erase_node(node)

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
-from qat_tricks.errors import QatTricksError
+from qat_tricks.errors import QatTricksError, one_line
 from qat_tricks.graph.layers import LAYER_OF
 from qat_tricks.graph.spec import KERNELS, QUANTIZERS
 
@@ -160,6 +160,8 @@ def _check_hooks(module: nn.Module, where: str) -> None:
             raise QatTricksError(_hook(where, hook))
     for hook in module._forward_hooks.values():
         raise QatTricksError(_hook(where, hook))
+    for hook in (*module._backward_hooks.values(), *module._backward_pre_hooks.values()):
+        raise QatTricksError(_hook(where, hook).replace("forward hook", "backward hook", 1))
 
 
 def _hook(where: str, hook: Any) -> str:
@@ -178,7 +180,13 @@ def copy_of(network: nn.Module) -> nn.Module:
                 # Made anew by the hook at each call; with its history it cannot be copied.
                 masked = getattr(module, hook._tensor_name)
                 setattr(module, hook._tensor_name, masked.detach())
-    return copy.deepcopy(network)
+    try:
+        return copy.deepcopy(network)
+    except Exception as error:  # whatever an attribute raises that cannot be copied
+        raise QatTricksError(
+            f"{type(network).__name__} cannot be copied ({one_line(error)}): remove the attribute "
+            "that holds results of a forward, locks or files"
+        ) from error
 
 
 @torch.no_grad()

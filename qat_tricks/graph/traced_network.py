@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn import functional as F
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.calls_beside import (
@@ -282,12 +283,28 @@ def _as_plain(graph: fx.Graph) -> list[tuple[Any, ...]]:
         (
             node.op,
             node.name,
-            node.target,
+            _by_name(node.target),
             *fx.map_arg((node.args, node.kwargs), refer),
             {key: value for key, value in node.meta.items() if str(key).startswith("qat_tricks")},
         )
         for node in graph.nodes
     ]
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A function that cannot be pickled, by the name that ``torch.nn.functional`` has for it."""
+
+    name: str
+
+
+def _by_name(target: Any) -> Any:
+    """The target of a node as something that can be pickled."""
+    # Functions of two variants, such as F.max_pool2d, are closures.
+    if "<locals>" in getattr(target, "__qualname__", ""):
+        names = [name for name, value in vars(F).items() if value is target]
+        return _Named(names[0]) if names else target
+    return target
 
 
 def _as_graph(nodes: list[tuple[Any, ...]]) -> fx.Graph:
@@ -296,7 +313,8 @@ def _as_graph(nodes: list[tuple[Any, ...]]) -> fx.Graph:
     def resolve(argument: Any) -> Any:
         return made[argument.name] if isinstance(argument, _Reference) else argument
 
-    for op, name, target, args, kwargs, meta in nodes:
+    for op, name, saved, args, kwargs, meta in nodes:
+        target = getattr(F, saved.name) if isinstance(saved, _Named) else saved
         args, kwargs = fx.node.map_aggregate((args, kwargs), resolve)
         node = made[name] = graph.create_node(op, target, args, kwargs, name)
         node.meta.update(meta)

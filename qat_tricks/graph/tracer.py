@@ -2,7 +2,9 @@
 
 import copy
 import inspect
+import random
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,6 +13,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
@@ -19,10 +22,8 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import attention
 from qat_tricks.graph.modes import kept_modes
 from qat_tricks.graph.random_state import has_moved, random_state, restore_random_state
-from qat_tricks.graph.two_modes import OWNER
+from qat_tricks.graph.two_modes import NO_GRAD, OWNER
 
-# A key in a node's meta: it was computed under ``torch.no_grad()``.
-NO_GRAD = "qat_tricks.no_grad"
 # Functions that make tensors of nothing but sizes: a tracer does not see them, for no input of
 # theirs is a tensor. Those that draw random numbers have to be called each time.
 _DRAWING = ("rand", "randn", "randint", "randperm")
@@ -104,7 +105,8 @@ class Tracer(fx.Tracer):
         outer = [path for path, _ in self.module_stack.values()]
         outer = outer[:-1] if kind == "call_module" else outer
         node.meta[OWNER] = outer[-1] if outer else ""
-        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        off = not torch.is_grad_enabled() or torch.is_inference_mode_enabled()
+        if off and not _is_in_checkpoint():
             node.meta[NO_GRAD] = True
         return node
 
@@ -178,45 +180,85 @@ def follow(network: nn.Module, tracer: Tracer, *, training: bool) -> Followed:
     """
     mode = "training" if training else "evaluation"
     before = random_state()
+    own = [value for module in network.modules() for value in vars(module).values()]
+    generators = [(value, _state_of(value)) for value in own if _draws(value)]
     with (
         kept_modes(network),
+        _in_mode(network, training),  # before attributes are kept: a train() may reset a cache
         _attributes_kept(network) as changes,
         _grad_enabled(),
         _factories_recorded(tracer),
+        _gradients_recorded(tracer),
     ):
-        network.train(training)
         try:
             graph = tracer.trace(network)
         except Exception as error:  # whatever user code raises when it meets a proxy
             raise QatTricksError(_no_trace(network, tracer, error, mode)) from error
         finally:
-            draws = has_moved(before)
+            moved = has_moved(before)
             restore_random_state(before)
+            draws = moved or any(_differ(state, _state_of(g)) for g, state in generators)
+            for generator, state in generators:
+                _set_state(generator, state)
         constants = {
             str(node.target): getattr(network, str(node.target))
             for node in graph.nodes
             if node.op == "get_attr" and str(node.target).startswith("_tensor_constant")
         }
-    way_out = f'keep that part in float with untraced=["{tracer.draws or "PART"}"]'
-    if draws and not tracer.watches_random:
+    if moved and not tracer.watches_random:  # once more, to tell by which part
         watching = Tracer(
             tracer.untraced, splits_attention=tracer.splits_attention, watches_random=True
         )
         follow(network, watching, training=training)
+    _check_effects(network, tracer.draws, mode, draws=draws, buffers=changes.buffers)
+    return Followed(graph, constants, changes.attributes)
+
+
+def _check_effects(
+    network: nn.Module, culprit: str | None, mode: str, *, draws: bool, buffers: Sequence[str]
+) -> None:
+    """Refuses code that does something while it is traced, which the graph would not repeat."""
     if draws:
-        where = _code_of(network, tracer.draws)
         raise QatTricksError(
-            f"{where} draws a random number in {mode} mode before it sees an image, which a graph "
-            "would repeat for ever: draw it with an operation on the input (as "
-            f"torchvision.ops.StochasticDepth does), or {way_out}"
+            f"{_code_of(network, culprit)} draws a random number in {mode} mode before it sees an "
+            "image, which a graph would repeat for ever: draw it with an operation on the input "
+            "(as torchvision.ops.StochasticDepth does), or keep that part in float with "
+            f'untraced=["{culprit or "PART"}"]'
         )
-    if changes.buffers:
+    if buffers:
         raise QatTricksError(
-            f'{type(network).__name__} changes its buffer "{changes.buffers[0]}" in {mode} mode '
+            f'{type(network).__name__} changes its buffer "{buffers[0]}" in {mode} mode '
             "without an image, which the traced network would not do: change it outside of "
             "forward, or keep that part in float with untraced"
         )
-    return Followed(graph, constants, changes.attributes)
+
+
+def _draws(value: Any) -> bool:
+    return isinstance(value, (random.Random, np.random.Generator, torch.Generator))
+
+
+def _state_of(generator: Any) -> Any:
+    """The state of a random generator that a module has for itself."""
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    return generator.get_state()
+
+
+def _differ(state: Any, other: Any) -> bool:
+    if isinstance(state, Tensor):
+        return not torch.equal(state, other)
+    return bool(state != other)
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    else:
+        generator.set_state(state)
 
 
 def _no_trace(network: nn.Module, tracer: Tracer, error: Exception, mode: str) -> str:
@@ -257,6 +299,43 @@ def _user_line(error: BaseException) -> str:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _is_in_checkpoint() -> bool:
+    """Whether ``torch.utils.checkpoint`` runs the code, which switches gradients off by itself."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return True
+        frame = frame.f_back
+    return False
+
+
+@contextmanager
+def _in_mode(network: nn.Module, training: bool) -> Iterator[None]:
+    network.train(training)
+    yield
+
+
+@contextmanager
+def _gradients_recorded(tracer: Tracer) -> Iterator[None]:
+    """Lets each ``torch.autograd.Function`` be one node, which keeps its own gradient."""
+    original: Any = vars(torch.autograd.Function)["apply"]
+
+    def apply(kind: Any, *args: Any, **kwargs: Any) -> Any:
+        # A checkpoint only decides what is kept for the backward pass, and is followed.
+        is_checkpoint = kind.__module__ == "torch.utils.checkpoint"
+        leaves = tree_leaves((args, kwargs))
+        if any(isinstance(leaf, fx.Proxy) for leaf in leaves) and not is_checkpoint:
+            return tracer.create_proxy("call_function", kind.apply, args, kwargs)
+        return original.__get__(None, kind)(*args, **kwargs)
+
+    function: Any = torch.autograd.Function
+    function.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        function.apply = original
 
 
 @contextmanager
@@ -341,9 +420,9 @@ def _own(network: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _contents(module: nn.Module) -> dict[str, Any]:
-    """Copies of the lists and sets among a module's own attributes."""
+    """Copies of the containers among a module's own attributes."""
     return {
         name: copy.copy(value)
         for name, value in vars(module).items()
-        if isinstance(value, (list, set)) and not name.startswith("_")
+        if isinstance(value, (list, set, dict, deque)) and not name.startswith("_")
     }

@@ -19,6 +19,10 @@ EVALUATION, TRAINING = "evaluation", "training"
 MODE, FOLLOWS_MODE, OWNER = "qat_tricks.mode", "qat_tricks.follows_mode", "qat_tricks.owner"
 
 
+# A key in a node's meta: it was computed under ``torch.no_grad()``.
+NO_GRAD = "qat_tricks.no_grad"
+
+
 def by_mode(evaluation: Any, training: Any) -> Any:
     """Marks in a graph where the two modes meet; a graph of one mode has none."""
     return evaluation
@@ -43,6 +47,9 @@ def merge(evaluation: fx.Graph, training: fx.Graph) -> None:
     for other in others:
         if other in partner:
             image[other] = last = partner[other]
+            # Gradients are for training, so that mode tells where there are none.
+            last.meta.pop(NO_GRAD, None)
+            last.meta.update({NO_GRAD: True} if NO_GRAD in other.meta else {})
             merged.read_both(last, other, image)
             continue
         # Behind the node before it, so that the order of effects and of random numbers stays.
@@ -182,7 +189,12 @@ def split_by_training(traced: fx.GraphModule) -> None:
 
 def acts_on_mode(graph: fx.Graph) -> bool:
     """Whether a graph computes one thing in evaluation and another in training."""
-    return any(node.target is by_mode for node in graph.nodes)
+    return any(node.target is by_mode or MODE in node.meta for node in graph.nodes)
+
+
+def yields_by_mode(graph: fx.Graph) -> bool:
+    """Whether a network's outputs are others in training, and not only their values."""
+    return any(node.target is by_mode for node in graph.output_node().all_input_nodes)
 
 
 def only_in(graph: fx.Graph, mode: str) -> set[fx.Node]:

@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.inputs import Replayed, call_network, first_images, input_names, inputs_of
+from qat_tricks.graph.layers import activation_quantizers
 from qat_tricks.graph.traceable import check_traceable, copy_of
 from qat_tricks.graph.unwrap import unwrapped
 from qat_tricks.graph.workbench import Workbench
@@ -46,13 +47,19 @@ def quantize(
     # Tracing shares parameters with the network that it traces, and tricks change them.
     net = unwrapped(net)
     check_traceable(net, loaded.untraced)  # what cannot be traced can often not be copied
-    float_copy = copy_of(net).eval()
+    if activation_quantizers(net):
+        raise QatTricksError(
+            f"{type(net).__name__} is quantized already: give the float network that it came from"
+        )
+    float_copy = copy_of(net)
+    float_copy.eval()  # a network's own may return nothing
     work = Workbench(
         float_copy, lambda num_images: _taken_by(float_copy, batches), untraced=loaded.untraced
     )
     for stage in loaded.stages:
         stage.apply(work)
-    return work.network.eval()
+    work.network.eval()
+    return work.network
 
 
 def _taken_by(network: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:

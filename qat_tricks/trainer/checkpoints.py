@@ -98,8 +98,10 @@ def load_from_checkpoint(
         name = find_network(module, saved["network"])
         network = rebuild(module.get_submodule(name), saved["spec"])
         attach_workbench(module, Workbench(network), name)
+    module.on_load_checkpoint(checkpoint)
     load_state(module, checkpoint, path, strict=strict)
-    return module.eval()
+    module.eval()
+    return module
 
 
 def load_state(

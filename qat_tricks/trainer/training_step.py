@@ -117,7 +117,7 @@ def _hooks(network: nn.Module, seen: _Seen) -> Iterator[None]:
             raise _SeenError
 
     handles = [
-        network.register_forward_pre_hook(see, with_kwargs=True),
+        network.register_forward_pre_hook(see, with_kwargs=True, prepend=True),
         register_module_forward_pre_hook(see_part),
     ]
     try:

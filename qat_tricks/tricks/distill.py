@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat_tricks.errors import QatTricksError
+from qat_tricks.graph.two_modes import yields_by_mode
 from qat_tricks.graph.workbench import logits_of
 from qat_tricks.trainer.module import workbench_of
 from qat_tricks.trainer.schedule import check_fraction
@@ -48,6 +49,16 @@ def _of_classes(logits: Tensor) -> Tensor:
     # The softmax of 0 and z is 1 - sigmoid(z) and sigmoid(z).
     one = logits.flatten()
     return torch.stack([torch.zeros_like(one), one], 1)
+
+
+def _yield_as_in_training(teacher: nn.Module) -> None:
+    """Lets ``teacher`` yield what it yields in training, such as logits and no probabilities.
+
+    Its code sees training mode. Its innermost modules, such as BatchNorms and dropout, stay in
+    evaluation.
+    """
+    for module in teacher.modules():
+        module.training = any(True for _ in module.children())
 
 
 class _Step:
@@ -123,7 +134,10 @@ class Distill(Trick):
         # A resumed run goes on with the teacher of the run before.
         if self._teacher_state is not None:
             work.teacher.load_state_dict(self._teacher_state)
-        work.teacher.to(pl_module.device).eval().requires_grad_(False)
+        work.teacher.to(pl_module.device).requires_grad_(False)
+        work.teacher.eval()
+        if yields_by_mode(work.network.graph):
+            _yield_as_in_training(work.teacher)
         self._teacher_state = work.teacher.state_dict()
         pl_module.training_step = _Step(self, pl_module)  # type: ignore[method-assign]
 

@@ -23,6 +23,7 @@ from qat_tricks.graph.layers import Layer, activation_quantizers, layers
 from qat_tricks.graph.near_ties import avoid_rounding_ties
 from qat_tricks.graph.spec import QUANTIZERS, spec_of
 from qat_tricks.graph.trace import module_of
+from qat_tricks.graph.two_modes import EVALUATION, only_in
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.numerics import ActivationQuantizer
 from qat_tricks.trainer.framework import package_of
@@ -56,7 +57,7 @@ def learn_scales(traced: fx.GraphModule) -> list[nn.Parameter]:
         and node.all_input_nodes
         and node.all_input_nodes[0].op == "placeholder"
     }
-    stay = of_inputs | _of_frozen_parts(traced)
+    stay = of_inputs | _of_frozen_parts(traced) | _of_evaluation_only(traced)
     for name, quantizer in quantizers.items():
         if name not in stay:
             spec["activations"][name.removeprefix(f"{QUANTIZERS}.")]["learned"] = True
@@ -100,6 +101,14 @@ def _sources_train(quantizer: fx.Node, traced: fx.GraphModule) -> list[bool]:
         else:
             left += node.all_input_nodes
     return found
+
+
+def _of_evaluation_only(traced: fx.GraphModule) -> set[str]:
+    """The quantizers that training does not pass, whose scales would get no gradient."""
+    absent = only_in(traced.graph, EVALUATION)
+    return {str(node.target) for node in absent} - {
+        str(node.target) for node in traced.graph.nodes if node not in absent
+    }
 
 
 def give_scales_own_group(

@@ -133,7 +133,9 @@ def test_all_spellings_of_an_operation_have_one_entry(module, function, name):
     entries = []
     for spelling in (Spelled(module), Spelled(function)):
         traced = trace(spelling)
-        (call,) = (node for node in traced.graph.nodes if node.op.startswith("call_"))
+        # A function in place works on a copy of the network's input.
+        calls = [node for node in traced.graph.nodes if node.op.startswith("call_")]
+        (call,) = (node for node in calls if node.target != "clone")
         entries.append(n.operation_of(call, traced))
     assert entries[0] is entries[1]
     assert entries[0].name == name

@@ -1,11 +1,15 @@
 """Following code leaves the network, its surroundings and the random generators as they were."""
 
+import copy
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+import qat_tricks
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import trace
 from qat_tricks.graph.random_state import has_moved, random_state
@@ -116,3 +120,206 @@ def test_frames_of_the_users_code_own_their_nodes():
     net = nn.Sequential(Base())
     graph = follow(net, Tracer(), training=False).graph
     assert {node.meta["qat_tricks.owner"] for node in graph.nodes if node.target == "mean"} == {"0"}
+
+
+class Swish(torch.autograd.Function):
+    """A function with a gradient of its own, ten times that of what it computes."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 10 * grad * torch.sigmoid(x)
+
+
+class OwnGradient(Base):
+    def forward(self, x):
+        return self.fc(Swish.apply(self.features(x)))
+
+
+class GradByMode(Base):
+    def forward(self, x):
+        with torch.set_grad_enabled(self.training):
+            features = self.features(x)
+        return self.fc(features)
+
+
+class Checkpointed(Base):
+    def forward(self, x):
+        return self.fc(checkpoint(self.features, x, use_reentrant=True))
+
+
+class ScaledInPlace(Base):
+    def forward(self, x):
+        features = self.features(x)
+        with torch.no_grad():
+            features.mul_(10.0)
+        return self.fc(features)
+
+
+class Masked(Base):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.ones(5, 8).tril())
+
+    def forward(self, x):
+        return nn.functional.linear(self.features(x), self.fc.weight * self.mask, self.fc.bias)
+
+
+class DetachedHead(Base):
+    def forward(self, x):
+        return nn.functional.linear(self.features(x), self.fc.weight.detach(), self.fc.bias)
+
+
+class Adapted(Base):
+    """A frozen weight, and a trained change of low rank."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc.weight.requires_grad_(False)
+        self.a, self.b = nn.Parameter(torch.randn(5, 2)), nn.Parameter(torch.randn(2, 8))
+
+    def forward(self, x):
+        return nn.functional.linear(self.features(x), self.fc.weight + self.a @ self.b)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [OwnGradient, GradByMode, Checkpointed, ScaledInPlace, Masked, DetachedHead, Adapted],
+)
+def test_gradients_are_those_of_the_users_network(kind):
+    torch.manual_seed(0)
+    net = kind().train()
+    traced = trace(copy.deepcopy(net)).train()
+    for network in (net, traced):
+        network(torch.ones(4, 3, 8, 8, requires_grad=True)).square().sum().backward()
+    expected = {name: p.grad for name, p in net.named_parameters()}
+    given = {name: p.grad for name, p in traced.named_parameters()}
+    assert given.keys() == expected.keys()
+    for name, grad in expected.items():
+        assert (grad is None) == (given[name] is None), name
+        if grad is not None:
+            torch.testing.assert_close(given[name], grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+class MovingMean(Base):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x):
+        features = self.features(x)
+        if self.training:
+            with torch.no_grad():
+                self.mean.copy_(torch.lerp(self.mean, features.mean(0), 0.1))
+        return self.fc(features)
+
+
+def test_what_training_writes_evaluation_leaves_alone():
+    torch.manual_seed(0)
+    net, x = MovingMean(), torch.randn(4, 3, 8, 8)
+    traced = trace(copy.deepcopy(net))
+    traced.eval()(x)
+    assert float(traced.mean.abs().sum()) == 0
+    for network in (net, traced):
+        network.train()(x)
+    assert torch.equal(traced.mean, net.mean)
+    assert not traced.mean.requires_grad
+
+
+class Normalizing(Base):
+    def forward(self, x):
+        with torch.no_grad():
+            self.fc.weight.copy_(nn.functional.normalize(self.fc.weight, dim=1))
+        return self.fc(self.features(x))
+
+
+class Clamping(Base):
+    def forward(self, x):
+        self.fc.weight.data.clamp_(-1, 1)
+        return self.fc(self.features(x))
+
+
+@pytest.mark.parametrize("kind", [Normalizing, Clamping])
+def test_a_parameter_that_forward_changes_is_refused(kind):
+    with pytest.raises(QatTricksError, match=r'changes its parameter "fc\.weight" in place'):
+        trace(kind())
+
+
+class InPlaceInput(Base):
+    def forward(self, x):
+        x.sub_(0.5)
+        x /= 2
+        return self.fc(self.features(x))
+
+
+def test_an_input_that_forward_changes_is_changed_in_a_copy():
+    net, x = InPlaceInput().eval(), torch.randn(4, 3, 8, 8)
+    expected = net(x.clone())
+    before = x.clone()
+    torch.testing.assert_close(trace(net)(x), expected)
+    assert torch.equal(x, before)
+
+
+class OwnGenerator(Base):
+    def __init__(self, make):
+        super().__init__()
+        self.generator = make()
+
+    def forward(self, x):
+        draw = getattr(self.generator, "random", None) or (
+            lambda: float(torch.empty(1).uniform_(generator=self.generator))
+        )
+        return self.fc(self.features(x)) * draw()
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: random.Random(0), lambda: np.random.default_rng(0), torch.Generator]
+)
+def test_a_random_generator_of_its_own_is_refused_and_left_as_it_was(make):
+    net, untouched = OwnGenerator(make), OwnGenerator(make)
+    with pytest.raises(QatTricksError, match="draws a random number"):
+        trace(net)
+    x = torch.randn(2, 3, 8, 8)
+    net.load_state_dict(untouched.state_dict())
+    assert torch.equal(net.eval()(x), untouched.eval()(x))
+
+
+def test_containers_that_code_fills_are_put_back():
+    class Caching(Base):
+        def __init__(self):
+            super().__init__()
+            self.cache = {}
+
+        def forward(self, x):
+            self.cache["features"] = self.features(x)
+            return self.fc(self.cache["features"])
+
+    net = Caching()
+    with pytest.warns(UserWarning, match="sets cache while it computes"):
+        traced = trace(net)
+    assert net.cache == traced.cache == {}
+
+
+def test_an_input_by_name_only_and_nodes_of_a_modules_names():
+    class ByName(Base):
+        def forward(self, *, x):
+            return self.fc(self.features(x.to(torch.float32)))
+
+    quantized = qat_tricks.quantize(ByName(), [torch.randn(8, 3, 8, 8)])
+    assert quantized(torch.randn(2, 3, 8, 8)).shape == (2, 5)
+
+
+def test_a_sum_of_truth_values_counts_them():
+    class Votes(Base):
+        def forward(self, x):
+            features = self.features(x)
+            return sum(head(features) > 0 for head in (self.fc, self.other))
+
+    torch.manual_seed(0)
+    net, x = Votes().eval(), torch.randn(4, 3, 8, 8)
+    assert torch.equal(trace(net)(x), net(x))
