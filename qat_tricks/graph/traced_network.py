@@ -101,6 +101,25 @@ def adopt(network: nn.Module, graph: fx.Graph) -> TracedNetwork:
     return traced
 
 
+def become(network: nn.Module, traced: TracedNetwork) -> TracedNetwork:
+    """Makes the user's own object the traced network; returns that object.
+
+    So every reference to it goes on being right: a variable, a list, another attribute.
+
+    Args:
+        network: the object that was traced, or rebuilt.
+        traced: what came of it; it shares everything with ``network`` from then on.
+    """
+    if network is traced or isinstance(network, TracedNetwork):
+        return traced
+    state = vars(traced)
+    network.__class__ = type(traced)
+    object.__setattr__(network, "__dict__", state)
+    own: Any = network
+    own.graph.owning_module = own
+    return own
+
+
 def _without_parts(state: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in state.items() if not isinstance(value, nn.Module)}
 

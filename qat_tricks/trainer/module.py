@@ -9,6 +9,7 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.layers import is_layer
 from qat_tricks.graph.random_state import random_state
 from qat_tricks.graph.spec import spec_of
+from qat_tricks.graph.traced_network import become
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.trainer.own_hooks import keep_network
 
@@ -63,6 +64,8 @@ def find_network(pl_module: nn.Module, name: str | None = None) -> str:
 def attach_workbench(pl_module: "LightningModule", work: Workbench, name: str) -> Workbench:
     """Puts the network of ``work`` into ``pl_module`` as submodule ``name``; returns ``work``."""
     work.network_name = name
+    # A network held by a second name, or by the user, would otherwise stay behind in float.
+    work.network = become(pl_module.get_submodule(name), work.network)
     pl_module.set_submodule(name, work.network)
     keep_network(pl_module, name, work.network)
     setattr(pl_module, _ATTRIBUTE, work)

@@ -1,6 +1,7 @@
 """The network in a LightningModule: found, or named where there are several."""
 
 import pytest
+import torch
 from torch import nn
 
 import qat_tricks
@@ -16,6 +17,7 @@ from qat_tricks.trainer.module import (
     workbench_of,
 )
 from tests.helpers.lit import Data, Lit, trainer
+from tests.helpers.nets import images
 
 
 class Two(Lit):
@@ -61,3 +63,12 @@ def test_a_network_under_work_is_in_its_place_and_described_in_a_checkpoint():
     work.applied.append("distill")
     assert saved["applied"] == ["prune"]  # as it was when it was saved
     assert spec_of(lit.backbone)["applied"] == ["prune", "distill"]
+
+
+def test_the_users_own_object_is_the_quantized_network():
+    lit = Lit()
+    lit.alias, held = lit.backbone, [lit.backbone]
+    trainer(qat_tricks.recipe("int8_qat"), max_epochs=1).fit(lit.train(), datamodule=Data())
+    assert lit.alias is lit.backbone is held[0] is workbench_of(lit).network
+    assert torch.equal(held[0].eval()(images()), lit.backbone(images()))
+    assert not [key for key in lit.state_dict() if "bn" in key]

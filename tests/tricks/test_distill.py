@@ -1,4 +1,5 @@
 import copy
+import sys
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from torch.nn import functional as F
 
 import qat_tricks
 from qat_tricks.errors import QatTricksError
+from qat_tricks.trainer.module import workbench_of
 from qat_tricks.tricks import Distill, distill
 from tests.helpers.lightning import pl
 from tests.helpers.lit import Data, Lit, differences, loader, trainer
@@ -221,3 +223,33 @@ def test_a_network_of_one_logit_is_pulled_towards_the_float_one(flat):
     (pulled, loss), (left, none) = distance(1.0), distance(0.0)
     assert loss > 0 == none
     assert pulled < left
+
+
+class Probabilities(torch.nn.Module):
+    """Yields logits in training and probabilities in evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = small_net()
+        self.drop = torch.nn.Dropout(0.5)
+
+    def forward(self, x):
+        logits = self.net(self.drop(x))
+        return logits if self.training else logits.softmax(1)
+
+
+def test_the_teacher_yields_what_the_student_yields_in_training(monkeypatch):
+    compared = []
+
+    def listen(student, teacher, **settings):
+        compared.append((student.detach(), teacher))
+        return student.sum()
+
+    monkeypatch.setattr(sys.modules[Distill.__module__], "distill", listen)
+    lit = Lit()
+    lit.backbone = Probabilities()
+    trainer([Distill()], max_epochs=1, limit_train_batches=2).fit(lit.train(), datamodule=Data())
+    _, expected = compared[0]
+    assert float(expected.min()) < 0  # logits, and no probabilities
+    assert not workbench_of(lit).teacher.drop.training
+    assert workbench_of(lit).teacher.training
