@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import qat_tricks
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph import layers, spec_of
+from qat_tricks.graph import activation_quantizers, layers, spec_of
+from qat_tricks.graph.layers import LAYER_OF
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.trainer.module import (
     CHECKPOINT_KEY,
@@ -72,3 +74,29 @@ def test_the_users_own_object_is_the_quantized_network():
     assert lit.alias is lit.backbone is held[0] is workbench_of(lit).network
     assert torch.equal(held[0].eval()(images()), lit.backbone(images()))
     assert not [key for key in lit.state_dict() if "bn" in key]
+
+
+def test_masks_on_every_layer_are_taken_over_and_keep_their_zeros():
+    lit = Lit()
+    weights = [(m, "weight") for m in lit.backbone.modules() if type(m) in LAYER_OF]
+    prune.global_unstructured(weights, prune.L1Unstructured, amount=0.5)
+    zeros = {n: m.weight == 0 for n, m in lit.backbone.named_modules() if type(m) in LAYER_OF}
+    trainer(qat_tricks.recipe("int8_qat"), max_epochs=1).fit(lit.train(), datamodule=Data())
+    for name, layer in layers(lit.backbone).items():
+        assert bool((layer.effective_weight()[zeros[name]] == 0).all()), name
+
+
+def test_a_hook_that_prepares_the_input_is_calibrated_behind_it_once():
+    class Raw(Lit):
+        def training_step(self, batch, index):
+            return super().training_step((batch[0] * 0.02 + 20, batch[1]), index)
+
+    lit, plain = Raw(), Lit()  # whose own forward halves its input
+    lit.backbone.register_forward_pre_hook(lambda module, args: ((args[0] - 10) / 0.02,))
+    for module in (lit, plain):
+        trainer(qat_tricks.recipe("int8_ptq")).validate(module, Data(), verbose=False)
+    scale, expected = (
+        float(next(iter(activation_quantizers(module.backbone).values())).scale)
+        for module in (lit, plain)
+    )
+    assert scale == pytest.approx(expected, rel=1e-3)
