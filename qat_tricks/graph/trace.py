@@ -28,6 +28,7 @@ from qat_tricks.graph.traced_network import (
 from qat_tricks.graph.tracer import (
     Followed,
     Tracer,
+    buffers_read,
     defaults_of,
     follow,
     functions_of_mode,
@@ -117,6 +118,17 @@ def _both_modes(
     here = follow(network, tracer(), training=False)
     if not settings.training_mode:
         return here, None
+
+    def again() -> Followed:
+        return follow(network, tracer(), training=False)
+
+    for name in buffers_read(network, here.graph, again):
+        warnings.warn(
+            f'{type(network).__name__} reads the value of its buffer "{name}" as a number, which '
+            "is fixed from now on: a change of the buffer, also by a checkpoint, has no effect; "
+            "compute with the buffer as a tensor instead",
+            stacklevel=4,
+        )
     try:
         there = follow(network, tracer(), training=True)
     except QatTricksError as error:

@@ -22,12 +22,13 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import attention
 from qat_tricks.graph.modes import kept_modes
 from qat_tricks.graph.random_state import has_moved, random_state, restore_random_state
-from qat_tricks.graph.two_modes import NO_GRAD, OWNER
+from qat_tricks.graph.two_modes import NO_GRAD, OWNER, structure_of
 
 # Functions that make tensors of nothing but sizes: a tracer does not see them, for no input of
 # theirs is a tensor. Those that draw random numbers have to be called each time.
 _DRAWING = ("rand", "randn", "randint", "randperm")
 _MAKING = ("zeros", "ones", "full", "empty", "arange", "linspace")
+BATCHNORMS = (nn.modules.batchnorm._BatchNorm,)
 _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -212,6 +213,42 @@ def follow(network: nn.Module, tracer: Tracer, *, training: bool) -> Followed:
         follow(network, watching, training=training)
     _check_effects(network, tracer.draws, mode, draws=draws, buffers=changes.buffers)
     return Followed(graph, constants, changes.attributes)
+
+
+def buffers_read(
+    network: nn.Module, graph: fx.Graph, follow_again: Callable[[], Followed]
+) -> list[str]:
+    """The buffers whose values code reads as numbers: with others, the graph is another one.
+
+    Args:
+        network: the user's; its buffers stay as they are.
+        graph: traced from it.
+        follow_again: traces it once more.
+    """
+    norms = {id(b) for m in network.modules() if isinstance(m, BATCHNORMS) for b in m.buffers()}
+    names = {
+        name: buffer
+        for name, buffer in network.named_buffers()
+        if buffer.is_floating_point() and not buffer.is_meta and id(buffer) not in norms
+    }
+    expected = structure_of(graph)
+
+    def differs(buffers: Sequence[Tensor]) -> bool:
+        values = [buffer.clone() for buffer in buffers]
+        try:
+            for buffer in buffers:
+                buffer.add_(0.5)
+            return structure_of(follow_again().graph) != expected
+        except QatTricksError:  # a branch that these values take cannot be followed
+            return True
+        finally:
+            for buffer, before in zip(buffers, values, strict=True):
+                buffer.copy_(before)
+
+    with torch.no_grad():
+        if not names or not differs(list(names.values())):
+            return []
+        return [name for name, buffer in names.items() if differs([buffer])]
 
 
 def _check_effects(

@@ -131,6 +131,11 @@ def _key(node: fx.Node) -> Hashable:
     return node.op, target, _structure(node)
 
 
+def structure_of(graph: fx.Graph) -> list[Hashable]:
+    """What a graph computes, but for the values of its tensors."""
+    return [_key(node) for node in graph.nodes]
+
+
 def _structure(node: fx.Node) -> str:
     """A node's arguments as text, each tensor as a mark, and those left out that follow the mode.
 

@@ -323,3 +323,21 @@ def test_a_sum_of_truth_values_counts_them():
     torch.manual_seed(0)
     net, x = Votes().eval(), torch.randn(4, 3, 8, 8)
     assert torch.equal(trace(net)(x), net(x))
+
+
+class Tempered(Base):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("temperature", torch.tensor(1.0))
+        self.register_buffer("shift", torch.tensor(1.0))
+
+    def forward(self, x):
+        return self.fc(self.features(x) + self.shift) / self.temperature.item()
+
+
+def test_a_buffer_that_is_read_as_a_number_is_told(recwarn):
+    net = Tempered()
+    with pytest.warns(UserWarning, match='reads the value of its buffer "temperature"'):
+        trace(net)
+    assert not [w for w in recwarn if "shift" in str(w.message)]
+    assert float(net.temperature) == float(net.shift) == 1.0
