@@ -168,10 +168,15 @@ class Workbench:
             self.gate.enter(self.gate.measure(self.network, name))
             self._record()
 
-    def note_change(self, name: str) -> None:
-        """Measures a step that changes the network's function by design."""
+    def note_change(self, name: str, *, in_training: bool = True) -> None:
+        """Measures a step that changes the network's function by design.
+
+        Args:
+            name: of the step.
+            in_training: whether to measure training mode too.
+        """
         if self.gate is not None:
-            self.gate.note_change(name, self.network)
+            self.gate.note_change(name, self.network, in_training=in_training)
             self._record()
 
     def _record(self) -> None:

@@ -145,4 +145,4 @@ class CorrectBias(Trick):
     def apply(self, work: Workbench) -> None:
         """Corrects against the float reference that ``quantize`` kept."""
         correct_bias(work.network, work.reference, work.batches(self.num_images))
-        work.note_change("biases corrected")
+        work.note_change("biases corrected", in_training=False)

@@ -105,4 +105,4 @@ class CorrectWeights(Trick):
     def apply(self, work: Workbench) -> None:
         """Corrects every quantized layer of the network."""
         correct_weights(work.network)
-        work.note_change("weights corrected")
+        work.note_change("weights corrected", in_training=False)

@@ -464,8 +464,9 @@ class Equalize(Trick):
             absorb_biases(traced, [pairs[name] for name in names], ranges)
             return names
 
-        work.keep_function("equalized", scale)
-        if self.settings["absorb_bias"]:
+        if pairs:
+            work.keep_function("equalized", scale)
+        if pairs and self.settings["absorb_bias"]:
             work.keep_function("biases absorbed", absorb)
         if fill_caps(work.network, ranges):
             work.note_change("caps filled")

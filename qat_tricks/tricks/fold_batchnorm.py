@@ -13,6 +13,7 @@ from torch import fx
 
 from qat_tricks.graph.finite import check_finite
 from qat_tricks.graph.fold import batchnorms_to_convs, fold_batchnorm, needs_ranks
+from qat_tricks.graph.nodes import calls_batchnorm
 from qat_tricks.graph.ranks import note_ranks
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.trainer.trick import Trick
@@ -37,7 +38,8 @@ class FoldBatchnorm(Trick):
         if work.loader is not None and needs_ranks(work.network):
             note_ranks(work.network, work.batches(2)[0])
         work.keep_function("folded", _fold_all)
-        work.keep_function("BatchNorms made convs", batchnorms_to_convs)
+        if any(calls_batchnorm(node, work.network) for node in work.network.graph.nodes):
+            work.keep_function("BatchNorms made convs", batchnorms_to_convs)
 
 
 def _fold_all(traced: fx.GraphModule, skip: Sequence[str]) -> list[str]:
