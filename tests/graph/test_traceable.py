@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+from torchvision.ops import FrozenBatchNorm2d
 
 import qat_tricks
 from qat_tricks.errors import QatTricksError
@@ -120,3 +121,18 @@ def test_a_spec_from_before_has_one_mode_and_only_parts_in_use():
     settings = TraceSettings(splits_attention=False)
     assert TraceSettings.of_spec(settings.as_spec()) == settings
     assert spec_of(trace(Base(), settings=settings))["trace"]["splits_attention"] is False
+
+
+def test_frozen_batchnorms_of_torchvision_stay_frozen_and_exact():
+    torch.manual_seed(0)
+    net = Base()
+    net.bn = FrozenBatchNorm2d(8)
+    net.bn.running_var.uniform_(0.5, 2)
+    net.bn.weight.normal_()
+    x = torch.randn(4, 3, 8, 8)
+    traced = trace(copy_of(net))
+    for training in (False, True):
+        torch.testing.assert_close(traced.train(training)(x), net.train(training)(x))
+    traced.train()(x).sum().backward()
+    assert torch.equal(traced.bn.running_mean, net.bn.running_mean)
+    assert not any("bn" in name for name, p in traced.named_parameters() if p.grad is not None)
