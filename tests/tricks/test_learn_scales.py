@@ -171,3 +171,23 @@ def test_scales_learn():
     # the image's stays
     assert after["activation_quantizers.x"] == before["activation_quantizers.x"]
     assert sum(after[name] != before[name] for name in before) >= len(before) - 1
+
+
+class OnlyInEvaluation(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net, self.last = small_net(), torch.nn.Linear(10, 10)
+
+    def forward(self, x):
+        y = self.net(x)
+        return self.last(y) if self.training else self.last(y * 2 + y)
+
+
+def test_scales_that_training_does_not_pass_are_not_learned():
+    """Several processes would wait for their gradients."""
+    torch.manual_seed(0)
+    quantized = qat_tricks.quantize(OnlyInEvaluation(), [images(16)])
+    scales = learn_scales(quantized)
+    quantized.train()(images()).square().sum().backward()
+    assert len(scales) > 5
+    assert all(scale.grad is not None for scale in scales)
