@@ -24,6 +24,7 @@ from qat_tricks.graph.traced_network import (
     TracedNetwork,
     adopt,
     drop_unused,
+    order_by_use,
 )
 from qat_tricks.graph.tracer import (
     Followed,
@@ -158,6 +159,8 @@ def _prepare(
 ) -> None:
     """Brings a graph just traced into the form that tricks expect."""
     own = {name for name, _ in traced.named_modules()}
+    if not settings.keep_unused:
+        order_by_use(traced)
     _dropout_to_modules(traced, every=every)
     _erase_assertions(traced)
     _erase_identities(traced)

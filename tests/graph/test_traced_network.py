@@ -10,6 +10,7 @@ from torch import nn
 import qat_tricks
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import spec_of, trace
+from qat_tricks.graph.traceable import TraceSettings
 from qat_tricks.graph.traced_network import TracedNetwork, adopt, drop_unused
 from tests.helpers.nets import Block, Named, images
 
@@ -84,3 +85,31 @@ def test_older_checkpoints_have_only_parts_in_use():
     drop_unused(traced)
     assert not any(key.startswith("unused") for key in traced.state_dict())
     assert "unused.weight" in net.state_dict()
+
+
+def test_older_checkpoints_have_parameters_in_the_order_of_use():
+    class Reversed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+            self.last, self.blocks = nn.Linear(4, 2), nn.ModuleList([nn.Linear(4, 4), Inner()])
+
+        def forward(self, x):
+            for block in reversed(self.blocks):
+                x = block(x)
+            return self.last(x) * self.scale
+
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.second, self.first = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.second(self.first(x))
+
+    net = Reversed()
+    before = torch.fx.GraphModule(net, torch.fx.symbolic_trace(net).graph)
+    older = trace(net, settings=TraceSettings(training_mode=False, keep_unused=False))
+    assert [n for n, _ in older.named_parameters()] == [n for n, _ in before.named_parameters()]
+    assert list(trace(net).state_dict()) == list(net.state_dict())
+    assert next(iter(net.state_dict())) == "scale"
