@@ -141,7 +141,8 @@ class Gate:
             in_training: whether to measure training mode too, for steps that come after it.
         """
         outputs = _run(traced, self.inputs, frozen=in_training)
-        self.enter(replace(self._compare(outputs, traced, name), by_design=True))
+        step = replace(self._compare(outputs, traced, name), by_design=True)
+        self.enter(step if in_training else replace(step, training_db=None))
         self.reference = outputs
 
     def apply_kept(
