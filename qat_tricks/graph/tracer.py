@@ -2,7 +2,9 @@
 
 import copy
 import inspect
+import linecache
 import random
+import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -110,6 +112,17 @@ class Tracer(fx.Tracer):
         if off and not _is_in_checkpoint():
             node.meta[NO_GRAD] = True
         return node
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Takes an assertion as held, as it did for the network that the graph is compared with.
+
+        What else depends on a value cannot be followed (see ``torch.fx``).
+        """
+        caller = sys._getframe(1)
+        while caller.f_globals.get("__name__") == fx.proxy.__name__ and caller.f_back is not None:
+            caller = caller.f_back
+        line = linecache.getline(caller.f_code.co_filename, caller.f_lineno)
+        return True if line.strip().startswith("assert ") else super().to_bool(obj)
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None

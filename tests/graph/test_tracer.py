@@ -341,3 +341,27 @@ def test_a_buffer_that_is_read_as_a_number_is_told(recwarn):
         trace(net)
     assert not [w for w in recwarn if "shift" in str(w.message)]
     assert float(net.temperature) == float(net.shift) == 1.0
+
+
+class Asserting(Base):
+    def forward(self, x):
+        assert x.shape[1] == 3
+        assert x.dim() == 4, "images"
+        features = self.features(x)
+        assert features.shape[0] == x.shape[0]
+        return self.fc(features)
+
+
+class Branching(Base):
+    def forward(self, x):
+        if x.shape[1] == 3:
+            return self.fc(self.features(x))
+        return x
+
+
+def test_assertions_are_taken_as_held_and_branches_are_not():
+    net, x = Asserting().eval(), torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(trace(net)(x), net(x))
+    assert qat_tricks.quantize(net, [x])(x).shape == (2, 5)
+    with pytest.raises(QatTricksError, match="cannot be traced"):
+        trace(Branching())
