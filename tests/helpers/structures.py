@@ -714,3 +714,9 @@ STRUCTURES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         IMAGE,
     ),
 }  # fmt: skip
+
+
+def ratio(expected, found):
+    """The signal to noise ratio in dB."""
+    noise = (found - expected).double().square().mean()
+    return float(10 * torch.log10(expected.double().square().mean() / noise.clamp_min(1e-300)))
