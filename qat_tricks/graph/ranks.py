@@ -9,6 +9,7 @@ from qat_tricks.graph import nodes as n
 from qat_tricks.graph.inputs import Inputs, as_tensors, first_images
 from qat_tricks.graph.modes import evaluating
 from qat_tricks.graph.trace import module_of
+from qat_tricks.graph.two_modes import EvaluationInterpreter
 
 # The key in a node's meta under which ``note_ranks`` says how many dimensions its value has.
 RANK = "qat_tricks.rank"
@@ -62,7 +63,7 @@ def note_ranks(traced: fx.GraphModule, inputs: Inputs) -> fx.GraphModule:
     return traced
 
 
-class _Notes(fx.Interpreter):
+class _Notes(EvaluationInterpreter):
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if isinstance(result, Tensor):

@@ -6,6 +6,7 @@ from torch import nn
 
 from qat_tricks.graph import trace
 from qat_tricks.graph.ranks import RANK, note_ranks, rank_of
+from tests.helpers.modes import MovingMean
 from tests.helpers.structures import STRUCTURES, built, inputs
 
 
@@ -30,3 +31,10 @@ def test_a_linear_of_the_input_is_open_and_behind_images_is_not():
     assert rank_of(list(head.graph.nodes)[-2], head) == 2
     note_ranks(linear, torch.randn(2, 5, 3))
     assert rank_of(list(linear.graph.nodes)[-2], linear) == 3
+
+
+def test_what_training_alone_computes_does_not_run():
+    net, x = MovingMean(), torch.randn(2, 3, 8, 8)
+    traced = trace(net).eval()
+    note_ranks(traced, x)
+    assert float(traced.mean.abs().sum()) == 0

@@ -14,7 +14,7 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import trace
 from qat_tricks.graph.random_state import has_moved, random_state
 from qat_tricks.graph.tracer import Tracer, defaults_of, follow
-from tests.helpers.modes import Base, BatchwiseDepth, NoGrad, OptionalArguments
+from tests.helpers.modes import Base, BatchwiseDepth, MovingMean, NoGrad, OptionalArguments
 
 
 class DrawsInPython(Base):
@@ -204,19 +204,6 @@ def test_gradients_are_those_of_the_users_network(kind):
         assert (grad is None) == (given[name] is None), name
         if grad is not None:
             torch.testing.assert_close(given[name], grad, rtol=1e-4, atol=1e-5, msg=name)
-
-
-class MovingMean(Base):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(8))
-
-    def forward(self, x):
-        features = self.features(x)
-        if self.training:
-            with torch.no_grad():
-                self.mean.copy_(torch.lerp(self.mean, features.mean(0), 0.1))
-        return self.fc(features)
 
 
 def test_what_training_writes_evaluation_leaves_alone():

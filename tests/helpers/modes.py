@@ -106,4 +106,17 @@ class BatchwiseDepth(Base):
         return self.fc(features) + self.other(features)
 
 
+class MovingMean(Base):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x):
+        features = self.features(x)
+        if self.training:
+            with torch.no_grad():
+                self.mean.copy_(torch.lerp(self.mean, features.mean(0), 0.1))
+        return self.fc(features)
+
+
 MODAL = (SoftmaxInEvaluation, AuxiliaryHead, StochasticDepth, InlineNoise, EveryDropout, NoGrad)
