@@ -29,7 +29,7 @@ from qat_tricks.deploy.cost.coverage import integer_coverage
 from qat_tricks.deploy.cost.forecast import forecast_network
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.fold import fold_batchnorm
-from qat_tricks.graph.nodes import BATCHNORMS
+from qat_tricks.graph.layers import BATCHNORMS
 from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.trace import trace
 from qat_tricks.models.build import build_model

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.finite import check_finite
 from qat_tricks.graph.inputs import Inputs, call_network, first_images, map_tensors
+from qat_tricks.graph.layers import BATCHNORMS
 from qat_tricks.graph.modes import float_mode, kept_modes
 from qat_tricks.graph.random_state import kept_random_state, seed_all
 from qat_tricks.graph.traced_network import NO_TRAINING
@@ -29,7 +30,6 @@ GATE_IMAGES = 2
 # Right steps were measured at 84 dB and more in float32 (docs/results/equivalence.md), wrong ones
 # at 46 dB and less (the tests that switch a mend off).
 LEAST_DB = 70.0
-BATCHNORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph.nodes import BATCHNORMS
+from qat_tricks.graph.layers import BATCHNORMS
 from qat_tricks.numerics import ActivationQuantizer
 
 

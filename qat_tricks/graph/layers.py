@@ -13,6 +13,9 @@ from qat_tricks.numerics import ActivationQuantizer, WeightQuantizer
 from qat_tricks.numerics import integer_kernels as kernels
 from qat_tricks.numerics.fake_quantize import straight_through
 
+# 1d to 3d, synchronized, and Lightning's replacement of a synchronized one
+BATCHNORMS = (nn.modules.batchnorm._BatchNorm,)
+
 
 class Layer(nn.Module):
     """The common part of our convs and linears."""

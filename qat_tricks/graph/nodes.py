@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from qat_tricks.graph.integer_ops import Elementwise, Mean
-from qat_tricks.graph.layers import is_layer
+from qat_tricks.graph.layers import BATCHNORMS, is_layer
 from qat_tricks.graph.operations import (
     BITWISE,
     INDICES_SECOND,
@@ -27,8 +27,6 @@ from qat_tricks.graph.two_modes import TRAINING, only_in
 # The key in a node's meta under which ``note_integers`` says that it yields integers.
 INTEGERS = "qat_tricks.integers"
 _SIZES = {"size", "dim", "numel", "shape"}  # methods that yield no tensor
-# 1d to 3d, synchronized, and Lightning's replacement of a synchronized one
-BATCHNORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
 def operation_of(node: fx.Node, traced: fx.GraphModule) -> Operation:

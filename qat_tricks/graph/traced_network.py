@@ -90,7 +90,7 @@ def adopt(network: nn.Module, graph: fx.Graph) -> TracedNetwork:
     traced = object.__new__(_class_for(type(network)))
     called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     fx_state = {key: vars(plain)[key] for key in vars(plain).keys() - vars(nn.Module()).keys()}
-    vars(traced).update({**vars(_shell(network, "", called, {})), **_without_parts(fx_state)})
+    vars(traced).update({**vars(_shell(network, "", called, {})), **fx_state})
     vars(traced).pop("_compiled_call_impl", None)
     if isinstance(traced, nn.Sequential):
         vars(traced)["_layer_names"] = tuple(network._modules)
@@ -118,10 +118,6 @@ def become(network: nn.Module, traced: TracedNetwork) -> TracedNetwork:
     own: Any = network
     own.graph.owning_module = own
     return own
-
-
-def _without_parts(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in state.items() if not isinstance(value, nn.Module)}
 
 
 def _shell(module: nn.Module, path: str, called: set[str], done: dict[int, Any]) -> nn.Module:

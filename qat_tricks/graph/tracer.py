@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import attention
+from qat_tricks.graph.layers import BATCHNORMS
 from qat_tricks.graph.modes import kept_modes
 from qat_tricks.graph.random_state import has_moved, random_state, restore_random_state
 from qat_tricks.graph.two_modes import NO_GRAD, OWNER, structure_of
@@ -30,7 +31,6 @@ from qat_tricks.graph.two_modes import NO_GRAD, OWNER, structure_of
 # theirs is a tensor. Those that draw random numbers have to be called each time.
 _DRAWING = ("rand", "randn", "randint", "randperm")
 _MAKING = ("zeros", "ones", "full", "empty", "arange", "linspace")
-BATCHNORMS = (nn.modules.batchnorm._BatchNorm,)
 _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 

@@ -17,9 +17,7 @@ EVALUATION, TRAINING = "evaluation", "training"
 # Keys in a node's meta: the one mode it belongs to; whether its function has a ``training``
 # argument that is false in evaluation and true in training; the module whose code it comes from.
 MODE, FOLLOWS_MODE, OWNER = "qat_tricks.mode", "qat_tricks.follows_mode", "qat_tricks.owner"
-
-
-# A key in a node's meta: it was computed under ``torch.no_grad()``.
+# Another: it was computed under ``torch.no_grad()``.
 NO_GRAD = "qat_tricks.no_grad"
 
 

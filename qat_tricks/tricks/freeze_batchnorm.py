@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx, nn
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph.nodes import BATCHNORMS
+from qat_tricks.graph.layers import BATCHNORMS
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.trainer.module import workbench_of
 from qat_tricks.trainer.schedule import check_fraction, fit_progress

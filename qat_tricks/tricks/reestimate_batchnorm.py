@@ -13,8 +13,8 @@ from torch import fx
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.inputs import Inputs, call_network, check_batches
+from qat_tricks.graph.layers import BATCHNORMS
 from qat_tricks.graph.modes import evaluating
-from qat_tricks.graph.nodes import BATCHNORMS
 from qat_tricks.graph.trace import module_of
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.progress import track

@@ -4,7 +4,7 @@ import torch
 
 from qat_tricks.deploy.prepare import prepare_for_export
 from qat_tricks.graph import trace
-from qat_tricks.graph.nodes import BATCHNORMS
+from qat_tricks.graph.layers import BATCHNORMS
 from tests.helpers.nets import images, small_net
 
 

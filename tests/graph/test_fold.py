@@ -8,7 +8,7 @@ from torch import nn
 
 from qat_tricks.graph import layers, rebuild, spec_of, trace
 from qat_tricks.graph.fold import batchnorms_to_convs, fold_batchnorm
-from qat_tricks.graph.nodes import BATCHNORMS
+from qat_tricks.graph.layers import BATCHNORMS
 from qat_tricks.recipes.ptq import quantize
 from qat_tricks.tricks import prune
 from tests.helpers.nets import images, small_net

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from qat_tricks.graph import layers, spec_of, trace
-from qat_tricks.graph.nodes import BATCHNORMS
+from qat_tricks.graph.layers import BATCHNORMS
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.recipes.ptq import quantize
 from qat_tricks.tricks import FoldBatchnorm, fold_batchnorm, prune
