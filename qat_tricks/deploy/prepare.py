@@ -3,6 +3,7 @@
 from torch import fx
 
 from qat_tricks.graph.fold import fold_batchnorm
+from qat_tricks.graph.surgery import fold_restored
 from qat_tricks.graph.two_modes import EVALUATION, acts_on_mode, graph_in
 
 
@@ -14,4 +15,5 @@ def prepare_for_export(traced: fx.GraphModule) -> None:
     """
     if acts_on_mode(traced.graph):
         traced.graph = graph_in(traced.graph, EVALUATION)
+    fold_restored(traced)
     fold_batchnorm(traced)

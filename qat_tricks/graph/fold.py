@@ -16,7 +16,12 @@ from qat_tricks.graph import nodes as n
 from qat_tricks.graph.foldable import MATRIX, folds_into, is_supposed_matrix
 from qat_tricks.graph.layers import Layer
 from qat_tricks.graph.spec import spec_of
-from qat_tricks.graph.surgery import batchnorm_to_conv, erase_batchnorm, give_bias
+from qat_tricks.graph.surgery import (
+    batchnorm_to_conv,
+    erase_batchnorm,
+    give_bias,
+    note_folded,
+)
 from qat_tricks.graph.trace import layer_at, module_of
 
 
@@ -49,6 +54,9 @@ def fold_batchnorm(traced: fx.GraphModule, skip: Sequence[str] = ()) -> list[tup
     begins: dict[str, int] = {}  # the first channel of each BatchNorm that is not folded yet
     for layer_name, name in pairs:
         layer, batchnorm = layer_at(traced, layer_name), layer_at(traced, name)
+        norms = layer.weight.detach().flatten(1).norm(dim=1)
+        is_frozen = traced.training and not batchnorm.training
+        note_folded(layer, batchnorm, norms=norms, is_frozen=is_frozen)
         give_bias(layer, batchnorm)
         # Behind a concat, each layer has its own part of the BatchNorm's channels, in order.
         begin = begins.get(name, 0)

@@ -14,7 +14,7 @@ from qat_tricks.graph.fingerprint import CODE, has_changed
 from qat_tricks.graph.functional import call_instead, install
 from qat_tricks.graph.grids import grid_of, input_grid_of, output_grid_of
 from qat_tricks.graph.integer_ops import Kernel, Mean
-from qat_tricks.graph.layers import Layer, as_layer
+from qat_tricks.graph.layers import Folded, Layer, as_layer, layers
 from qat_tricks.graph.spec import KERNELS, QUANTIZERS, spec_of
 from qat_tricks.graph.trace import replace_with_module, trace
 from qat_tricks.graph.traceable import TraceSettings
@@ -58,6 +58,7 @@ def rebuild(network: nn.Module, spec: dict[str, Any]) -> fx.GraphModule:
     # In the order in which the tricks worked: each step finds the names that the last one left.
     folded = spec.get("folded", [])
     for layer, batchnorm in folded:
+        note_folded(traced.get_submodule(layer), traced.get_submodule(batchnorm))
         give_bias(traced.get_submodule(layer), traced.get_submodule(batchnorm))
     for batchnorm in dict.fromkeys(batchnorm for _, batchnorm in folded):
         erase_batchnorm(traced, batchnorm)
@@ -68,6 +69,8 @@ def rebuild(network: nn.Module, spec: dict[str, Any]) -> fx.GraphModule:
         layer_module = as_layer(traced.get_submodule(name))
         if entry.get("mask"):
             layer_module.weight_mask = torch.ones_like(layer_module.weight)
+        if "batchnorm" in entry:
+            give_batchnorm(layer_module, **entry["batchnorm"])
     insert_quantizers(traced)
     return traced
 
@@ -108,6 +111,60 @@ def give_bias(layer: nn.Module, batchnorm: Any = None) -> None:
     layer.bias.requires_grad_(trains)
 
 
+def note_folded(
+    layer: nn.Module, batchnorm: Any, *, norms: torch.Tensor | None = None, is_frozen: bool = False
+) -> None:
+    """Notes on a conv or linear what ``restore_batchnorm`` asks of the BatchNorm folded into it.
+
+    Args:
+        layer: a conv or linear.
+        batchnorm: that is about to be folded into it.
+        norms: see ``Folded``.
+        is_frozen: see ``Folded``.
+    """
+    layer.folded = Folded(  # type: ignore[assignment]
+        eps=batchnorm.eps,
+        momentum=batchnorm.momentum,
+        # One without factors has nothing to train.
+        weight_trains=batchnorm.weight is not None and batchnorm.weight.requires_grad,
+        bias_trains=batchnorm.bias is not None and batchnorm.bias.requires_grad,
+        is_frozen=is_frozen,
+        norms=norms,
+    )
+
+
+_BATCHNORM_OF: Mapping[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: nn.BatchNorm1d,
+    nn.Conv2d: nn.BatchNorm2d,
+    nn.Conv3d: nn.BatchNorm3d,
+    nn.Linear: nn.BatchNorm1d,
+}
+
+
+def give_batchnorm(layer: Layer, *, eps: float, momentum: float | None) -> Any:
+    """Gives ``layer`` a BatchNorm of its own, in the place of its bias; the caller sets its values.
+
+    What the user froze stays frozen.
+    """
+    kind = next(of for base, of in _BATCHNORM_OF.items() if isinstance(layer, base))
+    norm: Any = kind(layer.weight.shape[0], eps=eps, momentum=momentum)
+    norm.to(device=layer.weight.device, dtype=layer.weight.dtype).train(layer.training)
+    trains = layer.weight.requires_grad
+    norm.weight.requires_grad_(trains if layer.folded is None else layer.folded.weight_trains)
+    norm.bias.requires_grad_(trains if layer.folded is None else layer.folded.bias_trains)
+    layer.batchnorm, layer.bias = norm, None
+    return norm
+
+
+def fold_restored(traced: fx.GraphModule) -> None:
+    """Folds the BatchNorms that layers of ``traced`` have of their own, for good."""
+    entries = spec_of(traced).get("layers", {})
+    for name, layer in layers(traced).items():
+        if layer.batchnorm is not None:
+            layer.fold_batchnorm()
+            entries[name].pop("batchnorm")
+
+
 def erase_batchnorm(traced: fx.GraphModule, batchnorm: str) -> None:
     """Takes a BatchNorm out of the graph; the caller folds its values and recompiles.
 
@@ -139,6 +196,8 @@ def batchnorm_to_conv(traced: fx.GraphModule, name: str) -> nn.Conv2d:
         device=of_statistics.device,
         dtype=of_statistics.dtype,
     )
+    is_frozen = traced.training and not batchnorm.training
+    note_folded(conv, batchnorm, norms=torch.ones_like(of_statistics), is_frozen=is_frozen)
     if batchnorm.affine:
         # An optimizer that holds the BatchNorm's parameters goes on training the conv's.
         batchnorm.weight.data = batchnorm.weight.data.view(conv.weight.shape)
