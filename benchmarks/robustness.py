@@ -100,7 +100,7 @@ class InvertedResidual(nn.Module):
 
 
 class Residual(nn.Module):
-    """A stem, six blocks in three stages, a pool and a linear."""
+    """A stem, three blocks, a pool and a linear."""
 
     def __init__(self, block: Callable[[int, int, int], nn.Module], *, preact: bool) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class Residual(nn.Module):
         if not preact:
             stem += [nn.BatchNorm2d(12), nn.ReLU()]
         self.stem = nn.Sequential(*stem)
-        widths = [(12, 12, 1), (12, 12, 1), (12, 24, 2), (24, 24, 1), (24, 48, 2), (48, 48, 1)]
+        widths = [(12, 12, 1), (12, 24, 2), (24, 48, 2)]
         self.blocks = nn.Sequential(*(block(*width) for width in widths))
         self.last = nn.BatchNorm2d(48) if preact else None
         self.fc = nn.Linear(48, 10)
@@ -229,7 +229,7 @@ def train_base(network: str, seed: int, folder: str, device: str) -> None:
     torch.save(module.net.state_dict(), Path(folder) / f"{network}_{seed}.pt")
 
 
-def run(cell: Cell, folder: str, epochs: int, device: str) -> dict[str, Any]:
+def run(cell: Cell, folder: str, epochs: int, device: str, export: bool) -> dict[str, Any]:
     """Fine-tunes; returns the accuracy on the test images, and how the file compares."""
     _quiet()
     train, test = data()
@@ -245,7 +245,7 @@ def run(cell: Cell, folder: str, epochs: int, device: str) -> dict[str, Any]:
         images, labels = test.tensors
         with torch.no_grad():
             result["accuracy"] = float((module(images).argmax(1) == labels).double().mean())
-        if cell.recipe != FLOAT:
+        if cell.recipe != FLOAT and export:
             path = Path(folder) / f"{abs(hash(cell))}.onnx"
             parity = qat_tricks.export_onnx(module.net, path, images[:8], images=[images])
             result |= {
@@ -292,9 +292,8 @@ def run_all(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         ]
         for base in track(bases, "train in float"):
             base.result()
-        fits = [
-            pool.submit(run, cell, folder, args.epochs, args.device) for cell in all_cells(args)
-        ]
+        arguments = (folder, args.epochs, args.device, args.export)
+        fits = [pool.submit(run, cell, *arguments) for cell in all_cells(args)]
         for fit in track(as_completed(fits), "fine-tune", total=len(fits)):
             yield fit.result()
 
@@ -341,11 +340,14 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--no-export", dest="export", action="store_false")
     parser.add_argument("--json", type=Path, help="file for the single results")
     args = parser.parse_args()
-    results = list(run_all(args))
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    results = []
+    for result in run_all(args):
+        results.append(result)
+        if args.json:  # as it grows, so that an interrupted run leaves its results
+            args.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
     report = Report(
         "Fine-tuning at ordinary learning rates",
         [

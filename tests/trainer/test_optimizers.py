@@ -234,7 +234,14 @@ def test_accumulated_batches_move_scales_as_one_large_batch():
     def end(batch_size, accumulate):
         lit = Any(lambda lit: SGD(lit.parameters(), lr=0.01)).train()
         lit.backbone.dropout.p = 0.0
-        recipe = qat_tricks.recipe("int8_qat", ["stages.ptq.tricks.calibrate.num_images=64"])
+        recipe = qat_tricks.recipe(
+            "int8_qat",
+            [
+                "stages.ptq.tricks.calibrate.num_images=64",
+                # A BatchNorm sees each batch by itself.
+                "~stages.qat.tricks.restore_batchnorm",
+            ],
+        )
         run = trainer(recipe, max_steps=1, max_epochs=1, accumulate_grad_batches=accumulate)
         start = {}
 
