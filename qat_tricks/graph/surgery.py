@@ -64,6 +64,8 @@ def rebuild(network: nn.Module, spec: dict[str, Any]) -> fx.GraphModule:
         erase_batchnorm(traced, batchnorm)
     for batchnorm in spec.get("convs", []):
         batchnorm_to_conv(traced, batchnorm)
+    for layer, batchnorm in spec.get("attached", []):
+        attach_batchnorm(traced, layer, batchnorm)
     uncap(traced, spec.get("uncapped", []))
     for name, entry in spec.get("layers", {}).items():
         layer_module = as_layer(traced.get_submodule(name))
@@ -80,7 +82,8 @@ def _missing_names(traced: fx.GraphModule, spec: Mapping[str, Any]) -> list[str]
     nodes = {node.name for node in traced.graph.nodes}
     modules = {name for name, _ in traced.named_modules()}
     quantized = [name for entry in spec.get("activations", {}).values() for name in entry["nodes"]]
-    submodules = [name for pair in spec.get("folded", []) for name in pair]
+    pairs = [*spec.get("folded", []), *spec.get("attached", [])]
+    submodules = [name for pair in pairs for name in pair]
     submodules += [*spec.get("convs", []), *spec.get("layers", {})]
     return [name for name in quantized if name not in nodes] + [
         name for name in submodules if name not in modules
@@ -156,13 +159,35 @@ def give_batchnorm(layer: Layer, *, eps: float, momentum: float | None) -> Any:
     return norm
 
 
-def fold_restored(traced: fx.GraphModule) -> None:
-    """Folds the BatchNorms that layers of ``traced`` have of their own, for good."""
-    entries = spec_of(traced).get("layers", {})
+def attach_batchnorm(traced: fx.GraphModule, layer: str, batchnorm: str) -> None:
+    """Makes a BatchNorm of the graph the own one of the layer before it; the caller recompiles."""
+    as_layer(traced.get_submodule(layer)).batchnorm = traced.get_submodule(batchnorm)
+    erase_batchnorm(traced, batchnorm)
+
+
+def fold_own_batchnorms(traced: fx.GraphModule, skip: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """Folds the BatchNorms that layers of ``traced`` have of their own, for good.
+
+    Args:
+        traced: the network, changed in place.
+        skip: names of attached BatchNorms that stay.
+
+    Returns:
+        The pairs ``(layer, batchnorm)`` of those that were attached.
+    """
+    spec = spec_of(traced)
+    attached = [(layer, batchnorm) for layer, batchnorm in spec.get("attached", [])]
+    stay = {layer for layer, batchnorm in attached if batchnorm in skip}
     for name, layer in layers(traced).items():
-        if layer.batchnorm is not None:
+        if layer.batchnorm is not None and name not in stay:
             layer.fold_batchnorm()
-            entries[name].pop("batchnorm")
+            spec.get("layers", {}).get(name, {}).pop("batchnorm", None)
+    if attached:
+        spec["attached"] = [list(pair) for pair in attached if pair[0] in stay]
+    pairs = [pair for pair in attached if pair[0] not in stay]
+    if pairs:
+        spec.setdefault("folded", []).extend([list(pair) for pair in pairs])
+    return pairs
 
 
 def erase_batchnorm(traced: fx.GraphModule, batchnorm: str) -> None:
