@@ -22,9 +22,11 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.calls_beside import (
     RefusedSequential,
     guarded_method,
+    is_stand_in,
     refuse_calls_beside,
     shallow_copy,
 )
+from qat_tricks.graph.outside import OUTSIDE, has_steps, outside
 from qat_tricks.graph.two_modes import EVALUATION, OWNER, TRAINING, acts_on_mode, by_mode, graph_in
 
 # Keys in the ``meta`` of a network: the names and defaults of arguments that were traced with their
@@ -36,6 +38,10 @@ class TracedNetwork(fx.GraphModule):
     """A base of every traced network; the user's class is the other (see ``adopt``)."""
 
     _user_class: type[nn.Module]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A new float network of the user's class, for ``type(network)`` stands for that class."""
+        return cls._user_class(*args, **kwargs)
 
     def recompile(self) -> Any:
         """Generates ``forward`` from the graph: one for each mode where it acts on the mode."""
@@ -55,7 +61,7 @@ class TracedNetwork(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> "TracedNetwork":
         twin = object.__new__(_class_for(self._user_class))
         memo[id(self)] = twin
-        state = {key: value for key, value in vars(self).items() if key != "_graph"}
+        state = {key: value for key, value in _state_of(self).items() if key != "_graph"}
         vars(twin).update(copy.deepcopy(state, memo))
         twin.graph = copy.deepcopy(self.graph)
         return twin
@@ -70,10 +76,12 @@ class TracedNetwork(fx.GraphModule):
         # A pickle of torch.fx traces its own code again, and forgets the spec.
         state = {
             key: value
-            for key, value in vars(self).items()
+            for key, value in _state_of(self).items()
             if key not in ("_graph", "_code", "_lineno_map", "_prologue_start")
         }
-        return _unpickle, (self._user_class, _as_plain(self.graph), state)
+        # The state by itself, for it may hold the network.
+        made = _unpickle, (self._user_class, None, None)
+        return (*made, (_as_plain(self.graph), state), None, None, _set_state)
 
 
 def adopt(network: nn.Module, graph: fx.Graph) -> TracedNetwork:
@@ -88,9 +96,12 @@ def adopt(network: nn.Module, graph: fx.Graph) -> TracedNetwork:
     """
     plain = fx.GraphModule(network, graph, class_name=type(network).__name__)
     traced = object.__new__(_class_for(type(network)))
-    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    whole = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     fx_state = {key: vars(plain)[key] for key in vars(plain).keys() - vars(nn.Module()).keys()}
-    vars(traced).update({**vars(_shell(network, "", called, {})), **fx_state})
+    if has_steps(network):
+        fx_state["meta"] = {**fx_state["meta"], OUTSIDE: outside(network, graph)}
+        whole |= set(fx_state["meta"][OUTSIDE])
+    vars(traced).update({**vars(_shell(network, "", whole, {})), **fx_state})
     vars(traced).pop("_compiled_call_impl", None)
     if isinstance(traced, nn.Sequential):
         vars(traced)["_layer_names"] = tuple(network._modules)
@@ -120,16 +131,16 @@ def become(network: nn.Module, traced: TracedNetwork) -> TracedNetwork:
     return own
 
 
-def _shell(module: nn.Module, path: str, called: set[str], done: dict[int, Any]) -> nn.Module:
-    """A copy of ``module`` and its parts that shares parameters, and all parts that are called."""
-    if path in called:
+def _shell(module: nn.Module, path: str, whole: set[str], done: dict[int, Any]) -> nn.Module:
+    """A copy of ``module`` and its parts that shares parameters, and all parts that stay whole."""
+    if path in whole:
         return module
     if id(module) not in done:
         shell = done[id(module)] = shallow_copy(module)
         prefix = f"{path}." if path else ""
         for name, child in module._modules.items():
             if child is not None:
-                shell._modules[name] = _shell(child, f"{prefix}{name}", called, done)
+                shell._modules[name] = _shell(child, f"{prefix}{name}", whole, done)
     return done[id(module)]
 
 
@@ -194,10 +205,18 @@ def _drop_tensors(module: nn.Module, path: str, used: set[str]) -> None:
 # Classes -----------------------------------------------------------------------------------------
 
 
+# Their own methods call no parts of a network.
+_FRAMEWORKS = ("torch.nn.modules.", "pytorch_lightning.", "lightning.")
+
+
 def _class_for(kind: type[nn.Module]) -> type[TracedNetwork]:
     """A class for one network, as torch.fx has it, because ``forward`` belongs to the class."""
     methods = {name: guarded_method(name, method) for name, method in _methods_of(kind).items()}
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    names = {
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__init__": kind.__init__,  # for its signature
+    }
     bases = (_TracedSequential, kind) if issubclass(kind, nn.Sequential) else (TracedNetwork, kind)
     make: Any = type(kind)  # the metaclass
     return make(kind.__name__, bases, {**methods, **names, "_user_class": kind})
@@ -207,7 +226,7 @@ def _methods_of(kind: type) -> dict[str, FunctionType]:
     """The methods that the user has written, without those of ``nn.Module`` that they replace."""
     methods: dict[str, FunctionType] = {}
     for base in reversed(kind.__mro__):
-        if base.__module__.startswith("torch.nn.modules"):
+        if f"{base.__module__}.".startswith(_FRAMEWORKS):
             continue
         for name, value in vars(base).items():
             if isinstance(value, FunctionType) and not hasattr(fx.GraphModule, name):
@@ -359,10 +378,26 @@ def _as_graph(nodes: list[tuple[Any, ...]]) -> fx.Graph:
     return graph
 
 
+def _state_of(traced: TracedNetwork) -> dict[str, Any]:
+    """The attributes of a traced network that a copy and a pickle take along."""
+    # A module of training steps leaves its trainer behind.
+    own: Any = traced
+    state = own.__getstate__() if has_steps(traced) else vars(traced)
+    return {key: value for key, value in state.items() if not is_stand_in(value)}
+
+
 def _unpickle(
-    kind: type[nn.Module], nodes: list[tuple[Any, ...]], state: dict[str, Any]
+    kind: type[nn.Module], nodes: list[tuple[Any, ...]] | None, state: dict[str, Any] | None
 ) -> TracedNetwork:
     traced = object.__new__(_class_for(kind))
+    if nodes is not None and state is not None:  # pickles of before have them here
+        _set_state(traced, (nodes, state))
+    return traced
+
+
+def _set_state(
+    traced: TracedNetwork, graph_and_state: tuple[list[tuple[Any, ...]], dict[str, Any]]
+) -> None:
+    nodes, state = graph_and_state
     vars(traced).update(state)
     traced.graph = _as_graph(nodes)
-    return traced

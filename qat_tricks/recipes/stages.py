@@ -86,6 +86,7 @@ def _held_in_evaluation(module: nn.Module, network: str | None) -> list[str]:
     meant to stay so.
     """
     networks = list(networks_in(module)) if network is None else [network]
+    networks = networks if len(networks) == 1 else []  # parts of the module as a whole
     whole = [name for name, m in module.named_modules() if name in networks and not m.training]
     return [
         name

@@ -18,6 +18,7 @@ from qat_tricks.graph.inputs import (
 )
 from qat_tricks.graph.random_state import kept_random_state
 from qat_tricks.trainer.framework import package_of
+from qat_tricks.trainer.module import network_of
 from qat_tricks.trainer.training_step import (
     REMEDY,
     Step,
@@ -51,7 +52,7 @@ def network_inputs(
         QatTricksError: there are no training images, or the step does not call the network with
             them, calls its parts by themselves, or fails.
     """
-    network = pl_module.get_submodule(name)
+    network = network_of(pl_module, name)
     step = _step(trainer, pl_module, network)
     taken: list[Inputs] = []
     tried = 0

@@ -1,22 +1,29 @@
 """Finds the network in a LightningModule, and attaches the workbench to the module."""
 
 import copy
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.layers import is_layer
+from qat_tricks.graph.outside import OUTSIDE, used_parts
 from qat_tricks.graph.random_state import random_state
 from qat_tricks.graph.spec import spec_of
-from qat_tricks.graph.traced_network import become
+from qat_tricks.graph.traceable import check_traceable
+from qat_tricks.graph.traced_network import TracedNetwork, become
+from qat_tricks.graph.tracer import Tracer, follow
 from qat_tricks.graph.workbench import Workbench
-from qat_tricks.trainer.own_hooks import keep_network
+from qat_tricks.trainer.forward_alone import forward_alone
+from qat_tricks.trainer.framework import package_of
+from qat_tricks.trainer.own_hooks import keep_networks
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule
 
 CHECKPOINT_KEY = "qat_tricks"
+WHOLE = "self"  # the name of a network that is the LightningModule itself
 _ATTRIBUTE = "_qat_tricks_workbench"
 
 
@@ -30,13 +37,32 @@ def networks_in(pl_module: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def find_network(pl_module: nn.Module, name: str | None = None) -> str:
-    """The attribute of ``pl_module`` that holds the network.
+def network_of(pl_module: nn.Module, name: str) -> nn.Module:
+    """The network called ``name`` in ``pl_module``, which may be ``pl_module`` itself."""
+    return pl_module if is_whole(pl_module, name) else pl_module.get_submodule(name)
 
-    It is the one child with conv or linear layers, unless ``name`` says which submodule to take.
+
+def is_whole(pl_module: nn.Module, name: str) -> bool:
+    """Whether ``name`` means ``pl_module`` itself, and no submodule of that name."""
+    return name == WHOLE and WHOLE not in pl_module._modules
+
+
+def find_network(
+    pl_module: "LightningModule", name: str | None = None, untraced: Sequence[str] = ()
+) -> str:
+    """The attribute of ``pl_module`` that holds the network, or "self" for the module itself.
+
+    It is the one child with conv or linear layers, unless ``name`` says which submodule to take. If
+    there are several, it is the module itself, where its forward calls more than one of them.
+
+    Args:
+        pl_module: holds the network.
+        name: of a submodule, or "self".
+        untraced: name patterns of submodules of the network that are not traced through.
 
     Raises:
-        QatTricksError: there is no such child, or several; or ``name`` is none of its submodules.
+        QatTricksError: there is no such child, or several and no forward to put them together; or
+            ``name`` is none of its submodules.
     """
     children = networks_in(pl_module)
     listed = (
@@ -44,34 +70,75 @@ def find_network(pl_module: nn.Module, name: str | None = None) -> str:
     )
     owner = type(pl_module).__name__
     if name is not None:
-        if name not in dict(pl_module.named_modules()):
+        if not is_whole(pl_module, name) and name not in dict(pl_module.named_modules()):
             raise QatTricksError(f'{owner} has no submodule "{name}"; its networks: {listed}')
         return name
+    if isinstance(pl_module, TracedNetwork):  # quantized beforehand, as a whole
+        return WHOLE
     if not children:
         raise QatTricksError(
             f"{owner} holds no network with conv or linear layers: make it in __init__, setup or "
             "configure_model"
         )
-    if len(children) != 1:
-        raise QatTricksError(
-            f"{owner} must hold one network, and these of its attributes have conv or linear "
-            f"layers: {listed}; name the one to quantize with "
-            'overrides=["network=NAME"], or put its parts into one module'
-        )
-    return next(iter(children))
+    if len(children) == 1 and _has_forward(next(iter(children.values()))):
+        return next(iter(children))
+    reason = _why_not_whole(pl_module, children, untraced)
+    if reason is None:
+        return WHOLE
+    raise QatTricksError(
+        f"{owner} must hold one network, and these of its attributes have conv or linear "
+        f"layers: {listed}; {reason}; name the one to quantize with "
+        'overrides=["network=NAME"], or call all of them in forward'
+    )
+
+
+def _has_forward(module: nn.Module) -> bool:
+    """Whether a module is called itself; a list or a mapping of modules is not."""
+    return type(module).forward is not nn.Module.forward
+
+
+def _why_not_whole(
+    pl_module: "LightningModule", children: Mapping[str, nn.Module], untraced: Sequence[str]
+) -> str | None:
+    """Why ``pl_module`` itself is not the network; None if it is."""
+    if type(pl_module).forward is package_of(pl_module).LightningModule.forward:
+        return "the module has no forward that puts them together"
+    if getattr(pl_module, "_compiler_ctx", None) is not None:
+        return "as a whole the module cannot be one where it is compiled, for surgery comes first"
+    try:
+        check_traceable(pl_module, untraced)
+        with forward_alone(pl_module):
+            graph = follow(pl_module, Tracer(untraced), training=False).graph
+    except QatTricksError as error:
+        return f"as a whole {error}"
+    used = used_parts(graph) & children.keys()
+    if len(used) < min(2, len(children)):
+        return f"forward calls only {', '.join(sorted(used)) or 'none'} of them"
+    return None
 
 
 def attach_workbench(pl_module: "LightningModule", work: Workbench, name: str) -> Workbench:
     """Puts the network of ``work`` into ``pl_module`` as submodule ``name``; returns ``work``."""
     work.network_name = name
     # A network held by a second name, or by the user, would otherwise stay behind in float.
-    work.network = become(pl_module.get_submodule(name), work.network)
-    pl_module.set_submodule(name, work.network)
-    keep_network(pl_module, name, work.network)
+    work.network = become(network_of(pl_module, name), work.network)
+    if not is_whole(pl_module, name):
+        pl_module.set_submodule(name, work.network)
+    keep_networks(pl_module, _under_work(pl_module, work.network, name))
     setattr(pl_module, _ATTRIBUTE, work)
     # On the object and not on its class: other modules of that class stay as they are.
     pl_module.on_save_checkpoint = _SaveSpec(pl_module)  # type: ignore[method-assign]
     return work
+
+
+def _under_work(
+    pl_module: "LightningModule", network: nn.Module, name: str
+) -> dict[str, nn.Module]:
+    """The submodules that hold a network under work, by name."""
+    if not is_whole(pl_module, name):
+        return {name: network}
+    others = vars(network)["meta"].get(OUTSIDE, ())
+    return {key: child for key, child in network.named_children() if key not in others}
 
 
 def has_workbench(pl_module: nn.Module) -> bool:

@@ -6,6 +6,7 @@ averaged networks exact.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,21 +15,26 @@ from torch import nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.inputs import Inputs
+from qat_tricks.graph.layers import is_layer
 from qat_tricks.graph.modes import kept_modes
+from qat_tricks.graph.outside import OUTSIDE
 from qat_tricks.graph.random_state import restore_random_state
 from qat_tricks.graph.surgery import rebuild
 from qat_tricks.graph.traceable import check_traceable, copy_of
-from qat_tricks.graph.traced_network import NO_TRAINING
+from qat_tricks.graph.traced_network import NO_TRAINING, TracedNetwork
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.trainer.averaging import is_averaging, keep_grids
 from qat_tricks.trainer.calibration_images import network_inputs
 from qat_tricks.trainer.checkpoints import is_mid_epoch
+from qat_tricks.trainer.forward_alone import forward_alone
 from qat_tricks.trainer.framework import Callback, package_of
 from qat_tricks.trainer.module import (
     CHECKPOINT_KEY,
     attach_workbench,
     find_network,
     has_workbench,
+    is_whole,
+    network_of,
     workbench_of,
 )
 from qat_tricks.trainer.optimizers import renew_parameters
@@ -65,7 +71,8 @@ class Session(Callback):
     Args:
         tricks: the session adds them to the trainer, behind itself. Tricks that are in the
             trainer already need not be listed.
-        network: attribute of the LightningModule that holds the network; None finds it.
+        network: attribute of the LightningModule that holds the network, or "self" for the module
+            itself; None finds it.
         untraced: name patterns of its submodules that are not traced through.
         trains: whether a fit follows a validation or a test that comes first. Tricks that act
             gradually then wait for it.
@@ -218,33 +225,43 @@ class Session(Callback):
         self, trainer: "Trainer", pl_module: "LightningModule", tricks: Sequence[SessionTrick]
     ) -> Workbench:
         """Traces the network of ``pl_module``, or rebuilds it as its checkpoint says."""
-        name = find_network(pl_module, self.network)
-        network = pl_module.get_submodule(name)
+        name = find_network(pl_module, self.network, self.untraced)
+        network = network_of(pl_module, name)
         if hasattr(network, "_orig_mod"):
             raise QatTricksError(
                 f"{name} is compiled, and surgery needs the network itself: leave it as it is and "
                 "compile what is trained, trainer.fit(torch.compile(module))"
             )
-        check_traceable(network, self.untraced)
+        if not isinstance(network, TracedNetwork):  # as one that was quantized beforehand
+            check_traceable(network, self.untraced)
         spec = spec_to_restore(trainer, pl_module)
         # Before surgery, and after a float checkpoint was loaded.
         needs_teacher = self.keeps_teacher or any(trick.needs_teacher for trick in tricks)
         teacher = copy_of(network) if needs_teacher else None
         before = list(network.parameters())
         load = _loader(trainer, pl_module, name)
-        # A part that the user holds in evaluation mode is to stay in it.
-        with kept_modes(network):
-            if spec is not None:
-                traced: nn.Module = rebuild(network, spec)
-            else:
-                traced = network
-            # A recipe that trains nothing and takes no images may have none to compare on.
-            has_images = self.fits or any(hasattr(trick, "num_images") for trick in tricks)
-            work = Workbench(
-                traced, load, teacher=teacher, untraced=self.untraced, compares=has_images
-            )
-        work.parameters_before = before  # an optimizer made in ``__init__`` holds these
-        return attach_workbench(pl_module, work, name)
+        # A recipe that trains nothing and takes no images may have none to compare on.
+        has_images = self.fits or any(hasattr(trick, "num_images") for trick in tricks)
+        with ExitStack() as stack:
+            first_load = load
+            if is_whole(pl_module, name):
+                alone = stack.enter_context(forward_alone(pl_module))
+                first_load = partial(alone.load, load)
+            # A part that the user holds in evaluation mode is to stay in it.
+            with kept_modes(network):
+                if spec is not None:
+                    traced: nn.Module = rebuild(network, spec)
+                else:
+                    traced = network
+                work = Workbench(
+                    traced, first_load, teacher=teacher, untraced=self.untraced, compares=has_images
+                )
+            work.loader = load
+            work.parameters_before = before  # an optimizer made in ``__init__`` holds these
+            attach_workbench(pl_module, work, name)
+        if is_whole(pl_module, name):
+            _warn_of_outside(work.network)
+        return work
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Puts the parameters that surgery has made into the optimizers."""
@@ -304,6 +321,17 @@ def _loader(
 ) -> Callable[[int], Iterable[Inputs]]:
     """What calls the network ``name`` with so many training images, the same on every rank."""
     return partial(loaded_once, partial(network_inputs, trainer, pl_module, name))
+
+
+def _warn_of_outside(network: nn.Module) -> None:
+    """Warns of layers of a module that its forward does not call, and that so stay in float."""
+    parts = vars(network)["meta"].get(OUTSIDE, ())
+    names = [name for name in parts if any(map(is_layer, network.get_submodule(name).modules()))]
+    if names:
+        rank_zero_warn(
+            f"{type(network).__name__}.forward does not call {', '.join(names)}: what only the "
+            "steps call stays in float, and does not get into an exported file"
+        )
 
 
 def _synchronize(trainer: "Trainer", work: Workbench) -> None:

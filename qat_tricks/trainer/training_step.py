@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from qat_tricks.errors import QatTricksError, one_line
 from qat_tricks.graph.inputs import Inputs, input_names, inputs_of, map_tensors
 from qat_tricks.graph.modes import kept_modes
 from qat_tricks.trainer.framework import package_of
+from qat_tricks.trainer.module import is_whole, network_of
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -74,7 +76,8 @@ def network_inputs_of(
     """
     seen, owner = _Seen(), f"{type(pl_module).__name__}.{step.name}"
     failure: Exception | None = None
-    with _hooks(pl_module.get_submodule(name), seen), torch.no_grad():
+    whole = is_whole(pl_module, name)
+    with _hooks(network_of(pl_module, name), seen, whole=whole), torch.no_grad():
         try:
             with trainer.precision_plugin.train_step_context():
                 step.run(batch, index)
@@ -83,10 +86,11 @@ def network_inputs_of(
         except Exception as error:  # whatever the user's code raises
             failure = error
     # What was seen counts, also where the step has caught our exception and gone on.
-    if seen.part is not None:
+    if seen.part is not None and not (whole and seen.inputs):
+        part, call = (seen.part, "self(x)") if whole else (f"{name}.{seen.part}", f"{name} itself")
         raise QatTricksError(
-            f'{owner} calls the part "{name}.{seen.part}" of its network by itself, past the '
-            f"quantizers: let it call {name} itself, which may hand out several outputs"
+            f'{owner} calls the part "{part}" of its network by itself, past the '
+            f"quantizers: let it call {call}, which may hand out several outputs"
         )
     if not seen.inputs and isinstance(failure, QatTricksError):
         raise failure
@@ -100,40 +104,49 @@ def network_inputs_of(
 
 
 @contextmanager
-def _hooks(network: nn.Module, seen: _Seen) -> Iterator[None]:
-    """Ends the step at the first call of ``network``, or of a part of it."""
+def _hooks(network: nn.Module, seen: _Seen, *, whole: bool) -> Iterator[None]:
+    """Ends the step at the first call of ``network``, or of a part of it.
+
+    Where the network is the ``whole`` module, losses and augmentations are parts of it too: a part
+    is noted, and the step goes on.
+    """
     names = input_names(network)
     parts = {module: part for part, module in network.named_modules() if part}
+    forward = network.forward  # for its signature
 
     def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.inputs.append(_copied(_bound(network, names, args, kwargs)))
+        seen.inputs.append(_copied(_bound(forward, names, args, kwargs)))
         # The network itself need not run: its inputs are known.
         raise _SeenError
 
     def see_part(module: nn.Module, _: Any) -> None:
         # The network does not run, so that nobody but the module calls its parts.
-        if module in parts:
+        if module in parts and (seen.part is None or not whole):
             seen.part = parts[module]
-            raise _SeenError
+            if not whole:
+                raise _SeenError
 
-    handles = [
-        network.register_forward_pre_hook(see, with_kwargs=True, prepend=True),
-        register_module_forward_pre_hook(see_part),
-    ]
-    try:
+    with ExitStack() as stack:
+        hook = network.register_forward_pre_hook(see, with_kwargs=True, prepend=True)
+        stack.callback(hook.remove)
+        stack.callback(register_module_forward_pre_hook(see_part).remove)
+        if whole:  # a step may call ``self.forward(x)``
+            seen_directly = partial(_call_with, see, network)
+            stack.enter_context(_attributes(network, forward=seen_directly))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _call_with(see: Callable[..., None], network: nn.Module, *args: Any, **kwargs: Any) -> None:
+    see(network, args, kwargs)
 
 
 def _bound(
-    network: nn.Module, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+    forward: Callable[..., Any], names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Inputs:
-    """The inputs called ``names`` among the arguments of a call of ``network``."""
+    """The inputs called ``names`` among the arguments of a call of ``forward``."""
     if not names:  # ``forward(*args)``
         return args[0]
-    arguments = signature(network.forward).bind(*args, **kwargs).arguments
+    arguments = signature(forward).bind(*args, **kwargs).arguments
     values = [arguments[name] for name in names]
     alone = values[0] if len(values) == 1 else None
     return alone if isinstance(alone, Tensor) else inputs_of(values, names)
@@ -334,9 +347,10 @@ _NO_STATE = {"_parameters", "_buffers", "_modules", "training"}
 def _kept_state(pl_module: nn.Module, network: nn.Module) -> Iterator[None]:
     """Restores the state of every module of ``pl_module`` outside of ``network``.
 
-    That is parameters, buffers and attributes, so also the counts of metrics.
+    That is parameters, buffers and attributes, so also the counts of metrics. Of a network that is
+    ``pl_module`` itself, parts may run before it: all are restored.
     """
-    inside = set(network.modules())
+    inside: set[nn.Module] = set() if network is pl_module else set(network.modules())
     restores = [_restore_of(m) for m in pl_module.modules() if m not in inside]
     try:
         yield
