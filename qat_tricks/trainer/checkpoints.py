@@ -21,6 +21,7 @@ from qat_tricks.trainer.module import (
     describe,
     find_network,
     has_workbench,
+    network_of,
 )
 from qat_tricks.trainer.own_hooks import make_network
 
@@ -96,7 +97,7 @@ def load_from_checkpoint(
     saved = checkpoint.get(CHECKPOINT_KEY)
     if saved is not None:
         name = find_network(module, saved["network"])
-        network = rebuild(module.get_submodule(name), saved["spec"])
+        network = rebuild(network_of(module, name), saved["spec"])
         attach_workbench(module, Workbench(network), name)
     module.on_load_checkpoint(checkpoint)
     load_state(module, checkpoint, path, strict=strict)
