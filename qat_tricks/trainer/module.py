@@ -15,6 +15,7 @@ from qat_tricks.graph.traceable import check_traceable
 from qat_tricks.graph.traced_network import TracedNetwork, become
 from qat_tricks.graph.tracer import Tracer, follow
 from qat_tricks.graph.workbench import Workbench
+from qat_tricks.trainer.finetuning import finetuning_in, frozen_in
 from qat_tricks.trainer.forward_alone import forward_alone
 from qat_tricks.trainer.framework import package_of
 from qat_tricks.trainer.own_hooks import keep_networks
@@ -171,6 +172,11 @@ class _SaveSpec:
         # By the class: the attribute of the object is this wrapper.
         type(self.pl_module).on_save_checkpoint(self.pl_module, checkpoint)
         checkpoint[CHECKPOINT_KEY] = describe(self.pl_module)
+        if "optimizer_states" not in checkpoint:  # not to go on from
+            return
+        trainer = self.pl_module.trainer
+        if finetuning_in(trainer):
+            checkpoint[CHECKPOINT_KEY]["frozen"] = frozen_in(self.pl_module)
         # Each of several processes has a state of its own, and only the first one writes.
-        if "optimizer_states" in checkpoint and self.pl_module.trainer.world_size == 1:
+        if trainer.world_size == 1:
             checkpoint[CHECKPOINT_KEY]["random_state"] = random_state()

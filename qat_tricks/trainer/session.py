@@ -26,6 +26,14 @@ from qat_tricks.graph.workbench import Workbench
 from qat_tricks.trainer.averaging import is_averaging, keep_grids
 from qat_tricks.trainer.calibration_images import network_inputs
 from qat_tricks.trainer.checkpoints import is_mid_epoch
+from qat_tricks.trainer.finetuning import (
+    finetuning_in,
+    follow_unfrozen,
+    freeze_again,
+    freeze_early,
+    learned_scales,
+    skip_set_up,
+)
 from qat_tricks.trainer.forward_alone import forward_alone
 from qat_tricks.trainer.framework import Callback, package_of
 from qat_tricks.trainer.module import (
@@ -100,6 +108,8 @@ class Session(Callback):
         self.done_before = Done()
         # Of a run resumed in the middle of an epoch, until it goes on.
         self._random_state: dict[str, Any] | None = None
+        # Of a run resumed beside a finetuning callback, until it has frozen its parts again.
+        self._frozen: dict[str, list[str]] | None = None
 
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
         """Applies every trick of the trainer, in order, to the network of ``pl_module``.
@@ -116,7 +126,7 @@ class Session(Callback):
         self._add_tricks(callbacks)
         tricks: list[Any] = [c for c in callbacks if isinstance(c, Callback) and c is not self]
         self._check_trainer(trainer)
-        self._random_state = None
+        self._random_state = self._frozen = None
         if trainer.state.fn == "fit":
             # A callback may be used for a second fit; a restored state comes after this.
             for trick in tricks:
@@ -129,10 +139,12 @@ class Session(Callback):
         call_hooks_early(trainer, pl_module)
         # Lightning moves the module only after ``setup``, and calibration runs in it.
         pl_module.to(trainer.strategy.root_device)
+        early = [] if has_workbench(pl_module) else freeze_early(trainer, pl_module, self)
         work = self._workbench(trainer, pl_module, tricks)
         if work.history and any(trick.name not in work.applied for trick in tricks):
             work.begin_stage()
         changes = [trick.apply_once(work) for trick in tricks]
+        skip_set_up(early)
         # Each rank has calibrated by itself, and sums on GPUs differ in their last bits.
         if any(changes):
             _synchronize(trainer, work)
@@ -188,12 +200,6 @@ class Session(Callback):
                 raise QatTricksError(
                     f"{name} prunes by parameters of its own, which surgery cannot follow: leave "
                     "it out, and take the trick prune (qat_tricks.tricks.Prune, or int8_prune50)"
-                )
-            if isinstance(callback, kinds.BaseFinetuning) and trainer.state.fn == "fit":
-                raise QatTricksError(
-                    f"{name} unfreezes whole modules, the scales of quantizers in them too: "
-                    "fine-tune in a fit of its own, before the recipe's, or set requires_grad in "
-                    "the module"
                 )
         for callback in callbacks[: callbacks.index(self)]:
             if is_averaging(callback):
@@ -265,14 +271,19 @@ class Session(Callback):
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Puts the parameters that surgery has made into the optimizers."""
+        if self._frozen is not None:
+            freeze_again(pl_module, self._frozen)
+            self._frozen = None
         work = workbench_of(pl_module)
         renew_parameters(trainer.optimizers, work.network, work.parameters_before)
 
     def on_load_checkpoint(
         self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]
     ) -> None:
-        """Restores the random states that the checkpoint holds."""
+        """Restores the random states that the checkpoint holds, and notes what is frozen."""
         state = checkpoint.get(CHECKPOINT_KEY, {}).get("random_state")
+        if trainer.state.fn == "fit" and finetuning_in(trainer):
+            self._frozen = checkpoint.get(CHECKPOINT_KEY, {}).get("frozen")
         if trainer.state.fn == "fit" and state is not None:
             restore_random_state(state)  # an epoch that begins draws its order from here
             self._random_state = state if is_mid_epoch(checkpoint) else None
@@ -282,6 +293,14 @@ class Session(Callback):
         if self._random_state is not None:  # an epoch that goes on has drawn its order once more
             restore_random_state(self._random_state)
             self._random_state = None
+
+    def on_train_batch_start(
+        self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        """Keeps the scales that are not learned as they are, whatever a callback has unfrozen."""
+        if batch_idx == 0 and finetuning_in(trainer):
+            network = workbench_of(pl_module).network
+            follow_unfrozen(trainer, pl_module, learned_scales(network), lambda: None)
 
     def on_validation_epoch_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Keeps the grids of averaged networks exact."""

@@ -24,6 +24,7 @@ def fitted(module, recipe="int8_qat", data=OrderedData, callbacks=(), **settings
     return run
 
 
+@pytest.mark.feature("the module itself is the network: a backbone and a head, or layers")
 @pytest.mark.parametrize("kind", [Parts, Layers])
 def test_the_module_itself_is_quantized_saved_loaded_tested_and_exported(kind, tmp_path):
     module, path = kind(), str(tmp_path / "model.ckpt")
