@@ -12,6 +12,7 @@ which no parameter trains.
 """
 
 import operator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,7 @@ from qat_tricks.graph.trace import module_of
 from qat_tricks.graph.two_modes import EVALUATION, only_in
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.numerics import ActivationQuantizer
+from qat_tricks.trainer.finetuning import finetuning_in, follow_unfrozen
 from qat_tricks.trainer.framework import package_of
 from qat_tricks.trainer.module import workbench_of
 from qat_tricks.trainer.optimizers import take_in, take_out
@@ -142,6 +144,8 @@ def give_scales_own_group(
     own = {id(scale) for scale in scales}
     # A copy of the list, which grows inside the loop.
     for index, group in enumerate(list(optimizer.param_groups)):
+        if "lr_factor" in group:  # made before, as a finetuning callback restores it
+            continue
         settings = {
             key: value for key, value in group.items() if key not in ("params", "param_names")
         }
@@ -256,6 +260,12 @@ class LearnScales(Trick):
             if layer.weight_quantizer is not None
         ]
         scales = of_activations + [s for s in of_weights if s is not None and s.requires_grad]
+        self._give_group(trainer, network, scales)
+        self._adjust_gradients(trainer, network)
+
+    def _give_group(
+        self, trainer: "Trainer", network: fx.GraphModule, scales: list[nn.Parameter]
+    ) -> None:
         # An optimizer made before the tricks does not know the scales.
         take_in(trainer.optimizers, network, scales)
         configs = trainer.lr_scheduler_configs
@@ -265,13 +275,31 @@ class LearnScales(Trick):
             ]
             give_scales_own_group(optimizer, scales, schedulers, self.lr_factor)
 
+    def _adjust_gradients(self, trainer: "Trainer", network: fx.GraphModule) -> None:
         def as_of_one_batch(gradient: Tensor) -> Tensor:
             # LSQ's factor is that of the batch a process sees at a time; the batch of a step is
             # that of all of them.
             return gradient * (trainer.world_size * trainer.accumulate_grad_batches) ** -0.5
 
+        self._let_go()
         # LSQ's factor of a weight's scale does not depend on the batch.
-        self._handles = [scale.register_hook(as_of_one_batch) for scale in of_activations]
+        self._handles = [
+            quantizer.scale.register_hook(as_of_one_batch)
+            for quantizer in activation_quantizers(network).values()
+            if quantizer.scale.requires_grad
+        ]
+
+    def on_train_batch_start(
+        self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        """Learns the scales of what a finetuning callback has unfrozen, and no others."""
+        if batch_idx > 0 or not finetuning_in(trainer):
+            return
+        network = workbench_of(pl_module).network
+        scales = learn_scales(network)
+        make_group = partial(self._give_group, trainer, network, scales)
+        follow_unfrozen(trainer, pl_module, scales, make_group)
+        self._adjust_gradients(trainer, network)
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Gives Lightning's averaging of weights a rate for each group."""
