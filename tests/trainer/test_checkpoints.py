@@ -150,17 +150,6 @@ def test_a_float_checkpoint_of_another_network_is_refused(tmp_path):
         )
 
 
-@pytest.mark.feature("EarlyStopping")
-def test_early_stopping_ends_the_fit_and_the_pruning_says_so():
-    with pytest.warns(UserWarning, match="before the pruning schedule did"):
-        run, lit = fit(
-            [pl.callbacks.EarlyStopping("val_acc", mode="min", patience=1, min_delta=2.0)],
-            max_epochs=20,
-        )
-    assert 1 < run.current_epoch < 10
-    assert spec_of(lit.backbone)["history"][-1] == "distill"
-
-
 def grids_are_exact(lit):
     """Whether weights are on integer grids, masks are masks and zero points integers of their
     scheme.
