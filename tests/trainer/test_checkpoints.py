@@ -9,7 +9,7 @@ import torch
 
 import qat_tricks
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph import activation_quantizers, layers, spec_of
+from qat_tricks.graph import activation_quantizers, layers
 from qat_tricks.trainer.checkpoints import save_checkpoint
 from qat_tricks.tricks.prune import sparsity_of
 from tests.helpers.lightning import pl
