@@ -12,6 +12,7 @@ from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.traced_network import become
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.trainer.own_hooks import keep_network
+from qat_tricks.trainer.state_keys import differing, matched
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule
@@ -71,6 +72,7 @@ def attach_workbench(pl_module: "LightningModule", work: Workbench, name: str) -
     setattr(pl_module, _ATTRIBUTE, work)
     # On the object and not on its class: other modules of that class stay as they are.
     pl_module.on_save_checkpoint = _SaveSpec(pl_module)  # type: ignore[method-assign]
+    pl_module.on_load_checkpoint = _CheckSpec(pl_module)  # type: ignore[method-assign]
     return work
 
 
@@ -107,3 +109,29 @@ class _SaveSpec:
         # Each of several processes has a state of its own, and only the first one writes.
         if "optimizer_states" in checkpoint and self.pl_module.trainer.world_size == 1:
             checkpoint[CHECKPOINT_KEY]["random_state"] = random_state()
+
+
+class _CheckSpec:
+    """Calls the module's own ``on_load_checkpoint``, then checks that the checkpoint fits.
+
+    Lightning, in whatever trainer, loads the checkpoint's weights next.
+    """
+
+    def __init__(self, pl_module: "LightningModule") -> None:
+        self.pl_module = pl_module
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        module, name = self.pl_module, type(self.pl_module).__name__
+        type(module).on_load_checkpoint(module, checkpoint)
+        if CHECKPOINT_KEY not in checkpoint:
+            raise QatTricksError(
+                f"the checkpoint holds a float network and this {name} is quantized already: give "
+                "a fresh one"
+            )
+        checkpoint["state_dict"] = matched(checkpoint["state_dict"], module)
+        problem = differing(checkpoint["state_dict"], module) if module.strict_loading else ""
+        if problem:
+            raise QatTricksError(
+                f"the checkpoint is of other steps than this {name} has been through ({problem}): "
+                f"load it with qat_tricks.load_from_checkpoint({name}, path)"
+            )
