@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph.layers import is_layer
+from qat_tricks.graph.layers import activation_quantizers, is_layer
 from qat_tricks.graph.random_state import random_state
 from qat_tricks.graph.spec import spec_of
-from qat_tricks.graph.traced_network import become
+from qat_tricks.graph.traced_network import EXPORT, become
 from qat_tricks.graph.workbench import Workbench
+from qat_tricks.trainer.framework import package_of
 from qat_tricks.trainer.own_hooks import keep_network
 from qat_tricks.trainer.state_keys import differing, matched
 
@@ -73,6 +74,14 @@ def attach_workbench(pl_module: "LightningModule", work: Workbench, name: str) -
     # On the object and not on its class: other modules of that class stay as they are.
     pl_module.on_save_checkpoint = _SaveSpec(pl_module)  # type: ignore[method-assign]
     pl_module.on_load_checkpoint = _CheckSpec(pl_module)  # type: ignore[method-assign]
+    lightning_module = package_of(pl_module).LightningModule
+    for method in ("to_onnx", "to_torchscript"):
+        # One that the user has written may well call ours.
+        is_lightnings = getattr(type(pl_module), method, None) is getattr(
+            lightning_module, method, 0
+        )
+        if is_lightnings and method not in vars(pl_module):
+            setattr(pl_module, method, _FloatOnly(pl_module, method))
     return work
 
 
@@ -135,3 +144,19 @@ class _CheckSpec:
                 f"the checkpoint is of other steps than this {name} has been through ({problem}): "
                 f"load it with qat_tricks.load_from_checkpoint({name}, path)"
             )
+
+
+class _FloatOnly:
+    """Refuses a method that would write floats, or fail, where integers are wanted."""
+
+    def __init__(self, pl_module: "LightningModule", method: str) -> None:
+        self.pl_module, self.method = pl_module, method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        work, kind = workbench_of(self.pl_module), type(self.pl_module)
+        if activation_quantizers(work.network):
+            raise QatTricksError(
+                f"{kind.__name__}.{self.method} cannot write a quantized network as integers: "
+                + EXPORT.replace("network", f"module.{work.network_name}")
+            )
+        return getattr(kind, self.method)(self.pl_module, *args, **kwargs)
