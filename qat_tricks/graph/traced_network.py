@@ -27,11 +27,15 @@ from qat_tricks.graph.calls_beside import (
     shallow_copy,
 )
 from qat_tricks.graph.outside import OUTSIDE, has_steps, outside
+from qat_tricks.graph.spec import QUANTIZERS
 from qat_tricks.graph.two_modes import EVALUATION, OWNER, TRAINING, acts_on_mode, by_mode, graph_in
 
 # Keys in the ``meta`` of a network: the names and defaults of arguments that were traced with their
 # default; why the network cannot be run in training mode.
 DEFAULTS, NO_TRAINING = "qat_tricks.defaults", "qat_tricks.no_training"
+
+# What to do instead of writing a network with torch's own exporters.
+EXPORT = 'write it with qat_tricks.export_onnx(network, "model.onnx", example)'
 
 
 class TracedNetwork(fx.GraphModule):
@@ -57,6 +61,21 @@ class TracedNetwork(fx.GraphModule):
             kind.forward = _with_defaults(kind.forward, defaults)
         refuse_calls_beside(self)
         return code
+
+    def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What ``torch.jit.trace`` calls, as ``add_graph`` of TensorBoard does.
+
+        It compares the graphs with and without gradients, which differ where gradients have a path
+        of their own. A graph has none.
+        """
+        with torch.no_grad():
+            return super()._slow_forward(*args, **kwargs)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` calls, which cannot take quantizers."""
+        if hasattr(self, QUANTIZERS):
+            raise QatTricksError(f"TorchScript cannot hold a quantized network: {EXPORT}")
+        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TracedNetwork":
         twin = object.__new__(_class_for(self._user_class))

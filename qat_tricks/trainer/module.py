@@ -7,18 +7,19 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph.layers import is_layer
+from qat_tricks.graph.layers import activation_quantizers, is_layer
 from qat_tricks.graph.outside import OUTSIDE, used_parts
 from qat_tricks.graph.random_state import random_state
 from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.traceable import check_traceable
-from qat_tricks.graph.traced_network import TracedNetwork, become
+from qat_tricks.graph.traced_network import EXPORT, TracedNetwork, become
 from qat_tricks.graph.tracer import Tracer, follow
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.trainer.finetuning import finetuning_in, frozen_in
 from qat_tricks.trainer.forward_alone import forward_alone
 from qat_tricks.trainer.framework import package_of
 from qat_tricks.trainer.own_hooks import keep_networks
+from qat_tricks.trainer.state_keys import differing, matched
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule
@@ -129,6 +130,15 @@ def attach_workbench(pl_module: "LightningModule", work: Workbench, name: str) -
     setattr(pl_module, _ATTRIBUTE, work)
     # On the object and not on its class: other modules of that class stay as they are.
     pl_module.on_save_checkpoint = _SaveSpec(pl_module)  # type: ignore[method-assign]
+    pl_module.on_load_checkpoint = _CheckSpec(pl_module)  # type: ignore[method-assign]
+    lightning_module = package_of(pl_module).LightningModule
+    for method in ("to_onnx", "to_torchscript"):
+        # One that the user has written may well call ours.
+        is_lightnings = getattr(type(pl_module), method, None) is getattr(
+            lightning_module, method, 0
+        )
+        if is_lightnings and method not in vars(pl_module):
+            setattr(pl_module, method, _FloatOnly(pl_module, method))
     return work
 
 
@@ -180,3 +190,47 @@ class _SaveSpec:
         # Each of several processes has a state of its own, and only the first one writes.
         if trainer.world_size == 1:
             checkpoint[CHECKPOINT_KEY]["random_state"] = random_state()
+
+
+class _CheckSpec:
+    """Calls the module's own ``on_load_checkpoint``, then checks that the checkpoint fits.
+
+    Lightning, in whatever trainer, loads the checkpoint's weights next.
+    """
+
+    def __init__(self, pl_module: "LightningModule") -> None:
+        self.pl_module = pl_module
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        module, name = self.pl_module, type(self.pl_module).__name__
+        type(module).on_load_checkpoint(module, checkpoint)
+        if CHECKPOINT_KEY not in checkpoint:
+            raise QatTricksError(
+                f"the checkpoint holds a float network and this {name} is quantized already: give "
+                "a fresh one"
+            )
+        checkpoint["state_dict"] = matched(checkpoint["state_dict"], module)
+        problem = differing(checkpoint["state_dict"], module) if module.strict_loading else ""
+        if problem:
+            raise QatTricksError(
+                f"the checkpoint is of other steps than this {name} has been through ({problem}): "
+                f"load it with qat_tricks.load_from_checkpoint({name}, path)"
+            )
+
+
+class _FloatOnly:
+    """Refuses a method that would write floats, or fail, where integers are wanted."""
+
+    def __init__(self, pl_module: "LightningModule", method: str) -> None:
+        self.pl_module, self.method = pl_module, method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        work, kind = workbench_of(self.pl_module), type(self.pl_module)
+        whole = is_whole(self.pl_module, work.network_name)
+        where = "module" if whole else f"module.{work.network_name}"
+        if activation_quantizers(work.network):
+            raise QatTricksError(
+                f"{kind.__name__}.{self.method} cannot write a quantized network as integers: "
+                + EXPORT.replace("network", where)
+            )
+        return getattr(kind, self.method)(self.pl_module, *args, **kwargs)
