@@ -71,6 +71,29 @@ class SessionTrick(Ordered, Protocol):
         """Forgets an earlier fit."""
 
 
+class Report(Protocol):
+    """What tells, at the end of a fit, what it has done; ``recipes.fit_report`` has it."""
+
+    def begin(self, *, resumed: bool) -> None:
+        """A fit begins."""
+
+    def measure_float(
+        self, trainer: "Trainer", pl_module: "LightningModule", network: nn.Module
+    ) -> None:
+        """The recipe begins, and is about to change the network of ``pl_module``."""
+
+    def measure_prepared(
+        self, trainer: "Trainer", pl_module: "LightningModule", network: nn.Module
+    ) -> None:
+        """All that needs no training is done."""
+
+    def validated(self, trainer: "Trainer") -> None:
+        """The trainer has validated."""
+
+    def finish(self, trainer: "Trainer", work: Workbench) -> None:
+        """The fit has ended."""
+
+
 class Session(Callback):
     """The callback that comes before the tricks of a run.
 
@@ -86,6 +109,7 @@ class Session(Callback):
             gradually then wait for it.
         fits: whether a fit may train at all; without one, such tricks act at once.
         keeps_teacher: whether the float network is kept also for tricks of later fits.
+        report: measures each fit, and tells the result at its end.
 
     Attributes:
         done_before: what the trainer has done in earlier fits, from which schedules begin.
@@ -102,9 +126,11 @@ class Session(Callback):
         trains: bool = True,
         fits: bool = True,
         keeps_teacher: bool = False,
+        report: Report | None = None,
     ) -> None:
         self.tricks, self.network, self.untraced = list(tricks), network, tuple(untraced)
         self.trains, self.fits, self.keeps_teacher = trains, fits, keeps_teacher
+        self.report = report
         self.done_before = Done()
         # Of a run resumed in the middle of an epoch, until it goes on.
         self._random_state: dict[str, Any] | None = None
@@ -135,6 +161,8 @@ class Session(Callback):
             self.done_before = Done() if resumes(trainer) else done_by(trainer)
             if self.trains and self.fits:
                 check_not_done(trainer, self.done_before)
+            if self.report is not None:
+                self.report.begin(resumed=resumes(trainer))
         # They may make the network, or what its training step needs.
         call_hooks_early(trainer, pl_module)
         # Lightning moves the module only after ``setup``, and calibration runs in it.
@@ -148,6 +176,8 @@ class Session(Callback):
         # Each rank has calibrated by itself, and sums on GPUs differ in their last bits.
         if any(changes):
             _synchronize(trainer, work)
+        if self.report is not None and trainer.state.fn == "fit":
+            self.report.measure_prepared(trainer, pl_module, work.network)
         if any(changes) and self.trains and trainer.state.fn != "fit":
             rank_zero_warn(
                 "this recipe trains, and nothing was trained yet: the network is quantized, and "
@@ -241,6 +271,9 @@ class Session(Callback):
         if not isinstance(network, TracedNetwork):  # as one that was quantized beforehand
             check_traceable(network, self.untraced)
         spec = spec_to_restore(trainer, pl_module)
+        # A float checkpoint is where the recipe begins.
+        if self.report is not None and spec is None and trainer.state.fn == "fit":
+            self.report.measure_float(trainer, pl_module, network)
         # Before surgery, and after a float checkpoint was loaded.
         needs_teacher = self.keeps_teacher or any(trick.needs_teacher for trick in tricks)
         teacher = copy_of(network) if needs_teacher else None
@@ -305,6 +338,16 @@ class Session(Callback):
     def on_validation_epoch_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Keeps the grids of averaged networks exact."""
         keep_grids(trainer, pl_module)
+
+    def on_validation_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Notes the figures of the fit's validation."""
+        if self.report is not None and trainer.state.fn == "fit":
+            self.report.validated(trainer)
+
+    def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Tells what the fit has done."""
+        if self.report is not None:
+            self.report.finish(trainer, workbench_of(pl_module))
 
     def on_save_checkpoint(
         self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]

@@ -132,7 +132,7 @@ def _hooks(network: nn.Module, seen: _Seen, *, whole: bool) -> Iterator[None]:
         stack.callback(register_module_forward_pre_hook(see_part).remove)
         if whole:  # a step may call ``self.forward(x)``
             seen_directly = partial(_call_with, see, network)
-            stack.enter_context(_attributes(network, forward=seen_directly))
+            stack.enter_context(attributes(network, forward=seen_directly))
         yield
 
 
@@ -173,31 +173,55 @@ def as_in_training(
     Nothing is logged, no optimizer steps, and the state of every module outside of ``network``,
     which does not run, is restored.
     """
-    loggers, state, configured = trainer.loggers, trainer.state, _Configured(trainer, pl_module)
-    fn, stage = state.fn, state.stage
-    assert fn is not None  # a run has begun
-    with ExitStack() as stack:
-        stack.enter_context(_kept_state(pl_module, network))
-        stack.enter_context(kept_modes(pl_module))
-        stack.enter_context(_attributes(pl_module, **_stand_ins(configured)))
-        stack.enter_context(_attributes(trainer.strategy, **configured.as_lists()))
+    # Of a network that is ``pl_module`` itself, parts may run before it.
+    idle = None if network is pl_module else network
+    with left_as_it_was(trainer, pl_module, idle), ExitStack() as stack:
+        silent = ("log", "log_dict", "print", "manual_backward", "clip_gradients")
+        kept = ("toggle_optimizer", "untoggle_optimizer", "lr_scheduler_step")
+        stack.enter_context(attributes(pl_module, **dict.fromkeys((*silent, *kept), _nothing)))
         if trainer.world_size > 1:
             # The other processes are waiting for the images: they would be waited for in turn.
             length, others = _alone("the length of the training"), _alone("all_gather")
-            stack.enter_context(_attributes(trainer.fit_loop, setup_data=length))
-            stack.enter_context(_attributes(pl_module, all_gather=others))
+            stack.enter_context(attributes(trainer.fit_loop, setup_data=length))
+            stack.enter_context(attributes(pl_module, all_gather=others))
+        state = trainer.state
+        assert state.fn is not None  # a run has begun
+        # Hooks of a batch augment, and the like, only where they are told that this is training.
+        state.fn, trainer.training = type(state.fn)("fit"), True
+        # Lightning trains a module in the modes that it finds; one that was evaluated is not meant
+        # to be trained so.
+        if not pl_module.training:
+            pl_module.train()
+        yield
+
+
+@contextmanager
+def left_as_it_was(
+    trainer: "Trainer", pl_module: "LightningModule", idle: nn.Module | None = None
+) -> Iterator[None]:
+    """Puts back what steps of ``pl_module``, run by hand, have changed in it and in the trainer.
+
+    Loggers get nothing meanwhile, and the optimizers do not step. Before the training there are
+    none, and a step that asks for them gets some that are thrown away.
+
+    Args:
+        trainer: runs something.
+        pl_module: that is in it.
+        idle: a part of ``pl_module`` that does not run, whose state is not looked at.
+    """
+    loggers, state, configured = trainer.loggers, trainer.state, _Configured(trainer, pl_module)
+    fn, stage = state.fn, state.stage
+    with ExitStack() as stack:
+        stack.enter_context(_kept_state(pl_module, idle))
+        stack.enter_context(kept_modes(pl_module))
+        stack.enter_context(attributes(pl_module, **_stand_ins(configured)))
+        stack.enter_context(attributes(trainer.strategy, **configured.as_lists()))
         stack.enter_context(_eager(pl_module))
         stack.callback(setattr, trainer, "loggers", loggers)
         stack.callback(setattr, state, "stage", stage)
         stack.callback(setattr, state, "fn", fn)
         dummy = import_module(f"{package_of(trainer).__name__}.loggers.logger").DummyLogger
         trainer.loggers = [dummy() for _ in loggers]
-        # Hooks of a batch augment, and the like, only where they are told that this is training.
-        state.fn, trainer.training = type(fn)("fit"), True
-        # Lightning trains a module in the modes that it finds; one that was evaluated is not meant
-        # to be trained so.
-        if not pl_module.training:
-            pl_module.train()
         yield
 
 
@@ -209,7 +233,7 @@ def _eager(pl_module: "LightningModule") -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def _attributes(owner: Any, **values: Any) -> Iterator[None]:
+def attributes(owner: Any, **values: Any) -> Iterator[None]:
     """Gives ``owner`` these attributes, in the place of its class's, for the length of a block."""
     own = {key: owner.__dict__[key] for key in values if key in owner.__dict__}
     owner.__dict__.update(values)
@@ -320,7 +344,7 @@ class _Later(Sequence[Any]):
 
 
 def _stand_ins(configured: _Configured) -> dict[str, Callable[..., Any]]:
-    """What stands in for methods of a module that would log, or change something."""
+    """What stands in for the methods of a module that hand out what steps."""
 
     def optimizers(*args: Any, **kwargs: Any) -> Any:
         still = configured.optimizers()
@@ -330,13 +354,7 @@ def _stand_ins(configured: _Configured) -> dict[str, Callable[..., Any]]:
         still = configured.schedules()
         return (still[0] if len(still) == 1 else still) if still else None
 
-    silent = ("log", "log_dict", "print", "manual_backward", "clip_gradients")
-    kept = ("toggle_optimizer", "untoggle_optimizer", "lr_scheduler_step")
-    return {
-        **dict.fromkeys((*silent, *kept), _nothing),
-        "optimizers": optimizers,
-        "lr_schedulers": lr_schedulers,
-    }
+    return {"optimizers": optimizers, "lr_schedulers": lr_schedulers}
 
 
 # Attributes of a module that are not its state: torch's own, and those that are kept elsewhere.
@@ -344,13 +362,12 @@ _NO_STATE = {"_parameters", "_buffers", "_modules", "training"}
 
 
 @contextmanager
-def _kept_state(pl_module: nn.Module, network: nn.Module) -> Iterator[None]:
-    """Restores the state of every module of ``pl_module`` outside of ``network``.
+def _kept_state(pl_module: nn.Module, idle: nn.Module | None) -> Iterator[None]:
+    """Restores the state of every module of ``pl_module`` outside of ``idle``.
 
-    That is parameters, buffers and attributes, so also the counts of metrics. Of a network that is
-    ``pl_module`` itself, parts may run before it: all are restored.
+    That is parameters, buffers and attributes, so also the counts of metrics.
     """
-    inside: set[nn.Module] = set() if network is pl_module else set(network.modules())
+    inside: set[nn.Module] = set() if idle is None else set(idle.modules())
     restores = [_restore_of(m) for m in pl_module.modules() if m not in inside]
     try:
         yield
