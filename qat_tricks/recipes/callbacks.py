@@ -1,12 +1,19 @@
 """A recipe as callbacks, for an ordinary trainer of either Lightning package."""
 
+import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.recipes.fit_report import FitReport
 from qat_tricks.recipes.recipe import StagedRecipe, load_recipe
 from qat_tricks.trainer.session import Session
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+# A stage's epochs or learning rate in an override; 0 epochs leave its training out.
+_OF_THE_TRAINER = re.compile(r"[+~]*(?:recipe\.)?stages\.[^.=]+\.(?:lr$|lr=|epochs$|epochs=(?!0$))")
 
 
 def recipe(name: str, overrides: Sequence[str] | None = None, *, report: bool = True) -> list[Any]:
@@ -28,7 +35,29 @@ def recipe(name: str, overrides: Sequence[str] | None = None, *, report: bool = 
     """
     loaded = _of_one_fit(name, overrides)
     # The trainer needs the tricks in its own list, where it saves and restores their states.
-    return [Session(**_session_settings(loaded, report)), *loaded.tricks]
+    return Callbacks([Session(**_session_settings(loaded, report)), *loaded.tricks])
+
+
+class Callbacks(list[Any]):
+    """The callbacks of a recipe, in order.
+
+    A trainer that is given the list inside of another one, ``callbacks=[recipe(name)]``, finds them
+    as if they had been there themselves.
+    """
+
+    state_key = "Callbacks"  # by which Lightning calls it in a profile
+
+    def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+        """Puts the callbacks into the trainer's own list, in the place of this one."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        place = next(index for index, callback in enumerate(callbacks) if callback is self)
+        # In place, for Lightning is walking through this list by index, and goes on behind the
+        # first of ours.
+        callbacks[place : place + 1] = self
+        self[0].setup(trainer, pl_module, stage)
+
+    def on_exception(self, *_: Any) -> None:
+        """Of an error before the set-up."""
 
 
 class Recipe(Session):
@@ -65,6 +94,13 @@ def _session_settings(loaded: StagedRecipe, report: bool) -> dict[str, Any]:
 
 def _of_one_fit(name: str, overrides: Sequence[str] | None) -> StagedRecipe:
     loaded = load_recipe(name, overrides)
+    for override in overrides or ():
+        if _OF_THE_TRAINER.match(override):
+            raise QatTricksError(
+                f"{override} is not allowed here, where your own trainer decides the epochs "
+                "(max_epochs) and your optimizer the learning rate: leave it out, or run the "
+                f'recipe\'s own stages with qat_tricks.run_stages(module, datamodule, "{name}")'
+            )
     # A trainer runs one fit, and tricks of a stage behind it would come too early.
     training = [stage.name for stage in loaded.training]
     if len(training) > 1 or any(stage.epochs > 0 for stage in loaded.stages[:-1]):
