@@ -99,8 +99,12 @@ class TracedNetwork(fx.GraphModule):
             if key not in ("_graph", "_code", "_lineno_map", "_prologue_start")
         }
         # The state by itself, for it may hold the network.
-        made = _unpickle, (self._user_class, None, None)
-        return (*made, (_as_plain(self.graph), state), None, None, _set_state)
+        return _unpickle, (self._user_class,), {_GRAPH: _as_plain(self.graph), **state}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nodes = state.pop(_GRAPH)
+        vars(self).update(state)
+        self.graph = _as_graph(nodes)
 
 
 def adopt(network: nn.Module, graph: fx.Graph) -> TracedNetwork:
@@ -339,6 +343,7 @@ def _equal(value: Any, default: Any) -> bool:
     return bool(value == default)
 
 
+_GRAPH = "qat_tricks.graph"  # the key in a pickled state
 # Pickles -----------------------------------------------------------------------------------------
 
 
@@ -406,17 +411,11 @@ def _state_of(traced: TracedNetwork) -> dict[str, Any]:
 
 
 def _unpickle(
-    kind: type[nn.Module], nodes: list[tuple[Any, ...]] | None, state: dict[str, Any] | None
+    kind: type[nn.Module],
+    nodes: list[tuple[Any, ...]] | None = None,
+    state: dict[str, Any] | None = None,
 ) -> TracedNetwork:
     traced = object.__new__(_class_for(kind))
     if nodes is not None and state is not None:  # pickles of before have them here
-        _set_state(traced, (nodes, state))
+        traced.__setstate__({_GRAPH: nodes, **state})
     return traced
-
-
-def _set_state(
-    traced: TracedNetwork, graph_and_state: tuple[list[tuple[Any, ...]], dict[str, Any]]
-) -> None:
-    nodes, state = graph_and_state
-    vars(traced).update(state)
-    traced.graph = _as_graph(nodes)

@@ -8,6 +8,7 @@ import qat_tricks
 from qat_tricks.graph import rebuild, spec_of, trace
 from qat_tricks.graph.fingerprint import fingerprint, has_changed
 from tests.helpers.modes import Base
+from tests.helpers.nets import small_net
 
 
 class Strided(Base):

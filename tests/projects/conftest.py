@@ -24,9 +24,8 @@ def float_weights(tmp_path):
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            limit_val_batches=0,
         )
-        trainer.fit(module, batches("train") if data is None else data)
+        trainer.fit(module, *((batches("train"), batches("val")) if data is None else (data,)))
         return copy.deepcopy(module.state_dict())
 
     return train
