@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from enum import Enum
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -108,6 +109,7 @@ MODULES = {
     "namespace": lambda: TakesHparams(argparse.Namespace(classes=4, lr=0.02)),
     "dict": lambda: TakesHparams({"classes": 4, "lr": 0.02}),
     "DictConfig": lambda: TakesHparams(OmegaConf.create({"classes": 4, "lr": 0.02})),
+    "numbers": lambda: TakesHparams({"classes": 4, "lr": np.float64(0.02), "on": np.bool_(True)}),
     "cfg": lambda: TakesCfg(OmegaConf.create(CONFIG)),
     "many": many,
 }
