@@ -68,6 +68,8 @@ class TracedNetwork(fx.GraphModule):
         It compares the graphs with and without gradients, which differ where gradients have a path
         of their own. A graph has none.
         """
+        if torch.onnx.is_in_onnx_export() and hasattr(self, QUANTIZERS):
+            raise QatTricksError(f"torch.onnx.export would write floats: {EXPORT}")
         with torch.no_grad():
             return super()._slow_forward(*args, **kwargs)
 

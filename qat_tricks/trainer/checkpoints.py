@@ -3,6 +3,7 @@
 Writing needs no trainer, and rebuilding no recipe.
 """
 
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,10 @@ def load_checkpoint(
         DamagedError: the file is truncated, or not a Lightning checkpoint.
         QatTricksError: it is missing, or holds objects that only a trusted file gives.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise QatTricksError(
+            f"a checkpoint is read from its path, not from a {type(path).__name__}: give the path"
+        )
     path = Path(path)
     if not path.is_file():
         raise QatTricksError(f"there is no checkpoint {path}: give the path of a .ckpt file")

@@ -18,6 +18,10 @@ KEYS = ("hyper_parameters", "datamodule_hyper_parameters")
 """Where a checkpoint has hyperparameters, which only making a module needs."""
 
 
+class MissingArgumentError(QatTricksError, TypeError):
+    """An argument of a module's ``__init__`` that no hyperparameter gives."""
+
+
 def make_module(
     module_class: "type[LightningModule]",
     checkpoint: Mapping[str, Any],
@@ -34,6 +38,7 @@ def make_module(
         given: hyperparameters of the user's, which go before those that were saved.
 
     Raises:
+        MissingArgumentError: an argument is neither saved nor given.
         QatTricksError: a hyperparameter that is needed was not read from the file, or the
             checkpoint asks for another class.
     """
@@ -57,6 +62,16 @@ def make_module(
     if not takes_all:
         values = {key: value for key, value in values.items() if key in names}
     _check_unread(values, path)
+    missing = [
+        p.name
+        for p in parameters
+        if p.default is p.empty and p.kind not in variable and p.name not in values
+    ]
+    if missing:
+        raise MissingArgumentError(
+            f"{module_class.__name__} takes {', '.join(missing)}, which {path} does not hold: give "
+            f"{', '.join(f'{name}=...' for name in missing)} to load_from_checkpoint"
+        )
     return module_class(**values)
 
 

@@ -44,6 +44,7 @@ class Hold:
 
     Attributes:
         held: all callbacks that are held back.
+        is_over: whether they are not held back any more.
     """
 
     def __init__(self, trainer: "Trainer") -> None:
@@ -57,6 +58,8 @@ class Hold:
         self._thresholds = [c.stopping_threshold for c in self.stopping]
         for callback in self.stopping:
             callback.stopping_threshold = None
+        self._last: dict[str, torch.Tensor | None] = {}
+        self.is_over = False
         self.forget()
 
     def announce(self, end: float) -> None:
@@ -79,41 +82,60 @@ class Hold:
     def forget(self) -> None:
         """Lets ``EarlyStopping`` see the next value as its first."""
         for callback in self.stopping:
-            callback.wait_count = 0
-            callback.best_score = _worst(callback.mode)
+            _forget(callback)
 
     def end(self) -> None:
         """Lets all of them begin to judge now."""
-        self.forget()
         self.release()
-        for callback in keeping_best(self.trainer):
-            _forget_best(callback)
+        for callback in self._judging():
+            _forget(callback)
         restart_average(self.trainer)
+        self._last = {c.monitor: self._metric(c) for c in self._judging()}
+
+    def begin_validation(self) -> None:
+        """Forgets scores by a metric of the last validation, before the schedule's end."""
+        for callback in self._judging():
+            last, now = self._last.get(callback.monitor), self._metric(callback)
+            if last is not None and now is not None and torch.equal(last, now):
+                _forget(callback, is_pruned=True)
 
     def release(self) -> None:
         """Gives the callbacks back what was taken from them, whether the schedule ended or not."""
         for callback, threshold in zip(self.stopping, self._thresholds, strict=True):
             callback.stopping_threshold = threshold
-        self.stopping, self._thresholds = [], []
+        self._thresholds = [None for _ in self.stopping]
+        self.is_over = True
+
+    def _judging(self) -> list[Any]:
+        return [*keeping_best(self.trainer), *self.stopping]
+
+    def _metric(self, callback: Any) -> torch.Tensor | None:
+        return self.trainer.callback_metrics.get(callback.monitor)
 
 
 def _worst(mode: str) -> torch.Tensor:
     return torch.tensor(math.inf if mode == "min" else -math.inf)
 
 
-def _forget_best(callback: Any) -> None:
-    """Makes every network that a ``ModelCheckpoint`` has kept worse than any that comes.
+def _forget(callback: Any, *, is_pruned: bool = False) -> None:
+    """Makes every network that a callback has kept or seen worse than any that comes.
 
     The next ones take the places, and where their names are the same also the names, of the files.
+    Until then one of them is still the best if it ``is_pruned``.
     """
+    worst = _worst(callback.mode)
+    if hasattr(callback, "wait_count"):  # EarlyStopping
+        callback.wait_count, callback.best_score = 0, worst
+        return
     if not callback.best_k_models:
         return
-    worst = _worst(callback.mode)
     callback.best_k_models = {
         path: worst.to(score.device) for path, score in callback.best_k_models.items()
     }
-    callback.kth_value, callback.best_model_score, callback.current_score = worst, None, None
-    callback.best_model_path = ""
+    callback.kth_value = worst
+    if not is_pruned:
+        callback.best_model_path = ""
+        callback.best_model_score = callback.current_score = None
 
 
 def without_best(trainer: "Trainer") -> list[Any]:

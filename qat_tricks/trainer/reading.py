@@ -16,6 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
@@ -60,6 +61,9 @@ HOLDERS = (
     "pathlib._local.PurePosixPath",
     "typing.Any",
 )
+# Numbers of NumPy; their types are made of ``numpy.dtype``, and not named in the file.
+_NUMPY = ("numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar", "numpy.dtype")
+_NUMPY_TYPES = "?bhilqBHILQefd"
 # A plain dict does in their place.
 _DICTS = (
     "lightning.fabric.utilities.data.AttributeDict",
@@ -122,8 +126,9 @@ def read(path: Path, *, map_location: Any = "cpu", weights_only: bool | None = N
         if not names:
             raise _damaged(path, error) from error
     known = [_known(name) or type("Unread", (Unread,), {"of": name}) for name in names]
+    numbers = [type(np.dtype(kind)) for kind in _NUMPY_TYPES]
     try:
-        with safe_globals(list(zip(known, names, strict=True))):
+        with safe_globals([*zip(known, names, strict=True), *numbers]):
             return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
         raise not_read(path, names, "") from error
@@ -157,7 +162,7 @@ def _known(name: str) -> Any:
     module_name, _, attribute = name.rpartition(".")
     if name in _DICTS:
         return dict
-    if name in HOLDERS:
+    if name in HOLDERS or name in _NUMPY:
         try:
             return getattr(import_module(module_name), attribute, None)
         except ImportError:

@@ -2,7 +2,7 @@
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -149,6 +149,11 @@ def _bound(
     arguments = signature(forward).bind(*args, **kwargs).arguments
     values = [arguments[name] for name in names]
     alone = values[0] if len(values) == 1 else None
+    if isinstance(alone, (list, tuple, Mapping)):
+        raise QatTricksError(
+            f"{type(network).__name__}.forward takes a whole batch, {names[0]}: let it take images "
+            "as its exported file will, and take them out of the batch in the module"
+        )
     return alone if isinstance(alone, Tensor) else inputs_of(values, names)
 
 

@@ -289,7 +289,7 @@ class Prune(Trick):
         self.include, self.exclude = tuple(include), tuple(exclude)
         self.done = 0  # how many of the updates have been made
         self.reached = 0.0
-        self._hold: Hold | None = None  # until the schedule has ended
+        self._hold: Hold | None = None  # until the first validation after the schedule
 
     def apply(self, work: Workbench) -> None:
         """Prunes to ``initial`` before a training, to ``sparsity`` without one."""
@@ -317,6 +317,9 @@ class Prune(Trick):
     def on_validation_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Makes the last update before the last validation, which is of the final network."""
         self._advance_at_the_end(trainer, pl_module)
+        if self._hold is not None and self._hold.is_over:
+            self._hold.begin_validation()
+            self._hold = None
 
     def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Makes the last update before the last checkpoint is written."""
@@ -359,11 +362,11 @@ class Prune(Trick):
     def _advance(self, trainer: "Trainer", pl_module: "LightningModule") -> bool:
         """Renews the masks if another update is due; returns whether it was."""
         is_due = self._update(workbench_of(pl_module), fit_progress(trainer))
-        if self._hold is not None and self.done >= self.updates:
-            self._hold.end()
-            self._hold = None
-        elif self._hold is not None:
-            self._hold.forget()
+        if self._hold is not None and not self._hold.is_over:
+            if self.done >= self.updates:
+                self._hold.end()
+            else:
+                self._hold.forget()
         return is_due
 
     def _advance_at_the_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:

@@ -61,6 +61,8 @@ def test_exporters_name_ours(tmp_path, training):
     for scripted in (lit, lit.backbone):
         with pytest.raises(QatTricksError, match=EXPORT % "network"):
             torch.jit.script(scripted)
+    with pytest.raises(QatTricksError, match=EXPORT % "network"):
+        torch.onnx.export(lit.backbone, (images(2),), tmp_path / "a.onnx", dynamo=False)
     assert list(tmp_path.iterdir()) == []
     assert qat_tricks.export_onnx(lit.backbone, tmp_path / "a.onnx", images(2)).top1_agreement == 1
 

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from enum import Enum
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -108,6 +109,7 @@ MODULES = {
     "namespace": lambda: TakesHparams(argparse.Namespace(classes=4, lr=0.02)),
     "dict": lambda: TakesHparams({"classes": 4, "lr": 0.02}),
     "DictConfig": lambda: TakesHparams(OmegaConf.create({"classes": 4, "lr": 0.02})),
+    "numbers": lambda: TakesHparams({"classes": 4, "lr": np.float64(0.02), "on": np.bool_(True)}),
     "cfg": lambda: TakesCfg(OmegaConf.create(CONFIG)),
     "many": many,
 }
@@ -190,6 +192,24 @@ def test_a_network_among_the_hyperparameters(tmp_path):
     assert run.global_step == 2
 
 
+class IgnoresNet(Base):
+    def __init__(self, net, *, classes, lr=0.1):
+        super().__init__()
+        self.save_hyperparameters(ignore=["net"])
+        self.net = net
+
+
+def test_an_argument_that_was_not_saved_is_asked_for(tmp_path):
+    written(module := IgnoresNet(small_net(num_classes=4), classes=4), path := tmp_path / "a.ckpt")
+    with pytest.raises(
+        QatTricksError,
+        match=r"IgnoresNet takes net, which .*a\.ckpt does not hold: give net=\.\.\.",
+    ):
+        qat_tricks.load_from_checkpoint(IgnoresNet, path)
+    loaded = qat_tricks.load_from_checkpoint(IgnoresNet, path, net=small_net(3, num_classes=4))
+    assert is_same(loaded, module)
+
+
 def test_a_class_of_the_users_is_named(tmp_path):
     written(TakesSetting(Setting()), path := tmp_path / "end.ckpt")
     with pytest.raises(QatTricksError, match=rf"holds {__name__}\.Setting, which"):
@@ -262,6 +282,12 @@ def test_a_damaged_file_is_told_from_one_that_holds_more(tmp_path, content):
         assert "\n" not in str(error.value)
         assert "\x1b" not in str(error.value)
         assert len(str(error.value)) < 300 + len(str(path))
+
+
+def test_a_file_that_is_open_is_refused(tmp_path):
+    save_checkpoint(Lit(), path := tmp_path / "a.ckpt")
+    with path.open("rb") as file, pytest.raises(QatTricksError, match="not from a BufferedReader"):
+        qat_tricks.load_from_checkpoint(Lit, file)
 
 
 class Loose(Lit):

@@ -164,6 +164,32 @@ def test_one_that_validates_no_more_says_that_there_is_no_best(tmp_path):
     assert keep.best_model_path == ""
 
 
+def test_a_metric_from_before_judges_no_network_of_after(tmp_path):
+    """Between validations, checkpoints of steps are judged by the last validation's metric."""
+    keep = keeper(tmp_path, every_n_train_steps=1, filename="{step}")
+    stopping = pl.callbacks.EarlyStopping("val_acc", mode="max")
+    fit([keep, stopping], epochs=4, end=0.5)
+    # pruned at step 8, and validated again at step 12
+    assert float(keep.best_model_score) == pytest.approx(1 / 13)
+    assert float(stopping.best_score) == pytest.approx(1 / 13)
+    assert keep.best_model_path == str(tmp_path / "step=13.ckpt")
+    # and where nothing is kept after the only validation, what is pruned is the best
+    keep = keeper(tmp_path / "last", every_n_train_steps=1, filename="{step}")
+    fit([keep])
+    assert zeros_in(keep.best_model_path) >= 0.5
+
+
+def test_a_metric_of_training_is_not_forgotten_at_a_validation(tmp_path):
+    class Rising(Falling):
+        def training_step(self, batch, index):
+            self.log("train", float(self.trainer.global_step))
+            return super().training_step(batch, index)
+
+    keep = keeper(tmp_path, monitor="train", mode="min", every_n_train_steps=1, filename="{step}")
+    fit([keep], lit=Rising())
+    assert float(keep.best_model_score) == 8  # the first with the last masks
+
+
 def test_networks_that_are_pruned_already_are_not_held_back(tmp_path):
     _, lit = fit([keeper(tmp_path / "first")])
     keep = keeper(tmp_path / "second")
