@@ -132,13 +132,15 @@ def _evaluate_job(config: DictConfig) -> None:
     from qat_tricks.jobs.config import evaluation_folder
     from qat_tricks.jobs.evaluate import evaluate_artifact
 
-    _say(f"evaluate {config.artifact}, into {_short(evaluation_folder(config))}")
+    folder = evaluation_folder(config)
+    config.folder = str(folder)  # once there is a report in it, the next one would be chosen
+    _say(f"evaluate {config.artifact}, into {_short(folder)}")
     try:
         evaluate_artifact(config)
     except QatTricksError as error:
         _tell(error)
         sys.exit(BAD_INPUT)
-    _say(f"the evaluation is in {_short(evaluation_folder(config))}: report.md, report.json")
+    _say(f"the evaluation is in {_short(folder)}: report.md, report.json")
 
 
 def _tell(error: QatTricksError, where: str = "") -> None:
