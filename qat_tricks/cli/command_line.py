@@ -116,6 +116,8 @@ def _checked_jobs(name: str, parsed: Namespace, overrides: list[str]) -> list[Di
 def _check_evaluation(config: DictConfig, is_sweep: bool, problems: Problems) -> None:
     if is_sweep:
         raise QatTricksError("evaluate.py takes one artifact at a time: leave out --multirun")
+    if problems.messages and OmegaConf.is_missing(config, "artifact"):
+        return  # it was given, and could not be read
     problems.of(lambda: check_evaluate(config))
     if not problems.messages:
         problems.of(lambda: _check_artifact(config))

@@ -44,6 +44,7 @@ def _run(name: str, job: Callable[[DictConfig], None], arguments: Sequence[str] 
     try:
         if arguments is not None:
             sys.argv = [f"{name}.py", *arguments]
+        _say_at_once(name, sys.argv[1:])
         # slow: they load torch
         from qat_tricks.cli.command_line import checked_arguments
         from qat_tricks.settings.config_dir import config_dir
@@ -150,6 +151,18 @@ def _tell(error: QatTricksError, where: str = "") -> None:
         file=sys.stderr,
         flush=True,
     )
+
+
+# Flags whose output is read by other programs, or is no run.
+_SHOWING = {"-h", "--help", "--hydra-help", "-c", "--cfg", "-i", "--info", "--version"}
+_SHOWING |= {"-sc", "--shell-completion"}
+
+
+def _say_at_once(name: str, arguments: Sequence[str]) -> None:
+    """Says that something goes on, before imports that take seconds."""
+    shows = any(argument.partition("=")[0] in _SHOWING for argument in arguments)
+    if "torch" not in sys.modules and not shows:
+        _say(f"{name}.py: loading PyTorch{' and Lightning' if name == 'train' else ''}")
 
 
 def _say(message: str) -> None:

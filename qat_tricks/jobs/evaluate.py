@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -36,6 +35,7 @@ from qat_tricks.jobs.artifact import (
     preprocessing_changes,
 )
 from qat_tricks.jobs.config import evaluation_folder, timing
+from qat_tricks.jobs.isolation import torch_threads
 
 
 def evaluate_artifact(config: DictConfig) -> dict[str, Any]:
@@ -55,7 +55,11 @@ def evaluate_artifact(config: DictConfig) -> dict[str, Any]:
             other classes or another preprocessing, or a runtime is not installed.
     """
     # The simulated network runs on as many threads as the file.
-    torch.set_num_threads(config.measure.threads)
+    with torch_threads(config.measure.threads):
+        return _evaluate_artifact(config)
+
+
+def _evaluate_artifact(config: DictConfig) -> dict[str, Any]:
     runtimes = list(config.runtimes) if config.runtimes else installed_runtimes()
     # Before the measurements, which take minutes.
     check_runtimes(runtimes)
