@@ -12,6 +12,7 @@ from qat_tricks.trainer.framework import package_of
 from qat_tricks.trainer.module import has_workbench, networks_in, workbench_of
 from qat_tricks.trainer.session import Session
 from qat_tricks.trainer.set_up import set_up_trainer
+from qat_tricks.trainer.stage_name import name_stage
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningDataModule, LightningModule
@@ -75,7 +76,7 @@ def run_stages(
             _train(module, frozen)
             callbacks = [session, *stage.tricks, *extra_callbacks]
             fit = package.Trainer(max_epochs=stage.epochs, callbacks=callbacks, **settings)
-        fit.fit(module, **data)
+        name_stage(fit, stage.name).fit(module, **data)
         work = workbench_of(module)
         # The float copy fits only this stage's network.
         work.drop_reference()

@@ -66,7 +66,14 @@ class Ran:
     checkpoint: Path  # of the first epoch
 
 
-def check_journey(train: Any, folder: Path, *, network: str = "self", accuracy: float = 0.8) -> Ran:
+def check_journey(
+    train: Any,
+    folder: Path,
+    *,
+    network: str = "self",
+    accuracy: float = 0.8,
+    weights_only: bool | None = None,
+) -> Ran:
     """Fits, tests, resumes, reloads, exports and evaluates a project.
 
     Args:
@@ -74,6 +81,7 @@ def check_journey(train: Any, folder: Path, *, network: str = "self", accuracy: 
         folder: for its files.
         network: the attribute that holds the network, "self" for the module itself.
         accuracy: the least that it reaches, 0..1.
+        weights_only: False for a checkpoint with objects among its hyperparameters.
     """
     ran = train(folder / "whole", None)
     module, kind = ran.module, type(ran.module)
@@ -89,7 +97,7 @@ def check_journey(train: Any, folder: Path, *, network: str = "self", accuracy: 
 
     path = folder / "end.ckpt"
     ran.trainer.save_checkpoint(path)
-    back = qat_tricks.load_from_checkpoint(kind, path)
+    back = qat_tricks.load_from_checkpoint(kind, path, weights_only=weights_only)
     assert differences(module.state_dict(), back.state_dict()) == []
     within = back if network == "self" else back.get_submodule(network)
     x, _ = dataset("test")[:64]

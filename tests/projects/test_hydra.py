@@ -125,4 +125,6 @@ def main(weights, folder, ckpt_path):
 def test_a_hydra_project(tmp_path, float_weights):
     model = OmegaConf.create(CONFIG.replace("${folder}", "")).model
     weights = float_weights(lambda: hydra.utils.instantiate(model))
-    check_journey(lambda *where: main(weights, *where), tmp_path, network="net")
+    # Partials and the network itself are among the hyperparameters.
+    trusted = {"weights_only": False}
+    check_journey(lambda *where: main(weights, *where), tmp_path, network="net", **trusted)

@@ -46,7 +46,7 @@ class LitDigits(pl.LightningModule):
             self.logger.experiment.add_histogram(name, parameter, self.current_epoch)
 
     def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), lr=2e-3)
+        return torch.optim.Adam(self.parameters(), lr=5e-3)
 
 
 def main(weights, folder, ckpt_path):
@@ -74,7 +74,7 @@ def main(weights, folder, ckpt_path):
 def test_layers_on_the_module_with_tensorboard_and_its_graph(tmp_path, float_weights, monkeypatch):
     with monkeypatch.context() as context:
         context.delattr(LitDigits, "on_train_epoch_end")
-        weights = float_weights(LitDigits)
+        weights = float_weights(LitDigits, epochs=8)
     check_journey(lambda *where: main(weights, *where), tmp_path)
     events = next((tmp_path / "whole").glob("**/events*")).read_bytes()
     assert b"activation_quantizers" in events
