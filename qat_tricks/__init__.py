@@ -11,6 +11,7 @@ from qat_tricks.version import __version__
 if TYPE_CHECKING:
     from qat_tricks.deploy.export import export_onnx
     from qat_tricks.errors import QatTricksError
+    from qat_tricks.jobs.evaluation import evaluate
     from qat_tricks.recipes.callbacks import Recipe, recipe
     from qat_tricks.recipes.ptq import quantize
     from qat_tricks.recipes.stages import run_stages
@@ -21,6 +22,7 @@ __all__ = [
     "QatTricksError",
     "Recipe",
     "__version__",
+    "evaluate",
     "export_onnx",
     "load_from_checkpoint",
     "quantize",
@@ -31,6 +33,7 @@ __all__ = [
 _HOME = {
     "QatTricksError": "errors",
     "Recipe": "recipes.callbacks",
+    "evaluate": "jobs.evaluation",
     "export_onnx": "deploy.export",
     "load_from_checkpoint": "trainer.checkpoints",
     "quantize": "recipes.ptq",

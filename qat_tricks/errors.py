@@ -38,4 +38,9 @@ def one_line(error: BaseException, limit: int | None = LINE) -> str:
         limit: characters to cut the text to; None leaves its length.
     """
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if limit is None or len(text) <= limit else text[: limit - 3] + "..."
+    return text if limit is None else cut(text, limit)
+
+
+def cut(text: str, limit: int = LINE) -> str:
+    """Returns ``text``, cut to ``limit`` characters."""
+    return text if len(text) <= limit else text[: limit - 3] + "..."

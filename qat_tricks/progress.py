@@ -1,10 +1,12 @@
 """Shows the progress of long work on a terminal; prints nothing elsewhere."""
 
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
+from rich.progress import Progress
 from rich.progress import track as rich_track
 
 T = TypeVar("T")
@@ -17,3 +19,27 @@ def track(items: Iterable[T], description: str) -> Iterator[T]:
     yield from rich_track(
         items, description, transient=True, console=console, disable=not sys.stderr.isatty()
     )
+
+
+class Bar:
+    """A progress bar for work that somebody else goes through.
+
+    Args:
+        description: what is done.
+        total: number of steps; infinite where it is not known.
+    """
+
+    def __init__(self, description: str, total: float) -> None:
+        disable = not sys.stderr.isatty()
+        self._progress = Progress(transient=True, console=Console(stderr=True), disable=disable)
+        self._progress.start()
+        known = total if math.isfinite(total) else None
+        self._task = self._progress.add_task(description, total=known)
+
+    def advance(self) -> None:
+        """One step is done."""
+        self._progress.advance(self._task)
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        self._progress.stop()

@@ -26,7 +26,7 @@ ROOMS = {
     "evidence": {"deploy", "graph", "numerics"},
     "trainer": {"graph", "numerics"},
     "tricks": {"trainer", "graph", "numerics"},
-    "recipes": {"tricks", "trainer", "graph", "numerics", "settings"},
+    "recipes": {"tricks", "trainer", "deploy", "graph", "numerics", "settings"},
 }
 ROOMS["jobs"] = set(ROOMS)
 ROOMS["cli"] = set(ROOMS)

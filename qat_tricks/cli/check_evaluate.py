@@ -11,7 +11,15 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.jobs.config import DeviceMeasure
 from qat_tricks.settings.binding import Problems, make
 
-_VALUES = ("artifact", "float", "folder", "data", "runtimes", "allow_preprocessing_change")
+_VALUES = (
+    "artifact",
+    "module",
+    "float",
+    "folder",
+    "data",
+    "runtimes",
+    "allow_preprocessing_change",
+)
 
 
 def check_evaluate(config: DictConfig) -> None:
@@ -21,9 +29,7 @@ def check_evaluate(config: DictConfig) -> None:
         QatTricksError: one line with every error.
     """
     if OmegaConf.is_missing(config, "artifact"):
-        raise QatTricksError(
-            "artifact is missing: give artifact=PATH, a .onnx or .ckpt that a run wrote"
-        )
+        raise QatTricksError("artifact is missing: give artifact=PATH, a .onnx or .ckpt")
     problems = Problems()
     settings = sections(config, ["measure"], _VALUES, problems)
     # Every part is checked, and all errors are reported at once.
@@ -39,6 +45,9 @@ def check_evaluate(config: DictConfig) -> None:
         is_optional = name != "artifact"
         if not (isinstance(path, str) and path) and not (path is None and is_optional):
             problems.messages.append(f"{name}={path!r} is not allowed: give a path")
+    module = settings["module"]
+    if not (module is None or (isinstance(module, str) and "." in module.strip("."))):
+        problems.messages.append(f"module={module!r} is not allowed: give package.Class")
     problems.of(lambda: _check_optional_data(settings["data"]))
     problems.report()
 

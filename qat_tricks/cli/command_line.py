@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from qat_tricks.cli.check_evaluate import check_evaluate
 from qat_tricks.cli.checks import check_folder
 from qat_tricks.errors import QatTricksError
-from qat_tricks.jobs.config import evaluation_folder
+from qat_tricks.jobs.config import REPORT, evaluation_folder
 from qat_tricks.models.build import register_models, register_timm_models
 from qat_tricks.settings.binding import Problems
 from qat_tricks.settings.compose import Composer, one_line
@@ -116,6 +116,8 @@ def _checked_jobs(name: str, parsed: Namespace, overrides: list[str]) -> list[Di
 def _check_evaluation(config: DictConfig, is_sweep: bool, problems: Problems) -> None:
     if is_sweep:
         raise QatTricksError("evaluate.py takes one artifact at a time: leave out --multirun")
+    if problems.messages and OmegaConf.is_missing(config, "artifact"):
+        return  # it was given, and could not be read
     problems.of(lambda: check_evaluate(config))
     if not problems.messages:
         problems.of(lambda: _check_artifact(config))
@@ -176,9 +178,14 @@ def _sweep_overrides(
 def _check_artifact(config: DictConfig) -> None:
     if not Path(config.artifact).is_file():
         raise QatTricksError(
-            f"artifact={config.artifact} is not a file: give a .onnx or .ckpt that a run wrote"
+            f"artifact={config.artifact} is not a file: give the path of a .onnx or .ckpt"
         )
-    check_folder(evaluation_folder(config))
+    folder = evaluation_folder(config)
+    if (folder / REPORT).exists():
+        raise QatTricksError(
+            f"folder={folder} has a report already: give another folder, or delete that one"
+        )
+    check_folder(folder)
 
 
 def _check_run_folder(config: DictConfig, key: str) -> None:

@@ -44,6 +44,7 @@ def _run(name: str, job: Callable[[DictConfig], None], arguments: Sequence[str] 
     try:
         if arguments is not None:
             sys.argv = [f"{name}.py", *arguments]
+        _say_at_once(name, sys.argv[1:])
         # slow: they load torch
         from qat_tricks.cli.command_line import checked_arguments
         from qat_tricks.settings.config_dir import config_dir
@@ -132,13 +133,15 @@ def _evaluate_job(config: DictConfig) -> None:
     from qat_tricks.jobs.config import evaluation_folder
     from qat_tricks.jobs.evaluate import evaluate_artifact
 
-    _say(f"evaluate {config.artifact}, into {_short(evaluation_folder(config))}")
+    folder = evaluation_folder(config)
+    config.folder = str(folder)  # once there is a report in it, the next one would be chosen
+    _say(f"evaluate {config.artifact}, into {_short(folder)}")
     try:
         evaluate_artifact(config)
     except QatTricksError as error:
         _tell(error)
         sys.exit(BAD_INPUT)
-    _say(f"the evaluation is in {_short(evaluation_folder(config))}: report.md, report.json")
+    _say(f"the evaluation is in {_short(folder)}: report.md, report.json")
 
 
 def _tell(error: QatTricksError, where: str = "") -> None:
@@ -148,6 +151,18 @@ def _tell(error: QatTricksError, where: str = "") -> None:
         file=sys.stderr,
         flush=True,
     )
+
+
+# Flags whose output is read by other programs, or is no run.
+_SHOWING = {"-h", "--help", "--hydra-help", "-c", "--cfg", "-i", "--info", "--version"}
+_SHOWING |= {"-sc", "--shell-completion"}
+
+
+def _say_at_once(name: str, arguments: Sequence[str]) -> None:
+    """Says that something goes on, before imports that take seconds."""
+    shows = any(argument.partition("=")[0] in _SHOWING for argument in arguments)
+    if "torch" not in sys.modules and not shows:
+        _say(f"{name}.py: loading PyTorch{' and Lightning' if name == 'train' else ''}")
 
 
 def _say(message: str) -> None:

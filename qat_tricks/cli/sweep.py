@@ -40,7 +40,7 @@ def compare_jobs(folder: Path) -> bool:
         print(f"error: {error}", file=sys.stderr)
         return False
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    console.print(comparison_table(rows))
+    console.print(comparison_table(rows, console.width))
     console.print(
         f"the sweep is in {folder}: comparison.csv, comparison.png", soft_wrap=True, highlight=False
     )

@@ -3,9 +3,12 @@
 import csv
 import io
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from qat_tricks.errors import QatTricksError
@@ -19,6 +22,7 @@ COLUMNS = (
     "recipe",
     "model",
     "data",
+    "settings",
     "accuracy_fp32",
     "accuracy_onnx",
     "drop_points",
@@ -54,7 +58,7 @@ def write_comparison(sweep_folder: Path) -> Path:
     writer.writerows(rows)
     path = sweep_folder / "comparison.csv"
     write_text(path, text.getvalue())
-    plot_comparison(rows, sweep_folder / "comparison.png")
+    plot_comparison(rows, labels(rows), sweep_folder / "comparison.png")
     return path
 
 
@@ -83,35 +87,109 @@ def comparison_rows(sweep_folder: Path) -> list[Row]:
         )
     # The relative path tells jobs of several sub-sweeps apart.
     names = {job.relative_to(sweep_folder).as_posix(): job for job in jobs}
-    return [_row(name, names[name]) for name in sorted(names, key=_natural)]
+    ordered = sorted(names, key=_natural)
+    rows = [_row(name, names[name]) for name in ordered]
+    given = [_overrides(names[name]) for name in ordered]
+    for row, settings, own in zip(rows, _swept(given), given, strict=True):
+        row["settings"] = settings
+        row["recipe"] = row["recipe"] or own.get("recipe")  # of a job that failed
+    return rows
 
 
-def comparison_table(rows: list[Row]) -> Table:
-    """Returns the rows as a rich table."""
-    table = Table(title="comparison")
-    table.add_column("job", no_wrap=True)
-    for column in ("recipe", "model", "data"):
-        table.add_column(column)
-    figures = {
-        "accuracy": ("accuracy_onnx", "percent"),
-        "drop": ("drop_points", "drop"),
-        "agreement": ("agreement", "percent"),
-        "size": ("size_bytes_int8", "bytes"),
-        "latency p50": ("latency_p50_ms_int8", "ms"),
-        "sparsity": ("sparsity", "percent"),
-        "coverage": ("int8_coverage", "percent"),
-        "memory": ("memory_mib_int8", "mib"),
+def _swept(given: Sequence[Mapping[str, str]]) -> list[str]:
+    """The settings of each job that another job does not have, as text.
+
+    The recipe, model and data have columns of their own.
+
+    Args:
+        given: the overrides of each job by their keys.
+    """
+    keys = dict.fromkeys(key for settings in given for key in settings)
+    differing = [key for key in keys if len({settings.get(key) for settings in given}) > 1]
+    differing = [key for key in differing if key not in ("recipe", "model", "data")]
+    short = {key: key.rpartition(".")[2] for key in differing}
+    # The last part of a key says enough where no other ends alike.
+    names = [*short.values()]
+    shown = {key: name if names.count(name) == 1 else key for key, name in short.items()}
+    return [
+        ", ".join(f"{shown[key]}={settings[key]}" for key in differing if key in settings)
+        for settings in given
+    ]
+
+
+def _overrides(job: Path) -> dict[str, str]:
+    """The overrides of a job by their keys, as Hydra keeps them; none where it has not."""
+    path = job / ".hydra" / "overrides.yaml"
+    try:
+        lines = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):  # of a report that was put there otherwise
+        return {}
+    pairs = (str(line).lstrip("+").partition("=") for line in lines or ())
+    return {key: value for key, _, value in pairs}
+
+
+def labels(rows: Sequence[Row]) -> list[str]:
+    """A name for each job that tells it from the others: its recipe, and whatever differs."""
+    several = [key for key in ("model", "data") if len({r[key] for r in rows if r[key]}) > 1]
+    keys = ["recipe", *several, "settings"]
+    found = [" · ".join(str(row[key]) for key in keys if row.get(key)) for row in rows]
+    return [
+        name if name and found.count(name) == 1 else " · ".join(filter(None, (name, f"job {job}")))
+        for name, job in zip(found, (row["job"] for row in rows), strict=True)
+    ]
+
+
+# The figures of the table, the most important first.
+_FIGURES = {
+    "accuracy": ("accuracy_onnx", "percent"),
+    "drop": ("drop_points", "drop"),
+    "size": ("size_bytes_int8", "bytes"),
+    "latency": ("latency_p50_ms_int8", "ms"),
+    "agreement": ("agreement", "percent"),
+    "zeros": ("sparsity", "percent"),
+    "coverage": ("int8_coverage", "percent"),
+    "memory": ("memory_mib_int8", "mib"),
+}
+_LEAST_NAME = 25  # columns for the jobs' names, which may take several lines
+
+
+def comparison_table(rows: Sequence[Row], width: int | None = None) -> Table:
+    """Returns the rows as a rich table.
+
+    Args:
+        rows: of ``comparison_rows``.
+        width: columns of the terminal. The figures for which there is no room are left out, and the
+            table says which; None: there is room for all.
+    """
+    columns = {
+        title: [title, *(show(row[key], unit, none="-") for row in rows)]
+        for title, (key, unit) in _FIGURES.items()
     }
-    for title in figures:
-        table.add_column(title, justify="right")
-    # A column of empty cells would take the width of the others.
-    failed = any(row["error"] for row in rows)
-    if failed:
-        table.add_column("error", style="red")
-    for row in rows:
-        texts = [row[key] or "" for key in ("job", "recipe", "model", "data")]
-        cells = [show(row[key], unit, none="-") for key, unit in figures.values()]
-        table.add_row(*texts, *cells, *([row["error"] or ""] if failed else []))
+    names = labels(rows)
+    name_width = max(_LEAST_NAME, max(map(len, names), default=0))
+    room = None if width is None else width - min(name_width, _LEAST_NAME)
+    shown: list[str] = []
+    left_out: list[str] = []
+    for title, cells in columns.items():
+        needed = max(map(len, cells)) + 1
+        if room is None or (not left_out and needed <= room):
+            shown.append(title)
+            room = None if room is None else room - needed
+        else:
+            left_out.append(title)
+    # The box itself leaves one column between two.
+    table = Table(title="comparison", box=SIMPLE_HEAD, show_edge=False, padding=0)
+    table.add_column("job", overflow="fold")
+    for title in shown:
+        table.add_column(title, justify="right", no_wrap=True)
+    for index, name in enumerate(names, 1):
+        table.add_row(name, *(columns[title][index] for title in shown))
+    below = [
+        f"{name}: {row['error']}" for name, row in zip(names, rows, strict=True) if row["error"]
+    ]
+    if left_out:
+        below.append(f"comparison.csv has {', '.join(left_out)} too")
+    table.caption, table.caption_justify = "\n".join(below) or None, "left"
     return table
 
 

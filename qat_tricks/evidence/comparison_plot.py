@@ -23,13 +23,17 @@ class _Point(NamedTuple):
     marker: str
 
 
-def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
+def plot_comparison(rows: list[dict[str, Any]], names: list[str], path: Path) -> None:
     """Draws a comparison's rows as PNG; a panel leaves out jobs that lack its figure.
+
+    Args:
+        rows: of ``comparison_rows``.
+        names: a label for each row.
+        path: of the picture.
 
     Raises:
         QatTricksError: the file cannot be written.
     """
-    names = [_name(row, rows) for row in rows]
     panels = [
         ("model file (MB)", _points(rows, names, "size_bytes", 1e-6)),
         ("latency, median of a batch (ms)", _points(rows, names, "latency_p50_ms", 1.0)),
@@ -45,21 +49,6 @@ def plot_comparison(rows: list[dict[str, Any]], path: Path) -> None:
         _panel(axes, title, points)
     with replacing(path) as draft:
         figure.savefig(draft, format="png", dpi=130)
-
-
-def _name(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """The recipe, and the model, data and job where they tell this job from the others."""
-    parts = [
-        str(row[key])
-        for key in ("recipe", "model", "data")
-        if key == "recipe" or _several(rows, key)
-    ]
-    twins = [
-        other
-        for other in rows
-        if all(other[key] == row[key] for key in ("recipe", "model", "data"))
-    ]
-    return " · ".join([*parts, *([f"job {row['job']}"] if len(twins) > 1 else [])])
 
 
 def _several(rows: list[dict[str, Any]], key: str) -> bool:
@@ -106,8 +95,11 @@ def _panel(axes: Axes, title: str, points: list[_Point]) -> None:
             mfc=face,
             mew=1.5,
             ls="none",
+            clip_on=False,  # a network may be right on all images, at the edge
         )
     axes.set_xlim(left=0)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, min(high, 100.0))
     _label(axes, points)
 
 

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 _UNITS: dict[str, Callable[[float], str]] = {
     "percent": lambda value: f"{value:.2%}",
-    "drop": lambda value: f"{value:.2f}",
+    "drop": lambda value: _change(value).removeprefix("drop "),  # below a title that says drop
+    "change": lambda value: _change(value),
     "points": lambda value: f"{value:+.2f}",
     "ratio": lambda value: f"{value:.4f}",
     "error": lambda value: f"{value:.3g}",
@@ -16,6 +17,12 @@ _UNITS: dict[str, Callable[[float], str]] = {
     "seconds": lambda value: f"{value:.0f} s" if value >= 100 else f"{value:.1f} s",
     "times": lambda value: f"{value:.2f}x",
 }
+
+
+def _change(drop: float) -> str:
+    """``drop 0.56``, or ``gain 1.11``: of a minus sign nobody knows which way it counts."""
+    text = f"{abs(drop):.2f}"
+    return f"gain {text}" if drop < 0 and float(text) else f"drop {text}"
 
 
 def show(value: float | None, unit: str, *, none: str = "not measured") -> str:

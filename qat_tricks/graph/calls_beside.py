@@ -18,6 +18,7 @@ from torch import fx, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from qat_tricks.errors import QatTricksError
+from qat_tricks.graph.outside import OUTSIDE, is_under
 
 _TABLES = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
 _HOOK_TABLES = tuple(
@@ -85,7 +86,7 @@ def refuse_calls_beside(traced: fx.GraphModule) -> None:
         if path in called and is_refused:
             for name in _refusals(path):
                 del vars(module)[name]
-        if not path or is_refused or is_inside(path, called):
+        if not path or is_refused or is_inside(path, called) or is_under(path, _outside(traced)):
             continue
         owner, _, name = path.rpartition(".")
         # A copy: the user may hold the module in a network of their own.
@@ -120,30 +121,85 @@ def guarded_method(name: str, method: FunctionType) -> Callable[..., Any]:
     return guarded
 
 
+def _outside(network: nn.Module) -> tuple[str, ...]:
+    """The parts that only the steps of a module use."""
+    return vars(network).get("meta", {}).get(OUTSIDE, ())
+
+
+class _Forward:
+    """Stands in for the ``forward`` of a network on the object, while a method of the user's runs.
+
+    In it, parts may be called. A method that calls ``self.forward(x)`` gets ``self(x)``, with all
+    hooks.
+    """
+
+    def __init__(self, network: nn.Module, guard: "_Guard") -> None:
+        self.network, self.guard = network, guard
+        self.is_called = False
+
+    def note_call(self, *_: Any) -> None:
+        """Is told that the network is called as a whole."""
+        self.is_called = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_called:
+            return self.network(*args, **kwargs)
+        self.is_called = False
+        self.guard.open()
+        try:
+            return type(self.network).forward(self.network, *args, **kwargs)
+        finally:
+            self.guard.close()
+
+
+def is_stand_in(value: Any) -> bool:
+    """Whether an attribute of a network is there only while a method of the user's runs."""
+    return isinstance(value, _Forward)
+
+
+class _Guard:
+    """Refuses calls of parts of a network while it is closed."""
+
+    def __init__(self, network: nn.Module, method: str) -> None:
+        self.network, self.method = network, method
+        self.handle: Any = None
+
+    def close(self) -> None:
+        """Refuses from now on."""
+        self.handle = register_module_forward_pre_hook(self.refuse)
+
+    def open(self) -> None:
+        """Lets parts be called."""
+        self.handle.remove()
+
+    def refuse(self, module: nn.Module, args: Any) -> None:
+        """Raises QatTricksError if ``module`` is a part of the network's graph."""
+        if module is self.network:
+            return
+        others = _outside(self.network)
+        for path, part in self.network.named_modules():
+            if part is module and not is_under(path, others):
+                raise QatTricksError(_beside(f'"{path}", which {self.method} calls,'))
+
+
 @contextmanager
 def _parts_refused(network: nn.Module, method: str) -> Iterator[None]:
     """Refuses calls of parts of ``network``, other than by its own ``forward``."""
-    if "forward" in vars(network):  # a method that was called by another
+    # A wrapper of several devices leaves the method itself there.
+    before = vars(network).get("forward")
+    if isinstance(before, _Forward):  # a method that was called by another
         yield
         return
-    parts = {id(module): path for path, module in network.named_modules() if path}
-    runs = [False]
-
-    def refuse(module: nn.Module, args: Any) -> None:
-        if id(module) in parts and not runs[0]:
-            raise QatTricksError(_beside(f'"{parts[id(module)]}", which {method} calls,'))
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        runs[0] = True
-        try:
-            return type(network).forward(network, *args, **kwargs)
-        finally:
-            runs[0] = False
-
-    handle = register_module_forward_pre_hook(refuse)
+    guard = _Guard(network, method)
+    forward = _Forward(network, guard)
+    noted = network.register_forward_pre_hook(forward.note_call)
+    guard.close()
     vars(network)["forward"] = forward
     try:
         yield
     finally:
+        guard.open()
+        noted.remove()
         del vars(network)["forward"]
-        handle.remove()
+        if before is not None:
+            vars(network)["forward"] = before

@@ -34,7 +34,11 @@ def _target(node: fx.Node, traced: fx.GraphModule) -> str:
     if node.op == "call_module":
         module = traced.get_submodule(str(target))
         # The settings of a module, such as a stride, stand in its own description.
-        return f"{target} {type(module).__name__} {module.extra_repr()}"
+        settings = module.extra_repr()
+        if getattr(module, "running_mean", None) is not None:
+            # A callback that freezes a BatchNorm lets it count no more for a while.
+            settings = settings.replace("track_running_stats=False", "track_running_stats=True")
+        return f"{target} {type(module).__name__} {settings}"
     if isinstance(target, str):
         return target
     return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', target)}"

@@ -226,7 +226,7 @@ class Replayed:
     """
 
     def __init__(self, loader: Iterable[Any]) -> None:
-        _check_loader(loader)
+        check_loader(loader)
         self._loader = loader
         self._rest = loader if isinstance(loader, Iterator) else None
         self._seen: list[Any] = []
@@ -261,8 +261,8 @@ class Replayed:
             )
 
 
-def _check_loader(loader: Any) -> None:
-    """Refuses what yields no batches (QatTricksError)."""
+def check_loader(loader: Any) -> None:
+    """Raises QatTricksError for what yields no batches."""
     if isinstance(loader, Tensor):
         raise QatTricksError(
             f"the loader is a tensor of shape {tuple(loader.shape)}, whose images would count as "

@@ -13,6 +13,7 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from qat_tricks.errors import QatTricksError, one_line
 from qat_tricks.graph.layers import LAYER_OF
+from qat_tricks.graph.outside import has_steps
 from qat_tricks.graph.spec import KERNELS, QUANTIZERS
 
 # Old-style hooks of torch.nn.utils that make a weight anew at each call, with the function that
@@ -71,14 +72,21 @@ def check_traceable(network: nn.Module, untraced: Sequence[str] = ()) -> None:
             "reads its class: define a class with that forward"
         )
     _check_names(network)
+    apart = _without_parameters(network) if has_steps(network) else set()
     for path, module in network.named_modules():
-        if _is_under(path, untraced):
+        if module in apart or _is_under(path, untraced):
             continue
         where = f'"{path}"' if path else type(network).__name__
         _check_kind(module, where)
         _check_weights(module, where)
         if path:
             _check_hooks(module, where)
+
+
+def _without_parameters(network: nn.Module) -> set[nn.Module]:
+    """The losses and metrics among the parts of a module of steps, and activations."""
+    children = [child for child in network.children() if not any(True for _ in child.parameters())]
+    return {module for child in children for module in child.modules()}
 
 
 def _check_names(network: nn.Module) -> None:

@@ -22,20 +22,30 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.calls_beside import (
     RefusedSequential,
     guarded_method,
+    is_stand_in,
     refuse_calls_beside,
     shallow_copy,
 )
+from qat_tricks.graph.outside import OUTSIDE, has_steps, outside
+from qat_tricks.graph.spec import QUANTIZERS
 from qat_tricks.graph.two_modes import EVALUATION, OWNER, TRAINING, acts_on_mode, by_mode, graph_in
 
 # Keys in the ``meta`` of a network: the names and defaults of arguments that were traced with their
 # default; why the network cannot be run in training mode.
 DEFAULTS, NO_TRAINING = "qat_tricks.defaults", "qat_tricks.no_training"
 
+# What to do instead of writing a network with torch's own exporters.
+EXPORT = 'write it with qat_tricks.export_onnx(network, "model.onnx", example)'
+
 
 class TracedNetwork(fx.GraphModule):
     """A base of every traced network; the user's class is the other (see ``adopt``)."""
 
     _user_class: type[nn.Module]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A new float network of the user's class, for ``type(network)`` stands for that class."""
+        return cls._user_class(*args, **kwargs)
 
     def recompile(self) -> Any:
         """Generates ``forward`` from the graph: one for each mode where it acts on the mode."""
@@ -52,10 +62,27 @@ class TracedNetwork(fx.GraphModule):
         refuse_calls_beside(self)
         return code
 
+    def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What ``torch.jit.trace`` calls, as ``add_graph`` of TensorBoard does.
+
+        It compares the graphs with and without gradients, which differ where gradients have a path
+        of their own. A graph has none.
+        """
+        if torch.onnx.is_in_onnx_export() and hasattr(self, QUANTIZERS):
+            raise QatTricksError(f"torch.onnx.export would write floats: {EXPORT}")
+        with torch.no_grad():
+            return super()._slow_forward(*args, **kwargs)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` calls, which cannot take quantizers."""
+        if hasattr(self, QUANTIZERS):
+            raise QatTricksError(f"TorchScript cannot hold a quantized network: {EXPORT}")
+        return self
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "TracedNetwork":
         twin = object.__new__(_class_for(self._user_class))
         memo[id(self)] = twin
-        state = {key: value for key, value in vars(self).items() if key != "_graph"}
+        state = {key: value for key, value in _state_of(self).items() if key != "_graph"}
         vars(twin).update(copy.deepcopy(state, memo))
         twin.graph = copy.deepcopy(self.graph)
         return twin
@@ -70,10 +97,16 @@ class TracedNetwork(fx.GraphModule):
         # A pickle of torch.fx traces its own code again, and forgets the spec.
         state = {
             key: value
-            for key, value in vars(self).items()
+            for key, value in _state_of(self).items()
             if key not in ("_graph", "_code", "_lineno_map", "_prologue_start")
         }
-        return _unpickle, (self._user_class, _as_plain(self.graph), state)
+        # The state by itself, for it may hold the network.
+        return _unpickle, (self._user_class,), {_GRAPH: _as_plain(self.graph), **state}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nodes = state.pop(_GRAPH)
+        vars(self).update(state)
+        self.graph = _as_graph(nodes)
 
 
 def adopt(network: nn.Module, graph: fx.Graph) -> TracedNetwork:
@@ -88,9 +121,12 @@ def adopt(network: nn.Module, graph: fx.Graph) -> TracedNetwork:
     """
     plain = fx.GraphModule(network, graph, class_name=type(network).__name__)
     traced = object.__new__(_class_for(type(network)))
-    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    whole = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     fx_state = {key: vars(plain)[key] for key in vars(plain).keys() - vars(nn.Module()).keys()}
-    vars(traced).update({**vars(_shell(network, "", called, {})), **fx_state})
+    if has_steps(network):
+        fx_state["meta"] = {**fx_state["meta"], OUTSIDE: outside(network, graph)}
+        whole |= set(fx_state["meta"][OUTSIDE])
+    vars(traced).update({**vars(_shell(network, "", whole, {})), **fx_state})
     vars(traced).pop("_compiled_call_impl", None)
     if isinstance(traced, nn.Sequential):
         vars(traced)["_layer_names"] = tuple(network._modules)
@@ -120,16 +156,16 @@ def become(network: nn.Module, traced: TracedNetwork) -> TracedNetwork:
     return own
 
 
-def _shell(module: nn.Module, path: str, called: set[str], done: dict[int, Any]) -> nn.Module:
-    """A copy of ``module`` and its parts that shares parameters, and all parts that are called."""
-    if path in called:
+def _shell(module: nn.Module, path: str, whole: set[str], done: dict[int, Any]) -> nn.Module:
+    """A copy of ``module`` and its parts that shares parameters, and all parts that stay whole."""
+    if path in whole:
         return module
     if id(module) not in done:
         shell = done[id(module)] = shallow_copy(module)
         prefix = f"{path}." if path else ""
         for name, child in module._modules.items():
             if child is not None:
-                shell._modules[name] = _shell(child, f"{prefix}{name}", called, done)
+                shell._modules[name] = _shell(child, f"{prefix}{name}", whole, done)
     return done[id(module)]
 
 
@@ -194,10 +230,18 @@ def _drop_tensors(module: nn.Module, path: str, used: set[str]) -> None:
 # Classes -----------------------------------------------------------------------------------------
 
 
+# Their own methods call no parts of a network.
+_FRAMEWORKS = ("torch.nn.modules.", "pytorch_lightning.", "lightning.")
+
+
 def _class_for(kind: type[nn.Module]) -> type[TracedNetwork]:
     """A class for one network, as torch.fx has it, because ``forward`` belongs to the class."""
     methods = {name: guarded_method(name, method) for name, method in _methods_of(kind).items()}
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    names = {
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__init__": kind.__init__,  # for its signature
+    }
     bases = (_TracedSequential, kind) if issubclass(kind, nn.Sequential) else (TracedNetwork, kind)
     make: Any = type(kind)  # the metaclass
     return make(kind.__name__, bases, {**methods, **names, "_user_class": kind})
@@ -207,7 +251,7 @@ def _methods_of(kind: type) -> dict[str, FunctionType]:
     """The methods that the user has written, without those of ``nn.Module`` that they replace."""
     methods: dict[str, FunctionType] = {}
     for base in reversed(kind.__mro__):
-        if base.__module__.startswith("torch.nn.modules"):
+        if f"{base.__module__}.".startswith(_FRAMEWORKS):
             continue
         for name, value in vars(base).items():
             if isinstance(value, FunctionType) and not hasattr(fx.GraphModule, name):
@@ -301,6 +345,7 @@ def _equal(value: Any, default: Any) -> bool:
     return bool(value == default)
 
 
+_GRAPH = "qat_tricks.graph"  # the key in a pickled state
 # Pickles -----------------------------------------------------------------------------------------
 
 
@@ -359,10 +404,20 @@ def _as_graph(nodes: list[tuple[Any, ...]]) -> fx.Graph:
     return graph
 
 
+def _state_of(traced: TracedNetwork) -> dict[str, Any]:
+    """The attributes of a traced network that a copy and a pickle take along."""
+    # A module of training steps leaves its trainer behind.
+    own: Any = traced
+    state = own.__getstate__() if has_steps(traced) else vars(traced)
+    return {key: value for key, value in state.items() if not is_stand_in(value)}
+
+
 def _unpickle(
-    kind: type[nn.Module], nodes: list[tuple[Any, ...]], state: dict[str, Any]
+    kind: type[nn.Module],
+    nodes: list[tuple[Any, ...]] | None = None,
+    state: dict[str, Any] | None = None,
 ) -> TracedNetwork:
     traced = object.__new__(_class_for(kind))
-    vars(traced).update(state)
-    traced.graph = _as_graph(nodes)
+    if nodes is not None and state is not None:  # pickles of before have them here
+        traced.__setstate__({_GRAPH: nodes, **state})
     return traced

@@ -40,6 +40,7 @@ class Workbench:
         trains: whether training follows; without it a trick that acts gradually does all at once.
         parameters_before: the network's parameters as it came, which an optimizer may still hold.
         gate: compares the network after each step with the user's own; None without a loader.
+        images: the most images that a trick has taken.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Workbench:
         self.teacher = teacher
         self.network_name = ""
         self.trains = False
+        self.images = 0
         self._reference: fx.GraphModule | None = None
         self.gate: Gate | None = None
         self.network: Any = network
@@ -102,6 +104,7 @@ class Workbench:
             raise QatTricksError(
                 "the calibration loader is empty: give one that yields at least one batch of images"
             )
+        self.images = max(self.images, sum(map(batch_size, batches)))
         return batches
 
     @property

@@ -1,29 +1,29 @@
-"""A file that a run wrote, a ``.onnx`` or a ``.ckpt``, and the description that it carries.
+"""A file of a network, a ``.onnx`` or a ``.ckpt``, and the description that it carries.
 
 An ONNX file is opened without Lightning and the training code.
 """
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from qat_tricks.data import ImageData, Preprocessing
-from qat_tricks.data.module import Batches
 from qat_tricks.deploy.normalization import BUILT_IN, NORMALIZATION_KEY
 from qat_tricks.deploy.parity.runtimes import Predict, predictor
 from qat_tricks.deploy.runtimes.registry import REFERENCE
 from qat_tricks.deploy.runtimes.session import open_session
 from qat_tricks.errors import QatTricksError
-from qat_tricks.jobs.description import from_metadata
+from qat_tricks.graph.workbench import logits_of
+from qat_tricks.jobs.description import NEEDS_DATA, foreign, from_metadata
 
 
 @dataclass(frozen=True, kw_only=True)
 class Artifact:
-    """A file that a run wrote, with its description."""
+    """A file of a network, with its description."""
 
     path: Path
     recipe: str | None
@@ -31,44 +31,79 @@ class Artifact:
     data: dict[str, Any]
     preprocessing: Preprocessing
     normalizes: bool = False  # it takes uint8 pixels and normalizes them itself
-    module: Any = None  # the classifier of a checkpoint
+    simulated: nn.Module | None = None  # the network of a checkpoint
+    # From a batch of images and labels to the network's inputs, where a module changes the images.
+    inputs: Callable[[Any], Any] | None = None
 
     @property
     def network(self) -> nn.Module:
         """The simulated network of a checkpoint, in evaluation mode."""
-        return self.module.network.eval()
+        assert self.simulated is not None
+        return self.simulated.eval()
 
-    def batches(self, data: ImageData) -> Batches:
-        """Returns the test images as the network takes them."""
-        return data.test_pixels() if self.normalizes else data.test_dataloader()
+    def batches(self, data: ImageData) -> Iterable[Any]:
+        """Returns the test images as the network takes them, with their labels."""
+        batches = data.test_pixels() if self.normalizes else data.test_dataloader()
+        return batches if self.inputs is None else _Changed(batches, self.inputs)
 
     def predict(self, threads: int, runtime: str = REFERENCE) -> Predict:
         """Returns a function from images, as the network takes them, to logits."""
-        return predictor(self.path, threads, runtime) if self.module is None else self.network
+        if self.simulated is None:
+            return predictor(self.path, threads, runtime)
+        return lambda *inputs: logits_of(self.network(*inputs))
 
 
-def load_artifact(path: Path) -> Artifact:
+@dataclass(frozen=True)
+class _Changed:
+    """The batches of a loader, with the network's inputs in place of the images."""
+
+    batches: Iterable[Any]
+    inputs: Callable[[Any], Any]
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            yield self.inputs(batch), batch[1]
+
+
+def load_artifact(
+    path: Path, *, module: str | None = None, data: Mapping[str, Any] | None = None
+) -> Artifact:
     """Opens a ``.onnx`` or ``.ckpt`` and reads its description.
 
+    Args:
+        path: of the file.
+        module: of a checkpoint that ``train.py`` did not write, the LightningModule's class,
+            ``package.Class``.
+        data: settings of the data, for a file that does not say them.
+
     Raises:
-        QatTricksError: it is missing, damaged, or was not written by a run.
+        QatTricksError: it is missing or damaged, or does not say enough of itself.
     """
     if path.suffix == ".ckpt":
-        # loads Lightning, which an ONNX file does without
-        from qat_tricks.jobs.checkpoint import describe, load_classifier
-
-        module = load_classifier(path)
-        return _artifact(path, describe(module), module=module)
+        return _checkpoint(path, module, data)
     if path.suffix != ".onnx":
-        raise QatTricksError(
-            f"{path} is neither a .onnx nor a .ckpt file: give one that a run wrote"
-        )
+        raise QatTricksError(f"{path} is neither a .onnx nor a .ckpt file: give one of them")
     session = open_session(path)
     _check_one_input(path, session)
     metadata = session.get_modelmeta().custom_metadata_map
     # files that take normalized images do not have this key
     normalization = json.loads(metadata.get(NORMALIZATION_KEY, "null"))
-    return _artifact(path, from_metadata(metadata, path), normalizes=normalization == BUILT_IN)
+    described = from_metadata(metadata, path, data)
+    return _artifact(path, described, normalizes=normalization == BUILT_IN)
+
+
+def _checkpoint(path: Path, module: str | None, data: Mapping[str, Any] | None) -> Artifact:
+    # loads Lightning, which an ONNX file does without
+    from qat_tricks.jobs.checkpoint import describe, load_classifier, load_own_module
+
+    if module is None:
+        classifier = load_classifier(path)
+        return _artifact(path, describe(classifier), simulated=classifier.network)
+    if data is None:
+        raise QatTricksError(f"{path} does not say which data it was made for: {NEEDS_DATA}")
+    own = load_own_module(path, module)
+    described = foreign(type(own.module).__name__, data)
+    return _artifact(path, described, simulated=own.network, inputs=own.inputs)
 
 
 def export_artifact(
@@ -86,10 +121,12 @@ def export_artifact(
         QatTricksError: the file does not run as simulated.
     """
     # loads Lightning, which an ONNX file does without
-    from qat_tricks.jobs.checkpoint import describe, export_classifier
+    from qat_tricks.jobs.checkpoint import export_network
 
-    export_classifier(artifact.module, path, describe(artifact.module), images, min_sqnr_db)
-    return load_artifact(path)
+    described = {"recipe": artifact.recipe, "model": artifact.model, "data": artifact.data}
+    described["preprocessing"] = artifact.preprocessing.described()
+    export_network(artifact.network, path, described, images, min_sqnr_db)
+    return replace(load_artifact(path), inputs=artifact.inputs)
 
 
 def preprocessing_changes(artifact: Artifact, data: ImageData, *, allowed: bool) -> list[str]:
@@ -129,5 +166,5 @@ def _check_one_input(path: Path, session: Any) -> None:
         raise QatTricksError(
             f"{path} takes {len(names)} inputs ({', '.join(names)}), and the data sets that "
             "evaluate.py reads hold images only: measure it in Python, with "
-            "qat_tricks.evidence.metrics.evaluate_classifier"
+            "qat_tricks.evaluate(path, loader)"
         )

@@ -18,6 +18,7 @@ from qat_tricks.jobs.classifier import Classifier
 from qat_tricks.models.build import build_model
 from qat_tricks.trainer.framework import default_package
 from qat_tricks.trainer.ranks import Ranks
+from qat_tricks.trainer.stage_name import name_stage
 from qat_tricks.version import __version__
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def prepare_baseline(
     if not (config.baseline.cache and ranks.on_zero(_restore, module, cached)):
         module.train().lr = config.baseline.lr
         fit = pl.Trainer(max_epochs=config.baseline.epochs, enable_checkpointing=False, **trainer)
-        fit.fit(module, datamodule=datamodule)
+        name_stage(fit, "float baseline").fit(module, datamodule=datamodule)
         if config.baseline.cache:
             ranks.on_zero(_cache, module, cached)
     # the ranks may have restored, trained or begun differently

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -123,9 +124,18 @@ def timing(measure: Any) -> dict[str, Any]:
     return {key: measure[key] for key in ("batch_size", "threads", "runs", "max_seconds")}
 
 
+REPORT = "report.json"
+"""The file by which a folder is known to have a report."""
+
+
 def evaluation_folder(config: DictConfig) -> Path:
     """Returns the folder that ``evaluate.py`` writes to.
 
-    It is ``config.folder``, or ``evaluation`` beside the artifact.
+    It is ``config.folder``, or ``evaluation`` beside the artifact; ``evaluation_2`` and so on where
+    that has a report already.
     """
-    return Path(config.folder) if config.folder else Path(config.artifact).parent / "evaluation"
+    if config.folder:
+        return Path(config.folder)
+    first = Path(config.artifact).parent / "evaluation"
+    others = (first.with_name(f"{first.name}_{number}") for number in count(2))
+    return next(folder for folder in chain([first], others) if not (folder / REPORT).exists())

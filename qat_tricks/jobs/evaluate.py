@@ -4,18 +4,19 @@ An ONNX file is measured without loading Lightning, the training code or the log
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from qat_tricks.data import ImageData, build_data
+from qat_tricks.deploy.cost.coverage import integer_coverage
 from qat_tricks.deploy.cost.device import measure_device, measure_runtime
 from qat_tricks.deploy.cost.latency import measure_throughput
+from qat_tricks.deploy.cost.weights import weight_sparsity
 from qat_tricks.deploy.normalization import BUILT_IN
 from qat_tricks.deploy.parity.runtimes import PARITY_BATCHES, Predict, parity
 from qat_tricks.deploy.runtimes.registry import (
@@ -34,51 +35,63 @@ from qat_tricks.jobs.artifact import (
     preprocessing_changes,
 )
 from qat_tricks.jobs.config import evaluation_folder, timing
+from qat_tricks.jobs.isolation import torch_threads
 
 
 def evaluate_artifact(config: DictConfig) -> dict[str, Any]:
     """Measures ``config.artifact`` and its float counterpart, and writes the report.
 
     A checkpoint is measured as it is simulated, exported, and measured again in each runtime. The
-    data are those that the artifact was made for, unless ``config.data`` names others; the float
-    network is ``config.float``, or ``model_fp32.onnx`` beside the artifact.
+    data are those that the artifact was made for, unless ``config.data`` names others. A file that
+    ``train.py`` did not write needs them, and a checkpoint of the user's own its class,
+    ``config.module``. The float network is ``config.float``, or ``model_fp32.onnx`` beside the
+    artifact.
 
     Returns:
         The report.
 
     Raises:
-        QatTricksError: an artifact is missing, damaged or not ours, the data have other classes or
-            another preprocessing, or a runtime is not installed.
+        QatTricksError: an artifact is missing, damaged or says too little of itself, the data have
+            other classes or another preprocessing, or a runtime is not installed.
     """
     # The simulated network runs on as many threads as the file.
-    torch.set_num_threads(config.measure.threads)
+    with torch_threads(config.measure.threads):
+        return _evaluate_artifact(config)
+
+
+def _evaluate_artifact(config: DictConfig) -> dict[str, Any]:
     runtimes = list(config.runtimes) if config.runtimes else installed_runtimes()
     # Before the measurements, which take minutes.
     check_runtimes(runtimes)
     folder = evaluation_folder(config)
-    folder.mkdir(parents=True, exist_ok=True)
 
-    artifact = load_artifact(Path(config.artifact))
+    given = {"module": config.module, "data": _given_data(config)}
+    artifact = load_artifact(Path(config.artifact), **given)
     # the data as config.data describes them; the artifact's own preprocessing may be another
     data_as_configured = build_data(**_data_options(config, artifact))
     changes = preprocessing_changes(
         artifact, data_as_configured, allowed=config.allow_preprocessing_change
     )
     data = _loaded(data_as_configured.with_preprocessing(artifact.preprocessing))
+    folder.mkdir(parents=True, exist_ok=True)
 
     evaluation = _Evaluation(config=config, data=data)
     float_path = Path(config.float) if config.float else artifact.path.with_name("model_fp32.onnx")
     float_metrics = None
-    if config.float or float_path.is_file():
-        float_metrics = evaluation.measure_float(load_artifact(float_path))
+    # A float file that is compared with itself tells nothing.
+    has_float = float_path.is_file() and float_path.resolve() != artifact.path.resolve()
+    if config.float or has_float:
+        float_artifact = load_artifact(float_path, **given)
+        float_artifact = replace(float_artifact, inputs=float_artifact.inputs or artifact.inputs)
+        float_metrics = evaluation.measure_float(float_artifact)
     deployed = artifact  # the ONNX file: the artifact itself, or its export
-    if artifact.module is not None:
+    if artifact.simulated is not None:
         deployed = evaluation.export_checkpoint(artifact, folder / "model.onnx")
     metrics = evaluation.enter("onnx", deployed, deployed.predict(config.measure.threads))
 
     paths = {"int8": deployed.path}
     # a float checkpoint has no file to time
-    if float_path.is_file() and float_path.suffix == ".onnx":
+    if float_path.suffix == ".onnx" and float_metrics is not None:
         paths["fp32"] = float_path
     report = evaluation.report(artifact, deployed, metrics, float_metrics, paths, runtimes)
     if changes:
@@ -90,11 +103,16 @@ def evaluate_artifact(config: DictConfig) -> dict[str, Any]:
     return report
 
 
-def _data_options(config: DictConfig, artifact: Artifact) -> dict[str, Any]:
+def _given_data(config: DictConfig) -> dict[str, Any] | None:
+    """The settings of ``data=NAME``, if it was given."""
     if config.data is None:
-        return artifact.data
+        return None
     options: Any = OmegaConf.to_container(config.data, resolve=True)
     return options
+
+
+def _data_options(config: DictConfig, artifact: Artifact) -> dict[str, Any]:
+    return _given_data(config) or artifact.data
 
 
 def _loaded(data: ImageData) -> ImageData:
@@ -111,11 +129,12 @@ class _Evaluation:
     data: ImageData  # loaded, under the artifact's preprocessing
     ledger: Ledger = field(default_factory=Ledger)
     simulated: Predict | None = None  # of a checkpoint: the network that its export must follow
+    _shape: tuple[int, ...] | None = None  # where a module changes that of the images
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the images."""
-        return (self.data.in_channels, *self.data.image_size)
+    def shape(self) -> tuple[int, ...]:
+        """Channels, height and width of the images, as the network takes them."""
+        return self._shape or (self.data.in_channels, *self.data.image_size)
 
     def enter(self, name: str, artifact: Artifact, predict: Predict) -> Metrics:
         """Measures ``predict`` on the images as ``artifact`` takes them; adds it to the ledger."""
@@ -131,8 +150,11 @@ class _Evaluation:
 
     def export_checkpoint(self, artifact: Artifact, path: Path) -> Artifact:
         """Measures the network of a checkpoint as it is simulated, and exports it."""
-        self.simulated = artifact.network
+        self.simulated = artifact.predict(self.config.measure.threads)
         self.enter("simulated", artifact, self.simulated)
+        if artifact.inputs is not None:
+            inputs, _ = next(iter(artifact.batches(self.data)))
+            self._shape = tuple(inputs.shape[1:])
         few = islice(artifact.batches(self.data), PARITY_BATCHES)
         return export_artifact(artifact, path, few, self.config.measure.min_sqnr_db)
 
@@ -158,6 +180,7 @@ class _Evaluation:
         measure = self.config.measure
         predict = deployed.predict(measure.threads)
         device = measure_device(paths, self.shape, **timing(measure))
+        self._enter_costs(device, paths)
         compared = None  # an ONNX file has no simulation to follow
         if self.simulated is not None:
             compared = parity(
@@ -187,17 +210,31 @@ class _Evaluation:
             "throughput": [row for name in runtimes for row in self._throughput(name, paths)],
         }
 
+    def _enter_costs(self, device: dict[str, Any], paths: dict[str, Path]) -> None:
+        """Enters the figures of the files in the ledger's rows."""
+        files = {"fp32": "fp32", "simulated": "int8", "onnx": "int8"}  # by the name of the row
+        for index, row in enumerate(self.ledger.stages):
+            file = files[row.name]
+            if file not in paths:
+                continue
+            row = replace(row, sparsity=weight_sparsity(paths[file]))
+            if row.name != "simulated":  # which is no file
+                size, latency = device["size_bytes"][file], device["latency_ms"][file]
+                row = replace(row, size_bytes=size, latency_ms=latency)
+            self.ledger.stages[index] = row
+
     def _runtime_costs(
         self, name: str, device: dict[str, Any], paths: dict[str, Path]
     ) -> dict[str, Any]:
         if name != REFERENCE:
             return measure_runtime(name, paths, self.shape, **timing(self.config.measure))
+        operators = integer_coverage(paths["int8"], self.shape).operators
         # ONNX Runtime was measured already; the same keys as measure_runtime's
         return {
             "version": runtime_version(REFERENCE),
             "latency_ms": device["latency_ms"],
             "load_ms": device["load_ms"],
-            "int8_layers": None,
+            "int8_layers": sum(operator.integer for operator in operators) / len(operators),
         }
 
     def _runtime_results(

@@ -49,6 +49,17 @@ def isolated() -> Iterator[None]:
             sys.modules["matplotlib.pyplot"].close("all")
 
 
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Lets torch compute with so many threads in the block, and after it with as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def free_memory() -> None:
     """Frees the memory of a job that has ended, reference cycles among it."""
     # A trainer and its callbacks refer to each other.

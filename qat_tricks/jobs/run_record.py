@@ -37,6 +37,7 @@ from qat_tricks.graph.traced_network import TracedNetwork
 from qat_tricks.jobs.classifier import Classifier
 from qat_tricks.jobs.config import timing
 from qat_tricks.jobs.description import to_metadata
+from qat_tricks.jobs.isolation import torch_threads
 from qat_tricks.jobs.loggers import log_report
 from qat_tricks.recipes.recipe import Stage, StagedRecipe
 from qat_tricks.trainer.checkpoints import save_checkpoint
@@ -118,7 +119,8 @@ class RunRecord:
         """
         # First: a failure in the report must not cost the training.
         save_checkpoint(self.module, self.folder / "model.ckpt")
-        report = self._report()
+        with torch_threads(self.config.measure.threads):
+            report = self._report()
         write_report(self.folder, report)
         Console().print(self.ledger.as_table())
         log_report(logger, report, self.folder)
@@ -135,6 +137,11 @@ class RunRecord:
 
     def _measure_stage(self, name: str, network: nn.Module, path: Path) -> Metrics:
         """Measures ``network`` as it is simulated and exports it; the ledger gets both."""
+        # As many threads as the file is timed with; training has torch's own number.
+        with torch_threads(self.config.measure.threads):
+            return self._measure_on_threads(name, network, path)
+
+    def _measure_on_threads(self, name: str, network: nn.Module, path: Path) -> Metrics:
         metrics = self._evaluate(network, self.data.test_dataloader(), name)
         before = self.ledger.stages[-1].after if self.ledger.stages else None
         seconds = time.perf_counter() - self.stage_started

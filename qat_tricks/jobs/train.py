@@ -50,7 +50,6 @@ def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[st
             as simulated.
     """
     package = default_package()
-    torch.set_num_threads(config.measure.threads)
     package.seed_everything(config.seed, workers=True, verbose=False)
     recipe = fitted_recipe(config)
     data = load_data(config.data)

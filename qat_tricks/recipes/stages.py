@@ -1,15 +1,18 @@
 """Runs the stages of a recipe on a LightningModule, each with its own tricks and its own fit."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from qat_tricks.errors import QatTricksError
+from qat_tricks.graph.inputs import check_loader
 from qat_tricks.recipes.recipe import Stage, StagedRecipe, load_recipe
 from qat_tricks.trainer.framework import package_of
 from qat_tricks.trainer.module import has_workbench, networks_in, workbench_of
 from qat_tricks.trainer.session import Session
 from qat_tricks.trainer.set_up import set_up_trainer
+from qat_tricks.trainer.stage_name import name_stage
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningDataModule, LightningModule
@@ -19,9 +22,10 @@ AfterStage = Callable[[Stage, nn.Module], None]
 
 def run_stages(
     module: "LightningModule",
-    datamodule: "LightningDataModule",
+    datamodule: "LightningDataModule | Iterable[Any]",
     recipe: str | StagedRecipe,
     *,
+    val_dataloaders: Any = None,
     trainer: Mapping[str, Any] | None = None,
     after_stage: AfterStage | None = None,
 ) -> "LightningModule":
@@ -33,8 +37,9 @@ def run_stages(
         module: a trained LightningModule, of either Lightning package, which the trainers come
             from too; its network is changed in place. A stage's ``lr`` is set as ``module.lr``
             if the module has that attribute; else its own optimizer decides.
-        datamodule: gives training images for calibration and for the fits.
+        datamodule: gives training images for calibration and for the fits; or a loader of them.
         recipe: a recipe, or its name.
+        val_dataloaders: a loader of validation images, or several, beside a training loader.
         trainer: arguments of ``Trainer``, without ``max_epochs`` and ``callbacks`` of ours.
         after_stage: called after each stage with the stage and the network; may raise to stop the
             run.
@@ -46,6 +51,7 @@ def run_stages(
         recipe = load_recipe(recipe)
     settings = {"enable_checkpointing": False, "logger": False, **(trainer or {})}
     extra_callbacks = list(settings.pop("callbacks", None) or [])
+    data = _data(datamodule, val_dataloaders)
     frozen = _held_in_evaluation(module, recipe.network)
     # A recipe without stages still gives a network that was traced, as for export.
     for stage in recipe.stages or [Stage(name="float", tricks=[])]:
@@ -70,13 +76,35 @@ def run_stages(
             _train(module, frozen)
             callbacks = [session, *stage.tricks, *extra_callbacks]
             fit = package.Trainer(max_epochs=stage.epochs, callbacks=callbacks, **settings)
-        fit.fit(module, datamodule=datamodule)
+        name_stage(fit, stage.name).fit(module, **data)
         work = workbench_of(module)
         # The float copy fits only this stage's network.
         work.drop_reference()
         if after_stage is not None and recipe.stages:
             after_stage(stage, work.network)
     return module
+
+
+def _data(datamodule: Any, val_dataloaders: Any) -> dict[str, Any]:
+    """The arguments of ``fit`` for a data module, or for loaders.
+
+    Raises:
+        QatTricksError: it is neither, or loaders beside a data module.
+    """
+    if hasattr(datamodule, "train_dataloader"):
+        if val_dataloaders is not None:
+            raise QatTricksError(
+                "val_dataloaders beside a data module is not allowed: let its val_dataloader give "
+                "them"
+            )
+        return {"datamodule": datamodule}
+    check_loader(datamodule)
+    if isinstance(datamodule, Iterator):
+        raise QatTricksError(
+            "the loader yields its batches only once, and stages go through them several times: "
+            "give a DataLoader, or a list of batches, list(loader)"
+        )
+    return {"train_dataloaders": datamodule, "val_dataloaders": val_dataloaders}
 
 
 def _held_in_evaluation(module: nn.Module, network: str | None) -> list[str]:
@@ -86,6 +114,7 @@ def _held_in_evaluation(module: nn.Module, network: str | None) -> list[str]:
     meant to stay so.
     """
     networks = list(networks_in(module)) if network is None else [network]
+    networks = networks if len(networks) == 1 else []  # parts of the module as a whole
     whole = [name for name, m in module.named_modules() if name in networks and not m.training]
     return [
         name

@@ -142,8 +142,7 @@ class Composer:
                     one_line(error),
                 )
                 problems.append(
-                    f'"{override}" cannot be read ({reason}): write key=value, quote spaces and '
-                    "commas"
+                    f'"{override}" cannot be read ({reason}): {_way_to_write(override)}'
                 )
         return parsed, problems
 
@@ -183,6 +182,15 @@ class Composer:
 
     def _options(self, group: str) -> list[str]:
         return self.loader.get_group_options(group, ObjectType.CONFIG)
+
+
+def _way_to_write(override: str) -> str:
+    """How to write an override that Hydra cannot read."""
+    key, _, value = override.partition("=")
+    if "=" in value and not set(value) & set("\"'[{("):
+        # A path may have it, as folders of sweeps do.
+        return f"""quote a value that has "=", such as '{key}="{value}"'"""
+    return "write key=value, quote spaces and commas"
 
 
 def unknown_path(config: DictConfig, key: str) -> str | None:

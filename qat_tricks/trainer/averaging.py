@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
@@ -28,3 +30,17 @@ def keep_grids(trainer: "Trainer", pl_module: "LightningModule") -> None:
         for name, buffer in pl_module.named_buffers():
             if name.rpartition(".")[2] in _EXACT:
                 averaged[name].copy_(buffer)
+
+
+def restart_average(trainer: "Trainer") -> None:
+    """Lets averages begin anew: the next network that is taken in is the first one."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if not is_averaging(callback):
+            continue
+        # WeightAveraging counts in the averaged model, StochasticWeightAveraging by itself.
+        for owner in (callback, callback._average_model):
+            count = getattr(owner, "n_averaged", None)
+            if isinstance(count, Tensor):
+                count.zero_()
+        if hasattr(callback, "_init_n_averaged"):  # of a checkpoint, until it is put to use
+            callback._init_n_averaged = 0

@@ -18,6 +18,7 @@ from qat_tricks.graph.inputs import (
 )
 from qat_tricks.graph.random_state import kept_random_state
 from qat_tricks.trainer.framework import package_of
+from qat_tricks.trainer.module import network_of
 from qat_tricks.trainer.training_step import (
     REMEDY,
     Step,
@@ -51,7 +52,7 @@ def network_inputs(
         QatTricksError: there are no training images, or the step does not call the network with
             them, calls its parts by themselves, or fails.
     """
-    network = pl_module.get_submodule(name)
+    network = network_of(pl_module, name)
     step = _step(trainer, pl_module, network)
     taken: list[Inputs] = []
     tried = 0
@@ -98,8 +99,29 @@ def _step(trainer: "Trainer", pl_module: "LightningModule", network: Any) -> Ste
     names, required = input_names(network), input_names(pl_module.forward)
     # A batch gives the module its arguments where it takes one, or as many as the network does.
     if _overrides("forward", pl_module) and len(required) in (0, 1, len(names)):
-        return Step("forward", lambda batch, _: pl_module(*_arguments(batch, required, names)))
+        return Step("forward", lambda batch, _: _call_forward(pl_module, batch, required, names))
     return None
+
+
+def _call_forward(
+    pl_module: "LightningModule", batch: Any, required: Sequence[str], names: Sequence[str]
+) -> None:
+    """Calls ``forward`` of a module, which takes the images of a batch, or the batch itself.
+
+    Both are tried, the one that the argument's name speaks for first; the error is that of the
+    first.
+    """
+    tries = [lambda: _arguments(batch, required, names), lambda: (batch,)]
+    if required == ["batch"]:
+        tries.reverse()
+    failures: list[Exception] = []
+    for arguments in tries if len(required) == 1 else tries[:1]:
+        try:
+            pl_module(*arguments())
+            return
+        except Exception as error:  # whatever the user's code raises
+            failures.append(error)
+    raise failures[0]
 
 
 def _arguments(batch: Any, required: Sequence[str], names: Sequence[str]) -> tuple[Any, ...]:

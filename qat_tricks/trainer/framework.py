@@ -19,18 +19,19 @@ INSTALL = "pip install pytorch-lightning, or pip install lightning"
 
 
 def package_of(thing: Any) -> ModuleType:
-    """The Lightning package that a trainer, a module or a data module comes from.
+    """The Lightning package that a trainer, a module, a data module or a class comes from.
 
     Raises:
         QatTricksError: it comes from neither.
     """
     # The user's own class lives elsewhere: one of its base classes tells the package.
-    for kind in type(thing).__mro__:
+    own = thing if isinstance(thing, type) else type(thing)
+    for kind in own.__mro__:
         for name in PACKAGES:
             if f"{kind.__module__}.".startswith(f"{name}."):
                 return import_module(name)
     raise QatTricksError(
-        f"{type(thing).__name__} is no object of Lightning's: give a Trainer or LightningModule of "
+        f"{own.__name__} is no object of Lightning's: give a Trainer or LightningModule of "
         f"{' or '.join(PACKAGES)}"
     )
 

@@ -67,7 +67,7 @@ def renew_parameters(
                 same = [group for group, old in left if old.shape == parameter.shape]
                 homes = [*same, *(group for group, _ in left)][:1]
             for group in homes:
-                _join(group, name, parameter)
+                join(group, name, parameter)
 
 
 def take_in(
@@ -90,10 +90,11 @@ def take_in(
     held = _held(optimizers)
     for scale in scales:
         if id(scale) not in held:
-            _join(home, names[id(scale)], scale)
+            join(home, names[id(scale)], scale)
 
 
-def _join(group: Group, name: str, parameter: nn.Parameter) -> None:
+def join(group: Group, name: str, parameter: nn.Parameter) -> None:
+    """Adds a parameter, by its name in the network, to a parameter group."""
     group["params"].append(parameter)
     if "param_names" in group:
         group["param_names"].append(name)

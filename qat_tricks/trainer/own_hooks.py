@@ -6,7 +6,7 @@ Lightning's own call does nothing. One that makes the network anew, in a later r
 the one that is under work.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +34,7 @@ class OwnHook:
         self.pl_module, self.name, self.skip = pl_module, name, False
         # A hook that the user has put on the object itself.
         self.on_object = vars(pl_module).get(name)
-        self.network_name: str | None = None
-        self.network: nn.Module | None = None
+        self.kept: dict[str, nn.Module] = {}
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -52,18 +51,17 @@ class OwnHook:
         self._keep_network()
 
     def _keep_network(self) -> None:
-        """Puts the network under work back where the hook has made another one."""
-        name, network = self.network_name, self.network
-        if name is None or network is None:
-            return
-        parent_name, _, attribute = name.rpartition(".")
-        parent = self.pl_module.get_submodule(parent_name)
-        if getattr(parent, attribute, None) is not network:
-            setattr(parent, attribute, network)
-            rank_zero_warn(
-                f"{type(self.pl_module).__name__}.{self.name} has made {name} anew, and the one "
-                "that is quantized or pruned stays: make a new module to begin from the beginning"
-            )
+        """Puts what is under work back where the hook has made it anew."""
+        for name, network in self.kept.items():
+            parent_name, _, attribute = name.rpartition(".")
+            parent = self.pl_module.get_submodule(parent_name)
+            if getattr(parent, attribute, None) is not network:
+                setattr(parent, attribute, network)
+                rank_zero_warn(
+                    f"{type(self.pl_module).__name__}.{self.name} has made {name} anew, and the "
+                    "one that is quantized or pruned stays: make a new module to begin from the "
+                    "beginning"
+                )
 
 
 def _stand_in(pl_module: "LightningModule", name: str) -> OwnHook | None:
@@ -101,12 +99,12 @@ def end_run(pl_module: "LightningModule") -> None:
             hook.skip = False
 
 
-def keep_network(pl_module: "LightningModule", name: str, network: nn.Module) -> None:
-    """Lets no hook of ``pl_module`` replace its ``network``, which is under work."""
+def keep_networks(pl_module: "LightningModule", networks: Mapping[str, nn.Module]) -> None:
+    """Lets no hook of ``pl_module`` replace its ``networks``, by name, which are under work."""
     for hook_name in HOOKS:
         hook = _stand_in(pl_module, hook_name)
         if hook is not None:
-            hook.network_name, hook.network = name, network
+            hook.kept = dict(networks)
 
 
 def make_network(pl_module: "LightningModule", keys: Any) -> None:

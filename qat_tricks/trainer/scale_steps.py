@@ -24,13 +24,16 @@ class ScaleSteps:
 
     Args:
         optimizers: that hold the scales.
-        scales: the learned scales, by the name of what they belong to.
+        scales: see ``watch``.
     """
 
-    def __init__(self, optimizers: Iterable[Optimizer], scales: Mapping[str, nn.Parameter]) -> None:
-        self.scales = dict(scales)
-        self.at_first = {name: scale.detach().clone() for name, scale in scales.items()}
+    def __init__(
+        self, optimizers: Iterable[Optimizer], scales: Mapping[str, nn.Parameter] | None = None
+    ) -> None:
+        self.scales: dict[str, nn.Parameter] = {}
+        self.at_first: dict[str, Tensor] = {}
         self.named: set[str] = set()
+        self.watch(scales or {})
         self._before: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
         self._handles = []
         for optimizer in optimizers:
@@ -38,6 +41,12 @@ class ScaleSteps:
                 optimizer.register_step_pre_hook(self._note),
                 optimizer.register_step_post_hook(self._limit),
             ]
+
+    def watch(self, scales: Mapping[str, nn.Parameter]) -> None:
+        """Watches these learned scales too, given by the name of what they belong to."""
+        self.scales |= scales
+        for name, scale in scales.items():
+            self.at_first.setdefault(name, scale.detach().clone())
 
     def let_go(self) -> None:
         """Takes the hooks off the optimizers."""

@@ -6,6 +6,7 @@ averaged networks exact.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,21 +15,34 @@ from torch import nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.inputs import Inputs
+from qat_tricks.graph.layers import is_layer
 from qat_tricks.graph.modes import kept_modes
+from qat_tricks.graph.outside import OUTSIDE
 from qat_tricks.graph.random_state import restore_random_state
 from qat_tricks.graph.surgery import rebuild
 from qat_tricks.graph.traceable import check_traceable, copy_of
-from qat_tricks.graph.traced_network import NO_TRAINING
+from qat_tricks.graph.traced_network import NO_TRAINING, TracedNetwork
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.trainer.averaging import is_averaging, keep_grids
 from qat_tricks.trainer.calibration_images import network_inputs
 from qat_tricks.trainer.checkpoints import is_mid_epoch
+from qat_tricks.trainer.finetuning import (
+    finetuning_in,
+    follow_unfrozen,
+    freeze_again,
+    freeze_early,
+    learned_scales,
+    skip_set_up,
+)
+from qat_tricks.trainer.forward_alone import forward_alone
 from qat_tricks.trainer.framework import Callback, package_of
 from qat_tricks.trainer.module import (
     CHECKPOINT_KEY,
     attach_workbench,
     find_network,
     has_workbench,
+    is_whole,
+    network_of,
     workbench_of,
 )
 from qat_tricks.trainer.optimizers import renew_parameters
@@ -57,6 +71,29 @@ class SessionTrick(Ordered, Protocol):
         """Forgets an earlier fit."""
 
 
+class Report(Protocol):
+    """What tells, at the end of a fit, what it has done; ``recipes.fit_report`` has it."""
+
+    def begin(self, *, resumed: bool) -> None:
+        """A fit begins."""
+
+    def measure_float(
+        self, trainer: "Trainer", pl_module: "LightningModule", network: nn.Module
+    ) -> None:
+        """The recipe begins, and is about to change the network of ``pl_module``."""
+
+    def measure_prepared(
+        self, trainer: "Trainer", pl_module: "LightningModule", network: nn.Module
+    ) -> None:
+        """All that needs no training is done."""
+
+    def validated(self, trainer: "Trainer") -> None:
+        """The trainer has validated."""
+
+    def finish(self, trainer: "Trainer", work: Workbench) -> None:
+        """The fit has ended."""
+
+
 class Session(Callback):
     """The callback that comes before the tricks of a run.
 
@@ -65,12 +102,14 @@ class Session(Callback):
     Args:
         tricks: the session adds them to the trainer, behind itself. Tricks that are in the
             trainer already need not be listed.
-        network: attribute of the LightningModule that holds the network; None finds it.
+        network: attribute of the LightningModule that holds the network, or "self" for the module
+            itself; None finds it.
         untraced: name patterns of its submodules that are not traced through.
         trains: whether a fit follows a validation or a test that comes first. Tricks that act
             gradually then wait for it.
         fits: whether a fit may train at all; without one, such tricks act at once.
         keeps_teacher: whether the float network is kept also for tricks of later fits.
+        report: measures each fit, and tells the result at its end.
 
     Attributes:
         done_before: what the trainer has done in earlier fits, from which schedules begin.
@@ -87,12 +126,16 @@ class Session(Callback):
         trains: bool = True,
         fits: bool = True,
         keeps_teacher: bool = False,
+        report: Report | None = None,
     ) -> None:
         self.tricks, self.network, self.untraced = list(tricks), network, tuple(untraced)
         self.trains, self.fits, self.keeps_teacher = trains, fits, keeps_teacher
+        self.report = report
         self.done_before = Done()
         # Of a run resumed in the middle of an epoch, until it goes on.
         self._random_state: dict[str, Any] | None = None
+        # Of a run resumed beside a finetuning callback, until it has frozen its parts again.
+        self._frozen: dict[str, list[str]] | None = None
 
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
         """Applies every trick of the trainer, in order, to the network of ``pl_module``.
@@ -109,7 +152,7 @@ class Session(Callback):
         self._add_tricks(callbacks)
         tricks: list[Any] = [c for c in callbacks if isinstance(c, Callback) and c is not self]
         self._check_trainer(trainer)
-        self._random_state = None
+        self._random_state = self._frozen = None
         if trainer.state.fn == "fit":
             # A callback may be used for a second fit; a restored state comes after this.
             for trick in tricks:
@@ -118,17 +161,23 @@ class Session(Callback):
             self.done_before = Done() if resumes(trainer) else done_by(trainer)
             if self.trains and self.fits:
                 check_not_done(trainer, self.done_before)
+            if self.report is not None:
+                self.report.begin(resumed=resumes(trainer))
         # They may make the network, or what its training step needs.
         call_hooks_early(trainer, pl_module)
         # Lightning moves the module only after ``setup``, and calibration runs in it.
         pl_module.to(trainer.strategy.root_device)
+        early = [] if has_workbench(pl_module) else freeze_early(trainer, pl_module, self)
         work = self._workbench(trainer, pl_module, tricks)
         if work.history and any(trick.name not in work.applied for trick in tricks):
             work.begin_stage()
         changes = [trick.apply_once(work) for trick in tricks]
+        skip_set_up(early)
         # Each rank has calibrated by itself, and sums on GPUs differ in their last bits.
         if any(changes):
             _synchronize(trainer, work)
+        if self.report is not None and trainer.state.fn == "fit":
+            self.report.measure_prepared(trainer, pl_module, work.network)
         if any(changes) and self.trains and trainer.state.fn != "fit":
             rank_zero_warn(
                 "this recipe trains, and nothing was trained yet: the network is quantized, and "
@@ -182,12 +231,6 @@ class Session(Callback):
                     f"{name} prunes by parameters of its own, which surgery cannot follow: leave "
                     "it out, and take the trick prune (qat_tricks.tricks.Prune, or int8_prune50)"
                 )
-            if isinstance(callback, kinds.BaseFinetuning) and trainer.state.fn == "fit":
-                raise QatTricksError(
-                    f"{name} unfreezes whole modules, the scales of quantizers in them too: "
-                    "fine-tune in a fit of its own, before the recipe's, or set requires_grad in "
-                    "the module"
-                )
         for callback in callbacks[: callbacks.index(self)]:
             if is_averaging(callback):
                 name = type(callback).__name__
@@ -218,44 +261,62 @@ class Session(Callback):
         self, trainer: "Trainer", pl_module: "LightningModule", tricks: Sequence[SessionTrick]
     ) -> Workbench:
         """Traces the network of ``pl_module``, or rebuilds it as its checkpoint says."""
-        name = find_network(pl_module, self.network)
-        network = pl_module.get_submodule(name)
+        name = find_network(pl_module, self.network, self.untraced)
+        network = network_of(pl_module, name)
         if hasattr(network, "_orig_mod"):
             raise QatTricksError(
                 f"{name} is compiled, and surgery needs the network itself: leave it as it is and "
                 "compile what is trained, trainer.fit(torch.compile(module))"
             )
-        check_traceable(network, self.untraced)
+        if not isinstance(network, TracedNetwork):  # as one that was quantized beforehand
+            check_traceable(network, self.untraced)
         spec = spec_to_restore(trainer, pl_module)
+        # A float checkpoint is where the recipe begins.
+        if self.report is not None and spec is None and trainer.state.fn == "fit":
+            self.report.measure_float(trainer, pl_module, network)
         # Before surgery, and after a float checkpoint was loaded.
         needs_teacher = self.keeps_teacher or any(trick.needs_teacher for trick in tricks)
         teacher = copy_of(network) if needs_teacher else None
         before = list(network.parameters())
         load = _loader(trainer, pl_module, name)
-        # A part that the user holds in evaluation mode is to stay in it.
-        with kept_modes(network):
-            if spec is not None:
-                traced: nn.Module = rebuild(network, spec)
-            else:
-                traced = network
-            # A recipe that trains nothing and takes no images may have none to compare on.
-            has_images = self.fits or any(hasattr(trick, "num_images") for trick in tricks)
-            work = Workbench(
-                traced, load, teacher=teacher, untraced=self.untraced, compares=has_images
-            )
-        work.parameters_before = before  # an optimizer made in ``__init__`` holds these
-        return attach_workbench(pl_module, work, name)
+        # A recipe that trains nothing and takes no images may have none to compare on.
+        has_images = self.fits or any(hasattr(trick, "num_images") for trick in tricks)
+        with ExitStack() as stack:
+            first_load = load
+            if is_whole(pl_module, name):
+                alone = stack.enter_context(forward_alone(pl_module))
+                first_load = partial(alone.load, load)
+            # A part that the user holds in evaluation mode is to stay in it.
+            with kept_modes(network):
+                if spec is not None:
+                    traced: nn.Module = rebuild(network, spec)
+                else:
+                    traced = network
+                work = Workbench(
+                    traced, first_load, teacher=teacher, untraced=self.untraced, compares=has_images
+                )
+            work.loader = load
+            work.parameters_before = before  # an optimizer made in ``__init__`` holds these
+            attach_workbench(pl_module, work, name)
+        if is_whole(pl_module, name):
+            _warn_of_outside(work.network)
+        return work
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Puts the parameters that surgery has made into the optimizers."""
+        if self._frozen is not None:
+            freeze_again(pl_module, self._frozen)
+            self._frozen = None
         work = workbench_of(pl_module)
         renew_parameters(trainer.optimizers, work.network, work.parameters_before)
 
     def on_load_checkpoint(
         self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]
     ) -> None:
-        """Restores the random states that the checkpoint holds."""
+        """Restores the random states that the checkpoint holds, and notes what is frozen."""
         state = checkpoint.get(CHECKPOINT_KEY, {}).get("random_state")
+        if trainer.state.fn == "fit" and finetuning_in(trainer):
+            self._frozen = checkpoint.get(CHECKPOINT_KEY, {}).get("frozen")
         if trainer.state.fn == "fit" and state is not None:
             restore_random_state(state)  # an epoch that begins draws its order from here
             self._random_state = state if is_mid_epoch(checkpoint) else None
@@ -266,9 +327,27 @@ class Session(Callback):
             restore_random_state(self._random_state)
             self._random_state = None
 
+    def on_train_batch_start(
+        self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        """Keeps the scales that are not learned as they are, whatever a callback has unfrozen."""
+        if batch_idx == 0 and finetuning_in(trainer):
+            network = workbench_of(pl_module).network
+            follow_unfrozen(trainer, pl_module, learned_scales(network), lambda: None)
+
     def on_validation_epoch_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Keeps the grids of averaged networks exact."""
         keep_grids(trainer, pl_module)
+
+    def on_validation_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Notes the figures of the fit's validation."""
+        if self.report is not None and trainer.state.fn == "fit":
+            self.report.validated(trainer)
+
+    def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Tells what the fit has done."""
+        if self.report is not None:
+            self.report.finish(trainer, workbench_of(pl_module))
 
     def on_save_checkpoint(
         self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]
@@ -304,6 +383,17 @@ def _loader(
 ) -> Callable[[int], Iterable[Inputs]]:
     """What calls the network ``name`` with so many training images, the same on every rank."""
     return partial(loaded_once, partial(network_inputs, trainer, pl_module, name))
+
+
+def _warn_of_outside(network: nn.Module) -> None:
+    """Warns of layers of a module that its forward does not call, and that so stay in float."""
+    parts = vars(network)["meta"].get(OUTSIDE, ())
+    names = [name for name in parts if any(map(is_layer, network.get_submodule(name).modules()))]
+    if names:
+        rank_zero_warn(
+            f"{type(network).__name__}.forward does not call {', '.join(names)}: what only the "
+            "steps call stays in float, and does not get into an exported file"
+        )
 
 
 def _synchronize(trainer: "Trainer", work: Workbench) -> None:

@@ -2,9 +2,10 @@
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from qat_tricks.errors import QatTricksError, one_line
 from qat_tricks.graph.inputs import Inputs, input_names, inputs_of, map_tensors
 from qat_tricks.graph.modes import kept_modes
 from qat_tricks.trainer.framework import package_of
+from qat_tricks.trainer.module import is_whole, network_of
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -74,7 +76,8 @@ def network_inputs_of(
     """
     seen, owner = _Seen(), f"{type(pl_module).__name__}.{step.name}"
     failure: Exception | None = None
-    with _hooks(pl_module.get_submodule(name), seen), torch.no_grad():
+    whole = is_whole(pl_module, name)
+    with _hooks(network_of(pl_module, name), seen, whole=whole), torch.no_grad():
         try:
             with trainer.precision_plugin.train_step_context():
                 step.run(batch, index)
@@ -83,10 +86,11 @@ def network_inputs_of(
         except Exception as error:  # whatever the user's code raises
             failure = error
     # What was seen counts, also where the step has caught our exception and gone on.
-    if seen.part is not None:
+    if seen.part is not None and not (whole and seen.inputs):
+        part, call = (seen.part, "self(x)") if whole else (f"{name}.{seen.part}", f"{name} itself")
         raise QatTricksError(
-            f'{owner} calls the part "{name}.{seen.part}" of its network by itself, past the '
-            f"quantizers: let it call {name} itself, which may hand out several outputs"
+            f'{owner} calls the part "{part}" of its network by itself, past the '
+            f"quantizers: let it call {call}, which may hand out several outputs"
         )
     if not seen.inputs and isinstance(failure, QatTricksError):
         raise failure
@@ -100,42 +104,56 @@ def network_inputs_of(
 
 
 @contextmanager
-def _hooks(network: nn.Module, seen: _Seen) -> Iterator[None]:
-    """Ends the step at the first call of ``network``, or of a part of it."""
+def _hooks(network: nn.Module, seen: _Seen, *, whole: bool) -> Iterator[None]:
+    """Ends the step at the first call of ``network``, or of a part of it.
+
+    Where the network is the ``whole`` module, losses and augmentations are parts of it too: a part
+    is noted, and the step goes on.
+    """
     names = input_names(network)
     parts = {module: part for part, module in network.named_modules() if part}
+    forward = network.forward  # for its signature
 
     def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.inputs.append(_copied(_bound(network, names, args, kwargs)))
+        seen.inputs.append(_copied(_bound(forward, names, args, kwargs)))
         # The network itself need not run: its inputs are known.
         raise _SeenError
 
     def see_part(module: nn.Module, _: Any) -> None:
         # The network does not run, so that nobody but the module calls its parts.
-        if module in parts:
+        if module in parts and (seen.part is None or not whole):
             seen.part = parts[module]
-            raise _SeenError
+            if not whole:
+                raise _SeenError
 
-    handles = [
-        network.register_forward_pre_hook(see, with_kwargs=True, prepend=True),
-        register_module_forward_pre_hook(see_part),
-    ]
-    try:
+    with ExitStack() as stack:
+        hook = network.register_forward_pre_hook(see, with_kwargs=True, prepend=True)
+        stack.callback(hook.remove)
+        stack.callback(register_module_forward_pre_hook(see_part).remove)
+        if whole:  # a step may call ``self.forward(x)``
+            seen_directly = partial(_call_with, see, network)
+            stack.enter_context(attributes(network, forward=seen_directly))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _call_with(see: Callable[..., None], network: nn.Module, *args: Any, **kwargs: Any) -> None:
+    see(network, args, kwargs)
 
 
 def _bound(
-    network: nn.Module, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+    forward: Callable[..., Any], names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Inputs:
-    """The inputs called ``names`` among the arguments of a call of ``network``."""
+    """The inputs called ``names`` among the arguments of a call of ``forward``."""
     if not names:  # ``forward(*args)``
         return args[0]
-    arguments = signature(network.forward).bind(*args, **kwargs).arguments
+    arguments = signature(forward).bind(*args, **kwargs).arguments
     values = [arguments[name] for name in names]
     alone = values[0] if len(values) == 1 else None
+    if isinstance(alone, (list, tuple, Mapping)):
+        raise QatTricksError(
+            f"{type(network).__name__}.forward takes a whole batch, {names[0]}: let it take images "
+            "as its exported file will, and take them out of the batch in the module"
+        )
     return alone if isinstance(alone, Tensor) else inputs_of(values, names)
 
 
@@ -160,31 +178,55 @@ def as_in_training(
     Nothing is logged, no optimizer steps, and the state of every module outside of ``network``,
     which does not run, is restored.
     """
-    loggers, state, configured = trainer.loggers, trainer.state, _Configured(trainer, pl_module)
-    fn, stage = state.fn, state.stage
-    assert fn is not None  # a run has begun
-    with ExitStack() as stack:
-        stack.enter_context(_kept_state(pl_module, network))
-        stack.enter_context(kept_modes(pl_module))
-        stack.enter_context(_attributes(pl_module, **_stand_ins(configured)))
-        stack.enter_context(_attributes(trainer.strategy, **configured.as_lists()))
+    # Of a network that is ``pl_module`` itself, parts may run before it.
+    idle = None if network is pl_module else network
+    with left_as_it_was(trainer, pl_module, idle), ExitStack() as stack:
+        silent = ("log", "log_dict", "print", "manual_backward", "clip_gradients")
+        kept = ("toggle_optimizer", "untoggle_optimizer", "lr_scheduler_step")
+        stack.enter_context(attributes(pl_module, **dict.fromkeys((*silent, *kept), _nothing)))
         if trainer.world_size > 1:
             # The other processes are waiting for the images: they would be waited for in turn.
             length, others = _alone("the length of the training"), _alone("all_gather")
-            stack.enter_context(_attributes(trainer.fit_loop, setup_data=length))
-            stack.enter_context(_attributes(pl_module, all_gather=others))
+            stack.enter_context(attributes(trainer.fit_loop, setup_data=length))
+            stack.enter_context(attributes(pl_module, all_gather=others))
+        state = trainer.state
+        assert state.fn is not None  # a run has begun
+        # Hooks of a batch augment, and the like, only where they are told that this is training.
+        state.fn, trainer.training = type(state.fn)("fit"), True
+        # Lightning trains a module in the modes that it finds; one that was evaluated is not meant
+        # to be trained so.
+        if not pl_module.training:
+            pl_module.train()
+        yield
+
+
+@contextmanager
+def left_as_it_was(
+    trainer: "Trainer", pl_module: "LightningModule", idle: nn.Module | None = None
+) -> Iterator[None]:
+    """Puts back what steps of ``pl_module``, run by hand, have changed in it and in the trainer.
+
+    Loggers get nothing meanwhile, and the optimizers do not step. Before the training there are
+    none, and a step that asks for them gets some that are thrown away.
+
+    Args:
+        trainer: runs something.
+        pl_module: that is in it.
+        idle: a part of ``pl_module`` that does not run, whose state is not looked at.
+    """
+    loggers, state, configured = trainer.loggers, trainer.state, _Configured(trainer, pl_module)
+    fn, stage = state.fn, state.stage
+    with ExitStack() as stack:
+        stack.enter_context(_kept_state(pl_module, idle))
+        stack.enter_context(kept_modes(pl_module))
+        stack.enter_context(attributes(pl_module, **_stand_ins(configured)))
+        stack.enter_context(attributes(trainer.strategy, **configured.as_lists()))
         stack.enter_context(_eager(pl_module))
         stack.callback(setattr, trainer, "loggers", loggers)
         stack.callback(setattr, state, "stage", stage)
         stack.callback(setattr, state, "fn", fn)
         dummy = import_module(f"{package_of(trainer).__name__}.loggers.logger").DummyLogger
         trainer.loggers = [dummy() for _ in loggers]
-        # Hooks of a batch augment, and the like, only where they are told that this is training.
-        state.fn, trainer.training = type(fn)("fit"), True
-        # Lightning trains a module in the modes that it finds; one that was evaluated is not meant
-        # to be trained so.
-        if not pl_module.training:
-            pl_module.train()
         yield
 
 
@@ -196,7 +238,7 @@ def _eager(pl_module: "LightningModule") -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def _attributes(owner: Any, **values: Any) -> Iterator[None]:
+def attributes(owner: Any, **values: Any) -> Iterator[None]:
     """Gives ``owner`` these attributes, in the place of its class's, for the length of a block."""
     own = {key: owner.__dict__[key] for key in values if key in owner.__dict__}
     owner.__dict__.update(values)
@@ -307,7 +349,7 @@ class _Later(Sequence[Any]):
 
 
 def _stand_ins(configured: _Configured) -> dict[str, Callable[..., Any]]:
-    """What stands in for methods of a module that would log, or change something."""
+    """What stands in for the methods of a module that hand out what steps."""
 
     def optimizers(*args: Any, **kwargs: Any) -> Any:
         still = configured.optimizers()
@@ -317,13 +359,7 @@ def _stand_ins(configured: _Configured) -> dict[str, Callable[..., Any]]:
         still = configured.schedules()
         return (still[0] if len(still) == 1 else still) if still else None
 
-    silent = ("log", "log_dict", "print", "manual_backward", "clip_gradients")
-    kept = ("toggle_optimizer", "untoggle_optimizer", "lr_scheduler_step")
-    return {
-        **dict.fromkeys((*silent, *kept), _nothing),
-        "optimizers": optimizers,
-        "lr_schedulers": lr_schedulers,
-    }
+    return {"optimizers": optimizers, "lr_schedulers": lr_schedulers}
 
 
 # Attributes of a module that are not its state: torch's own, and those that are kept elsewhere.
@@ -331,12 +367,12 @@ _NO_STATE = {"_parameters", "_buffers", "_modules", "training"}
 
 
 @contextmanager
-def _kept_state(pl_module: nn.Module, network: nn.Module) -> Iterator[None]:
-    """Restores the state of every module of ``pl_module`` outside of ``network``.
+def _kept_state(pl_module: nn.Module, idle: nn.Module | None) -> Iterator[None]:
+    """Restores the state of every module of ``pl_module`` outside of ``idle``.
 
     That is parameters, buffers and attributes, so also the counts of metrics.
     """
-    inside = set(network.modules())
+    inside: set[nn.Module] = set() if idle is None else set(idle.modules())
     restores = [_restore_of(m) for m in pl_module.modules() if m not in inside]
     try:
         yield

@@ -12,6 +12,7 @@ which no parameter trains.
 """
 
 import operator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,7 @@ from qat_tricks.graph.trace import module_of
 from qat_tricks.graph.two_modes import EVALUATION, only_in
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.numerics import ActivationQuantizer
+from qat_tricks.trainer.finetuning import finetuning_in, follow_unfrozen
 from qat_tricks.trainer.framework import package_of
 from qat_tricks.trainer.module import workbench_of
 from qat_tricks.trainer.optimizers import take_in, take_out
@@ -144,6 +146,8 @@ def give_scales_own_group(
     own = {id(scale) for scale in scales}
     # A copy of the list, which grows inside the loop.
     for index, group in enumerate(list(optimizer.param_groups)):
+        if "lr_factor" in group:  # made before, as a finetuning callback restores it
+            continue
         settings = {
             key: value for key, value in group.items() if key not in ("params", "param_names")
         }
@@ -233,6 +237,18 @@ def first_not_finite(traced: fx.GraphModule) -> str | None:
     return f"the {bad[0][0].replace('_', ' ').replace('.', ' ')} of {bad[0][1]}" if bad else None
 
 
+def _learned(network: fx.GraphModule) -> dict[str, nn.Parameter]:
+    """The scales that learn, by the name of the quantizer or the layer."""
+    of_weights = {
+        name: layer.weight_quantizer.scale
+        for name, layer in layers(network).items()
+        if layer.weight_quantizer is not None and layer.weight_quantizer.scale is not None
+    }
+    of_activations = {name: q.scale for name, q in activation_quantizers(network).items()}
+    both = of_activations | of_weights
+    return {name: scale for name, scale in both.items() if scale.requires_grad}
+
+
 def _rates(trainer: "Trainer") -> str:
     """The learning rates of all groups, as text."""
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
@@ -263,19 +279,14 @@ class LearnScales(Trick):
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Gives the scales groups of their own, adjusts their gradients and limits their steps."""
         network = workbench_of(pl_module).network
-        of_activations = {
-            name: q.scale
-            for name, q in activation_quantizers(network).items()
-            if q.scale.requires_grad
-        }
-        of_weights = {
-            name: layer.weight_quantizer.scale
-            for name, layer in layers(network).items()
-            if layer.weight_quantizer is not None
-            and layer.weight_quantizer.scale is not None
-            and layer.weight_quantizer.scale.requires_grad
-        }
-        scales = [*of_activations.values(), *of_weights.values()]
+        self._let_go()
+        self._give_group(trainer, network, list(_learned(network).values()))
+        self._steps = ScaleSteps(trainer.optimizers)
+        self._watch(trainer, network)
+
+    def _give_group(
+        self, trainer: "Trainer", network: fx.GraphModule, scales: list[nn.Parameter]
+    ) -> None:
         # An optimizer made before the tricks does not know the scales.
         take_in(trainer.optimizers, network, scales)
         configs = trainer.lr_scheduler_configs
@@ -284,15 +295,37 @@ class LearnScales(Trick):
                 c.scheduler for c in configs if getattr(c.scheduler, "optimizer", None) is optimizer
             ]
             give_scales_own_group(optimizer, scales, schedulers, self.lr_factor)
-        self._steps = ScaleSteps(trainer.optimizers, of_activations | of_weights)
+
+    def _watch(self, trainer: "Trainer", network: fx.GraphModule) -> None:
+        """Adjusts the gradients of learned scales, and limits their steps."""
 
         def as_of_one_batch(gradient: Tensor) -> Tensor:
             # LSQ's factor is that of the batch a process sees at a time; the batch of a step is
             # that of all of them.
             return gradient * (trainer.world_size * trainer.accumulate_grad_batches) ** -0.5
 
+        for handle in self._handles:
+            handle.remove()
         # LSQ's factor of a weight's scale does not depend on the batch.
-        self._handles = [scale.register_hook(as_of_one_batch) for scale in of_activations.values()]
+        self._handles = [
+            quantizer.scale.register_hook(as_of_one_batch)
+            for quantizer in activation_quantizers(network).values()
+            if quantizer.scale.requires_grad
+        ]
+        assert self._steps is not None
+        self._steps.watch(_learned(network))
+
+    def on_train_batch_start(
+        self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        """Learns the scales of what a finetuning callback has unfrozen, and no others."""
+        if batch_idx > 0 or not finetuning_in(trainer):
+            return
+        network = workbench_of(pl_module).network
+        scales = learn_scales(network)
+        make_group = partial(self._give_group, trainer, network, scales)
+        follow_unfrozen(trainer, pl_module, scales, make_group)
+        self._watch(trainer, network)
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Gives Lightning's averaging of weights a rate for each group."""

@@ -28,6 +28,7 @@ from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.trainer.averaging import keep_grids
 from qat_tricks.trainer.module import workbench_of
+from qat_tricks.trainer.monitors import Hold, describe, keeping_best, without_best
 from qat_tricks.trainer.schedule import check_fraction, fit_progress
 from qat_tricks.trainer.trick import Trick
 
@@ -291,6 +292,7 @@ class Prune(Trick):
         self.include, self.exclude = tuple(include), tuple(exclude)
         self.done = 0  # how many of the updates have been made
         self.reached = 0.0
+        self._hold: Hold | None = None  # until the first validation after the schedule
 
     def apply(self, work: Workbench) -> None:
         """Prunes to ``initial`` before a training, to ``sparsity`` without one."""
@@ -301,27 +303,80 @@ class Prune(Trick):
         pruned = self._prunable(workbench_of(pl_module))
         self.reached = sparsity_of(pruned.values())
 
+    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Holds back what judges networks, until they are as sparse as they are to be."""
+        # Sums of masks are floats. Masks of an earlier fit may be the last ones already.
+        if self.done < self.updates and self.end > 0 and self.reached < self.sparsity - 1e-6:
+            self._hold = Hold(trainer)
+            self._hold.announce(self.end)
+
     def on_train_batch_start(
         self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
     ) -> None:
         """Renews the masks when an update is due, and logs the sparsity."""
-        if self._update(workbench_of(pl_module), fit_progress(trainer)):
+        if self._advance(trainer, pl_module):
             pl_module.log("sparsity", self.reached, batch_size=1)
+
+    def on_validation_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Makes the last update before the last validation, which is of the final network."""
+        self._advance_at_the_end(trainer, pl_module)
+        if self._hold is not None and self._hold.is_over:
+            self._hold.begin_validation()
+            self._hold = None
+
+    def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Makes the last update before the last checkpoint is written."""
+        self._advance_at_the_end(trainer, pl_module)
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Makes the last update."""
-        self._update(workbench_of(pl_module), fit_progress(trainer))
+        self._advance(trainer, pl_module)
+        self._release()
         keep_grids(trainer, pl_module)  # before a callback that averages puts its masks in
 
     def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Warns if training ended before the schedule, or did not begin."""
+        best = keeping_best(trainer)
         # A fit that stops early, by time or by hand, has skipped the last updates. One that has
         # nothing to train, as in a trainer that reached its max_epochs, has skipped them all.
         if self.done < self.updates:
             rank_zero_warn(
                 "training ended before the pruning schedule did: sparsity is "
                 f"{self.reached:.3f}, not yet {self.sparsity}; train longer or lower end"
+                + (f"; the best network of {describe(best)} is no sparser" if best else "")
             )
+        elif empty := without_best(trainer):
+            rank_zero_warn(
+                f"{describe(empty)} has kept no network since pruning ended, and has no best one: "
+                "validate once more, or lower end"
+            )
+
+    def on_exception(
+        self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException
+    ) -> None:
+        """Lets go of what was held back."""
+        self._release()
+
+    def _release(self) -> None:
+        if self._hold is not None:
+            self._hold.release()
+        self._hold = None
+
+    def _advance(self, trainer: "Trainer", pl_module: "LightningModule") -> bool:
+        """Renews the masks if another update is due; returns whether it was."""
+        is_due = self._update(workbench_of(pl_module), fit_progress(trainer))
+        if self._hold is not None and not self._hold.is_over:
+            if self.done >= self.updates:
+                self._hold.end()
+            else:
+                self._hold.forget()
+        return is_due
+
+    def _advance_at_the_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Makes the last update where no batch follows."""
+        is_fit = trainer.state.fn == "fit" and not trainer.sanity_checking
+        if is_fit and self.done < self.updates and fit_progress(trainer) >= 1:
+            self._advance(trainer, pl_module)
 
     def _update(self, work: Workbench, progress: float) -> bool:
         """Renews the masks if another update is due; returns whether it was."""

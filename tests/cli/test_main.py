@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 import subprocess
 import sys
 
@@ -65,6 +66,7 @@ def status(run, *arguments):
         ("recipe.stages.prune_qat.tricks.prune.sparsity=1", "sparsity=1 "),
         ("~recipe.stages.ptq.tricks.quantize", "an order that works: "),
         ("recipe==", '"recipe==" cannot be read'),
+        ("data.root=a/lr=0.1", """such as 'data.root="a/lr=0.1"'"""),
         ("seed", '"seed" cannot be read'),
         ("seed=[1", "cannot be read"),
         ("recipe=int8_ptq,int8_qat", "add --multirun"),
@@ -123,6 +125,8 @@ def test_a_lost_choice_is_not_blamed_on_what_is_set_inside_it(ran, capsys):
         ("artifact=x measure.runs=0", "runs=0"),
         ("artifact=file folder=file/x", "cannot be written"),
         ("artifact=none.onnx", "artifact=none.onnx is not a file"),
+        ("artifact=lr=0.1/x.onnx", """such as 'artifact="lr=0.1/x.onnx"'\n"""),
+        ('artifact="lr=0.1/x.onnx"', "artifact=lr=0.1/x.onnx is not a file"),
         ("-m artifact=x,y", "one artifact at a time"),
         ("artifact=x runtimes=[onnxrt]", 'unknown runtime "onnxrt": did you mean "onnxruntime"?'),
         ("artifact=x runtimes=onnxruntime", "give a list such as [onnxruntime,openvino]"),
@@ -259,5 +263,21 @@ def test_the_script_works_from_any_folder(tmp_path):
     assert done.returncode == 2
     assert 'did you mean "int8_prune50"' in done.stderr
     assert done.stderr.count("\n") == 1
-    assert done.stdout == ""
+    assert done.stdout == "train.py: loading PyTorch and Lightning\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_the_first_line_comes_before_the_imports_that_take_long(tmp_path):
+    # A module of this name in the way ends the program where it would load PyTorch.
+    (tmp_path / "torch.py").write_text("raise SystemExit(7)")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    for arguments, told in (([], "evaluate.py: loading PyTorch\n"), (["--cfg", "job"], "")):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "evaluate.py"), *arguments],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert (done.returncode, done.stdout) == (7, told)

@@ -66,6 +66,7 @@ def test_the_table_has_a_row_a_stage_and_no_invented_figures(ledger):
         for part in ("95.00%", " 3.00", "310.0 kB", "0.610 ms", "50.00%", "20.0 s")
     )
     assert lines["tune"].split().count("-") == 3
+    assert "gain 1.00" in lines["tune"]
 
 
 def test_the_widest_row_fits_a_terminal():

@@ -8,6 +8,7 @@ import qat_tricks
 from qat_tricks.graph import rebuild, spec_of, trace
 from qat_tricks.graph.fingerprint import fingerprint, has_changed
 from tests.helpers.modes import Base
+from tests.helpers.nets import small_net
 
 
 class Strided(Base):
@@ -45,3 +46,11 @@ def test_values_that_are_computed_while_tracing_do_not_count():
             return super().forward(x) + nn.functional.softmax(torch.arange(5.0), 0)
 
     assert fingerprint(trace(Buffered())) == fingerprint(trace(Buffered()))
+
+
+def test_a_batchnorm_that_is_frozen_for_a_while_is_the_same_code():
+    net, frozen = small_net(), small_net()
+    for module in frozen.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.track_running_stats = False
+    assert fingerprint(trace(net)) == fingerprint(trace(frozen))

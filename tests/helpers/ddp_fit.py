@@ -38,6 +38,9 @@ class Data(pl.LightningDataModule):
     def train_dataloader(self):
         return self.train
 
+    def val_dataloader(self):
+        return DataLoader(dataset(32, 4), batch_size=GLOBAL_BATCH)
+
     def calibration_loader(self, num_images):
         return DataLoader(self.data, batch_size=GLOBAL_BATCH, shuffle=self.shuffle)
 

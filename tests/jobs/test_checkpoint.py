@@ -9,7 +9,7 @@ from qat_tricks.data import build_data
 from qat_tricks.deploy.runtimes.session import open_session, run_batch
 from qat_tricks.errors import QatTricksError
 from qat_tricks.jobs.artifact import load_artifact
-from qat_tricks.jobs.checkpoint import describe, export_classifier, load_classifier
+from qat_tricks.jobs.checkpoint import describe, export_network, load_classifier
 from qat_tricks.jobs.classifier import Classifier
 from qat_tricks.jobs.description import from_metadata
 from qat_tricks.trainer.checkpoints import save_checkpoint
@@ -46,7 +46,7 @@ def test_the_network_and_its_description_reach_the_file(tmp_path):
     description = describe(module)
     save_checkpoint(module, tmp_path / "model.ckpt")
     loaded = load_classifier(tmp_path / "model.ckpt")
-    export_classifier(loaded, path, description, [torch.zeros(2, 3, 8, 8)])
+    export_network(loaded.network, path, description, [torch.zeros(2, 3, 8, 8)])
     metadata = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
     assert from_metadata(metadata, path) == description
     with torch.no_grad():

@@ -4,6 +4,7 @@ preprocessing unawares.
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -15,6 +16,8 @@ from onnx import numpy_helper
 from PIL import Image
 from torch import nn
 
+import qat_tricks
+from qat_tricks.cli import main as cli
 from qat_tricks.data import Preprocessing, build_data
 from qat_tricks.deploy.runtimes.session import input_specs, open_session
 from qat_tricks.errors import QatTricksError
@@ -25,7 +28,8 @@ from qat_tricks.jobs.train import run_job
 from qat_tricks.trainer.checkpoints import load_checkpoint
 from tests.helpers import ROOT
 from tests.helpers.configs import job_config
-from tests.helpers.nets import SmallNet
+from tests.helpers.lit import Lit, trainer
+from tests.helpers.nets import SmallNet, small_net
 
 QUICK = ["measure.runs=5", "measure.threads=1"]
 EVALUATE = [
@@ -271,3 +275,93 @@ def test_two_classes_are_trained_and_measured_with_one_logit(tmp_path):
     again = read_report(tmp_path / "of the checkpoint")
     assert again["parity"]["top1_agreement"] == 1.0
     assert again["stages"][-1]["accuracy"] == stages["onnx"]["accuracy"]
+
+
+class Own(Lit):
+    """A module of the user's, which changes the images before its network."""
+
+    def __init__(self, num_classes=4, gain=2.0):
+        super().__init__(gain=gain)
+        self.save_hyperparameters()
+        self.backbone = small_net(num_classes=num_classes, in_channels=3)
+
+
+class Named(Own):
+    """A module that says nothing of its arguments."""
+
+    def __init__(self, width):
+        super().__init__()
+        self._hparams.clear()
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """The folder of files that a user has written, and the accuracy of the module."""
+    folder = tmp_path_factory.mktemp("own")
+    torch.manual_seed(0)
+    data = build_data("fake")
+    data.setup()
+    lit = Own().train()
+    fit = trainer(qat_tricks.recipe("int8_qat", report=False), max_epochs=2)
+    fit.fit(lit, data.train_dataloader())
+    fit.save_checkpoint(folder / "own.ckpt")
+    qat_tricks.export_onnx(lit.backbone, folder / "own.onnx", torch.randn(8, 3, 16, 16))
+    qat_tricks.export_onnx(small_net(num_classes=4, in_channels=3), folder / "float.onnx", X)
+    return folder, qat_tricks.evaluate(lit, data.test_dataloader()).accuracy
+
+
+X = torch.randn(4, 3, 16, 16)
+
+
+def test_a_checkpoint_of_ones_own_trainer_is_measured_as_its_module_computes(own, tmp_path):
+    folder, accuracy = own
+    settings = [f"module={__name__}.Own", "data=fake", f"float={folder / 'float.onnx'}"]
+    report = evaluate(folder / "own.ckpt", tmp_path, *settings)
+    stages = {stage["name"]: stage for stage in report["stages"]}
+    assert stages["simulated"]["accuracy"] == stages["onnx"]["accuracy"] == accuracy
+    assert stages["onnx"]["latency_ms"]["p50"] > 0
+    assert stages["simulated"]["sparsity"] == stages["onnx"]["sparsity"]
+    assert stages["fp32"]["size_bytes"] == (folder / "float.onnx").stat().st_size
+    assert report["parity"]["sqnr_db"] > 40
+    assert report["runtimes"]["onnxruntime"]["int8_layers"] == 1
+    text = (tmp_path / "report.md").read_text()
+    assert text.startswith("# Own on fake\n")
+    assert "None" not in text
+
+
+def test_an_onnx_file_of_export_onnx_is_measured_on_the_data_that_are_given(own, tmp_path):
+    folder, _ = own
+    report = evaluate(folder / "own.onnx", tmp_path, "data=fake")
+    assert [stage["name"] for stage in report["stages"]] == ["onnx"]
+    assert report["agreement"] is None
+    assert (tmp_path / "report.md").read_text().startswith("# own on fake\n")
+
+
+@pytest.mark.parametrize(
+    ("file", "settings", "told"),
+    [
+        ("own.onnx", [], "it does not say its recipe, model, data, preprocessing; give data=NAME"),
+        ("own.ckpt", [], "does not say which network it holds; give module=package.Class"),
+        ("own.ckpt", ["module=x.Y", "data=fake"], 'cannot import module="x.Y"'),
+        ("own.ckpt", ["module=math.pi", "data=fake"], 'module="math.pi" is a float'),
+        ("own.ckpt", [f"module={__name__}.Own"], "does not say which data it was made for"),
+        ("own.ckpt", [f"module={__name__}.Named", "data=fake"], "Named cannot be built from what"),
+    ],
+)
+def test_files_that_say_too_little_tell_what_to_give(own, tmp_path, file, settings, told):
+    with pytest.raises(QatTricksError, match=re.escape(told)) as caught:
+        evaluate(own[0] / file, tmp_path / "folder", *settings)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_report_is_never_overwritten(own, tmp_path, monkeypatch, capfd):
+    folder, _ = own
+    monkeypatch.chdir(tmp_path)
+    for name in ("evaluation", "evaluation_2"):
+        cli.evaluate([f"artifact={folder / 'own.onnx'}", "data=fake", *EVALUATE])
+        assert (folder / name / "report.json").is_file()
+        assert f"{name}: report.md" in capfd.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.evaluate([f"artifact={folder / 'own.onnx'}", "data=fake", f"folder={folder / name}"])
+    assert "has a report already: give another folder" in capfd.readouterr().err

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.jobs.train import run_job
@@ -23,6 +24,30 @@ QUICK = [
 
 def ten_classes(in_channels):
     return SmallNet(10, in_channels)
+
+
+THREADS = {True: set(), False: set()}  # of the forwards, by whether they were training's
+
+
+class Watching(SmallNet):
+    """Notes with how many threads torch computes."""
+
+    def __init__(self, num_classes, in_channels):
+        super().__init__(num_classes, in_channels)
+        self.register_forward_pre_hook(_note)
+
+
+def _note(network, _):
+    THREADS[network.training].add(torch.get_num_threads())
+
+
+def test_threads_of_measurements_are_not_those_of_training(tmp_path):
+    own = torch.get_num_threads()
+    settings = [f"model.factory={__name__}.Watching", f"measure.threads={own + 1}"]
+    run_job(job_config("recipe=fp32", *QUICK, *settings), tmp_path / "run")
+    assert THREADS[True] == {own}
+    assert THREADS[False] == {own, own + 1}  # validation while training, and measurements
+    assert torch.get_num_threads() == own
 
 
 def files(folder):

@@ -8,6 +8,8 @@ import qat_tricks
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import layers
 from qat_tricks.recipes.callbacks import recipe
+from qat_tricks.recipes.registry import options, trick_config
+from tests.helpers.lightning import pl
 from tests.helpers.lit import Data, Lit, trainer
 from tests.helpers.weights import zeros
 
@@ -62,3 +64,39 @@ def test_the_place_of_an_added_trick_may_leave_out_the_recipe():
         trick.name for trick in qat_tricks.recipe("int8_ptq", ["+trick@stages.ptq.tricks=prune"])
     ]
     assert "prune" in names
+
+
+@pytest.mark.parametrize("inside", [lambda given: [given], lambda given: given])
+def test_a_recipe_may_lie_in_the_list_of_callbacks_as_a_list(inside):
+    lit, expected = Lit().train(), Lit().train()
+    run = trainer(inside(qat_tricks.recipe("int8_prune50", report=False)), max_epochs=1)
+    alone = trainer(qat_tricks.recipe("int8_prune50", report=False), max_epochs=1)
+    for fit, module in ((run, lit), (alone, expected)):
+        torch.manual_seed(7)
+        fit.fit(module, datamodule=Data())
+    assert [type(c) for c in run.callbacks] == [type(c) for c in alone.callbacks]
+    states = lit.state_dict(), expected.state_dict()
+    assert [key for key in states[0] if not torch.equal(states[0][key], states[1][key])] == []
+    run.validate(lit, Data(), verbose=False)
+
+
+@pytest.mark.parametrize("make", [qat_tricks.recipe, qat_tricks.Recipe])
+@pytest.mark.parametrize("override", ["stages.qat.lr=0.1", "recipe.stages.qat.epochs=3"])
+def test_what_the_users_trainer_decides_is_no_override(make, override):
+    with pytest.raises(QatTricksError, match=f"{override} is not allowed here.*max_epochs"):
+        make("int8_qat", [override])
+
+
+def test_a_stage_may_be_left_without_training():
+    make = qat_tricks.recipe("int8_qat", ["stages.qat.epochs=0"])
+    assert not make[0].trains
+
+
+def test_every_trick_instantiates_from_its_own_yaml():
+    from hydra.utils import instantiate
+
+    for name in options("trick"):
+        config = OmegaConf.create(trick_config(name))
+        trick = instantiate(config)
+        assert isinstance(trick, pl.Callback)
+        assert trick.name == name

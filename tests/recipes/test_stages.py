@@ -9,7 +9,7 @@ from qat_tricks.graph import layers, spec_of
 from qat_tricks.recipes.recipe import load_recipe
 from qat_tricks.trainer.module import workbench_of
 from tests.helpers.lightning import pl
-from tests.helpers.lit import Data, Lit, differences
+from tests.helpers.lit import Data, Lit, OrderedData, differences, loader
 from tests.helpers.weights import zeros
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
@@ -127,3 +127,31 @@ def test_an_unknown_recipe_is_refused_before_anything_is_changed():
     with pytest.raises(QatTricksError, match='did you mean "int8_qat"'):
         qat_tricks.run_stages(lit, Data(), "int8_qta", trainer=QUIET)
     assert not layers(lit.backbone)
+
+
+def test_loaders_serve_as_well_as_a_data_module():
+    by_loader, by_datamodule = Lit(), Lit()
+    given = (
+        (by_loader, OrderedData().train_dataloader(), {"val_dataloaders": loader(32)}),
+        (by_datamodule, OrderedData(), {}),
+    )
+    for module, data, more in given:
+        torch.manual_seed(7)
+        qat_tricks.run_stages(module, data, "int8_prune50_multistage", trainer=QUIET, **more)
+    assert differences(by_loader.state_dict(), by_datamodule.state_dict()) == []
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (lambda: iter(loader()), "yields its batches only once"),
+        (lambda: torch.zeros(4, 1, 8, 8), "the loader is a tensor"),
+        (lambda: loader().dataset, "the loader is a data set"),
+        (lambda: None, "the loader is a NoneType"),
+    ],
+)
+def test_what_is_no_loader_is_refused(data, reason):
+    with pytest.raises(QatTricksError, match=reason):
+        qat_tricks.run_stages(Lit(), data(), "int8_ptq", trainer=QUIET)
+    with pytest.raises(QatTricksError, match="val_dataloaders beside a data module"):
+        qat_tricks.run_stages(Lit(), Data(), "int8_ptq", val_dataloaders=loader())

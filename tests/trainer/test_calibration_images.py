@@ -278,6 +278,94 @@ def test_a_module_with_neither_has_batches_of_the_networks_inputs():
     assert layers(lit.backbone)["head"].weight_quantizer is not None
 
 
+class TakesBatch(pl.LightningModule):
+    """Unpacks a batch in ``forward``, and has no training step."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = Lit().backbone
+
+    def forward(self, batch):
+        x, y = batch
+        return F.cross_entropy(self.backbone(seen(x)), y)
+
+    def test_step(self, batch, batch_idx):
+        self(batch)
+
+    validation_step = test_step
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+class TakesItByAnotherName(TakesBatch):
+    def forward(self, example):
+        return super().forward(example)
+
+
+class TakesMapping(TakesBatch):
+    def forward(self, batch):
+        return F.cross_entropy(self.backbone(seen(batch["image"])), batch["label"])
+
+
+class TakesImagesCalledBatch(TakesBatch):
+    def forward(self, batch):
+        return self.backbone(seen(batch))
+
+    def test_step(self, batch, batch_idx):
+        self(batch[0])
+
+    validation_step = test_step
+
+
+def with_step(kind):
+    """The same with a training step, which gives ``forward`` the batch."""
+    return type(kind.__name__, (kind,), {"training_step": lambda self, batch, _: self(batch)})
+
+
+@pytest.mark.feature("forward(batch) of a module")
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        (TakesBatch, Raw()),
+        (with_step(TakesBatch), Raw()),
+        (TakesItByAnotherName, Raw()),
+        (TakesMapping, Raw(as_mapping)),
+        (with_step(TakesMapping), Raw(as_mapping)),
+        (TakesImagesCalledBatch, Raw()),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_forward_may_take_the_whole_batch(kind, data, run):
+    if run is fitted and "training_step" not in vars(kind):
+        pytest.skip("Lightning does not fit such a module")
+    lit = kind()
+    run(lit, data)
+    x = seen(pixels()[0])
+    assert first_range(lit) == pytest.approx((float(x.min()), float(x.max())), rel=0.01)
+
+
+class Unpacks(torch.nn.Module):
+    """A network that takes a batch itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = Lit().backbone
+
+    def forward(self, batch):
+        return self.net(batch[0])
+
+
+class HoldsUnpacks(Bare):
+    def __init__(self):
+        super().__init__()
+        self.backbone = Unpacks()
+
+    def training_step(self, batch, _):
+        return F.cross_entropy(self(batch), batch[1])
+
+
 class NoCall(Lit):
     def training_step(self, batch, _):
         return sum(p.square().sum() for p in self.parameters())
@@ -326,6 +414,7 @@ class Unready(Manual):
         (OnePart, r'OnePart\.training_step calls the part "backbone\.left" of its network'),
         (Iterates, r"Iterates\.training_step takes dataloader_iter"),
         (Failing, r"Failing\.training_step fails on a training batch .*backbone \(TypeError: "),
+        (HoldsUnpacks, r"Unpacks\.forward takes a whole batch, batch: let it take images"),
         (Unready, r"Unready\.training_step asks for its optimizers .* fails \('made by hand'\)"),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 
 import qat_tricks
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph import activation_quantizers, layers, spec_of
+from qat_tricks.graph import activation_quantizers, layers
 from qat_tricks.trainer.checkpoints import save_checkpoint
 from qat_tricks.tricks.prune import sparsity_of
 from tests.helpers.lightning import pl
@@ -148,17 +148,6 @@ def test_a_float_checkpoint_of_another_network_is_refused(tmp_path):
         trainer(qat_tricks.recipe("int8_ptq")).test(
             quantized, Data(), ckpt_path=tmp_path / "float.ckpt", verbose=False
         )
-
-
-@pytest.mark.feature("EarlyStopping")
-def test_early_stopping_ends_the_fit_and_the_pruning_says_so():
-    with pytest.warns(UserWarning, match="before the pruning schedule did"):
-        run, lit = fit(
-            [pl.callbacks.EarlyStopping("val_acc", mode="min", patience=1, min_delta=2.0)],
-            max_epochs=20,
-        )
-    assert 1 < run.current_epoch < 10
-    assert spec_of(lit.backbone)["history"][-1] == "distill"
 
 
 def grids_are_exact(lit):

@@ -46,8 +46,11 @@ def two_processes(folder, recipe, steps, **flags):
 @pytest.mark.feature("DDP: both ranks end alike, and as one process with the same global batch")
 def test_two_processes_end_as_one(tmp_path):
     recipe, folder = "int8_prune50", tmp_path / "ends"
-    for done in two_processes(folder, recipe, 8):
+    processes = two_processes(folder, recipe, 8)
+    for done in processes:
         assert done.returncode == 0, done.stderr
+    # Both validate before the training, and the first alone tells.
+    assert ["val_acc" in done.stdout for done in processes] == [True, False]
     first, second = (torch.load(folder / f"rank{rank}of2.pt") for rank in (0, 1))
     assert differences(first["state"], second["state"]) == []
     assert first["spec"] == second["spec"]

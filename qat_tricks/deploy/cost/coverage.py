@@ -18,7 +18,7 @@ import onnx
 
 from qat_tricks.deploy.onnx_graph import constant_tensors, int_attribute, load_model, node_label
 from qat_tricks.deploy.runtimes.network import Shapes, feed, random_batch
-from qat_tricks.deploy.runtimes.session import input_specs, open_session
+from qat_tricks.deploy.runtimes.session import input_specs, open_session, run_session
 from qat_tricks.errors import QatTricksError
 
 
@@ -193,7 +193,7 @@ def _shapes(
     onnx.save(probe, str(scratch))
     # Unoptimized: this graph is to run as it stands.
     session = open_session(scratch, optimize=False)
-    measured = session.run(wanted, batch) if wanted else []
+    measured = run_session(session, wanted, batch) if wanted else []
     return (
         shapes
         | {name: values.shape for name, values in batch.items()}

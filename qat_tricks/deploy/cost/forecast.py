@@ -49,6 +49,7 @@ class Forecast:
     integer_macs: int
     total_macs: int
     in_float: list[FloatOperation]
+    image_shape: tuple[int, ...]  # of the first input, without the batch
 
     @property
     def coverage(self) -> float:
@@ -56,18 +57,56 @@ class Forecast:
         return self.integer_macs / self.total_macs if self.total_macs else 0.0
 
     def as_text(self) -> Group:
-        """The coverage, and a table of the operations in float."""
-        summary = f"int8 coverage {self.coverage:.4f} of {self.total_macs / 1e6:.1f} million MACs"
+        """The share of MACs in integers, and a table of the operations in float, alike ones as one.
+
+        Operations that multiply by no weights, such as activation functions, have no MACs: they
+        may stay in float where all MACs are in integers.
+        """
+        shape = "x".join(map(str, self.image_shape))
+        summary = (
+            f"{self.coverage:.2%} of the {self.total_macs / 1e6:.1f} million MACs of convs and "
+            f"linears in integers, for images of {shape}"
+        )
         if not self.in_float:
             return Group(f"{summary}; nothing stays in float")
-        table = Table(box=box.SIMPLE_HEAD)
-        for header in ("in float", "operation", "MACs", "why"):
-            table.add_column(
-                header, justify="right" if header == "MACs" else "left", overflow="fold"
+        table = Table(box=box.SIMPLE_HEAD, title=f"{len(self.in_float)} operations in float")
+        for header in ("operation", "times", "MACs", "where", "why"):
+            right = header in ("times", "MACs")
+            table.add_column(header, justify="right" if right else "left", overflow="fold")
+        for group in grouped(self.in_float):
+            macs = sum(row.macs for row in group)
+            table.add_row(
+                group[0].operation,
+                str(len(group)),
+                f"{macs:,}" if macs else "none",
+                named(group),
+                group[0].reason,
             )
-        for row in self.in_float:
-            table.add_row(row.name, row.operation, f"{row.macs:,}" if row.macs else "", row.reason)
         return Group(summary, table)
+
+
+def grouped(operations: Sequence[FloatOperation]) -> list[list[FloatOperation]]:
+    """The operations, those of one kind and one reason together, in the order of their firsts."""
+    groups: dict[tuple[str, str], list[FloatOperation]] = {}
+    for operation in operations:
+        groups.setdefault((operation.operation, operation.reason), []).append(operation)
+    return list(groups.values())
+
+
+def named(operations: Sequence[FloatOperation], most: int = 3) -> str:
+    """The names of the first operations, and how many others there are."""
+    names = ", ".join(operation.name for operation in operations[:most])
+    others = len(operations) - most
+    return f"{names} and {others} more" if others > 0 else names
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """What of a network with quantizers is in integers, by its structure."""
+
+    quantized: int  # convs and linears that run in integers
+    layers: int  # all that the deployed network calls
+    in_float: list[FloatOperation]  # in order; without their MACs, which depend on the images
 
 
 @torch.no_grad()
@@ -87,21 +126,79 @@ def forecast(prepared: fx.GraphModule, images: Inputs) -> Forecast:
     run = _run_once(traced, images)
     integer = total = 0
     in_float = []
-    # a runtime computes the others once, at its start
-    from_images = n.nodes_from_images(traced)
-    for node in filter(from_images.__contains__, traced.graph.nodes):
+    for node in _deployed(traced):
         within = run.within.get(node, 0)
         macs = _macs(node, traced, run.shapes) + within
         # Float operations count in the total too, as in the measurement.
         total += macs
-        reason = _reason(node, traced, within)
-        if reason is None:
+        operation = _float_operation(node, traced, within > 0, macs)
+        if operation is None:
             integer += macs
-            continue
-        name = str(node.target) if node.op == "call_module" else node.name
-        operation = _operation(node, traced)
-        in_float.append(FloatOperation(name=name, operation=operation, reason=reason, macs=macs))
-    return Forecast(integer_macs=integer, total_macs=total, in_float=in_float)
+        else:
+            in_float.append(operation)
+    return Forecast(
+        integer_macs=integer,
+        total_macs=total,
+        in_float=in_float,
+        image_shape=tuple(as_tensors(images)[0].shape[1:]),
+    )
+
+
+@torch.no_grad()
+def placement(prepared: fx.GraphModule) -> Placement:
+    """The part of ``forecast`` that needs no images.
+
+    Args:
+        prepared: as of ``forecast``.
+    """
+    traced = copy.deepcopy(prepared).eval()
+    prepare_for_export(traced)
+    calls = _deployed(traced)
+    called = [module for node in calls if (module := module_of(node, traced)) is not None]
+    inside = dict.fromkeys(part for module in called for part in module.modules())
+    in_float = [_float_operation(node, traced, _holds_layers(node, traced), 0) for node in calls]
+    return Placement(
+        quantized=sum(isinstance(m, Layer) and _reason_of_layer(m) is None for m in inside),
+        layers=sum(isinstance(m, (Layer, *_MULTIPLYING)) for m in inside),
+        in_float=[operation for operation in in_float if operation is not None],
+    )
+
+
+# The base of all convs, transposed ones too, and that of linears.
+_MULTIPLYING = (nn.modules.conv._ConvNd, nn.Linear)
+
+
+def _holds_layers(node: fx.Node, traced: fx.GraphModule) -> bool:
+    """Whether a module that is kept whole, and is no layer itself, has layers in it."""
+    module = module_of(node, traced)
+    if module is None or isinstance(module, (Layer, *_MULTIPLYING)):
+        return False
+    return any(isinstance(part, (Layer, *_MULTIPLYING)) for part in module.modules())
+
+
+def _deployed(traced: fx.GraphModule) -> list[fx.Node]:
+    """The nodes that a runtime computes for each image; it computes the others once."""
+    from_images = n.nodes_from_images(traced)
+    return [node for node in traced.graph.nodes if node in from_images]
+
+
+def _float_operation(
+    node: fx.Node, traced: fx.GraphModule, within: bool, macs: int
+) -> FloatOperation | None:
+    """The operation of ``node``, or None if it does not stay in float.
+
+    Args:
+        node: of ``traced``.
+        traced: a network with quantizers.
+        within: whether it multiplies in a module or function that is not traced through.
+        macs: products with weights.
+    """
+    reason = _reason(node, traced, within)
+    if reason is None:
+        return None
+    name = str(node.target) if node.op == "call_module" else node.name
+    operation = _operation(node, traced)
+    return FloatOperation(name=name, operation=operation, reason=reason, macs=macs)
 
 
 def forecast_network(
@@ -213,13 +310,13 @@ def _macs(node: fx.Node, traced: fx.GraphModule, shapes: Mapping[fx.Node, tuple[
     return 0
 
 
-def _reason(node: fx.Node, traced: fx.GraphModule, within: int) -> str | None:
+def _reason(node: fx.Node, traced: fx.GraphModule, within: bool) -> str | None:
     """Why a node is computed in float; None if it is computed in integers, or computes nothing.
 
     Args:
         node: of ``traced``.
         traced: a network with quantizers.
-        within: MACs in a module or function that is not traced through.
+        within: whether it multiplies in a module or function that is not traced through.
     """
     module = module_of(node, traced)
     is_quantizer = isinstance(module, ActivationQuantizer)

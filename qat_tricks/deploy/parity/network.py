@@ -33,6 +33,25 @@ class ParityReport:
         """The report as ``report.json`` holds it."""
         return asdict(self)
 
+    def __str__(self) -> str:
+        """The report in five lines; ``repr`` has every tensor."""
+        differing = [tensor for tensor in self.layers if tensor.differing > 0]
+        tensors = f"{len(self.layers) - len(differing)} of {len(self.layers)} to the last bit"
+        if differing:
+            first = min(differing, key=lambda tensor: tensor.place)
+            tensors += f', "{first.name}" the first that differs ({first.sqnr_db:.1f} dB)'
+        if not self.layers:
+            tensors = "none, the network is a float one"
+        return "\n".join(
+            (
+                f"the ONNX file against the simulated network, on {self.images} images",
+                f"same class         {self.top1_agreement:.2%}",
+                f"SQNR of logits     {self.sqnr_db:.1f} dB",
+                f"largest error      {self.max_abs_error:.3g}",
+                f"quantized tensors  {tensors}",
+            )
+        )
+
 
 @torch.no_grad()
 def measure_parity(

@@ -13,7 +13,7 @@ import numpy as np
 
 from qat_tricks.deploy.runtimes.network import Network, feed
 from qat_tricks.deploy.runtimes.openvino import OpenvinoNetwork
-from qat_tricks.deploy.runtimes.session import input_specs, open_session
+from qat_tricks.deploy.runtimes.session import input_specs, open_session, run_session
 from qat_tricks.errors import QatTricksError, did_you_mean
 
 REFERENCE = "onnxruntime"
@@ -33,7 +33,7 @@ class OnnxRuntimeNetwork(Network):
     def prepare(self, *inputs: np.ndarray) -> Callable[[], np.ndarray]:
         """Returns a function that runs the batch."""
         batch = feed(self.specs, inputs)
-        return lambda: self._session.run(None, batch)[0]
+        return lambda: run_session(self._session, None, batch)[0]
 
 
 def open_network(path: str | PathLike[str], *, threads: int, runtime: str = REFERENCE) -> Network:

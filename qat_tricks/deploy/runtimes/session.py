@@ -7,6 +7,7 @@ it store the weights as unsigned there, which is exact. It changes nothing on CP
 others than x86.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import onnxruntime as ort
 
 from qat_tricks.deploy.runtimes.network import InputSpec, feed
-from qat_tricks.errors import QatTricksError, one_line
+from qat_tricks.errors import QatTricksError, cut, one_line
 
 SESSION_CONFIG: Mapping[str, str] = {"session.x64quantprecision": "1"}
 """Entries that every session of this package sets, and that whoever deploys the model should set
@@ -71,7 +72,7 @@ def open_session(
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors only; saving an optimized graph warns otherwise
+    options.log_severity_level = 4  # none: errors are raised, and ours say what to do
     for key, value in SESSION_CONFIG.items():
         options.add_session_config_entry(key, value)
     if profile_prefix is not None:
@@ -145,7 +146,29 @@ def run_session(
     try:
         return session.run(outputs, dict(inputs))
     except Exception as error:  # ONNX Runtime's exceptions share no narrower base class
-        raise QatTricksError(
-            f"ONNX Runtime cannot run the network ({one_line(error)}): it takes other values, or "
-            "one of its operations fails; compare the images with those of training"
-        ) from error
+        raise QatTricksError(_told(error)) from error
+
+
+# What an integer average says where its input's scale over its output's, divided by the number of
+# positions, is below 2**-32, or 256 or more: all its outputs would be one value.
+_CONSTANT_AVERAGE = "QLinearGlobalAveragePool parameter out of computation range"
+
+
+def _told(error: Exception) -> str:
+    """An error of ONNX Runtime in one line, with the operation that fails and the way out."""
+    text = one_line(error, limit=None)
+    found = re.search(r"Name:'(?:node_)?(.*?)'", text)
+    where = f'"{found[1]}"' if found and found[1] else "the network"
+    if _CONSTANT_AVERAGE in text:
+        return (
+            f"ONNX Runtime cannot run the average {where}: the scales of its input and its output "
+            "lie so far apart that its output is constant, as after a fit that has collapsed: "
+            "begin again from the float network with a lower learning rate, and compare the "
+            "validation with the float network's before the export"
+        )
+    reason = text.rpartition("Status Message: ")[2]
+    reason = re.sub(r"^/\S+ .*?\) ", "", reason)  # the place in its source, and the signature
+    return (
+        f"ONNX Runtime cannot run {where} ({cut(reason)}): it takes other values, "
+        "or one of its operations fails; compare the images with those of training"
+    )

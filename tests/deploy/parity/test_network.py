@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from qat_tricks.deploy.parity.network import measure_parity
+from qat_tricks.deploy.parity.network import ParityReport, measure_parity
+from qat_tricks.deploy.parity.tensors import TensorParity
 from qat_tricks.errors import QatTricksError
 from qat_tricks.numerics.decibels import LARGEST_SQNR_DB
 from tests.helpers.handmade import float_conv
@@ -78,3 +79,21 @@ def test_no_images_and_foreign_logits_are_refused(tmp_path):
         measure_parity(path, Scaled(WEIGHT, 1.0), [])
     with pytest.raises(QatTricksError, match=r"\(2, 192\).*\(2, 3, 8, 8\)"):
         measure_parity(path, nn.Flatten(), [torch.rand(2, 3, 8, 8)])
+
+
+def test_a_report_prints_as_five_lines():
+    tensors = [
+        TensorParity(name="late", place=5, sqnr_db=20.0, differing=0.2),
+        TensorParity(name="first", place=2, sqnr_db=45.0, differing=0.1),
+        TensorParity(name="same", place=1, sqnr_db=200.0, differing=0.0),
+    ]
+    figures = {"top1_agreement": 0.995, "max_abs_error": 0.0123, "sqnr_db": 44.0, "images": 200}
+    report = ParityReport(**figures, layers=tuple(tensors))
+    lines = str(report).splitlines()
+    assert len(lines) == 5
+    assert max(map(len, lines)) <= 100
+    for part in ("200 images", "99.50%", "44.0 dB", "0.0123"):
+        assert part in str(report)
+    assert lines[-1].endswith('1 of 3 to the last bit, "first" the first that differs (45.0 dB)')
+    assert "late" in repr(report)
+    assert len(str(ParityReport(**figures)).splitlines()) == 5

@@ -5,10 +5,14 @@ import sys
 
 import numpy as np
 import pytest
+from onnx import helper
 
+import qat_tricks
+from qat_tricks.deploy.runtimes.registry import open_network
 from qat_tricks.deploy.runtimes.session import input_specs, open_session, run_batch
 from qat_tricks.errors import QatTricksError
-from tests.helpers.handmade import float_conv, qdq_layer
+from tests.helpers.handmade import float_conv, qdq_layer, save
+from tests.helpers.nets import images, small_net
 
 
 @pytest.mark.parametrize("per_channel", [True, False], ids=["per-channel", "per-tensor"])
@@ -52,6 +56,33 @@ def test_a_file_that_is_no_network_is_one_line(tmp_path, damage):
     with pytest.raises(QatTricksError, match=r"m\.onnx") as caught:
         open_session(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("tensor", "scale"), [("mean", 1e-9), ("relu", 1e6), ("relu", 1e-15)])
+def test_an_average_between_scales_far_apart_is_named_with_the_way_out(tmp_path, tensor, scale):
+    network = qat_tricks.quantize(small_net(num_classes=4), [images(16)])
+    network.get_submodule(f"activation_quantizers.{tensor}").scale.data.fill_(scale)
+    with pytest.raises(QatTricksError, match=r'average "mean": the scales .* lower lear') as caught:
+        qat_tricks.export_onnx(network, tmp_path / "m.onnx", images(2))
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda path, values: run_batch(open_session(path), values),
+        lambda path, values: open_network(path, threads=1).prepare(values)(),
+    ],
+    ids=["session", "network"],
+)
+def test_an_operation_that_fails_is_one_line_wherever_it_runs(tmp_path, run, capfd):
+    node = helper.make_node("Reshape", ["x", "sizes"], ["y"], name="node_view")
+    path = save(tmp_path / "m.onnx", [node], {"sizes": np.array([7, 7])}, [None, None])
+    with pytest.raises(QatTricksError, match=r'cannot run "view" \(input_shape_size') as caught:
+        run(path, np.ones((2, 3), np.float32))
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")  # and ONNX Runtime does not tell it too
 
 
 def test_measuring_needs_no_torch():

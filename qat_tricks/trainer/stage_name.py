@@ -1,0 +1,25 @@
+"""Lets a trainer's progress bar say which stage of a recipe it is of."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+
+def name_stage(trainer: Any, stage: str) -> Any:
+    """Shows ``stage`` beside the figures of the trainer's progress bar, if it has one.
+
+    Args:
+        trainer: of one fit; bars of either kind, rich or tqdm, have their figures from one method.
+        stage: its name.
+
+    Returns:
+        The trainer.
+    """
+    bar = trainer.progress_bar_callback
+    if bar is not None:
+        bar.get_metrics = partial(_with_stage, bar.get_metrics, stage)
+    return trainer
+
+
+def _with_stage(own: Callable[..., dict[str, Any]], stage: str, *args: Any) -> dict[str, Any]:
+    return {"stage": stage, **own(*args)}
