@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from qat_tricks.numerics import ActivationQuantizer, WeightQuantizer
 from qat_tricks.numerics import integer_kernels as kernels
@@ -33,6 +34,19 @@ class Folded:
     norms: Tensor | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Equalized:
+    """By what equalization has multiplied the channels of a conv or linear.
+
+    Attributes:
+        inputs: of the weight for its input channels, broadcasts to it.
+        outputs: of the weight and bias for each output channel, ``[C]``.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+
+
 class Layer(nn.Module):
     """The common part of our convs and linears."""
 
@@ -44,8 +58,14 @@ class Layer(nn.Module):
     weight_quantizer: WeightQuantizer | None
     # Normalizes the output in training, and is folded in evaluation; None for most layers.
     batchnorm: nn.Module | None
-    # What is known of the BatchNorm that was folded into the layer.
+    # Equalization scales channels. Where these are not None, the parameters are trained as they
+    # were before it: the weight is multiplied by the first, which broadcasts to it, and the bias,
+    # or the BatchNorm's gain and bias, by the second, [C].
+    weight_factor: Tensor | None
+    output_factor: Tensor | None
+    # What is known of the BatchNorm that was folded into the layer, and of its equalization.
     folded: Folded | None
+    equalized: "Equalized | None"
     # For each call: its input quantizer, and its output quantizer if that is the only reader. In
     # tuples, so that they are not registered as children.
     calls: tuple[tuple[ActivationQuantizer | None, ActivationQuantizer | None], ...]
@@ -61,9 +81,12 @@ class Layer(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # A pickle of an earlier version has neither.
+        # A pickle of an earlier version has none of these.
         self._modules.setdefault("batchnorm", None)
-        self.__dict__.setdefault("folded", None)
+        for name in ("weight_factor", "output_factor"):
+            self._buffers.setdefault(name, None)
+        for name in ("folded", "equalized"):
+            self.__dict__.setdefault(name, None)
 
     def forward(self, input: Tensor, call: int = 0) -> Tensor:
         """The layer's output.
@@ -118,8 +141,11 @@ class Layer(nn.Module):
         return out * step
 
     def masked_weight(self) -> Tensor:
-        """The weight with pruned entries at exactly zero."""
-        return self.weight if self.weight_mask is None else self.weight * self.weight_mask
+        """The weight with pruned entries at exactly zero, and with equalized channels."""
+        weight: Tensor = self.weight
+        if self.weight_factor is not None:
+            weight = weight * self.weight_factor
+        return weight if self.weight_mask is None else weight * self.weight_mask
 
     @property
     def normalizes(self) -> bool:
@@ -133,9 +159,14 @@ class Layer(nn.Module):
     def _normalized(self, output: Tensor) -> Tensor:
         """The output after the layer's BatchNorm, which has the channels in dimension 1."""
         assert self.batchnorm is not None
-        if self.output_axis == 1 or output.dim() == 2:
-            return self.batchnorm(output)
-        return self.batchnorm(output.flatten(0, -2)).view_as(output)
+        rows = output if self.output_axis == 1 else output.flatten(0, -2)
+        if self.output_factor is None:
+            return self.batchnorm(rows).view_as(output)
+        # By its own forward, for it may be synchronized between processes.
+        scaled = {
+            name: value * self.output_factor for name, value in self.batchnorm.named_parameters()
+        }
+        return functional_call(self.batchnorm, scaled, (rows,)).view_as(output)
 
     def normalization(self) -> Tensor:
         """The BatchNorm's factor of each channel in evaluation, ``gamma / sqrt(var + eps)``.
@@ -145,7 +176,9 @@ class Layer(nn.Module):
         """
         norm: Any = self.batchnorm
         factor = torch.rsqrt(norm.running_var.double() + norm.eps)
-        return factor if norm.weight is None else factor * norm.weight.double()
+        if norm.weight is not None:
+            factor = factor * norm.weight.double()
+        return factor if self.output_factor is None else factor * self.output_factor.double()
 
     def deployed_weight(self) -> Tensor:
         """The weight of the layer as it is deployed: masked, and times the BatchNorm's factor."""
@@ -159,32 +192,34 @@ class Layer(nn.Module):
         """The bias of the layer as it is deployed, with the BatchNorm folded in."""
         norm: Any = self.batchnorm
         if norm is None:
-            return self.bias
+            scales = self.bias is not None and self.output_factor is not None
+            return self.bias * self.output_factor if scales else self.bias  # type: ignore[operator]
         bias = -norm.running_mean.double()
         if self.bias is not None:
             bias = bias + self.bias.double()
         bias = bias * self.normalization()
         if norm.bias is not None:
-            bias = bias + norm.bias.double()
+            shift = norm.bias.double()
+            bias += shift if self.output_factor is None else shift * self.output_factor.double()
         return bias.to(self.weight.dtype)
 
     @torch.no_grad()
-    def fold_batchnorm(self) -> None:
-        """Folds the layer's BatchNorm for good; the layer computes what it did in evaluation."""
-        if self.batchnorm is None:
-            return
+    def make_deployed(self) -> None:
+        """Gives the layer, for good, the parameters that it is deployed with.
+
+        It computes what it did in evaluation.
+        """
         weight, bias = self.deployed_weight(), self.deployed_bias()
         if self.weight_quantizer is not None and self.weight_quantizer.scale is not None:
             self.weight_quantizer.scale.copy_(self._deployed_scale(weight))
-        assert bias is not None
         self.weight.copy_(weight)
-        if self.bias is None:
-            norm: Any = self.batchnorm
-            trains = self.weight if norm.bias is None else norm.bias
-            self.bias = nn.Parameter(bias, requires_grad=trains.requires_grad)
-        else:
+        if bias is not None:
+            if self.bias is None:
+                own: Any = self.batchnorm
+                trains = self.weight if own.bias is None else own.bias
+                self.bias = nn.Parameter(bias.clone(), requires_grad=trains.requires_grad)
             self.bias.copy_(bias)
-        self.batchnorm = None
+        self.batchnorm = self.weight_factor = self.output_factor = None
 
     def _deployed_scale(self, weight: Tensor) -> Tensor:
         """The scale of ``weight``, which is deployed, as its quantizer has it."""
@@ -230,10 +265,8 @@ class Layer(nn.Module):
         Args:
             before: the quantizer before the layer, by default that of its first call.
         """
-        if self.training:
-            return self.bias
         bias = self.deployed_bias()
-        if bias is None or not self.is_quantizing or not self.has_input_scale:
+        if bias is None or self.training or not self.is_quantizing or not self.has_input_scale:
             return bias
         scale = self.bias_scale(before)
         # The gradient passes straight through the rounding.
@@ -353,7 +386,10 @@ def as_layer(module: nn.Module) -> Layer:
         layer.register_buffer("weight_mask", None)
         layer.register_module("weight_quantizer", None)
         layer.register_module("batchnorm", None)
-        layer.__dict__.setdefault("folded", None)  # noted before, or not at all
+        for name in ("weight_factor", "output_factor"):
+            layer.register_buffer(name, None)
+        for name in ("folded", "equalized"):
+            layer.__dict__.setdefault(name, None)  # noted before, or not at all
         layer.calls = layer.input_quantizer = ()
     return cast(Layer, module)
 

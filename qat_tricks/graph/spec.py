@@ -12,7 +12,8 @@
     convs        [batchnorm, ...]              BatchNorms that became depthwise convs
     uncapped     [node, ...]                   ReLU6 that became ReLU for equalization
     layers       {name: {"weight": scheme, "scale": bool, "learned": bool, "mask": bool,
-                         "batchnorm": {"eps": float, "momentum": float | None}}}
+                         "batchnorm": {"eps": float, "momentum": float | None},
+                         "factors": bool}}
     activations  {name: {"scheme": scheme, "activation": "relu" | "relu6" | None,
                          "nodes": [node, ...], "learned": bool}}
     applied      [trick, ...]                  tricks done in the current stage

@@ -73,6 +73,8 @@ def rebuild(network: nn.Module, spec: dict[str, Any]) -> fx.GraphModule:
             layer_module.weight_mask = torch.ones_like(layer_module.weight)
         if "batchnorm" in entry:
             give_batchnorm(layer_module, **entry["batchnorm"])
+        if entry.get("factors"):
+            give_factors(layer_module)
     insert_quantizers(traced)
     return traced
 
@@ -165,8 +167,22 @@ def attach_batchnorm(traced: fx.GraphModule, layer: str, batchnorm: str) -> None
     erase_batchnorm(traced, batchnorm)
 
 
+def _trains_otherwise(layer: Layer) -> bool:
+    """Whether a layer trains other parameters than it is deployed with."""
+    own = (layer.batchnorm, layer.weight_factor, layer.output_factor)
+    return any(part is not None for part in own)
+
+
+def give_factors(layer: Layer) -> None:
+    """Gives ``layer`` factors of one for its parameters; the caller sets their values."""
+    weight = layer.weight
+    # The positions of a kernel share their channels' factor.
+    layer.weight_factor = weight.new_ones(*weight.shape[:2], *[1] * (weight.dim() - 2))
+    layer.output_factor = weight.new_ones(weight.shape[0])
+
+
 def fold_own_batchnorms(traced: fx.GraphModule, skip: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """Folds the BatchNorms that layers of ``traced`` have of their own, for good.
+    """Folds the BatchNorms, and factors, that layers of ``traced`` have of their own, for good.
 
     Args:
         traced: the network, changed in place.
@@ -179,9 +195,10 @@ def fold_own_batchnorms(traced: fx.GraphModule, skip: Sequence[str] = ()) -> lis
     attached = [(layer, batchnorm) for layer, batchnorm in spec.get("attached", [])]
     stay = {layer for layer, batchnorm in attached if batchnorm in skip}
     for name, layer in layers(traced).items():
-        if layer.batchnorm is not None and name not in stay:
-            layer.fold_batchnorm()
-            spec.get("layers", {}).get(name, {}).pop("batchnorm", None)
+        if name not in stay and _trains_otherwise(layer):
+            layer.make_deployed()
+            for key in ("batchnorm", "factors"):
+                spec.get("layers", {}).get(name, {}).pop(key, None)
     if attached:
         spec["attached"] = [list(pair) for pair in attached if pair[0] in stay]
     pairs = [pair for pair in attached if pair[0] not in stay]

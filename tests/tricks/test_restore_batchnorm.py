@@ -112,7 +112,7 @@ def test_folding_for_good_changes_nothing():
     network = shaken(restored("w4a8_qat")[0])
     folded = copy.deepcopy(network)
     for layer in layers(folded).values():
-        layer.fold_batchnorm()
+        layer.make_deployed()
     assert all(layer.batchnorm is None for layer in layers(folded).values())
     with torch.no_grad():
         assert torch.equal(folded(images()), network(images()))
