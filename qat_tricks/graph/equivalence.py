@@ -251,7 +251,8 @@ def exact_products() -> Iterator[None]:
     By default PyTorch rounds a conv's inputs to TF32 there, with 10 bits of mantissa. Two networks
     of one function then differ by some 65 dB.
     """
-    places: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    places: tuple[Any, ...] = (conv, torch.backends.cuda.matmul)
     before = [place.fp32_precision for place in places]
     try:
         for place in places:
