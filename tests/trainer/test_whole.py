@@ -172,6 +172,19 @@ def test_a_forward_that_uses_its_trainer_is_refused_in_one_line(kind, what, over
     assert module.trainer is not None
 
 
+def test_a_forward_may_name_its_device_and_keep_an_argument():
+    class Named(Parts):
+        def forward(self, x, with_features=False):
+            features = self.backbone(x.to(self.device)).flatten(1)
+            return (self.head(features), features) if with_features else self.head(features)
+
+    module = Named()
+    fitted(module)
+    assert not [node for node in module.graph.nodes if node.target == "to"]
+    with pytest.raises(QatTricksError, match="was traced with with_features=False"):
+        module(images(), with_features=True)
+
+
 class Taught(Parts):
     """A teacher beside the network, which only the step calls."""
 
