@@ -5,8 +5,8 @@ A network that is not yet pruned is often the better one, and never the wanted o
 end do not count after it, and an average begins anew. Files are written all the time: a run can be
 resumed from each, and a better network takes their place as in any fit.
 
-Only attributes are set that these callbacks save in checkpoints themselves, at the same batch in
-each run, so that a resumed run does as the whole one.
+What is set are attributes that these callbacks save in checkpoints themselves, at the same batch in
+each run, so that a resumed run does as the whole one; and a threshold, which no checkpoint has.
 """
 
 import logging
@@ -101,9 +101,9 @@ class Hold:
 
     def release(self) -> None:
         """Gives the callbacks back what was taken from them, whether the schedule ended or not."""
-        for callback, threshold in zip(self.stopping, self._thresholds, strict=True):
-            callback.stopping_threshold = threshold
-        self._thresholds = [None for _ in self.stopping]
+        if not self.is_over:
+            for callback, threshold in zip(self.stopping, self._thresholds, strict=True):
+                callback.stopping_threshold = threshold
         self.is_over = True
 
     def _judging(self) -> list[Any]:
@@ -124,7 +124,7 @@ def _forget(callback: Any, *, is_pruned: bool = False) -> None:
     Until then one of them is still the best if it ``is_pruned``.
     """
     worst = _worst(callback.mode)
-    if hasattr(callback, "wait_count"):  # EarlyStopping
+    if not hasattr(callback, "best_k_models"):  # EarlyStopping
         callback.wait_count, callback.best_score = 0, worst
         return
     if not callback.best_k_models:

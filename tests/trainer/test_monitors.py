@@ -159,9 +159,11 @@ def test_a_fit_that_ends_too_early_says_so(tmp_path):
 
 def test_one_that_validates_no_more_says_that_there_is_no_best(tmp_path):
     keep = keeper(tmp_path)
+    stopping = pl.callbacks.EarlyStopping("val_acc", mode="max", stopping_threshold=2.0)
     with pytest.warns(UserWarning, match="has kept no network since pruning ended"):
-        fit([keep], check_val_every_n_epoch=2)
+        fit([keep, stopping], check_val_every_n_epoch=2)
     assert keep.best_model_path == ""
+    assert stopping.stopping_threshold == 2.0
 
 
 def test_a_metric_from_before_judges_no_network_of_after(tmp_path):
