@@ -50,6 +50,7 @@ TRAIN = [
 
 def run(folder, *overrides):
     os.environ["QAT_TRICKS_CACHE"] = str(folder / "cache")
+    torch.set_num_threads(1)  # of training: a module's fixtures come before those of its tests
     config = job_config(*TRAIN, "trainer.enable_progress_bar=false", *overrides)
     return run_job(config, folder)
 

@@ -53,7 +53,7 @@ def test_the_old_flag_forecasts(tmp_path, monkeypatch, capfd):
     network = ["model=custom", "model.factory=tests.helpers.nets.SmallNet", "data=fake"]
     cli.train(["recipe=int8_ptq", "preflight=true", *network])
     printed = capfd.readouterr()
-    assert "int8 coverage 1.0000" in printed.out
+    assert "100.00% of the " in printed.out
     assert printed.err == warning("preflight")
     assert not list(tmp_path.iterdir())
 
