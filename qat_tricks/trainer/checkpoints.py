@@ -8,6 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
@@ -123,7 +124,7 @@ def load_from_checkpoint(
         module_class: the LightningModule's class; built from ``kwargs`` over the hyperparameters
             saved in the checkpoint.
         path: a checkpoint, quantized or float.
-        map_location: as of ``torch.load``; None is the CPU.
+        map_location: as of ``torch.load``, for the module too; None is the CPU.
         hparams_file: a YAML or CSV file of hyperparameters in the place of the saved ones.
         strict: whether the keys must match exactly; None is the module's ``strict_loading``.
         weights_only: False, for a file that is trusted, makes objects of any class in it.
@@ -153,7 +154,8 @@ def load_from_checkpoint(
     module_class.on_load_checkpoint(module, checkpoint)
     load_state(module, checkpoint, path, strict=strict)
     module.eval()
-    return module
+    tensors = [v for v in checkpoint["state_dict"].values() if isinstance(v, torch.Tensor)]
+    return module.to(tensors[0].device) if tensors else module
 
 
 def _has(module: nn.Module, name: str) -> bool:

@@ -36,7 +36,8 @@ def describe(callbacks: list[Any]) -> str:
         f'{type(c).__name__}(monitor="{c.monitor}")' if hasattr(c, "monitor") else type(c).__name__
         for c in callbacks
     ]
-    return " and ".join(dict.fromkeys(names))
+    *others, last = dict.fromkeys(names)
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 class Hold:

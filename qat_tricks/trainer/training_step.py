@@ -156,7 +156,7 @@ def _bound(
     if isinstance(alone, (list, tuple, Mapping)):
         raise QatTricksError(
             f"{kind}.forward takes a whole batch, {names[0]}: let it take images "
-            "as its exported file will, and take them out of the batch in the module"
+            "as its exported file will, and take them out of the batch before the call"
         )
     return alone if isinstance(alone, Tensor) else inputs_of(values, names)
 

@@ -324,7 +324,7 @@ def with_step(kind):
 
 
 @pytest.mark.feature("forward(batch) of a module")
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", [fitted, evaluated])
 @pytest.mark.parametrize(
     ("kind", "data"),
     [

@@ -136,15 +136,19 @@ def is_same(loaded, module):
 )
 @pytest.mark.parametrize("kind", MODULES)
 def test_hyperparameters_that_hold_values_load_without_trust(tmp_path, kind):
-    module = MODULES[kind]()
-    run = written(module, tmp_path / "end.ckpt")
+    written(module := MODULES[kind](), tmp_path / "end.ckpt")
     loaded = qat_tricks.load_from_checkpoint(type(module), tmp_path / "end.ckpt")
     assert is_same(loaded, module)
     assert type(loaded.hparams) is type(module.hparams)
     assert repr(dict(loaded.hparams)) == repr(dict(module.hparams))
     save_checkpoint(module, tmp_path / "own.ckpt")
     assert is_same(qat_tricks.load_from_checkpoint(type(module), tmp_path / "own.ckpt"), module)
-    # a run goes on from it, and a test takes it, in trainers that were given nothing besides
+
+
+@pytest.mark.parametrize("kind", ["cfg", "many"])
+def test_a_run_goes_on_from_such_a_file(tmp_path, kind):
+    """And a test takes it; both in trainers that were given nothing besides."""
+    run = written(module := MODULES[kind](), tmp_path / "end.ckpt")
     again = trainer(qat_tricks.recipe("int8_qat"), max_epochs=2, limit_train_batches=1)
     fresh = MODULES[kind]().train()
     again.fit(fresh, datamodule=Data(), ckpt_path=tmp_path / "end.ckpt")
