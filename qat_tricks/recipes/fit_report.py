@@ -13,7 +13,7 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import fx, nn
 
 from qat_tricks.deploy.cost.forecast import Placement, grouped, named, placement
 from qat_tricks.graph.layers import Layer, is_layer
@@ -54,6 +54,7 @@ class FitReport:
         """A fit begins; a resumed one has been measured when it began first."""
         self._resumed = resumed
         self._validation: Validation | None = None
+        self._placed = Placement(quantized=0, layers=0, in_float=[])
         unknown = Validated(reason=RESUMED if resumed else QUANTIZED)
         self._before, self._prepared = _Moment(unknown), _Moment(unknown)
         self._end = Validated(reason="the fit has not validated")
@@ -69,7 +70,7 @@ class FitReport:
         self._before = _Moment(validated, zeros(network))
 
     def measure_prepared(
-        self, trainer: "Trainer", pl_module: "LightningModule", network: nn.Module
+        self, trainer: "Trainer", pl_module: "LightningModule", network: fx.GraphModule
     ) -> None:
         """Validates the network before the training; every process has to call this."""
         if not self._resumed:
@@ -77,6 +78,9 @@ class FitReport:
             validated = validation.run("the quantized network")
             self._prepared = _Moment(validated, zeros(network))
         self._validation = None  # with its loaders
+        # Now and not at the end, for a fault of ours is not to come after a long training, which
+        # changes values alone.
+        self._placed = placement(network)
 
     def validated(self, trainer: "Trainer") -> None:
         """The fit has validated the network as it is now."""
@@ -88,15 +92,14 @@ class FitReport:
         """Prints the table and logs its figures, on the first process."""
         if not trainer.is_global_zero:
             return
-        placed = placement(work.network)
         moments = [self._before, self._prepared, _Moment(self._end, zeros(work.network))]
-        table = self._table(moments, placed, work.images, trainer.global_step)
+        table = self._table(moments, work.images, trainer.global_step)
         Console().print(table)
-        figures = _figures(moments, placed, work.images)
+        figures = _figures(moments, self._placed, work.images)
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=trainer.global_step)
 
-    def _table(self, moments: list[_Moment], placed: Placement, images: int, steps: int) -> Table:
+    def _table(self, moments: list[_Moment], images: int, steps: int) -> Table:
         table = Table(title=self.name, box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
         table.add_column("", overflow="fold")
         for title in MOMENTS:
@@ -106,6 +109,7 @@ class FitReport:
             table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in values))
         shares = [moment.zeros for moment in moments]
         table.add_row("zeros", *("-" if share is None else f"{share:.1%}" for share in shares))
+        placed = self._placed
         lines = [f"{placed.quantized} of {placed.layers} convs and linears in integers"]
         for group in grouped(placed.in_float):
             first = group[0]

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import nn
+from torch import fx, nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.inputs import Inputs
@@ -84,7 +84,7 @@ class Report(Protocol):
         """The recipe begins, and is about to change the network of ``pl_module``."""
 
     def measure_prepared(
-        self, trainer: "Trainer", pl_module: "LightningModule", network: nn.Module
+        self, trainer: "Trainer", pl_module: "LightningModule", network: fx.GraphModule
     ) -> None:
         """All that needs no training is done."""
 

@@ -68,6 +68,7 @@ def test_operations_of_one_kind_are_one_line_and_excluded_layers_are_named(capsy
     assert "in float: 1 Linear (body.head): left out by quantize.include or exclude" in text
 
 
+@pytest.mark.feature("the table at the end: every logger gets its figures")
 def test_every_logger_gets_the_figures(tmp_path, capsys):
     logger = pl.loggers.CSVLogger(tmp_path)
     _, fit = fitted(qat_tricks.recipe("int8_qat"), logger=logger, log_every_n_steps=1)
@@ -90,6 +91,7 @@ def test_without_a_report_nothing_is_printed(capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.feature("the table at the end: a resumed fit does not validate again")
 def test_a_resumed_fit_does_not_validate_again(tmp_path, capsys, monkeypatch):
     _, fit = fitted(qat_tricks.recipe("int8_qat"), max_epochs=1)
     fit.save_checkpoint(tmp_path / "last.ckpt")

@@ -52,6 +52,7 @@ def fitted(report, module=Drawing, **settings):
     return lit, fit, record
 
 
+@pytest.mark.feature("the table at the end: the training is to the last bit the one without it")
 def test_a_fit_with_a_report_is_to_the_last_bit_the_fit_without(capsys):
     with_report, without = fitted(True), fitted(False)
     assert differences(with_report[0].state_dict(), without[0].state_dict()) == []
