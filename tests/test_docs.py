@@ -17,8 +17,9 @@ from tests.helpers.lit import Data, Lit, loader, trainer
 from tests.helpers.nets import images, small_net
 
 
-def _block(file, language):
-    (block,) = re.findall(rf"```{language}\n(.*?)```", (ROOT / file).read_text(), flags=re.S)
+def _block(file, language, place=0):
+    blocks = re.findall(rf"```{language}\n(.*?)```", (ROOT / file).read_text(), flags=re.S)
+    block = blocks[place]
     lines = block.splitlines()
     indent = min(len(line) - len(line.lstrip()) for line in lines if line.strip())
     return "\n".join(line[indent:] for line in lines) + "\n"
@@ -59,6 +60,17 @@ def test_readmes_config_instantiates_to_a_recipe():
     trainer([callback]).fit(lit, datamodule=Data())
     weights = [layer.effective_weight().flatten() for layer in layers(lit.backbone).values()]
     assert 0.3 <= (torch.cat(weights) == 0).float().mean() < 0.4
+
+
+def test_readmes_config_for_lightningcli_parses_to_a_recipe():
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser()
+    parser.add_argument("--trainer.callbacks", type=list[pl.Callback])
+    config = parser.parse_string(_block("README.md", "yaml", 1))
+    (callback,) = parser.instantiate_classes(config).trainer.callbacks
+    assert isinstance(callback, qat_tricks.Recipe)
+    assert callback.name == "int8_qat"
 
 
 @pytest.fixture

@@ -136,6 +136,7 @@ class _Forward:
     def __init__(self, network: nn.Module, guard: "_Guard") -> None:
         self.network, self.guard = network, guard
         self.is_called = False
+        self.__wrapped__ = network.forward  # for its signature
 
     def note_call(self, *_: Any) -> None:
         """Is told that the network is called as a whole."""

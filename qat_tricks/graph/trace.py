@@ -17,6 +17,7 @@ from qat_tricks.graph.fingerprint import CODE, fingerprint
 from qat_tricks.graph.functional import functions_to_modules
 from qat_tricks.graph.layers import as_layer
 from qat_tricks.graph.operations import entries_for
+from qat_tricks.graph.outside import has_steps
 from qat_tricks.graph.traceable import TraceSettings, check_traceable, take_over_masks
 from qat_tricks.graph.traced_network import (
     DEFAULTS,
@@ -164,6 +165,8 @@ def _prepare(
     _dropout_to_modules(traced, every=every)
     _erase_assertions(traced)
     _erase_identities(traced)
+    if has_steps(network):
+        _erase_moves(traced)
     if settings.training_mode:
         _detach_no_grad(traced)
         _clone_changed_inputs(traced)
@@ -303,6 +306,15 @@ def _erase_identities(traced: fx.GraphModule) -> None:
             continue
         if len(tensors) == 1 and (adds_zero or type(module_of(node, traced)) is nn.Identity):
             node.replace_all_uses_with(tensors[0])
+            traced.graph.erase_node(node)
+
+
+def _erase_moves(traced: fx.GraphModule) -> None:
+    """Removes ``x.to(self.device)``, which a graph would repeat with the device of now."""
+    for node in list(traced.graph.nodes):
+        kinds = [type(value) for value in (*node.args[1:], *node.kwargs.values())]
+        if node.op == "call_method" and node.target == "to" and kinds == [torch.device]:
+            node.replace_all_uses_with(node.all_input_nodes[0])
             traced.graph.erase_node(node)
 
 

@@ -55,13 +55,7 @@ def run_stages(
     frozen = _held_in_evaluation(module, recipe.network)
     # A recipe without stages still gives a network that was traced, as for export.
     for stage in recipe.stages or [Stage(name="float", tricks=[])]:
-        session = Session(
-            network=recipe.network,
-            untraced=recipe.untraced,
-            fits=stage.epochs > 0,
-            # Before the first stage: the teacher of every stage is the float network.
-            keeps_teacher=any(trick.needs_teacher for trick in recipe.tricks),
-        )
+        session = _session(recipe, stage)
         # A trick is applied once in each stage, and may come again in a later one.
         if has_workbench(module):
             workbench_of(module).applied.clear()
@@ -83,6 +77,16 @@ def run_stages(
         if after_stage is not None and recipe.stages:
             after_stage(stage, work.network)
     return module
+
+
+def _session(recipe: StagedRecipe, stage: Stage) -> Session:
+    return Session(
+        network=recipe.network,
+        untraced=recipe.untraced,
+        fits=stage.epochs > 0,
+        # Before the first stage: the teacher of every stage is the float network.
+        keeps_teacher=any(trick.needs_teacher for trick in recipe.tricks),
+    )
 
 
 def _data(datamodule: Any, val_dataloaders: Any) -> dict[str, Any]:

@@ -57,6 +57,13 @@ def skip_set_up(callbacks: Sequence[Any]) -> None:
         callback.setup = _Skip(callback)
 
 
+def end_skips(trainer: "Trainer") -> None:
+    """Gives callbacks their ``setup`` back, in a run that broke off before their turn."""
+    for callback in finetuning_in(trainer):
+        if isinstance(vars(callback).get("setup"), _Skip):
+            del vars(callback)["setup"]
+
+
 def follow_unfrozen(
     trainer: "Trainer",
     pl_module: "LightningModule",

@@ -96,7 +96,8 @@ def find_network(
 
 def _has_forward(module: nn.Module) -> bool:
     """Whether a module is called itself; a list or a mapping of modules is not."""
-    return type(module).forward is not nn.Module.forward
+    # A compiled one has it on the object.
+    return "forward" in vars(module) or type(module).forward is not nn.Module.forward
 
 
 def _why_not_whole(

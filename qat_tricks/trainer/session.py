@@ -27,6 +27,7 @@ from qat_tricks.trainer.averaging import is_averaging, keep_grids
 from qat_tricks.trainer.calibration_images import network_inputs
 from qat_tricks.trainer.checkpoints import is_mid_epoch
 from qat_tricks.trainer.finetuning import (
+    end_skips,
     finetuning_in,
     follow_unfrozen,
     freeze_again,
@@ -364,6 +365,7 @@ class Session(Callback):
     ) -> None:
         """Ends the run for the module's own hooks."""
         end_run(pl_module)
+        end_skips(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """What the trainer had done in earlier fits, if anything."""

@@ -112,10 +112,10 @@ def _hooks(network: nn.Module, seen: _Seen, *, whole: bool) -> Iterator[None]:
     """
     names = input_names(network)
     parts = {module: part for part, module in network.named_modules() if part}
-    forward = network.forward  # for its signature
+    forward, kind = network.forward, type(network).__name__
 
     def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.inputs.append(_copied(_bound(forward, names, args, kwargs)))
+        seen.inputs.append(_copied(_bound(forward, names, args, kwargs, kind)))
         # The network itself need not run: its inputs are known.
         raise _SeenError
 
@@ -141,9 +141,13 @@ def _call_with(see: Callable[..., None], network: nn.Module, *args: Any, **kwarg
 
 
 def _bound(
-    forward: Callable[..., Any], names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+    forward: Callable[..., Any],
+    names: Sequence[str],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    kind: str,
 ) -> Inputs:
-    """The inputs called ``names`` among the arguments of a call of ``forward``."""
+    """The inputs called ``names`` among the arguments of a call of a ``kind``'s ``forward``."""
     if not names:  # ``forward(*args)``
         return args[0]
     arguments = signature(forward).bind(*args, **kwargs).arguments
@@ -151,7 +155,7 @@ def _bound(
     alone = values[0] if len(values) == 1 else None
     if isinstance(alone, (list, tuple, Mapping)):
         raise QatTricksError(
-            f"{type(network).__name__}.forward takes a whole batch, {names[0]}: let it take images "
+            f"{kind}.forward takes a whole batch, {names[0]}: let it take images "
             "as its exported file will, and take them out of the batch before the call"
         )
     return alone if isinstance(alone, Tensor) else inputs_of(values, names)

@@ -1,11 +1,14 @@
 """What would compute beside the graph is refused by name, and the graph itself never is."""
 
+import copy
+
 import pytest
 import torch
 
 import qat_tricks
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.calls_beside import is_inside
+from qat_tricks.graph.inputs import input_names
 from tests.helpers.nets import Named, images
 
 
@@ -40,6 +43,20 @@ def test_hooks_work_or_are_refused_by_name(quantized):
     assert calls == ["head", "network"]
     with pytest.raises(QatTricksError, match='hook on "features" would never be called'):
         quantized.features.register_forward_hook(lambda *args: None)
+
+
+def test_a_method_may_look_at_the_network_and_copy_it():
+    class Exporting(Named):
+        def names(self):
+            twin = copy.deepcopy(self)
+            return input_names(self), "forward" in vars(twin), twin(images())
+
+    torch.manual_seed(0)
+    quantized = qat_tricks.quantize(Exporting(), [images(32)])
+    names, is_left, output = quantized.names()
+    assert names == ["x"]
+    assert not is_left
+    assert torch.equal(output, quantized(images()))
 
 
 def test_a_part_is_inside_of_what_is_called():

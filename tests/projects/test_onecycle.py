@@ -1,4 +1,4 @@
-"""A ResNet-like network whose module ends in log_softmax, with SGD and OneCycle, as for CIFAR-10."""
+"""A small ResNet, log_softmax in the forward, SGD with OneCycle, as projects for CIFAR-10 are."""
 
 import torch
 from torch import nn

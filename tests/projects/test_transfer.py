@@ -1,4 +1,4 @@
-"""A backbone and a head, fine-tuned by milestones, as in Lightning's example of transfer learning."""
+"""A backbone and a head, fine-tuned by milestones, as Lightning's transfer learning shows."""
 
 import torch
 from torch import nn

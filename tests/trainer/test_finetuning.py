@@ -185,3 +185,14 @@ def test_a_resumed_fit_ends_with_the_same_bits(tmp_path, first, step):
         run.fit(module, ResumableLoader(), ckpt_path=resumed_from)
         end[name] = module.state_dict(), run.optimizers[0].state_dict()
     assert differences(end["whole"], end["rest"]) == []
+
+
+def test_a_run_that_breaks_off_leaves_the_callback_its_own_hooks():
+    class Fails(pl.Callback):
+        def setup(self, trainer, pl_module, stage):
+            raise RuntimeError("not today")
+
+    own = pl.callbacks.BackboneFinetuning(1)
+    with pytest.raises(RuntimeError, match="not today"):
+        fitted(Parts(), [*recipes("int8_ptq", ()), Fails(), own])
+    assert "setup" not in vars(own)

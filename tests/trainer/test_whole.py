@@ -1,4 +1,4 @@
-"""A LightningModule that is the network itself, in a user's trainer, from the fit to the file."""
+"""A LightningModule that is the network itself, in a user's trainer, from the fit to the test."""
 
 import copy
 import pickle
@@ -26,7 +26,7 @@ def fitted(module, recipe="int8_qat", data=OrderedData, callbacks=(), **settings
 
 @pytest.mark.feature("the module itself is the network: a backbone and a head, or layers")
 @pytest.mark.parametrize("kind", [Parts, Layers])
-def test_the_module_itself_is_quantized_saved_loaded_tested_and_exported(kind, tmp_path):
+def test_the_module_itself_is_quantized_saved_loaded_and_tested(kind, tmp_path):
     module, path = kind(), str(tmp_path / "model.ckpt")
     keys, parts = list(module.state_dict()), dict(module.named_children())
     run = fitted(module, "int8_prune50")
@@ -41,8 +41,6 @@ def test_the_module_itself_is_quantized_saved_loaded_tested_and_exported(kind, t
     for made_by in (kind, type(module)):  # the class of a quantized module is the user's too
         back = qat_tricks.load_from_checkpoint(made_by, path)
         assert torch.equal(back(images()), module.eval()(images()))
-    report = qat_tricks.export_onnx(module, tmp_path / "model.onnx", images())
-    assert report.top1_agreement == 1.0
     expected = trainer().test(module, Data(), verbose=False)
     fresh = trainer(qat_tricks.recipe("int8_prune50"))
     assert fresh.test(kind(), Data(), ckpt_path=path, verbose=False) == expected
@@ -172,6 +170,19 @@ def test_a_forward_that_uses_its_trainer_is_refused_in_one_line(kind, what, over
     assert "\n" not in str(error.value)
     assert "log" not in vars(module)
     assert module.trainer is not None
+
+
+def test_a_forward_may_name_its_device_and_keep_an_argument():
+    class Named(Parts):
+        def forward(self, x, with_features=False):
+            features = self.backbone(x.to(self.device)).flatten(1)
+            return (self.head(features), features) if with_features else self.head(features)
+
+    module = Named()
+    fitted(module)
+    assert not [node for node in module.graph.nodes if node.target == "to"]
+    with pytest.raises(QatTricksError, match="was traced with with_features=False"):
+        module(images(), with_features=True)
 
 
 class Taught(Parts):
