@@ -58,6 +58,17 @@ def total_batches(trainer: "Trainer") -> float:
     Raises:
         QatTricksError: the trainer has no end that can be foreseen.
     """
+    ends = _ends(trainer)
+    if not ends:
+        raise QatTricksError(
+            "schedules are fractions of the training, and this trainer has no foreseeable end: "
+            "give it max_epochs (and a loader that has a length) or max_steps"
+        )
+    return min(ends)
+
+
+def _ends(trainer: "Trainer") -> list[float]:
+    """The numbers of training batches after which the fit ends."""
     before, ends = done_before(trainer), []
     if (
         trainer.max_epochs is not None
@@ -68,12 +79,18 @@ def total_batches(trainer: "Trainer") -> float:
     if trainer.max_steps > 0:
         # A step of an optimizer may take several batches.
         ends.append((trainer.max_steps - before.steps) * trainer.accumulate_grad_batches)
-    if not ends:
-        raise QatTricksError(
-            "schedules are fractions of the training, and this trainer has no foreseeable end: "
-            "give it max_epochs (and a loader that has a length) or max_steps"
-        )
-    return min(ends)
+    return ends
+
+
+def is_last_batch(trainer: "Trainer") -> bool:
+    """Whether the fit's last batch has just been trained on.
+
+    For ``on_train_batch_end``, where the batch does not count as done yet. Of a fit without a
+    foreseeable end, no batch is the last.
+    """
+    ends = _ends(trainer)
+    batches = done_by(trainer).batches - done_before(trainer).batches
+    return bool(ends) and batches + 1 >= min(ends)
 
 
 def fit_progress(trainer: "Trainer") -> float:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 def reestimate_batchnorm(traced: fx.GraphModule, batches: Sequence[Inputs]) -> fx.GraphModule:
     """Replaces running means and variances, in place, by their plain average over ``batches``.
 
+    A BatchNorm that is held in evaluation mode while the network trains keeps its own.
+
     Args:
         traced: a network with BatchNorms, with or without quantizers.
         batches: the network's inputs.
@@ -46,6 +48,7 @@ def reestimate_batchnorm(traced: fx.GraphModule, batches: Sequence[Inputs]) -> f
             "no BatchNorm is left to re-estimate: leave out fold_batchnorm, or leave out this trick"
         )
     check_batches(batches, "to re-estimate BatchNorm on")
+    norms = [norm for norm in norms if norm.training or not traced.training]
     momenta = [norm.momentum for norm in norms]
     try:
         # Only the BatchNorms run as in training; dropout does not.

@@ -21,10 +21,13 @@ Deployed are the products, in every validation too: ``gamma / sqrt(var + eps)`` 
 and into its scale, one for each output channel, so the integers stay those of training. Where this
 differs from folding inside the training step (Jacob et al. 2018, arXiv 1712.05877, section 3.2): no
 conv runs twice, and the weights are quantized before they are multiplied.
+
+At high rates running statistics lag behind the weights: a network that gave 98 % with the batch's
+statistics gave 67 % with the running ones. So the last step is followed by an estimate from images.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -37,7 +40,13 @@ from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.surgery import give_batchnorm, give_factors
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.progress import track
+from qat_tricks.trainer.module import workbench_of
+from qat_tricks.trainer.schedule import is_last_batch
 from qat_tricks.trainer.trick import Trick, check_num_images
+from qat_tricks.tricks.reestimate_batchnorm import reestimate_batchnorm
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
 
 LAYERS = ("folded", "all")
 EPS, MOMENTUM = 1e-5, 0.1  # of layers that never had a BatchNorm: PyTorch's defaults
@@ -212,14 +221,24 @@ def _change_of_norm(layer: Layer) -> Tensor:
 
 
 class RestoreBatchnorm(Trick):
-    """Callback of ``restore_batchnorm``; where nothing is trained it does nothing."""
+    """Callback of ``restore_batchnorm``; where nothing is trained it does nothing.
+
+    Args:
+        which: as of ``restore_batchnorm``.
+        num_images: for the first statistics, and for the last.
+        reestimate: whether the statistics are estimated anew after the last step, before the last
+            validation and checkpoint.
+    """
 
     after = ("quantize", "calibrate", "correct_weights", "correct_bias")
 
-    def __init__(self, which: str = "folded", num_images: int = 512) -> None:
+    def __init__(
+        self, which: str = "folded", num_images: int = 512, reestimate: bool = True
+    ) -> None:
         super().__init__()
         self.which = check_which(which)
         self.num_images = check_num_images(num_images)
+        self.reestimate = reestimate
 
     def apply(self, work: Workbench) -> None:
         """Restores the BatchNorms."""
@@ -230,3 +249,10 @@ class RestoreBatchnorm(Trick):
         if work.trains and not is_resumed:
             restore_batchnorm(work.network, work.batches(self.num_images), which=self.which)
             work.note_change("BatchNorm restored", in_training=False)
+
+    def on_train_batch_end(self, trainer: "Trainer", pl_module: "LightningModule", *_: Any) -> None:
+        """Estimates the statistics anew after the last step."""
+        work = workbench_of(pl_module)
+        has_own = any(layer.batchnorm is not None for layer in layers(work.network).values())
+        if self.reestimate and has_own and is_last_batch(trainer):
+            reestimate_batchnorm(work.network, work.batches(self.num_images))
