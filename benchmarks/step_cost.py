@@ -1,9 +1,9 @@
 # python benchmarks/step_cost.py --out docs/results/step_cost.md
 """The cost of a QAT step: one training step of ``int8_qat``'s network against one of the untouched
-float network.
+float network; and one of the folded network, without ``restore_batchnorm``.
 
-Both run in one process, interleaved step by step, so that a machine that speeds up or slows down
-does so for both.
+All run in one process, interleaved step by step, so that a machine that speeds up or slows down
+does so for all.
 """
 
 import argparse
@@ -25,10 +25,14 @@ BARS = {"mobilenet_v2": 1.3, "resnet18": 1.4}  # on the CPU, eager
 PRECISIONS = {"32-true": None, "16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
 
-def quantized(net: nn.Module, images: torch.Tensor) -> nn.Module:
-    """The network as the training stage of ``int8_qat`` trains it, by its defaults."""
-    recipe = load_recipe("int8_qat")
+RESTORE = "~stages.qat.tricks.restore_batchnorm"
+
+
+def quantized(net: nn.Module, images: torch.Tensor, *overrides: str) -> nn.Module:
+    """The network as the training stage of ``int8_qat`` trains it."""
+    recipe = load_recipe("int8_qat", overrides)
     work = Workbench(copy.deepcopy(net).eval(), lambda count: [images])
+    work.trains = True
     for stage in recipe.stages:
         assert not any(trick.needs_teacher for trick in stage.tricks), (
             "a teacher's forward pass would belong to the step"
@@ -69,31 +73,31 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def measure(name: str, args: argparse.Namespace) -> tuple[float, float, float, float]:
-    """Returns median seconds of a float and of a QAT step, their ratio's median and its middle
-    half's width.
+def measure(name: str, args: argparse.Namespace) -> list[tuple[float, float, float]]:
+    """Measures the float network, the QAT network, and the folded one.
+
+    Returns:
+        For each: the median seconds of a step; the median of their ratio to the float step in the
+        same round; and the width of the ratios' middle half.
     """
     torch.manual_seed(0)
     torch._dynamo.reset()
     images = torch.randn(args.batch, 3, args.size, args.size, device=args.device)
     labels = torch.randint(0, 1000, (args.batch,), device=args.device)
     plain = getattr(torchvision.models, name)().to(args.device).train()
-    contenders = [
-        Contender(net, args.precision, args.compile) for net in (plain, quantized(plain, images))
-    ]
+    networks = (plain, quantized(plain, images), quantized(plain, images, RESTORE))
+    contenders = [Contender(net, args.precision, args.compile) for net in networks]
     for _ in range(args.warmup + args.steps):
         for contender in contenders:
             contender.step(images, labels)
     seconds = [contender.seconds[args.warmup :] for contender in contenders]
-    ratios = sorted(b / a for a, b in zip(*seconds, strict=True))
-    quarter = len(ratios) // 4
-    spread = ratios[-1 - quarter] - ratios[quarter]
-    return (
-        statistics.median(seconds[0]),
-        statistics.median(seconds[1]),
-        statistics.median(ratios),
-        spread,
-    )
+    figures = []
+    for own in seconds:
+        ratios = sorted(b / a for a, b in zip(seconds[0], own, strict=True))
+        quarter = len(ratios) // 4
+        spread = ratios[-1 - quarter] - ratios[quarter]
+        figures.append((statistics.median(own), statistics.median(ratios), spread))
+    return figures
 
 
 def main() -> None:
@@ -125,11 +129,13 @@ def main() -> None:
             "ratio (median of pairs)",
             "middle half of the ratios",
             "bar",
+            "folded ms",
+            "ratio",
         ),
         args.out,
     )
     for name in args.models:
-        plain, qat, ratio, spread = measure(name, args)
+        (plain, _, _), (qat, ratio, spread), (folded, of_folded, _) = measure(name, args)
         report.add(
             name,
             f"{plain * 1e3:.1f}",
@@ -137,6 +143,8 @@ def main() -> None:
             f"**{ratio:.2f}**",
             f"{spread:.2f} wide",
             BARS.get(name, "") if args.device == "cpu" else "",
+            f"{folded * 1e3:.1f}",
+            f"{of_folded:.2f}",
         )
 
 

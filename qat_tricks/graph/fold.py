@@ -16,14 +16,22 @@ from qat_tricks.graph import nodes as n
 from qat_tricks.graph.foldable import MATRIX, folds_into, is_supposed_matrix
 from qat_tricks.graph.layers import Layer
 from qat_tricks.graph.spec import spec_of
-from qat_tricks.graph.surgery import batchnorm_to_conv, erase_batchnorm, give_bias
+from qat_tricks.graph.surgery import (
+    attach_batchnorm,
+    batchnorm_to_conv,
+    erase_batchnorm,
+    fold_own_batchnorms,
+    give_bias,
+    note_folded,
+)
 from qat_tricks.graph.trace import layer_at, module_of
 
 
 def fold_batchnorm(traced: fx.GraphModule, skip: Sequence[str] = ()) -> list[tuple[str, str]]:
     """Folds every BatchNorm that is the only reader of a conv or linear, or of a concat of some.
 
-    The network's function in evaluation stays the same. Other BatchNorms stay: those before a conv
+    So is a BatchNorm that a layer has of its own. The network's function in evaluation stays the
+    same. Other BatchNorms stay: those before a conv
     or after an activation, those without running statistics, and those that do not follow the same
     layers at each call of either. Behind a linear, a BatchNorm1d is folded where it takes rows
     ``[N, C]``. If neither the graph nor ``note_ranks`` tells that it does, the linear refuses other
@@ -38,6 +46,7 @@ def fold_batchnorm(traced: fx.GraphModule, skip: Sequence[str] = ()) -> list[tup
     """
     uses = n.uses_of_weights(traced)
     supposed = _supposed(traced, uses)
+    own = fold_own_batchnorms(traced, skip)
     # By name, so that a BatchNorm that is called twice is folded once.
     layers_of = {str(node.target): folds_into(node, traced, uses) for node in traced.graph.nodes}
     pairs = [
@@ -49,6 +58,9 @@ def fold_batchnorm(traced: fx.GraphModule, skip: Sequence[str] = ()) -> list[tup
     begins: dict[str, int] = {}  # the first channel of each BatchNorm that is not folded yet
     for layer_name, name in pairs:
         layer, batchnorm = layer_at(traced, layer_name), layer_at(traced, name)
+        norms = layer.weight.detach().flatten(1).norm(dim=1)
+        is_frozen = traced.training and not batchnorm.training
+        note_folded(layer, batchnorm, norms=norms, is_frozen=is_frozen)
         give_bias(layer, batchnorm)
         # Behind a concat, each layer has its own part of the BatchNorm's channels, in order.
         begin = begins.get(name, 0)
@@ -60,6 +72,37 @@ def fold_batchnorm(traced: fx.GraphModule, skip: Sequence[str] = ()) -> list[tup
         linear.register_forward_pre_hook(_Dimensions(dimensions))
     traced.recompile()
     spec_of(traced).setdefault("folded", []).extend([list(pair) for pair in pairs])
+    return own + pairs
+
+
+# Subclasses may compute more than their BatchNorm, such as the activation that follows.
+_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def attach_batchnorms(traced: fx.GraphModule) -> list[tuple[str, str]]:
+    """Gives each BatchNorm that could be folded to its layer, which folds it in evaluation only.
+
+    So a network whose BatchNorms are kept for training is simulated as it is exported. BatchNorms
+    behind a concat stay where they are, and are folded at export.
+
+    Args:
+        traced: the network, changed in place.
+
+    Returns:
+        The pairs ``(layer, batchnorm)``.
+    """
+    uses = n.uses_of_weights(traced)
+    parts_of = {str(node.target): folds_into(node, traced, uses) for node in traced.graph.nodes}
+    pairs = [
+        (str(parts[0].target), name)
+        for name, parts in parts_of.items()
+        if len(parts) == 1 and type(traced.get_submodule(name)) in _PLAIN
+    ]
+    for layer, batchnorm in pairs:
+        attach_batchnorm(traced, layer, batchnorm)
+    traced.recompile()
+    if pairs:
+        spec_of(traced).setdefault("attached", []).extend([list(pair) for pair in pairs])
     return pairs
 
 

@@ -4,10 +4,12 @@ A layer is turned in place: its class changes, the object and its parameters sta
 reference that the user holds, in an optimizer or another attribute, goes on being right.
 """
 
-from typing import cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from qat_tricks.numerics import ActivationQuantizer, WeightQuantizer
 from qat_tricks.numerics import integer_kernels as kernels
@@ -15,6 +17,34 @@ from qat_tricks.numerics.fake_quantize import straight_through
 
 # 1d to 3d, synchronized, and Lightning's replacement of a synchronized one
 BATCHNORMS = (nn.modules.batchnorm._BatchNorm,)
+SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folded:
+    """What is known of the BatchNorm that was folded into a layer."""
+
+    eps: float
+    momentum: float | None
+    weight_trains: bool
+    bias_trains: bool
+    # The user held it in evaluation mode while the rest of the network trains.
+    is_frozen: bool
+    # The L2 norm of each channel's weight before, [C]; None in a network that was rebuilt.
+    norms: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Equalized:
+    """By what equalization has multiplied the channels of a conv or linear.
+
+    Attributes:
+        inputs: of the weight for its input channels, broadcasts to it.
+        outputs: of the weight and bias for each output channel, ``[C]``.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
 
 
 class Layer(nn.Module):
@@ -26,6 +56,16 @@ class Layer(nn.Module):
     weight_mask: Tensor | None
     # None until quantizers are placed.
     weight_quantizer: WeightQuantizer | None
+    # Normalizes the output in training, and is folded in evaluation; None for most layers.
+    batchnorm: nn.Module | None
+    # Equalization scales channels. Where these are not None, the parameters are trained as they
+    # were before it: the weight is multiplied by the first, which broadcasts to it, and the bias,
+    # or the BatchNorm's gain and bias, by the second, [C].
+    weight_factor: Tensor | None
+    output_factor: Tensor | None
+    # What is known of the BatchNorm that was folded into the layer, and of its equalization.
+    folded: Folded | None
+    equalized: "Equalized | None"
     # For each call: its input quantizer, and its output quantizer if that is the only reader. In
     # tuples, so that they are not registered as children.
     calls: tuple[tuple[ActivationQuantizer | None, ActivationQuantizer | None], ...]
@@ -39,6 +79,15 @@ class Layer(nn.Module):
         """The conv or linear itself."""
         raise AssertionError(f"{type(self).__name__} does not compute")
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # A pickle of an earlier version has none of these.
+        self._modules.setdefault("batchnorm", None)
+        for name in ("weight_factor", "output_factor"):
+            self._buffers.setdefault(name, None)
+        for name in ("folded", "equalized"):
+            self.__dict__.setdefault(name, None)
+
     def forward(self, input: Tensor, call: int = 0) -> Tensor:
         """The layer's output.
 
@@ -47,6 +96,8 @@ class Layer(nn.Module):
             call: which of the places where the network calls the layer; each has its own grids.
         """
         before, after = self.calls[call] if len(self.calls) > 0 else (None, None)
+        if self.normalizes:
+            return self._normalized(self._compute(input, self._quantized_weight(), self.bias))
         if self.training or not self.is_quantizing or before is None or not before.is_on:
             return self._compute(input, self.effective_weight(), self.effective_bias(before))
         if not (torch.is_grad_enabled() and self._is_differentiated(input)):
@@ -76,14 +127,12 @@ class Layer(nn.Module):
         if torch.is_autocast_enabled(input.device.type):  # in 16 bits the sums would not be exact
             with torch.autocast(input.device.type, enabled=False):
                 return self._integer_forward(input, before, after)
-        scale = self.weight_scale(self.masked_weight()).detach()
+        scale = self.weight_scale(self.deployed_weight()).detach()
         input_scale = before.current_scale().detach()
         weight = torch.round(self.effective_weight() / scale)
-        bias = (
-            None
-            if self.bias is None
-            else torch.round(self.bias.double() / self.bias_scale(before)).float()
-        )
+        bias = self.deployed_bias()
+        if bias is not None:
+            bias = torch.round(bias.double() / self.bias_scale(before)).float()
         out = self._compute(torch.round(input / input_scale), weight, bias)
         step = (scale * input_scale).flatten()
         step = step if self.output_axis == -1 else step.view(-1, *[1] * (out.dim() - 2))
@@ -92,21 +141,123 @@ class Layer(nn.Module):
         return out * step
 
     def masked_weight(self) -> Tensor:
-        """The weight with pruned entries at exactly zero."""
-        return self.weight if self.weight_mask is None else self.weight * self.weight_mask
+        """The weight with pruned entries at exactly zero, and with equalized channels."""
+        weight: Tensor = self.weight
+        if self.weight_factor is not None:
+            weight = weight * self.weight_factor
+        return weight if self.weight_mask is None else weight * self.weight_mask
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether the output is normalized by the batch now, or as in training."""
+        # bool() of a module: torch 2.11 cannot compile
+        if self.batchnorm is None:
+            return False
+        # Statistics are estimated anew with only the BatchNorms in training mode.
+        return self.training or self.batchnorm.training
+
+    def _normalized(self, output: Tensor) -> Tensor:
+        """The output after the layer's BatchNorm, which has the channels in dimension 1."""
+        assert self.batchnorm is not None
+        rows = output if self.output_axis == 1 else output.flatten(0, -2)
+        if self.output_factor is None:
+            return self.batchnorm(rows).view_as(output)
+        # By its own forward, for it may be synchronized between processes.
+        scaled = {
+            name: value * self.output_factor for name, value in self.batchnorm.named_parameters()
+        }
+        return functional_call(self.batchnorm, scaled, (rows,)).view_as(output)
+
+    def normalization(self) -> Tensor:
+        """The BatchNorm's factor of each channel in evaluation, ``gamma / sqrt(var + eps)``.
+
+        Returns:
+            float64, ``[C]``.
+        """
+        norm: Any = self.batchnorm
+        factor = torch.rsqrt(norm.running_var.double() + norm.eps)
+        if norm.weight is not None:
+            factor = factor * norm.weight.double()
+        return factor if self.output_factor is None else factor * self.output_factor.double()
+
+    def deployed_weight(self) -> Tensor:
+        """The weight of the layer as it is deployed: masked, and times the BatchNorm's factor."""
+        weight = self.masked_weight()
+        if self.batchnorm is None:
+            return weight
+        # In float64, so that the product is rounded once.
+        return (weight.double() * self._of_channels(self.normalization())).to(weight.dtype)
+
+    def deployed_bias(self) -> Tensor | None:
+        """The bias of the layer as it is deployed, with the BatchNorm folded in."""
+        norm: Any = self.batchnorm
+        if norm is None:
+            scales = self.bias is not None and self.output_factor is not None
+            return self.bias * self.output_factor if scales else self.bias  # type: ignore[operator]
+        bias = -norm.running_mean.double()
+        if self.bias is not None:
+            bias = bias + self.bias.double()
+        bias = bias * self.normalization()
+        if norm.bias is not None:
+            shift = norm.bias.double()
+            bias += shift if self.output_factor is None else shift * self.output_factor.double()
+        return bias.to(self.weight.dtype)
+
+    @torch.no_grad()
+    def make_deployed(self) -> None:
+        """Gives the layer, for good, the parameters that it is deployed with.
+
+        It computes what it did in evaluation.
+        """
+        weight, bias = self.deployed_weight(), self.deployed_bias()
+        if self.weight_quantizer is not None and self.weight_quantizer.scale is not None:
+            self.weight_quantizer.scale.copy_(self._deployed_scale(weight))
+        self.weight.copy_(weight)
+        if bias is not None:
+            if self.bias is None:
+                own: Any = self.batchnorm
+                trains = self.weight if own.bias is None else own.bias
+                self.bias = nn.Parameter(bias.clone(), requires_grad=trains.requires_grad)
+            self.bias.copy_(bias)
+        self.batchnorm = self.weight_factor = self.output_factor = None
+
+    def _deployed_scale(self, weight: Tensor) -> Tensor:
+        """The scale of ``weight``, which is deployed, as its quantizer has it."""
+        assert self.weight_quantizer is not None
+        scale = self.weight_quantizer.current_scale(weight)
+        if self.batchnorm is None or self.weight_quantizer.scale is None:
+            return scale
+        # A scale of its own is that of the weight in training. So the integers stay.
+        factor = self._of_channels(self.normalization()).abs()
+        return (scale.double() * factor).to(scale.dtype).clamp_min(SMALLEST_NORMAL)
+
+    def _of_channels(self, values: Tensor) -> Tensor:
+        """``values``, ``[C]``, in the shape of the weight's scale."""
+        shape = [1] * self.weight.dim()
+        shape[self.channel_axis] = -1
+        return values.view(shape)
 
     def effective_weight(self) -> Tensor:
         """The weight that the layer computes with: masked, then fake-quantized.
 
         The gradient reaches ``weight``.
         """
+        if self.training:
+            # A training step is spared the few extra operations of the deployed scale.
+            return self._quantized_weight()
+        weight = self.deployed_weight()
+        if not self.is_quantizing:
+            return weight
+        assert self.weight_quantizer is not None
+        return self.weight_quantizer(weight, self.weight_scale(weight))
+
+    def _quantized_weight(self) -> Tensor:
+        """The masked weight on its grid."""
         weight = self.masked_weight()
         if not self.is_quantizing:
             return weight
         assert self.weight_quantizer is not None
-        # In evaluation the scale is the deployed one; a training step is spared its few extra
-        # operations.
-        return self.weight_quantizer(weight, None if self.training else self.weight_scale(weight))
+        return self.weight_quantizer(weight)
 
     def effective_bias(self, before: ActivationQuantizer | None = None) -> Tensor | None:
         """The bias that the layer computes with: in evaluation on the grid of the int32 bias.
@@ -114,12 +265,13 @@ class Layer(nn.Module):
         Args:
             before: the quantizer before the layer, by default that of its first call.
         """
-        if self.bias is None or self.training or not self.is_quantizing or not self.has_input_scale:
-            return self.bias
+        bias = self.deployed_bias()
+        if bias is None or self.training or not self.is_quantizing or not self.has_input_scale:
+            return bias
         scale = self.bias_scale(before)
         # The gradient passes straight through the rounding.
-        on_grid = (torch.round(self.bias.detach() / scale) * scale).to(self.bias.dtype)
-        return self.bias + (on_grid - self.bias).detach()
+        on_grid = (torch.round(bias.detach() / scale) * scale).to(bias.dtype)
+        return bias + (on_grid - bias).detach()
 
     @property
     def is_quantizing(self) -> bool:
@@ -133,28 +285,28 @@ class Layer(nn.Module):
         return len(self.input_quantizer) > 0 and self.input_quantizer[0].is_on
 
     def weight_scale(self, weight: Tensor) -> Tensor:
-        """The weight's scale in evaluation and export, shape ``[1, .., C, .., 1]``.
+        """The scale of the deployed weight, shape ``[1, .., C, .., 1]``.
 
         The bias is stored in int32, in steps of input scale times weight scale. A channel whose
         weights are (nearly) 0 has so small a scale that its bias would overflow: there the scale is
         raised until the bias fits.
         """
         assert self.weight_quantizer is not None
-        scale = self.weight_quantizer.current_scale(weight)
+        scale = self._deployed_scale(weight)
         if not self.has_input_scale:
             return scale
         input_scale = torch.stack(
             [quantizer.current_scale().detach() for quantizer in self.input_quantizer]
         ).amin()
         # Kernels take the product of both scales in float32, where it must be a normal number.
-        tiny = torch.finfo(torch.float32).tiny
-        least = 2 * tiny / input_scale
+        least = 2 * SMALLEST_NORMAL / input_scale
         # A channel of zeros has the smallest scale, and stays one of zeros.
-        scale = torch.where((scale > tiny) & (scale < least), least, scale)
-        if self.bias is None:
+        scale = torch.where((scale > SMALLEST_NORMAL) & (scale < least), least, scale)
+        bias = self.deployed_bias()
+        if bias is None:
             return scale
         # 2 ** 30 leaves half of int32's range to the sums.
-        smallest = self.bias.detach().float().abs() / (input_scale * 2.0**30)
+        smallest = bias.detach().float().abs() / (input_scale * 2.0**30)
         if scale.numel() == 1:
             return scale.clamp_min(float(smallest.max()))
         return torch.maximum(scale, smallest.view_as(scale))
@@ -166,7 +318,7 @@ class Layer(nn.Module):
             before: the quantizer before the layer, by default that of its first call.
         """
         before = self.input_quantizer[0] if before is None else before
-        scale = self.weight_scale(self.masked_weight()).detach().flatten().double()
+        scale = self.weight_scale(self.deployed_weight()).detach().flatten().double()
         return before.current_scale().detach().double() * scale
 
 
@@ -233,6 +385,11 @@ def as_layer(module: nn.Module) -> Layer:
         layer = cast(Layer, module)
         layer.register_buffer("weight_mask", None)
         layer.register_module("weight_quantizer", None)
+        layer.register_module("batchnorm", None)
+        for name in ("weight_factor", "output_factor"):
+            layer.register_buffer(name, None)
+        for name in ("folded", "equalized"):
+            layer.__dict__.setdefault(name, None)  # noted before, or not at all
         layer.calls = layer.input_quantizer = ()
     return cast(Layer, module)
 

@@ -8,9 +8,12 @@
     equivalence  [step, ...]                   what each step has left of the user's network
     folded       [[layer, batchnorm], ...]     BatchNorms folded into the layer before them, or
                                                into the layers whose outputs are concatenated
+    attached     [[layer, batchnorm], ...]     BatchNorms that their layer folds in evaluation
     convs        [batchnorm, ...]              BatchNorms that became depthwise convs
     uncapped     [node, ...]                   ReLU6 that became ReLU for equalization
-    layers       {name: {"weight": scheme, "scale": bool, "learned": bool, "mask": bool}}
+    layers       {name: {"weight": scheme, "scale": bool, "learned": bool, "mask": bool,
+                         "batchnorm": {"eps": float, "momentum": float | None},
+                         "factors": bool}}
     activations  {name: {"scheme": scheme, "activation": "relu" | "relu6" | None,
                          "nodes": [node, ...], "learned": bool}}
     applied      [trick, ...]                  tricks done in the current stage

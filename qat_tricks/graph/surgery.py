@@ -14,7 +14,7 @@ from qat_tricks.graph.fingerprint import CODE, has_changed
 from qat_tricks.graph.functional import call_instead, install
 from qat_tricks.graph.grids import grid_of, input_grid_of, output_grid_of
 from qat_tricks.graph.integer_ops import Kernel, Mean
-from qat_tricks.graph.layers import Layer, as_layer
+from qat_tricks.graph.layers import Folded, Layer, as_layer, layers
 from qat_tricks.graph.spec import KERNELS, QUANTIZERS, spec_of
 from qat_tricks.graph.trace import replace_with_module, trace
 from qat_tricks.graph.traceable import TraceSettings
@@ -58,16 +58,23 @@ def rebuild(network: nn.Module, spec: dict[str, Any]) -> fx.GraphModule:
     # In the order in which the tricks worked: each step finds the names that the last one left.
     folded = spec.get("folded", [])
     for layer, batchnorm in folded:
+        note_folded(traced.get_submodule(layer), traced.get_submodule(batchnorm))
         give_bias(traced.get_submodule(layer), traced.get_submodule(batchnorm))
     for batchnorm in dict.fromkeys(batchnorm for _, batchnorm in folded):
         erase_batchnorm(traced, batchnorm)
     for batchnorm in spec.get("convs", []):
         batchnorm_to_conv(traced, batchnorm)
+    for layer, batchnorm in spec.get("attached", []):
+        attach_batchnorm(traced, layer, batchnorm)
     uncap(traced, spec.get("uncapped", []))
     for name, entry in spec.get("layers", {}).items():
         layer_module = as_layer(traced.get_submodule(name))
         if entry.get("mask"):
             layer_module.weight_mask = torch.ones_like(layer_module.weight)
+        if "batchnorm" in entry:
+            give_batchnorm(layer_module, **entry["batchnorm"])
+        if entry.get("factors"):
+            give_factors(layer_module)
     insert_quantizers(traced)
     return traced
 
@@ -77,7 +84,8 @@ def _missing_names(traced: fx.GraphModule, spec: Mapping[str, Any]) -> list[str]
     nodes = {node.name for node in traced.graph.nodes}
     modules = {name for name, _ in traced.named_modules()}
     quantized = [name for entry in spec.get("activations", {}).values() for name in entry["nodes"]]
-    submodules = [name for pair in spec.get("folded", []) for name in pair]
+    pairs = [*spec.get("folded", []), *spec.get("attached", [])]
+    submodules = [name for pair in pairs for name in pair]
     submodules += [*spec.get("convs", []), *spec.get("layers", {})]
     return [name for name in quantized if name not in nodes] + [
         name for name in submodules if name not in modules
@@ -106,6 +114,97 @@ def give_bias(layer: nn.Module, batchnorm: Any = None) -> None:
         )
     assert isinstance(layer.bias, torch.Tensor)
     layer.bias.requires_grad_(trains)
+
+
+def note_folded(
+    layer: nn.Module, batchnorm: Any, *, norms: torch.Tensor | None = None, is_frozen: bool = False
+) -> None:
+    """Notes on a conv or linear what ``restore_batchnorm`` asks of the BatchNorm folded into it.
+
+    Args:
+        layer: a conv or linear.
+        batchnorm: that is about to be folded into it.
+        norms: see ``Folded``.
+        is_frozen: see ``Folded``.
+    """
+    layer.folded = Folded(  # type: ignore[assignment]
+        eps=batchnorm.eps,
+        momentum=batchnorm.momentum,
+        # One without factors has nothing to train.
+        weight_trains=batchnorm.weight is not None and batchnorm.weight.requires_grad,
+        bias_trains=batchnorm.bias is not None and batchnorm.bias.requires_grad,
+        is_frozen=is_frozen,
+        norms=norms,
+    )
+
+
+_BATCHNORM_OF: Mapping[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: nn.BatchNorm1d,
+    nn.Conv2d: nn.BatchNorm2d,
+    nn.Conv3d: nn.BatchNorm3d,
+    nn.Linear: nn.BatchNorm1d,
+}
+
+
+def give_batchnorm(layer: Layer, *, eps: float, momentum: float | None) -> Any:
+    """Gives ``layer`` a BatchNorm of its own, in the place of its bias; the caller sets its values.
+
+    What the user froze stays frozen.
+    """
+    kind = next(of for base, of in _BATCHNORM_OF.items() if isinstance(layer, base))
+    norm: Any = kind(layer.weight.shape[0], eps=eps, momentum=momentum)
+    norm.to(device=layer.weight.device, dtype=layer.weight.dtype).train(layer.training)
+    trains = layer.weight.requires_grad
+    norm.weight.requires_grad_(trains if layer.folded is None else layer.folded.weight_trains)
+    norm.bias.requires_grad_(trains if layer.folded is None else layer.folded.bias_trains)
+    layer.batchnorm, layer.bias = norm, None
+    return norm
+
+
+def attach_batchnorm(traced: fx.GraphModule, layer: str, batchnorm: str) -> None:
+    """Makes a BatchNorm of the graph the own one of the layer before it; the caller recompiles."""
+    as_layer(traced.get_submodule(layer)).batchnorm = traced.get_submodule(batchnorm)
+    erase_batchnorm(traced, batchnorm)
+
+
+def _trains_otherwise(layer: Layer) -> bool:
+    """Whether a layer trains other parameters than it is deployed with."""
+    own = (layer.batchnorm, layer.weight_factor, layer.output_factor)
+    return any(part is not None for part in own)
+
+
+def give_factors(layer: Layer) -> None:
+    """Gives ``layer`` factors of one for its parameters; the caller sets their values."""
+    weight = layer.weight
+    # The positions of a kernel share their channels' factor.
+    layer.weight_factor = weight.new_ones(*weight.shape[:2], *[1] * (weight.dim() - 2))
+    layer.output_factor = weight.new_ones(weight.shape[0])
+
+
+def fold_own_batchnorms(traced: fx.GraphModule, skip: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """Folds the BatchNorms, and factors, that layers of ``traced`` have of their own, for good.
+
+    Args:
+        traced: the network, changed in place.
+        skip: names of attached BatchNorms that stay.
+
+    Returns:
+        The pairs ``(layer, batchnorm)`` of those that were attached.
+    """
+    spec = spec_of(traced)
+    attached = [(layer, batchnorm) for layer, batchnorm in spec.get("attached", [])]
+    stay = {layer for layer, batchnorm in attached if batchnorm in skip}
+    for name, layer in layers(traced).items():
+        if name not in stay and _trains_otherwise(layer):
+            layer.make_deployed()
+            for key in ("batchnorm", "factors"):
+                spec.get("layers", {}).get(name, {}).pop(key, None)
+    if attached:
+        spec["attached"] = [list(pair) for pair in attached if pair[0] in stay]
+    pairs = [pair for pair in attached if pair[0] not in stay]
+    if pairs:
+        spec.setdefault("folded", []).extend([list(pair) for pair in pairs])
+    return pairs
 
 
 def erase_batchnorm(traced: fx.GraphModule, batchnorm: str) -> None:
@@ -139,6 +238,8 @@ def batchnorm_to_conv(traced: fx.GraphModule, name: str) -> nn.Conv2d:
         device=of_statistics.device,
         dtype=of_statistics.dtype,
     )
+    is_frozen = traced.training and not batchnorm.training
+    note_folded(conv, batchnorm, norms=torch.ones_like(of_statistics), is_frozen=is_frozen)
     if batchnorm.affine:
         # An optimizer that holds the BatchNorm's parameters goes on training the conv's.
         batchnorm.weight.data = batchnorm.weight.data.view(conv.weight.shape)

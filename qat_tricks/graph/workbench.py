@@ -20,6 +20,7 @@ from qat_tricks.graph.inputs import (
     map_tensors,
 )
 from qat_tricks.graph.spec import spec_of
+from qat_tricks.graph.surgery import fold_own_batchnorms
 from qat_tricks.graph.trace import trace
 from qat_tricks.graph.trace_kept import trace_kept
 from qat_tricks.graph.traced_network import TracedNetwork
@@ -135,7 +136,8 @@ class Workbench:
         }
 
     def begin_stage(self) -> None:
-        """Begins a stage: its steps are compared with the network as it is now."""
+        """Begins a stage with the network as it is deployed; its steps are compared with it."""
+        fold_own_batchnorms(self.network)
         if self.gate is not None:
             self.gate.rebase(self.network)
         elif self.loader is not None:

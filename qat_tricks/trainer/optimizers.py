@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx, nn
 from torch.optim import Optimizer
 
+BATCHNORM = "batchnorm"  # the name of a layer's own, see ``graph.layers``
 Group = dict[str, Any]
 
 
@@ -33,10 +34,10 @@ def renew_parameters(
 ) -> None:
     """Mends optimizers that hold parameters from before the surgery.
 
-    Surgery removes the parameters of folded BatchNorms: they leave the optimizers. It adds biases
-    to layers: each joins the group of its layer's weight, unless an optimizer has it already. The
-    bias of a layer whose weight is frozen, and in no optimizer, stands for a BatchNorm that was
-    trained, and joins the group that the BatchNorm has left.
+    Surgery removes the parameters of folded BatchNorms: they leave the optimizers. It adds biases,
+    and BatchNorms, to layers: their parameters join the group of the layer's weight, unless an
+    optimizer has them already. Where the weight is frozen, and in no optimizer, they stand for a
+    BatchNorm that was trained, and join the group that it has left.
 
     Args:
         optimizers: as the user has made them.
@@ -56,8 +57,10 @@ def renew_parameters(
     known = {id(parameter) for parameter in before} | _held(optimizers)
     for name, parameter in now.items():
         owner, _, kind = name.rpartition(".")
-        if kind == "bias" and id(parameter) not in known:
-            weight = now[f"{owner}.weight"]
+        is_of_batchnorm = owner.endswith(f".{BATCHNORM}")
+        if (kind == "bias" or is_of_batchnorm) and id(parameter) not in known:
+            layer = owner.removesuffix(f".{BATCHNORM}") if is_of_batchnorm else owner
+            weight = now[f"{layer}.weight"]
             homes = [g for g in _groups(optimizers) if any(p is weight for p in g["params"])]
             if not homes and parameter.requires_grad:
                 # A part of a BatchNorm behind a concat has another shape.

@@ -15,6 +15,7 @@ from qat_tricks.tricks.learn_scales import LearnScales, learn_scales
 from qat_tricks.tricks.prune import Prune, prune
 from qat_tricks.tricks.quantize import Quantize, quantize
 from qat_tricks.tricks.reestimate_batchnorm import ReestimateBatchnorm, reestimate_batchnorm
+from qat_tricks.tricks.restore_batchnorm import RestoreBatchnorm, restore_batchnorm
 from qat_tricks.tricks.tune_ranges import TuneRanges, tune_ranges
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Prune",
     "Quantize",
     "ReestimateBatchnorm",
+    "RestoreBatchnorm",
     "Trick",
     "TuneRanges",
     "batchnorms_to_convs",
@@ -43,5 +45,6 @@ __all__ = [
     "prune",
     "quantize",
     "reestimate_batchnorm",
+    "restore_batchnorm",
     "tune_ranges",
 ]

@@ -59,10 +59,13 @@ def _correct(traced: fx.GraphModule, quantized: "_Stream", reference: "_Stream")
         # The float network lacks the quantizers' nodes, so it is met by name.
         expected = reference.run_until(node.name)
         outputs = quantized.advance()
-        if layer.bias is None:
+        bias: Tensor | None = layer.bias
+        if layer.batchnorm is not None:  # which comes after the layer's bias
+            bias = layer.batchnorm.bias  # type: ignore[assignment]
+        if bias is None:
             continue
         error = _certain(_image_means(expected, layer) - _image_means(outputs, layer))
-        layer.bias.add_(error)
+        bias.add_(error)
         # What follows sees the corrected output, without the layer being run again.
         for output in outputs:
             output.movedim(layer.output_axis, -1).add_(error)

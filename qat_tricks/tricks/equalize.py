@@ -32,6 +32,7 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.channels import ChannelAxis, channel_axis
 from qat_tricks.graph.inputs import Inputs, as_tensors
+from qat_tricks.graph.layers import Equalized
 from qat_tricks.graph.modes import evaluating
 from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.surgery import uncap as uncap_nodes
@@ -212,6 +213,20 @@ def _fill_cap(traced: fx.GraphModule, pair: Pair, largest: Tensor) -> None:
         first.bias.mul_(scale)
     # A depthwise conv makes one output of each input, so the scale of an input is an output's.
     second.weight.div_(_per_output(scale, second.weight))
+    _note(first, outputs=scale)
+    _note(second, inputs=_per_output(1 / scale, second.weight).expand_as(second.weight))
+
+
+def _note(layer: Any, *, inputs: Tensor | None = None, outputs: Tensor | None = None) -> None:
+    """Notes by what the channels of ``layer`` were multiplied, for a training that undoes it."""
+    before = getattr(layer, "equalized", None)
+    if before is None:
+        ones = torch.ones_like(layer.weight)
+        before = Equalized(inputs=ones, outputs=ones.flatten(1)[:, 0])
+    layer.equalized = Equalized(
+        inputs=before.inputs if inputs is None else before.inputs * inputs,
+        outputs=before.outputs if outputs is None else before.outputs * outputs,
+    )
 
 
 def _per_output(values: Tensor, weight: Tensor) -> Tensor:
@@ -365,7 +380,10 @@ def _equalize_pair(
     if first.bias is not None:
         first.bias.div_(scale)
     # ``by_input`` is a view, so this scales the second layer's weight.
-    by_input.mul_(scale.view(by_input.shape[0], 1, by_input.shape[2], 1))
+    of_inputs = scale.view(by_input.shape[0], 1, by_input.shape[2], 1)
+    by_input.mul_(of_inputs)
+    _note(first, outputs=1 / scale)
+    _note(second, inputs=of_inputs.expand_as(by_input).reshape_as(second.weight))
     if seen is not None:
         # The channel between was divided by the scale.
         largest[pair.between] = seen / scale

@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, fx, nn
 
 from qat_tricks.errors import QatTricksError
@@ -31,6 +32,7 @@ from qat_tricks.trainer.finetuning import finetuning_in, follow_unfrozen
 from qat_tricks.trainer.framework import package_of
 from qat_tricks.trainer.module import workbench_of
 from qat_tricks.trainer.optimizers import take_in, take_out
+from qat_tricks.trainer.scale_steps import ScaleSteps
 from qat_tricks.trainer.trick import Trick
 from qat_tricks.tricks.calibrate import Calibrate
 
@@ -128,16 +130,16 @@ def give_scales_own_group(
         optimizer: with or without the scales among its parameters.
         scales: parameters to move.
         schedulers: the optimizer's learning rate schedulers.
-        lr_factor: the scales' learning rate over their old group's; None: 1 for SGD, else 0.01 (an
-            adaptive optimizer steps by the learning rate itself, and scales are of the order of
-            0.01).
+        lr_factor: the scales' learning rate over their old group's; None: 0.1 for SGD (at 1, and a
+            rate of 0.1, networks lost up to ten points), else 0.01 (an adaptive optimizer steps by
+            the learning rate itself, and scales are of the order of 0.01).
     """
     if isinstance(optimizer, torch.optim.LBFGS):
         return  # it has one group and no weight decay
     factor = (
         lr_factor
         if lr_factor is not None
-        else 1.0
+        else 0.1
         if isinstance(optimizer, torch.optim.SGD)
         else 0.01
     )
@@ -168,7 +170,7 @@ def give_scales_own_group(
                 if (
                     isinstance(values, list)
                     and len(values) == len(optimizer.param_groups) - 1
-                    and key in _PER_GROUP
+                    and (key in _PER_GROUP or _is_per_group(scheduler, values))
                 ):
                     is_rate = isinstance(values[index], float) and "momentum" not in key
                     values.append(values[index] * factor if is_rate else values[index])
@@ -202,6 +204,13 @@ _PER_GROUP = {
 }
 
 
+def _is_per_group(scheduler: Any, values: list[Any]) -> bool:
+    """Whether a list of so many entries as there are groups, of a user's scheduler, is of them."""
+    # PyTorch's own have other lists too, such as milestones.
+    is_own = not type(scheduler).__module__.startswith("torch.")
+    return is_own and all(isinstance(value, float) or callable(value) for value in values)
+
+
 def _flatten(schedulers: list[Any]) -> list[Any]:
     """The schedulers, and those inside a SequentialLR or ChainedScheduler."""
     return [
@@ -228,6 +237,24 @@ def first_not_finite(traced: fx.GraphModule) -> str | None:
     return f"the {bad[0][0].replace('_', ' ').replace('.', ' ')} of {bad[0][1]}" if bad else None
 
 
+def _learned(network: fx.GraphModule) -> dict[str, nn.Parameter]:
+    """The scales that learn, by the name of the quantizer or the layer."""
+    of_weights = {
+        name: layer.weight_quantizer.scale
+        for name, layer in layers(network).items()
+        if layer.weight_quantizer is not None and layer.weight_quantizer.scale is not None
+    }
+    of_activations = {name: q.scale for name, q in activation_quantizers(network).items()}
+    both = of_activations | of_weights
+    return {name: scale for name, scale in both.items() if scale.requires_grad}
+
+
+def _rates(trainer: "Trainer") -> str:
+    """The learning rates of all groups, as text."""
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    return ", ".join(f"{float(group['lr']):.3g}" for group in groups)
+
+
 class LearnScales(Trick):
     """Callback of ``learn_scales``."""
 
@@ -243,25 +270,19 @@ class LearnScales(Trick):
             )
         self.lr_factor = lr_factor
         self._handles: list[Any] = []
+        self._steps: ScaleSteps | None = None
 
     def apply(self, work: Workbench) -> None:
         """Makes the scales trainable."""
         learn_scales(work.network)
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Gives the scales groups of their own, and adjusts their gradients."""
+        """Gives the scales groups of their own, adjusts their gradients and limits their steps."""
         network = workbench_of(pl_module).network
-        of_activations = [
-            q.scale for q in activation_quantizers(network).values() if q.scale.requires_grad
-        ]
-        of_weights = [
-            layer.weight_quantizer.scale
-            for layer in layers(network).values()
-            if layer.weight_quantizer is not None
-        ]
-        scales = of_activations + [s for s in of_weights if s is not None and s.requires_grad]
-        self._give_group(trainer, network, scales)
-        self._adjust_gradients(trainer, network)
+        self._let_go()
+        self._give_group(trainer, network, list(_learned(network).values()))
+        self._steps = ScaleSteps(trainer.optimizers)
+        self._watch(trainer, network)
 
     def _give_group(
         self, trainer: "Trainer", network: fx.GraphModule, scales: list[nn.Parameter]
@@ -275,19 +296,24 @@ class LearnScales(Trick):
             ]
             give_scales_own_group(optimizer, scales, schedulers, self.lr_factor)
 
-    def _adjust_gradients(self, trainer: "Trainer", network: fx.GraphModule) -> None:
+    def _watch(self, trainer: "Trainer", network: fx.GraphModule) -> None:
+        """Adjusts the gradients of learned scales, and limits their steps."""
+
         def as_of_one_batch(gradient: Tensor) -> Tensor:
             # LSQ's factor is that of the batch a process sees at a time; the batch of a step is
             # that of all of them.
             return gradient * (trainer.world_size * trainer.accumulate_grad_batches) ** -0.5
 
-        self._let_go()
+        for handle in self._handles:
+            handle.remove()
         # LSQ's factor of a weight's scale does not depend on the batch.
         self._handles = [
             quantizer.scale.register_hook(as_of_one_batch)
             for quantizer in activation_quantizers(network).values()
             if quantizer.scale.requires_grad
         ]
+        assert self._steps is not None
+        self._steps.watch(_learned(network))
 
     def on_train_batch_start(
         self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
@@ -299,7 +325,7 @@ class LearnScales(Trick):
         scales = learn_scales(network)
         make_group = partial(self._give_group, trainer, network, scales)
         follow_unfrozen(trainer, pl_module, scales, make_group)
-        self._adjust_gradients(trainer, network)
+        self._watch(trainer, network)
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Gives Lightning's averaging of weights a rate for each group."""
@@ -325,6 +351,21 @@ class LearnScales(Trick):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self._steps is not None:
+            self._steps.let_go()
+        self._steps = None
+
+    def on_train_batch_end(self, trainer: "Trainer", pl_module: "LightningModule", *_: Any) -> None:
+        """Names scales that run away."""
+        # A look at them waits for the GPU, so it is taken only as often as values are logged.
+        every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        if self._steps is not None and trainer.fit_loop.epoch_loop.batch_idx % every == 0:
+            for name, ratio in self._steps.running_away():
+                rank_zero_warn(
+                    f"the scale of {name} runs away: in step {trainer.global_step} it is "
+                    f"{ratio:.3g} times what was calibrated; lower the learning rate "
+                    f"({_rates(trainer)}), or clip gradients (gradient_clip_val)"
+                )
 
     def on_before_backward(
         self, trainer: "Trainer", pl_module: "LightningModule", loss: Tensor
@@ -341,13 +382,8 @@ class LearnScales(Trick):
         cause = (
             "all weights and scales are finite" if first is None else f"{first} is no finite number"
         )
-        rates = ", ".join(
-            f"{group['lr']:.3g}"
-            for optimizer in trainer.optimizers
-            for group in optimizer.param_groups
-        )
         raise QatTricksError(
             f"the loss is {float(loss.detach())} in step {trainer.global_step}: {cause}; lower the "
-            f"learning rate ({rates}), clip gradients (gradient_clip_val), or look for such "
-            "numbers in the images; then resume from a checkpoint"
+            f"learning rate ({_rates(trainer)}), clip gradients (gradient_clip_val), or look for "
+            "such numbers in the images; then resume from a checkpoint"
         )

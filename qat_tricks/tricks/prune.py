@@ -52,8 +52,11 @@ def cubic_schedule(
 
 
 def magnitude(layer: Layer) -> Tensor:
-    """The absolute value of each weight, in units of the layer's root mean square; 0 if pruned."""
-    weight = layer.masked_weight().detach().float()
+    """The absolute value of each weight, in units of the layer's root mean square; 0 if pruned.
+
+    A layer's own BatchNorm counts: what is compared is the weight that is deployed.
+    """
+    weight = layer.deployed_weight().detach().float()
     return weight.abs() / weight.square().mean().sqrt().clamp_min(1e-12)
 
 

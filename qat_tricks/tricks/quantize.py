@@ -2,7 +2,8 @@
 
 Weights of 5 and more bits take the scale of their largest value, and it goes on following the
 weight. Below that, rounding is so coarse that clipping pays: each channel takes the scale of least
-squared error.
+squared error. A BatchNorm that was not folded becomes a part of its layer, and is folded there
+whenever the network does not train.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 from torch import fx
 
 from qat_tricks.graph.finite import check_finite
+from qat_tricks.graph.fold import attach_batchnorms
 from qat_tricks.graph.inputs import input_names
 from qat_tricks.graph.integers import note_integers
 from qat_tricks.graph.layers import layers
@@ -39,6 +41,7 @@ def quantize(
     Raises:
         QatTricksError: see ``place_quantizers``.
     """
+    attach_batchnorms(traced)
     place_quantizers(traced, settings, **changes)
     for name, layer in layers(traced).items():
         if (
@@ -89,6 +92,8 @@ class Quantize(Trick):
     def apply(self, work: Workbench) -> None:
         """Keeps a float reference, then places the quantizers."""
         check_finite(work.network)
+        # Both networks compute layers with their BatchNorm.
+        attach_batchnorms(work.network)
         # Before the quantizers: bias correction compares with this float copy.
         work.keep_reference()
         self.restructure(work)

@@ -13,7 +13,7 @@ from torch import fx
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.inputs import Inputs, call_network, check_batches
-from qat_tricks.graph.layers import BATCHNORMS
+from qat_tricks.graph.layers import BATCHNORMS, Layer
 from qat_tricks.graph.modes import evaluating
 from qat_tricks.graph.trace import module_of
 from qat_tricks.graph.workbench import Workbench
@@ -37,8 +37,10 @@ def reestimate_batchnorm(traced: fx.GraphModule, batches: Sequence[Inputs]) -> f
         QatTricksError: no batches, or no BatchNorm is left unfolded.
     """
     # Of BatchNorms that the graph does not call, no batch would give statistics.
-    called = [module_of(node, traced) for node in traced.graph.nodes]
-    norms = [m for m in set(called) if isinstance(m, BATCHNORMS) and m.running_mean is not None]
+    called = {module_of(node, traced) for node in traced.graph.nodes}
+    # Those that layers have of their own are called by the layers.
+    called |= {module.batchnorm for module in called if isinstance(module, Layer)}
+    norms = [m for m in called if isinstance(m, BATCHNORMS) and m.running_mean is not None]
     if not norms:
         raise QatTricksError(
             "no BatchNorm is left to re-estimate: leave out fold_batchnorm, or leave out this trick"

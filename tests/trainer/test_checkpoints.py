@@ -155,7 +155,7 @@ def grids_are_exact(lit):
     scheme.
     """
     for layer in layers(lit.backbone).values():
-        scale = layer.weight_scale(layer.masked_weight())
+        scale = layer.weight_scale(layer.deployed_weight())
         steps = layer.effective_weight() / scale
         assert torch.allclose(steps, steps.round(), atol=1e-3)
         assert steps.abs().max() <= layer.weight_quantizer.scheme.qmax + 1e-3

@@ -15,7 +15,7 @@ def test_mean_and_spread_come_nearer(bits):
 
     def errors(statistic):
         pairs = [
-            (layer.effective_weight().detach(), floats[name])
+            (layer.weight_quantizer(layer.weight).detach(), floats[name])
             for name, layer in layers(traced).items()
         ]
         return sum(

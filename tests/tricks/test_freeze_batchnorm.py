@@ -93,7 +93,22 @@ def test_in_a_fit_statistics_move_until_the_start_and_hold_still_after_it(start,
 
 
 def test_a_recipe_that_folds_is_told_before_it_trains():
+    freeze = "+trick@recipe.stages.qat.tricks=freeze_batchnorm"
+    recipe = qat_tricks.recipe("int8_qat", [freeze, "~stages.qat.tricks.restore_batchnorm"])
     with pytest.raises(QatTricksError, match="no BatchNorm is left to freeze"):
-        trainer(
-            qat_tricks.recipe("int8_qat", ["+trick@recipe.stages.qat.tricks=freeze_batchnorm"])
-        ).fit(Lit().train(), datamodule=Data())
+        trainer(recipe).fit(Lit().train(), datamodule=Data())
+
+
+def test_restored_batchnorms_are_frozen_too():
+    lit = Lit().train()
+    recipe = qat_tricks.recipe(
+        "int8_qat",
+        [
+            "+trick@recipe.stages.qat.tricks=freeze_batchnorm",
+            "stages.qat.tricks.freeze_batchnorm.start=0",
+        ],
+    )
+    watch = Watch()
+    trainer([*recipe, watch], max_epochs=1).fit(lit, datamodule=Data())
+    assert len(norms(lit.backbone)) == 4
+    assert watch.moved == [False] * BATCHES

@@ -110,7 +110,8 @@ def test_without_training_it_is_done_at_once_with_the_quantizers_on():
     assert all(layer.weight_quantizer for layer in layers(lit.backbone).values())
     assert_statistics(lit.backbone, averages(lit.backbone, as_the_network_sees()))
     assert not torch.allclose(
-        lit.backbone.get_submodule("stem.1").running_mean, small_net().stem[1].running_mean
+        lit.backbone.get_submodule("stem.0.batchnorm").running_mean,
+        small_net().stem[1].running_mean,
     )
 
 
@@ -121,7 +122,8 @@ class Count(pl.Callback):
         self.batches = []
 
     def on_train_epoch_end(self, trainer, pl_module):
-        self.batches.append(int(pl_module.backbone.get_submodule("stem.1").num_batches_tracked))
+        norm = pl_module.backbone.get_submodule("stem.0.batchnorm")
+        self.batches.append(int(norm.num_batches_tracked))
 
 
 def test_in_a_fit_it_is_done_once_at_the_end_of_the_last_epoch():

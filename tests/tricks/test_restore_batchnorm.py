@@ -1,0 +1,197 @@
+"""Folded layers get a BatchNorm back: the same in evaluation and in the file, alive in training."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import qat_tricks
+from qat_tricks.errors import QatTricksError
+from qat_tricks.graph import as_layer, layers, rebuild, spec_of, trace
+from qat_tricks.graph.workbench import Workbench
+from qat_tricks.recipes.recipe import load_recipe
+from qat_tricks.tricks import fold_batchnorm, restore_batchnorm
+from tests.helpers.lightning import pl
+from tests.helpers.lit import Data, Lit, trainer
+from tests.helpers.nets import images, small_net
+
+
+def quantized(net=None, recipe="int8_ptq", count=64):
+    """The network after a recipe's PTQ stage, with the batches that it saw."""
+    work = Workbench(net or small_net(), lambda _: [images(count)])
+    load_recipe(recipe).stages[0].apply(work)
+    return work.network.eval()
+
+
+def restored(recipe="int8_ptq", which="folded"):
+    network = quantized(recipe=recipe)
+    before = copy.deepcopy(network)
+    names = restore_batchnorm(network, [images(64)], which=which)
+    return network, before, names
+
+
+@pytest.mark.parametrize("recipe", ["int8_ptq", "w4a4_qat"])
+def test_evaluation_is_what_it_was(recipe):
+    network, before, names = restored(recipe)
+    assert names == ["stem.0", "block.conv1", "block.conv2", "depthwise.0"]
+    new = images(32, seed=5)
+    with torch.no_grad():
+        assert torch.allclose(network(new), before(new), atol=1e-4)
+    for name in names:
+        old, layer = before.get_submodule(name), network.get_submodule(name)
+        scale = layer.weight_scale(layer.deployed_weight())
+        integers = torch.round(layer.effective_weight() / scale)
+        assert torch.equal(
+            integers, torch.round(old.effective_weight() / old.weight_scale(old.masked_weight()))
+        )
+
+
+@pytest.mark.parametrize("which", ["folded", "all"])
+def test_the_statistics_are_those_of_the_outputs(which):
+    network, _, names = restored(which=which)
+    assert ("left" in names) == ("right" in names) == (which == "all")
+    assert "head" not in names  # a linear
+    # On the same images, training normalizes by what evaluation has as running statistics.
+    network.dropout.p = 0.0
+    expected = network(images(64)).detach()
+    frozen = copy.deepcopy(network).train()
+    assert torch.allclose(frozen(images(64)), expected, atol=0.05)
+
+
+def test_weights_have_the_norm_that_they_had_before_folding():
+    float_net = trace(small_net())
+    norms = {n: m.weight.flatten(1).norm(dim=1) for n, m in layers_of(float_net).items()}
+    network, before, names = restored()
+    for name in names:
+        weight, folded = (net.get_submodule(name).weight for net in (network, before))
+        assert torch.allclose(weight.flatten(1).norm(dim=1), norms[name], rtol=1e-4)
+        assert not torch.allclose(folded.flatten(1).norm(dim=1), norms[name], rtol=0.1)
+
+
+def layers_of(network):
+    return {name: m for name, m in network.named_modules() if isinstance(m, nn.Conv2d)}
+
+
+def shaken(network):
+    """The network after training has moved everything, with a negative gain among the rest."""
+    torch.manual_seed(3)
+    network.train()
+    for _ in range(3):
+        network(images(32, seed=7))
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.data.mul_(torch.empty_like(module.weight).uniform_(0.5, 1.5))
+            module.weight.data[0].neg_()
+            module.weight.data[1] = 0.0
+            module.bias.data.add_(0.1 * torch.randn_like(module.bias))
+    return network.eval()
+
+
+@pytest.mark.parametrize("recipe", ["int8_ptq", "w4a8_qat"])
+def test_the_file_is_the_simulation_to_the_last_bit(recipe, tmp_path):
+    network = shaken(restored(recipe)[0])
+    report = qat_tricks.export_onnx(network, tmp_path / "m.onnx", images(8), images=[images(64)])
+    assert report.top1_agreement == 1.0
+    assert all(tensor.differing == 0 for tensor in report.layers)
+
+
+def test_integers_are_those_of_training_where_the_gain_is_negative():
+    network = shaken(restored("w4a8_qat")[0])
+    layer = network.get_submodule("block.conv1")
+    weight, quantizer = layer.masked_weight(), layer.weight_quantizer
+    trained = torch.round(quantizer(weight) / quantizer.current_scale(weight))
+    scale = layer.weight_scale(layer.deployed_weight())
+    deployed = torch.round(layer.effective_weight() / scale)
+    sign = layer.batchnorm.weight.sign().view(-1, 1, 1, 1)
+    assert sign.min() < 0
+    assert torch.equal(deployed, trained * sign)
+
+
+def test_folding_for_good_changes_nothing():
+    network = shaken(restored("w4a8_qat")[0])
+    folded = copy.deepcopy(network)
+    for layer in layers(folded).values():
+        layer.make_deployed()
+    assert all(layer.batchnorm is None for layer in layers(folded).values())
+    with torch.no_grad():
+        assert torch.equal(folded(images()), network(images()))
+
+
+def test_a_network_is_rebuilt_with_its_batchnorms():
+    network = shaken(restored("w4a8_qat")[0])
+    again = rebuild(small_net(seed=9), spec_of(network))
+    again.load_state_dict(network.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again.eval()(images()), network(images()))
+
+
+def test_what_the_user_froze_stays_frozen():
+    net = small_net().train()
+    net.stem[1].eval()  # held in evaluation mode
+    net.block.bn1.requires_grad_(False)
+    traced = trace(net)
+    fold_batchnorm(traced)
+    for name in ("stem.0", "block.conv1", "block.conv2"):
+        as_layer(traced.get_submodule(name))
+    names = restore_batchnorm(traced, [images(32)])
+    assert names == ["block.conv1", "block.conv2"]
+    flags = {name: traced.get_submodule(name).batchnorm.weight.requires_grad for name in names}
+    assert flags == {"block.conv1": False, "block.conv2": True}
+
+
+def test_wrong_settings_are_refused():
+    with pytest.raises(QatTricksError, match='which="some" is not allowed: give folded or all'):
+        restore_batchnorm(trace(small_net()), [images()], which="some")
+    with pytest.raises(QatTricksError, match="no images"):
+        restore_batchnorm(trace(small_net()), [])
+
+
+class Digest(pl.Callback):
+    """Notes whether running statistics move and gains learn."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.before = {k: v.clone() for k, v in pl_module.state_dict().items()}
+
+    def on_train_end(self, trainer, pl_module):
+        self.moved = {
+            key
+            for key, value in pl_module.state_dict().items()
+            if not torch.equal(value, self.before[key])
+        }
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_in_a_fit_gains_learn_whenever_the_optimizer_was_made(early):
+    class Early(Lit):
+        def __init__(self):
+            super().__init__()
+            self.made = torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+
+        def configure_optimizers(self):
+            return self.made
+
+    digest = Digest()
+    lit = (Early() if early else Lit()).train()
+    trainer([*qat_tricks.recipe("int8_qat"), digest], max_epochs=1).fit(lit, datamodule=Data())
+    ours = {key for key in digest.before if ".batchnorm." in key}
+    assert len(ours) == 4 * 5
+    assert ours <= digest.moved
+
+
+def test_without_training_nothing_is_restored():
+    lit = Lit().train()
+    trainer(qat_tricks.recipe("int8_qat", ["stages.qat.epochs=0"])).test(lit, datamodule=Data())
+    assert all(layer.batchnorm is None for layer in layers(lit.backbone).values())
+
+
+def test_a_later_stage_begins_with_what_is_deployed():
+    network, _, _ = restored()
+    shaken(network)
+    work = Workbench(network, lambda _: [images(32)])
+    with torch.no_grad():
+        expected = network(images())
+        work.begin_stage()
+        assert torch.equal(work.network(images()), expected)
+    assert all(layer.batchnorm is None for layer in layers(work.network).values())
+    assert "batchnorm" not in str(spec_of(work.network)["layers"])
