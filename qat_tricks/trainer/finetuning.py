@@ -41,6 +41,18 @@ def freeze_early(trainer: "Trainer", pl_module: "LightningModule", session: Any)
     return behind
 
 
+def hold_batchnorms(pl_module: nn.Module) -> None:
+    """Lets BatchNorms of frozen parts count no more, also those that tricks have made anew.
+
+    Finetuning callbacks do so with those that they find, until they unfreeze them.
+    """
+    for module in pl_module.modules():
+        is_counting = isinstance(module, BATCHNORMS) and module.running_mean is not None
+        parameters = list(module.parameters(recurse=False))
+        if is_counting and parameters and not any(p.requires_grad for p in parameters):
+            module.track_running_stats = False  # type: ignore[assignment]
+
+
 class _Skip:
     """Stands in for the ``setup`` of a callback, once."""
 

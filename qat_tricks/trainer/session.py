@@ -32,6 +32,7 @@ from qat_tricks.trainer.finetuning import (
     follow_unfrozen,
     freeze_again,
     freeze_early,
+    hold_batchnorms,
     learned_scales,
     skip_set_up,
 )
@@ -168,12 +169,15 @@ class Session(Callback):
         call_hooks_early(trainer, pl_module)
         # Lightning moves the module only after ``setup``, and calibration runs in it.
         pl_module.to(trainer.strategy.root_device)
-        early = [] if has_workbench(pl_module) else freeze_early(trainer, pl_module, self)
+        is_fresh = not has_workbench(pl_module)
+        early = freeze_early(trainer, pl_module, self) if is_fresh else []
         work = self._workbench(trainer, pl_module, tricks)
         if work.history and any(trick.name not in work.applied for trick in tricks):
             work.begin_stage()
         changes = [trick.apply_once(work) for trick in tricks]
         skip_set_up(early)
+        if is_fresh and finetuning_in(trainer):
+            hold_batchnorms(pl_module)
         # Each rank has calibrated by itself, and sums on GPUs differ in their last bits.
         if any(changes):
             _synchronize(trainer, work)
