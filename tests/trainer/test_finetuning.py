@@ -173,8 +173,9 @@ def test_an_epoch_that_ends_is_gone_on_from_with_the_next_unfreezing(tmp_path):
 
 @pytest.mark.feature("BaseFinetuning: resume")
 @pytest.mark.parametrize("first", [True, False], ids=["before", "behind"])
-@pytest.mark.parametrize("step", [3, 5])
-def test_a_resumed_fit_ends_with_the_same_bits(tmp_path, first, step):
+@pytest.mark.parametrize(("recipe", "step"), [("w4a8_qat", 3), ("w4a8_qat", 5), ("int8_qat", 5)])
+def test_a_resumed_fit_ends_with_the_same_bits(tmp_path, first, recipe, step):
+    overrides = WITHOUT_DISTILL if recipe == "w4a8_qat" else []
     end = {}
     for name, resumed_from in (("whole", None), ("rest", tmp_path / "whole" / f"step={step}.ckpt")):
         pl.seed_everything(11, verbose=False)
@@ -182,7 +183,8 @@ def test_a_resumed_fit_ends_with_the_same_bits(tmp_path, first, step):
         keep = pl.callbacks.ModelCheckpoint(
             dirpath=tmp_path / name, save_top_k=-1, every_n_train_steps=1, filename="{step}"
         )
-        both = [Blocks(), *recipes()] if first else [*recipes(), Blocks()]
+        ours = recipes(recipe, overrides)
+        both = [Blocks(), *ours] if first else [*ours, Blocks()]
         run = trainer([*both, keep], max_epochs=3, enable_checkpointing=True)
         run.fit(module, ResumableLoader(), ckpt_path=resumed_from)
         end[name] = module.state_dict(), run.optimizers[0].state_dict()
