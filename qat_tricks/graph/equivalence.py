@@ -9,7 +9,7 @@ not judged.
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
@@ -212,7 +212,10 @@ def _run(
         thawed: whether to run it also in training mode.
         frozen: whether to run it also in training mode with BatchNorms in evaluation mode.
     """
-    with float_mode(network), kept_modes(network), kept_random_state(), torch.no_grad():
+    states = (float_mode(network), kept_modes(network), kept_random_state(), exact_products())
+    with ExitStack() as stack, torch.no_grad():
+        for state in states:
+            stack.enter_context(state)
         network.eval()
         seed_all(0)  # a network may draw random numbers in evaluation too
         evaluation = _call(network, inputs)
@@ -239,6 +242,25 @@ def _in_training(network: nn.Module, inputs: Inputs, *, frozen: bool) -> list[Te
 def _call(network: nn.Module, inputs: Inputs) -> list[Tensor]:
     # Copies, for a network may change its input in place.
     return tensors_in(call_network(network, map_tensors(inputs, Tensor.clone)))
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Computes convs and products of matrices in float32 in the block, on a GPU too.
+
+    By default PyTorch rounds a conv's inputs to TF32 there, with 10 bits of mantissa. Two networks
+    of one function then differ by some 65 dB.
+    """
+    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    places: tuple[Any, ...] = (conv, torch.backends.cuda.matmul)
+    before = [place.fp32_precision for place in places]
+    try:
+        for place in places:
+            place.fp32_precision = "ieee"
+        yield
+    finally:
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision
 
 
 @contextmanager

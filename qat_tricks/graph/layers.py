@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 
 from qat_tricks.numerics import ActivationQuantizer, WeightQuantizer
 from qat_tricks.numerics import integer_kernels as kernels
@@ -17,6 +18,7 @@ from qat_tricks.numerics.fake_quantize import straight_through
 
 # 1d to 3d, synchronized, and Lightning's replacement of a synchronized one
 BATCHNORMS = (nn.modules.batchnorm._BatchNorm,)
+PLAIN_BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
@@ -162,11 +164,12 @@ class Layer(nn.Module):
         rows = output if self.output_axis == 1 else output.flatten(0, -2)
         if self.output_factor is None:
             return self.batchnorm(rows).view_as(output)
-        # By its own forward, for it may be synchronized between processes.
-        scaled = {
-            name: value * self.output_factor for name, value in self.batchnorm.named_parameters()
-        }
-        return functional_call(self.batchnorm, scaled, (rows,)).view_as(output)
+        norm: Any = self.batchnorm
+        scaled = {name: value * self.output_factor for name, value in norm.named_parameters()}
+        if type(norm) in PLAIN_BATCHNORMS:
+            return _batch_norm(norm, rows, **scaled).view_as(output)
+        # One that is synchronized between processes computes by its own forward.
+        return functional_call(norm, scaled, (rows,)).view_as(output)
 
     def normalization(self) -> Tensor:
         """The BatchNorm's factor of each channel in evaluation, ``gamma / sqrt(var + eps)``.
@@ -320,6 +323,17 @@ class Layer(nn.Module):
         before = self.input_quantizer[0] if before is None else before
         scale = self.weight_scale(self.deployed_weight()).detach().flatten().double()
         return before.current_scale().detach().double() * scale
+
+
+def _batch_norm(norm: Any, input: Tensor, *, weight: Tensor, bias: Tensor) -> Tensor:
+    """The forward of a plain BatchNorm with another gain and bias; a call of it costs more."""
+    momentum = norm.momentum
+    if norm.training:
+        norm.num_batches_tracked.add_(1)
+        if momentum is None:  # a cumulative average
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    statistics = norm.running_mean, norm.running_var
+    return F.batch_norm(input, *statistics, weight, bias, norm.training, momentum or 0.0, norm.eps)
 
 
 class Conv1d(Layer, nn.Conv1d):  # type: ignore[misc]

@@ -227,3 +227,21 @@ def test_other_shapes_and_other_integers_are_no_match():
     assert sqnr([x], [x]) == 200
     assert sqnr([x], [x[:2]]) == sqnr([x], [x, x]) == -200
     assert sqnr([x.argmax(1)], [1 - x.argmax(1)]) == -200
+
+
+def test_networks_are_compared_without_tf32():
+    """A GPU rounds to 10 bits of mantissa by default, and right steps would be refused."""
+    seen = []
+
+    class Net(nn.Sequential):
+        def forward(self, x):
+            places = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+            seen.append([place.fp32_precision for place in places])
+            return super().forward(x)
+
+    before = torch.backends.cudnn.conv.fp32_precision, torch.backends.cudnn.allow_tf32
+    Gate(Net(nn.Conv2d(1, 2, 3)), images())
+    assert seen
+    assert all(precisions == ["ieee", "ieee"] for precisions in seen)
+    after = torch.backends.cudnn.conv.fp32_precision, torch.backends.cudnn.allow_tf32
+    assert before == after

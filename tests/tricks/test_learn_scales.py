@@ -192,3 +192,46 @@ def test_scales_that_training_does_not_pass_are_not_learned():
     quantized.train()(images()).square().sum().backward()
     assert len(scales) > 5
     assert all(scale.grad is not None for scale in scales)
+
+
+class OwnLists(torch.optim.lr_scheduler.LRScheduler):
+    """A schedule of the user's, with a list of its own that has an entry for each group."""
+
+    def __init__(self, optimizer):
+        self.peaks = [float(group["lr"]) for group in optimizer.param_groups]
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        pairs = zip(self.optimizer.param_groups, self.peaks, strict=True)
+        return [peak / (1 + self.last_epoch) for _, peak in pairs]
+
+
+class Scheduled(Lit):
+    def configure_optimizers(self):
+        adam = AdamW(self.parameters(), lr=0.01)
+        return [adam], [{"scheduler": OwnLists(adam), "interval": "step"}]
+
+
+class WarmUp(Lit):
+    """As Lightning's documentation writes a warm-up."""
+
+    def configure_optimizers(self):
+        return AdamW(self.parameters(), lr=0.01)
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+        optimizer.step(closure=optimizer_closure)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 / (2 + self.trainer.global_step)
+
+
+@pytest.mark.parametrize("kind", [Scheduled, WarmUp])
+def test_schedules_that_know_nothing_of_scales_leave_them_their_share(kind):
+    rates = []
+
+    class See(pl.Callback):
+        def on_before_zero_grad(self, trainer, pl_module, optimizer):
+            rates.append([group["lr"] for group in optimizer.param_groups])
+
+    trainer([*qat_tricks.recipe("int8_qat"), See()]).fit(kind().train(), datamodule=Data())
+    assert len({rate for rate, _ in rates}) > 2
+    assert all(of_scales == pytest.approx(0.01 * rate) for rate, of_scales in rates)

@@ -8,10 +8,10 @@ from torch import nn
 
 import qat_tricks
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph import as_layer, layers, rebuild, spec_of, trace
+from qat_tricks.graph import as_layer, is_layer, layers, rebuild, spec_of, trace
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.recipes.recipe import load_recipe
-from qat_tricks.tricks import fold_batchnorm, restore_batchnorm
+from qat_tricks.tricks import equalize, fold_batchnorm, restore_batchnorm
 from tests.helpers.lightning import pl
 from tests.helpers.lit import Data, Lit, trainer
 from tests.helpers.nets import images, small_net
@@ -145,6 +145,73 @@ def test_wrong_settings_are_refused():
         restore_batchnorm(trace(small_net()), [images()], which="some")
     with pytest.raises(QatTricksError, match="no images"):
         restore_batchnorm(trace(small_net()), [])
+
+
+def one_step(network, lr=0.1):
+    """One step of plain SGD, as a trainer makes it."""
+    network.train()
+    optimizer = torch.optim.SGD(network.parameters(), lr=lr, weight_decay=0.01)
+    network(images(64)).square().mean().backward()
+    optimizer.step()
+
+
+def plain_net():
+    torch.manual_seed(2)
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(6, 8, 3, padding=1, groups=2),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 1),
+        nn.Flatten(),
+        nn.Linear(8 * 64, 5),
+    )
+
+
+def normalized_net():
+    torch.manual_seed(2)
+    net = nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1, bias=False),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 1),
+        nn.Flatten(),
+        nn.Linear(8 * 64, 5),
+    )
+    for module in net:
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.3, 2.0)
+            nn.init.normal_(module.bias, std=0.3)
+            module.momentum = 1.0  # running statistics are those of the last batch
+    net.train()(images(64))
+    for module in net:
+        if isinstance(module, nn.BatchNorm2d):
+            # Of the batch as it is normalized, and not corrected for its size.
+            module.running_var.mul_(1 - 1 / (64 * 64))
+            module.momentum = 0.1
+    return net
+
+
+@pytest.mark.parametrize("make", [plain_net, normalized_net])
+def test_a_step_has_the_effect_that_it_has_on_the_float_network(make):
+    net = make()
+    traced = trace(copy.deepcopy(net).eval())
+    fold_batchnorm(traced)
+    pairs = equalize(traced, [images(64)], absorb_bias=False)
+    assert len(pairs) == 3
+    for name in ("0", "2", "3", "4", "5", "6", "7", "8"):
+        if is_layer(module := dict(traced.named_modules()).get(name)):
+            as_layer(module)
+    without = copy.deepcopy(traced)
+    restore_batchnorm(traced, [images(64)])
+    for network in (net, traced, without):
+        one_step(network)
+    expected, ours, folded = (network.train()(images(64)) for network in (net, traced, without))
+    assert torch.allclose(ours, expected, atol=2e-3 * float(expected.abs().max()))
+    assert not torch.allclose(folded, expected, atol=2e-2 * float(expected.abs().max()))
 
 
 class Digest(pl.Callback):
