@@ -25,6 +25,17 @@ def finetuning_in(trainer: "Trainer") -> list[Any]:
     return [c for c in trainer.callbacks if isinstance(c, kind)]  # type: ignore[attr-defined]
 
 
+def remembers_groups(trainer: "Trainer") -> bool:
+    """Whether a finetuning callback remembers the parameter groups of an earlier fit."""
+    return any(callback._internal_optimizer_metadata for callback in finetuning_in(trainer))
+
+
+def restores_groups(trainer: "Trainer") -> bool:
+    """Whether the groups of this fit are restored as they were, which its session knows."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return any(getattr(callback, "restores_groups", False) for callback in callbacks)
+
+
 def freeze_early(trainer: "Trainer", pl_module: "LightningModule", session: Any) -> list[Any]:
     """Lets the finetuning callbacks behind ``session`` freeze their parts before the surgery.
 
@@ -39,6 +50,18 @@ def freeze_early(trainer: "Trainer", pl_module: "LightningModule", session: Any)
     for callback in behind:
         callback.setup(trainer, pl_module, str(trainer.state.fn))
     return behind
+
+
+def hold_batchnorms(pl_module: nn.Module) -> None:
+    """Lets BatchNorms of frozen parts count no more, also those that tricks have made anew.
+
+    Finetuning callbacks do so with those that they find, until they unfreeze them.
+    """
+    for module in pl_module.modules():
+        is_counting = isinstance(module, BATCHNORMS) and module.running_mean is not None
+        parameters = list(module.parameters(recurse=False))
+        if is_counting and parameters and not any(p.requires_grad for p in parameters):
+            module.track_running_stats = False  # type: ignore[assignment]
 
 
 class _Skip:

@@ -32,7 +32,9 @@ from qat_tricks.trainer.finetuning import (
     follow_unfrozen,
     freeze_again,
     freeze_early,
+    hold_batchnorms,
     learned_scales,
+    remembers_groups,
     skip_set_up,
 )
 from qat_tricks.trainer.forward_alone import forward_alone
@@ -114,6 +116,8 @@ class Session(Callback):
 
     Attributes:
         done_before: what the trainer has done in earlier fits, from which schedules begin.
+        restores_groups: whether this fit is resumed, and a finetuning callback restores the
+            parameter groups that there were.
     """
 
     name = "session"
@@ -137,6 +141,7 @@ class Session(Callback):
         self._random_state: dict[str, Any] | None = None
         # Of a run resumed beside a finetuning callback, until it has frozen its parts again.
         self._frozen: dict[str, list[str]] | None = None
+        self.restores_groups = False
 
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
         """Applies every trick of the trainer, in order, to the network of ``pl_module``.
@@ -168,12 +173,15 @@ class Session(Callback):
         call_hooks_early(trainer, pl_module)
         # Lightning moves the module only after ``setup``, and calibration runs in it.
         pl_module.to(trainer.strategy.root_device)
-        early = [] if has_workbench(pl_module) else freeze_early(trainer, pl_module, self)
+        is_fresh = not has_workbench(pl_module)
+        early = freeze_early(trainer, pl_module, self) if is_fresh else []
         work = self._workbench(trainer, pl_module, tricks)
         if work.history and any(trick.name not in work.applied for trick in tricks):
             work.begin_stage()
         changes = [trick.apply_once(work) for trick in tricks]
         skip_set_up(early)
+        if is_fresh and finetuning_in(trainer):
+            hold_batchnorms(pl_module)
         # Each rank has calibrated by itself, and sums on GPUs differ in their last bits.
         if any(changes):
             _synchronize(trainer, work)
@@ -305,9 +313,12 @@ class Session(Callback):
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Puts the parameters that surgery has made into the optimizers."""
+        self.restores_groups = self._frozen is not None and remembers_groups(trainer)
         if self._frozen is not None:
             freeze_again(pl_module, self._frozen)
             self._frozen = None
+        if self.restores_groups:  # all of them, with what surgery has made
+            return
         work = workbench_of(pl_module)
         renew_parameters(trainer.optimizers, work.network, work.parameters_before)
 

@@ -28,7 +28,7 @@ from qat_tricks.graph.trace import module_of
 from qat_tricks.graph.two_modes import EVALUATION, only_in
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.numerics import ActivationQuantizer
-from qat_tricks.trainer.finetuning import finetuning_in, follow_unfrozen
+from qat_tricks.trainer.finetuning import finetuning_in, follow_unfrozen, restores_groups
 from qat_tricks.trainer.framework import package_of
 from qat_tricks.trainer.module import workbench_of
 from qat_tricks.trainer.optimizers import take_in, take_out
@@ -280,7 +280,8 @@ class LearnScales(Trick):
         """Gives the scales groups of their own, adjusts their gradients and limits their steps."""
         network = workbench_of(pl_module).network
         self._let_go()
-        self._give_group(trainer, network, list(_learned(network).values()))
+        if not restores_groups(trainer):
+            self._give_group(trainer, network, list(_learned(network).values()))
         self._steps = ScaleSteps(trainer.optimizers)
         self._watch(trainer, network)
 

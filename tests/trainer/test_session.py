@@ -28,7 +28,7 @@ def test_housekeeping_is_done_once_however_many_tricks_there_are(monkeypatch):
             )[1],
         )
     callbacks = qat_tricks.recipe("int8_prune50")
-    assert len(callbacks) == 10
+    assert len(callbacks) == 11
     trainer(callbacks, max_epochs=1).fit(Lit().train(), datamodule=Data())
     assert sorted(set(calls)) == ["check_order", "find_network", "keep_grids", "renew_parameters"]
     assert [calls.count(name) for name in ("check_order", "find_network", "renew_parameters")] == [
