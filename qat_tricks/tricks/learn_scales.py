@@ -31,7 +31,8 @@ from qat_tricks.numerics import ActivationQuantizer
 from qat_tricks.trainer.finetuning import finetuning_in, follow_unfrozen, restores_groups
 from qat_tricks.trainer.framework import package_of
 from qat_tricks.trainer.module import workbench_of
-from qat_tricks.trainer.optimizers import take_in, take_out
+from qat_tricks.trainer.optimizers import take_in
+from qat_tricks.trainer.scale_groups import give_scales_own_group, rates_with_scales
 from qat_tricks.trainer.scale_steps import ScaleSteps
 from qat_tricks.trainer.trick import Trick
 from qat_tricks.tricks.calibrate import Calibrate
@@ -113,109 +114,6 @@ def _of_evaluation_only(traced: fx.GraphModule) -> set[str]:
     return {str(node.target) for node in absent} - {
         str(node.target) for node in traced.graph.nodes if node not in absent
     }
-
-
-def give_scales_own_group(
-    optimizer: torch.optim.Optimizer,
-    scales: list[nn.Parameter],
-    schedulers: list[Any],
-    lr_factor: float | None,
-) -> None:
-    """Moves the ``scales`` that ``optimizer`` holds into new groups without weight decay.
-
-    Each new group copies the settings of the old group, so that schedulers treat both alike. A
-    scheduler's lists with one entry for each group (such as base learning rates) are extended.
-
-    Args:
-        optimizer: with or without the scales among its parameters.
-        scales: parameters to move.
-        schedulers: the optimizer's learning rate schedulers.
-        lr_factor: the scales' learning rate over their old group's; None: 0.1 for SGD (at 1, and a
-            rate of 0.1, networks lost up to ten points), else 0.01 (an adaptive optimizer steps by
-            the learning rate itself, and scales are of the order of 0.01).
-    """
-    if isinstance(optimizer, torch.optim.LBFGS):
-        return  # it has one group and no weight decay
-    factor = (
-        lr_factor
-        if lr_factor is not None
-        else 0.1
-        if isinstance(optimizer, torch.optim.SGD)
-        else 0.01
-    )
-    own = {id(scale) for scale in scales}
-    # A copy of the list, which grows inside the loop.
-    for index, group in enumerate(list(optimizer.param_groups)):
-        if "lr_factor" in group:  # made before, as a finetuning callback restores it
-            continue
-        settings = {
-            key: value for key, value in group.items() if key not in ("params", "param_names")
-        }
-        moved = take_out(group, own)
-        if not moved["params"]:
-            continue
-        # Schedulers keep a group's peak and initial rates beside the current one.
-        for key in _RATES & settings.keys():
-            settings[key] = settings[key] * factor
-        own_settings = {
-            "weight_decay": 0.0,
-            "name": "scales",
-            "of_group": index,
-            "lr_factor": factor,
-        }
-        optimizer.param_groups.append({**settings, **moved, **own_settings})
-        # A scheduler has lists with one entry a group; a group more needs an entry more.
-        for scheduler in _flatten(schedulers):
-            for key, values in vars(scheduler).items():
-                if (
-                    isinstance(values, list)
-                    and len(values) == len(optimizer.param_groups) - 1
-                    and (key in _PER_GROUP or _is_per_group(scheduler, values))
-                ):
-                    is_rate = isinstance(values[index], float) and "momentum" not in key
-                    values.append(values[index] * factor if is_rate else values[index])
-
-
-def rates_with_scales(rates: float | list[float], optimizer: torch.optim.Optimizer) -> list[float]:
-    """One learning rate for each group, where scales keep their share of their old group's.
-
-    Args:
-        rates: one for all groups, or one for each group that the user has made.
-        optimizer: has the groups.
-    """
-    groups = optimizer.param_groups
-    of_scales = [group for group in groups if "lr_factor" in group]
-    given = rates if isinstance(rates, list) else [rates] * (len(groups) - len(of_scales))
-    if len(given) == len(groups):
-        return given
-    return [*given, *(given[group["of_group"]] * group["lr_factor"] for group in of_scales)]
-
-
-_RATES = {"lr", "initial_lr", "max_lr", "min_lr", "swa_lr"}  # of a group
-# The lists of a scheduler that have one entry for each group.
-_PER_GROUP = {
-    "base_lrs",
-    "lr_lambdas",
-    "min_lrs",
-    "max_lrs",
-    "_last_lr",
-    "base_momentums",
-    "max_momentums",
-}
-
-
-def _is_per_group(scheduler: Any, values: list[Any]) -> bool:
-    """Whether a list of so many entries as there are groups, of a user's scheduler, is of them."""
-    # PyTorch's own have other lists too, such as milestones.
-    is_own = not type(scheduler).__module__.startswith("torch.")
-    return is_own and all(isinstance(value, float) or callable(value) for value in values)
-
-
-def _flatten(schedulers: list[Any]) -> list[Any]:
-    """The schedulers, and those inside a SequentialLR or ChainedScheduler."""
-    return [
-        s for outer in schedulers for s in (outer, *_flatten(getattr(outer, "_schedulers", [])))
-    ]
 
 
 def first_not_finite(traced: fx.GraphModule) -> str | None:
