@@ -224,6 +224,18 @@ class Layer(nn.Module):
             self.bias.copy_(bias)
         self.batchnorm = self.weight_factor = self.output_factor = None
 
+    @torch.no_grad()
+    def take_in_factors(self) -> None:
+        """Multiplies the parameters, for good, by the factors that stand beside them."""
+        if self.weight_factor is not None:
+            self.weight.mul_(self.weight_factor)
+        if self.output_factor is not None:
+            own = self.batchnorm.parameters() if self.batchnorm is not None else [self.bias]
+            for parameter in own:
+                if parameter is not None:
+                    parameter.mul_(self.output_factor)
+        self.weight_factor = self.output_factor = None
+
     def _deployed_scale(self, weight: Tensor) -> Tensor:
         """The scale of ``weight``, which is deployed, as its quantizer has it."""
         assert self.weight_quantizer is not None
@@ -327,13 +339,23 @@ class Layer(nn.Module):
 
 def _batch_norm(norm: Any, input: Tensor, *, weight: Tensor, bias: Tensor) -> Tensor:
     """The forward of a plain BatchNorm with another gain and bias; a call of it costs more."""
-    momentum = norm.momentum
-    if norm.training:
+    momentum, counts = norm.momentum, norm.training and norm.track_running_stats
+    if counts:
         norm.num_batches_tracked.add_(1)
         if momentum is None:  # a cumulative average
             momentum = 1.0 / float(norm.num_batches_tracked)
-    statistics = norm.running_mean, norm.running_var
-    return F.batch_norm(input, *statistics, weight, bias, norm.training, momentum or 0.0, norm.eps)
+    # One that counts no more, as of a frozen part, still normalizes by the batch.
+    known = counts or not norm.training
+    return F.batch_norm(
+        input,
+        norm.running_mean if known else None,
+        norm.running_var if known else None,
+        weight,
+        bias,
+        norm.training,
+        momentum or 0.0,
+        norm.eps,
+    )
 
 
 class Conv1d(Layer, nn.Conv1d):  # type: ignore[misc]

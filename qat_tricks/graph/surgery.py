@@ -181,6 +181,12 @@ def give_factors(layer: Layer) -> None:
     layer.output_factor = weight.new_ones(weight.shape[0])
 
 
+def fold_restored_batchnorms(traced: fx.GraphModule) -> None:
+    """Takes back what ``restore_batchnorm`` gave to layers; BatchNorms that were kept stay."""
+    kept = [batchnorm for _, batchnorm in spec_of(traced).get("attached", [])]
+    fold_own_batchnorms(traced, kept)
+
+
 def fold_own_batchnorms(traced: fx.GraphModule, skip: Sequence[str] = ()) -> list[tuple[str, str]]:
     """Folds the BatchNorms, and factors, that layers of ``traced`` have of their own, for good.
 
@@ -195,10 +201,12 @@ def fold_own_batchnorms(traced: fx.GraphModule, skip: Sequence[str] = ()) -> lis
     attached = [(layer, batchnorm) for layer, batchnorm in spec.get("attached", [])]
     stay = {layer for layer, batchnorm in attached if batchnorm in skip}
     for name, layer in layers(traced).items():
-        if name not in stay and _trains_otherwise(layer):
+        if name in stay:
+            layer.take_in_factors()
+        elif _trains_otherwise(layer):
             layer.make_deployed()
-            for key in ("batchnorm", "factors"):
-                spec.get("layers", {}).get(name, {}).pop(key, None)
+            spec.get("layers", {}).get(name, {}).pop("batchnorm", None)
+        spec.get("layers", {}).get(name, {}).pop("factors", None)
     if attached:
         spec["attached"] = [list(pair) for pair in attached if pair[0] in stay]
     pairs = [pair for pair in attached if pair[0] not in stay]

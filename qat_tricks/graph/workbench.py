@@ -20,7 +20,7 @@ from qat_tricks.graph.inputs import (
     map_tensors,
 )
 from qat_tricks.graph.spec import spec_of
-from qat_tricks.graph.surgery import fold_own_batchnorms
+from qat_tricks.graph.surgery import fold_restored_batchnorms
 from qat_tricks.graph.trace import trace
 from qat_tricks.graph.trace_kept import trace_kept
 from qat_tricks.graph.traced_network import TracedNetwork
@@ -38,6 +38,7 @@ class Workbench:
         teacher: the float network as it came, for distillation.
         network_name: the attribute of the LightningModule that holds the network, or empty.
         trains: whether training follows; without it a trick that acts gradually does all at once.
+        unfreezes: whether that training unfreezes what is frozen now.
         parameters_before: the network's parameters as it came, which an optimizer may still hold.
         gate: compares the network after each step with the user's own; None without a loader.
         images: the most images that a trick has taken.
@@ -58,6 +59,7 @@ class Workbench:
         self.teacher = teacher
         self.network_name = ""
         self.trains = False
+        self.unfreezes = False
         self.images = 0
         self._reference: fx.GraphModule | None = None
         self.gate: Gate | None = None
@@ -137,7 +139,7 @@ class Workbench:
 
     def begin_stage(self) -> None:
         """Begins a stage with the network as it is deployed; its steps are compared with it."""
-        fold_own_batchnorms(self.network)
+        fold_restored_batchnorms(self.network)
         if self.gate is not None:
             self.gate.rebase(self.network)
         elif self.loader is not None:

@@ -111,17 +111,17 @@ def _data(datamodule: Any, val_dataloaders: Any) -> dict[str, Any]:
     return {"train_dataloaders": datamodule, "val_dataloaders": val_dataloaders}
 
 
-def _held_in_evaluation(module: nn.Module, network: str | None) -> list[str]:
-    """The names of submodules that the user holds in evaluation mode while the others train.
+def _held_in_evaluation(module: nn.Module, network: str | None) -> list[nn.Module]:
+    """The submodules that the user holds in evaluation mode while the others train.
 
-    Of a module, or a network, that is in evaluation mode as a whole, nobody knows which parts are
-    meant to stay so.
+    Not by name, for a BatchNorm that is kept becomes a part of its layer. Of a module, or a
+    network, that is in evaluation mode as a whole, nobody knows which parts are meant to stay so.
     """
     networks = list(networks_in(module)) if network is None else [network]
     networks = networks if len(networks) == 1 else []  # parts of the module as a whole
     whole = [name for name, m in module.named_modules() if name in networks and not m.training]
     return [
-        name
+        m
         for name, m in module.named_modules()
         if module.training
         and not m.training
@@ -129,9 +129,8 @@ def _held_in_evaluation(module: nn.Module, network: str | None) -> list[str]:
     ]
 
 
-def _train(module: nn.Module, frozen: Sequence[str]) -> None:
+def _train(module: nn.Module, frozen: Sequence[nn.Module]) -> None:
     """Puts ``module`` into training mode, for Lightning trains a module in the mode it finds it."""
     module.train()
-    for name, part in module.named_modules():
-        if name in frozen:
-            part.training = False
+    for part in frozen:
+        part.training = False

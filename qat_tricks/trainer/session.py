@@ -261,6 +261,7 @@ class Session(Callback):
             work = self._open(trainer, pl_module, tricks)
         check_order(tricks, work.history)
         work.trains = self.fits and (self.trains or trainer.state.fn == "fit")
+        work.unfreezes = bool(finetuning_in(trainer))
         no_training = work.network.meta.get(NO_TRAINING)
         if work.trains and no_training is not None:
             raise QatTricksError(no_training)

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 def reestimate_batchnorm(traced: fx.GraphModule, batches: Sequence[Inputs]) -> fx.GraphModule:
     """Replaces running means and variances, in place, by their plain average over ``batches``.
 
-    A BatchNorm that is held in evaluation mode while the network trains keeps its own.
+    A BatchNorm that is held in evaluation mode while the network trains, or that tracks no running
+    statistics, keeps its own.
 
     Args:
         traced: a network with BatchNorms, with or without quantizers.
@@ -48,7 +49,11 @@ def reestimate_batchnorm(traced: fx.GraphModule, batches: Sequence[Inputs]) -> f
             "no BatchNorm is left to re-estimate: leave out fold_batchnorm, or leave out this trick"
         )
     check_batches(batches, "to re-estimate BatchNorm on")
-    norms = [norm for norm in norms if norm.training or not traced.training]
+    norms = [
+        norm
+        for norm in norms
+        if norm.track_running_stats and (norm.training or not traced.training)
+    ]
     momenta = [norm.momentum for norm in norms]
     try:
         # Only the BatchNorms run as in training; dropout does not.

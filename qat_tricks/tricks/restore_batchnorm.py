@@ -54,7 +54,11 @@ EPS, MOMENTUM = 1e-5, 0.1  # of layers that never had a BatchNorm: PyTorch's def
 
 @torch.no_grad()
 def restore_batchnorm(
-    traced: fx.GraphModule, batches: Sequence[Inputs], *, which: str = "folded"
+    traced: fx.GraphModule,
+    batches: Sequence[Inputs],
+    *,
+    which: str = "folded",
+    frozen: bool = False,
 ) -> list[str]:
     """Gives layers of ``traced`` a BatchNorm, and parameters before equalization, in place.
 
@@ -63,6 +67,8 @@ def restore_batchnorm(
         batches: the network's inputs, for the statistics.
         which: ``folded``: layers of which a BatchNorm was folded, unless the user held it in
             evaluation mode; ``all``: each other conv too.
+        frozen: whether layers of which nothing trains get one too. They are best left as they are,
+            unless they are to be unfrozen.
 
     Returns:
         The names of the layers that have a BatchNorm now.
@@ -72,7 +78,11 @@ def restore_batchnorm(
     """
     check_which(which)
     check_batches(batches, "to restore BatchNorm on")
-    chosen = _layers_without(traced, which)
+    chosen = {
+        name: layer
+        for name, layer in layers(traced).items()
+        if layer.batchnorm is None and _is_chosen(layer, which, frozen)
+    }
     statistics = _statistics(traced, chosen, batches) if chosen else {}
     entries = spec_of(traced).setdefault("layers", {})
     for name, layer in layers(traced).items():
@@ -94,20 +104,14 @@ def check_which(which: str) -> str:
     return which
 
 
-def _layers_without(traced: fx.GraphModule, which: str) -> dict[str, Layer]:
-    """The layers to give a BatchNorm, by name."""
-    return {
-        name: layer
-        for name, layer in layers(traced).items()
-        if layer.batchnorm is None and _is_chosen(layer, which)
-    }
-
-
-def _is_chosen(layer: Layer, which: str) -> bool:
-    if layer.folded is not None:
-        return not layer.folded.is_frozen
-    # A linear is most often the classifier, whose logits have no unit to be brought to.
-    return which == "all" and layer.output_axis == 1
+def _is_chosen(layer: Layer, which: str, frozen: bool) -> bool:
+    folded = layer.folded
+    if folded is None:
+        # A linear is most often the classifier, whose logits have no unit to be brought to.
+        has_one, trains = which == "all" and layer.output_axis == 1, False
+    else:
+        has_one, trains = not folded.is_frozen, folded.weight_trains or folded.bias_trains
+    return has_one and (frozen or trains or layer.weight.requires_grad)
 
 
 class _Moments:
@@ -247,7 +251,8 @@ class RestoreBatchnorm(Trick):
         quantizers = activation_quantizers(work.network).values()
         is_resumed = not all(quantizer.is_calibrated for quantizer in quantizers)
         if work.trains and not is_resumed:
-            restore_batchnorm(work.network, work.batches(self.num_images), which=self.which)
+            images = work.batches(self.num_images)
+            restore_batchnorm(work.network, images, which=self.which, frozen=work.unfreezes)
             work.note_change("BatchNorm restored", in_training=False)
 
     def on_train_batch_end(self, trainer: "Trainer", pl_module: "LightningModule", *_: Any) -> None:

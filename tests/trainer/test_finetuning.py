@@ -49,7 +49,7 @@ class Watch(pl.Callback):
         assert trains <= set(held)
 
 
-WITHOUT_DISTILL = ["~stages.qat.tricks.distill"]
+WITHOUT_DISTILL = ["~stages.qat.tricks.distill", "~stages.qat.tricks.restore_batchnorm"]
 
 
 def recipes(name="w4a8_qat", overrides=WITHOUT_DISTILL):

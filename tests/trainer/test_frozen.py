@@ -21,6 +21,16 @@ UNFOLDED = [
 ]
 
 
+# The BatchNorms by the layers that they belong to once the network is quantized.
+LAYER_OF = {
+    "stem.1": "stem.0",
+    "block.bn1": "block.conv1",
+    "block.bn2": "block.conv2",
+    "depthwise.1": "depthwise.0",
+}
+OWN = {f"{layer}.batchnorm.{kind}" for layer in LAYER_OF.values() for kind in ("weight", "bias")}
+
+
 class Start(pl.Callback):
     """Keeps the state from when training begins."""
 
@@ -92,20 +102,24 @@ def test_where_only_batchnorms_train_biases_do_and_weights_do_not(make):
         )
 
     lit = Frozen(make, is_conv_of_a_batchnorm)
-    start = fit(lit, "int8_qat", max_epochs=3)
+    start = fit(lit, "int8_qat", ["~stages.qat.tricks.restore_batchnorm"], max_epochs=3)
     assert not any(is_conv_of_a_batchnorm(n) for n in moved(start, lit) if n.endswith("weight"))
     biases = {"stem.0.bias", "block.conv1.bias", "block.conv2.bias"}
     # its own bias is in no optimizer that holds only what trained, so that it stays out
     biases |= {"depthwise.0.bias"} if make is not made_before else set()
     assert biases <= moved(start, lit)
+    lit = Frozen(make, is_conv_of_a_batchnorm)
+    names = moved(fit(lit, "int8_qat", max_epochs=3), lit)
+    assert not any(is_conv_of_a_batchnorm(n) for n in names)
+    assert names >= OWN  # given back, with their gains
 
 
 def test_where_batchnorms_are_frozen_weights_train_and_folded_biases_do_not():
     lit = Frozen(of_all, lambda name: ".bn" in name or name.startswith("stem.1"))
     start = fit(lit, "int8_qat")
     names = moved(start, lit)
-    assert {"stem.0.weight", "block.conv1.weight", "depthwise.0.bias"} <= names
-    assert not {"stem.0.bias", "block.conv1.bias", "block.conv2.bias"} & names
+    assert {"stem.0.weight", "block.conv1.weight", "depthwise.0.batchnorm.bias"} <= names
+    assert {n for n in OWN if n.startswith("depthwise")} == OWN & names
 
 
 def test_scales_between_frozen_and_trained_layers():
@@ -153,7 +167,10 @@ def in_stages(lit, recipe):
 )
 def test_batchnorms_that_are_held_in_evaluation_mode_stay_so(run, freeze):
     lit = hold(Lit())
-    before = statistics(lit)
+    before = {}
+    for key, value in statistics(lit).items():
+        batchnorm, _, statistic = key.rpartition(".")
+        before[f"{LAYER_OF[batchnorm]}.batchnorm.{statistic}"] = value
     late = ["stages.qat.tricks.freeze_batchnorm.start=1.0"] if freeze else []
     run(lit, load_recipe("int8_qat", [*UNFOLDED, *freeze, *late, "stages.qat.epochs=2"]))
     after = differences(before, statistics(lit))
@@ -183,4 +200,6 @@ def test_a_part_that_forward_runs_under_no_grad_is_not_trained():
     trainer(max_epochs=1, callbacks=callbacks).fit(lit, Data())
     changed = moved(start, lit)
     assert "head.weight" in changed
-    assert not any(name.startswith("stem") for name in changed)
+    # Statistics move, as those of the float network do.
+    parameters = dict(lit.backbone.named_parameters())
+    assert not any(name.startswith("stem") for name in changed & parameters.keys())
