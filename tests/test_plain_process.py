@@ -41,6 +41,7 @@ run(tricks.calibrate, traced, batches)
 run(tricks.tune_ranges, traced, batches)
 run(tricks.correct_weights, traced)
 run(tricks.correct_bias, traced, reference, batches)
+assert run(tricks.restore_batchnorm, traced, batches)
 run(tricks.learn_scales, traced)
 assert run(tricks.prune, traced, 0.5) >= 0.5
 run(tricks.distill, torch.randn(4, 10), torch.randn(4, 10))

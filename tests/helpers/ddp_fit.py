@@ -56,7 +56,7 @@ class Watched(Lit):
         self.start = {name: tensor.clone() for name, tensor in self.state_dict().items()}
 
 
-def fit(folder, recipe, devices, steps, *, fails=False, shuffle=False):
+def fit(folder, recipe, devices, steps, *, overrides=(), fails=False, shuffle=False, sync=True):
     """Fits on ``devices`` processes, of which this is one; it leaves its end in ``folder`` and
     returns it.
     """
@@ -66,12 +66,12 @@ def fit(folder, recipe, devices, steps, *, fails=False, shuffle=False):
     settings = {
         "strategy": "ddp",
         "devices": devices,
-        "sync_batchnorm": True,
+        "sync_batchnorm": sync,
         "use_distributed_sampler": False,
     }
-    overrides = [] if recipe == "int8_ptq" else ["stages.ptq.tricks.calibrate.num_images=48"]
+    few = [] if recipe == "int8_ptq" else ["stages.ptq.tricks.calibrate.num_images=48"]
     run = trainer(
-        qat_tricks.recipe(recipe, overrides),
+        qat_tricks.recipe(recipe, [*few, *overrides]),
         max_steps=steps,
         max_epochs=2,
         **(settings if devices > 1 else {}),

@@ -175,6 +175,7 @@ def die(folder):
         f"stages.ptq.tricks.{trick}.num_images=8"
         for trick in ("equalize", "calibrate", "correct_bias")
     ]
+    calibrate.append("stages.qat.tricks.restore_batchnorm.num_images=8")
     torch.set_num_threads(1)
     run(
         folder,

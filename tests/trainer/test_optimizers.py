@@ -112,17 +112,20 @@ def test_each_parameter_is_trained_once_and_scales_undecayed(name):
 @pytest.mark.feature(
     "a parameter that folding replaced is left in no optimizer, its successor trains"
 )
-def test_a_bias_made_by_folding_is_trained_in_the_group_of_its_weight():
-    lit = Any(lambda lit: [SGD(lit.kept, lr=0.01)])
-    before = dict(Lit().backbone.named_parameters())
-    fit(lit)
-    assert "stem.1.bias" in before
-    assert "stem.0.bias" not in before
-    fresh = Any(lit.make)
-    trainer(qat_tricks.recipe("w4a4_qat", WITHOUT_DISTILL["w4a4_qat"])).validate(
-        fresh, Data(), verbose=False
-    )
-    name = "backbone.stem.0.bias"
+@pytest.mark.parametrize("kind", ["bias", "batchnorm.weight", "batchnorm.bias"])
+def test_what_surgery_made_is_trained_in_the_group_of_its_weight(kind):
+    def recipe():
+        folded = [] if kind != "bias" else ["~stages.qat.tricks.restore_batchnorm"]
+        return qat_tricks.recipe("w4a4_qat", [*WITHOUT_DISTILL["w4a4_qat"], *folded])
+
+    name = f"backbone.stem.0.{kind}"
+    assert name not in dict(Lit().named_parameters())
+    lit, fresh = (Any(lambda lit: [SGD(lit.kept, lr=0.01)]) for _ in range(2))
+    run = trainer(recipe(), max_epochs=1)
+    run.fit(lit.train(), datamodule=Data())
+    (held,) = [g["params"] for g in run.optimizers[0].param_groups if "lr_factor" not in g]
+    assert any(p is lit.get_parameter(name) for p in held)
+    trainer(recipe()).validate(fresh, Data(), verbose=False)
     assert not torch.equal(fresh.get_parameter(name), lit.get_parameter(name))
 
 

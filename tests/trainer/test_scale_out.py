@@ -46,7 +46,9 @@ def two_processes(folder, recipe, steps, **flags):
 @pytest.mark.feature("DDP: both ranks end alike, and as one process with the same global batch")
 def test_two_processes_end_as_one(tmp_path):
     recipe, folder = "int8_prune50", tmp_path / "ends"
-    processes = two_processes(folder, recipe, 8)
+    # A BatchNorm sees the batch of its own process, and on a CPU PyTorch cannot synchronize it.
+    folded = ["~stages.prune_qat.tricks.restore_batchnorm"]
+    processes = two_processes(folder, recipe, 8, overrides=folded)
     for done in processes:
         assert done.returncode == 0, done.stderr
     # Both validate before the training, and the first alone tells.
@@ -54,7 +56,7 @@ def test_two_processes_end_as_one(tmp_path):
     first, second = (torch.load(folder / f"rank{rank}of2.pt") for rank in (0, 1))
     assert differences(first["state"], second["state"]) == []
     assert first["spec"] == second["spec"]
-    single = fit(folder, recipe, 1, 8)
+    single = fit(folder, recipe, 1, 8, overrides=folded)
     assert first["spec"] == single["spec"]
     assert differences(first["start"], single["start"]) == []
     for name, end in single["state"].items():
@@ -66,7 +68,7 @@ def test_two_processes_end_as_one(tmp_path):
 @pytest.mark.feature("DDP: calibration reads the images once, on the first rank, in whatever order")
 def test_calibration_reads_once(tmp_path):
     folder = tmp_path / "ends"
-    for done in two_processes(folder, "w4a8_qat", 1, shuffle=True):
+    for done in two_processes(folder, "w4a8_qat", 1, shuffle=True, sync=False):
         assert done.returncode == 0, done.stderr
     first, second = (torch.load(folder / f"rank{rank}of2.pt") for rank in (0, 1))
     assert first["read_before"] >= 48
