@@ -67,7 +67,7 @@ def fold_batchnorm(traced: fx.GraphModule, skip: Sequence[str] = ()) -> list[tup
         begins[name] = begin + layer.weight.shape[0]
         _fold(layer, batchnorm, slice(begin, begins[name]))
     for name in begins:
-        erase_batchnorm(traced, name)
+        erase_batchnorm(traced, name, [layer for layer, of in pairs if of == name])
     for linear, dimensions in supposed:
         linear.register_forward_pre_hook(_Dimensions(dimensions))
     traced.recompile()

@@ -34,6 +34,9 @@ class Folded:
     is_frozen: bool
     # The L2 norm of each channel's weight before, [C]; None in a network that was rebuilt.
     norms: Tensor | None
+    # The user's own, which optimizers and lists of the user's may hold; None if it had other
+    # channels than the layer. No child of the layer until it is given back.
+    module: nn.Module | None
 
 
 @dataclass(frozen=True, kw_only=True)

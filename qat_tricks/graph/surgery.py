@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from qat_tricks.graph.fingerprint import CODE, has_changed
 from qat_tricks.graph.functional import call_instead, install
 from qat_tricks.graph.grids import grid_of, input_grid_of, output_grid_of
 from qat_tricks.graph.integer_ops import Kernel, Mean
-from qat_tricks.graph.layers import Folded, Layer, as_layer, layers
+from qat_tricks.graph.layers import PLAIN_BATCHNORMS, Folded, Layer, as_layer, layers
 from qat_tricks.graph.spec import KERNELS, QUANTIZERS, spec_of
+from qat_tricks.graph.stand_in import BatchNormStandIn
 from qat_tricks.graph.trace import replace_with_module, trace
 from qat_tricks.graph.traceable import TraceSettings
 from qat_tricks.numerics import ActivationQuantizer, Scheme, WeightQuantizer
@@ -61,7 +63,7 @@ def rebuild(network: nn.Module, spec: dict[str, Any]) -> fx.GraphModule:
         note_folded(traced.get_submodule(layer), traced.get_submodule(batchnorm))
         give_bias(traced.get_submodule(layer), traced.get_submodule(batchnorm))
     for batchnorm in dict.fromkeys(batchnorm for _, batchnorm in folded):
-        erase_batchnorm(traced, batchnorm)
+        erase_batchnorm(traced, batchnorm, [layer for layer, of in folded if of == batchnorm])
     for batchnorm in spec.get("convs", []):
         batchnorm_to_conv(traced, batchnorm)
     for layer, batchnorm in spec.get("attached", []):
@@ -135,7 +137,15 @@ def note_folded(
         bias_trains=batchnorm.bias is not None and batchnorm.bias.requires_grad,
         is_frozen=is_frozen,
         norms=norms,
+        module=batchnorm if _can_be_given_back(layer, batchnorm) else None,
     )
+
+
+def _can_be_given_back(layer: nn.Module, batchnorm: Any) -> bool:
+    """Whether a BatchNorm can be the own one of ``layer``, with a gain and bias to set."""
+    is_plain = type(batchnorm) in (*PLAIN_BATCHNORMS, nn.SyncBatchNorm)
+    assert isinstance(layer.weight, torch.Tensor)
+    return is_plain and batchnorm.affine and batchnorm.num_features == layer.weight.shape[0]
 
 
 _BATCHNORM_OF: Mapping[type[nn.Module], type[nn.Module]] = {
@@ -149,22 +159,25 @@ _BATCHNORM_OF: Mapping[type[nn.Module], type[nn.Module]] = {
 def give_batchnorm(layer: Layer, *, eps: float, momentum: float | None) -> Any:
     """Gives ``layer`` a BatchNorm of its own, in the place of its bias; the caller sets its values.
 
-    What the user froze stays frozen.
+    It is the user's, where that was folded into the layer. What the user froze stays frozen.
     """
-    kind = next(of for base, of in _BATCHNORM_OF.items() if isinstance(layer, base))
-    norm: Any = kind(layer.weight.shape[0], eps=eps, momentum=momentum)
+    norm: Any = None if layer.folded is None else layer.folded.module
+    if norm is None:
+        kind = next(of for base, of in _BATCHNORM_OF.items() if isinstance(layer, base))
+        norm = kind(layer.weight.shape[0], eps=eps, momentum=momentum)
+        trains = layer.weight.requires_grad
+        norm.weight.requires_grad_(trains if layer.folded is None else layer.folded.weight_trains)
+        norm.bias.requires_grad_(trains if layer.folded is None else layer.folded.bias_trains)
     norm.to(device=layer.weight.device, dtype=layer.weight.dtype).train(layer.training)
-    trains = layer.weight.requires_grad
-    norm.weight.requires_grad_(trains if layer.folded is None else layer.folded.weight_trains)
-    norm.bias.requires_grad_(trains if layer.folded is None else layer.folded.bias_trains)
     layer.batchnorm, layer.bias = norm, None
     return norm
 
 
 def attach_batchnorm(traced: fx.GraphModule, layer: str, batchnorm: str) -> None:
     """Makes a BatchNorm of the graph the own one of the layer before it; the caller recompiles."""
-    as_layer(traced.get_submodule(layer)).batchnorm = traced.get_submodule(batchnorm)
-    erase_batchnorm(traced, batchnorm)
+    own = traced.get_submodule(batchnorm)
+    erase_batchnorm(traced, batchnorm, [layer])
+    as_layer(traced.get_submodule(layer)).batchnorm = own
 
 
 def _trains_otherwise(layer: Layer) -> bool:
@@ -215,10 +228,15 @@ def fold_own_batchnorms(traced: fx.GraphModule, skip: Sequence[str] = ()) -> lis
     return pairs
 
 
-def erase_batchnorm(traced: fx.GraphModule, batchnorm: str) -> None:
+def erase_batchnorm(traced: fx.GraphModule, batchnorm: str, layers: Sequence[str] = ()) -> None:
     """Takes a BatchNorm out of the graph; the caller folds its values and recompiles.
 
-    An ``nn.Identity`` has its place among the parts, so that the others keep theirs.
+    Something that passes values on has its place among the parts, so that the others keep theirs.
+
+    Args:
+        traced: the network, changed in place.
+        batchnorm: name of the BatchNorm.
+        layers: names of the layers that take it in.
     """
     for node in list(traced.graph.nodes):
         if node.op == "call_module" and node.target == batchnorm:
@@ -226,7 +244,10 @@ def erase_batchnorm(traced: fx.GraphModule, batchnorm: str) -> None:
             traced.graph.erase_node(node)
     # timm's BatchNorms hold the activation that follows: it stays, under its own name.
     parts = dict(traced.get_submodule(batchnorm).named_children())
-    traced.add_submodule(batchnorm, nn.Identity())
+    place: nn.Module = nn.Identity()
+    if len(layers) == 1:
+        place = BatchNormStandIn(traced.get_submodule(layers[0]))
+    traced.add_submodule(batchnorm, place.train(traced.training))
     for name, part in parts.items():
         traced.add_submodule(f"{batchnorm}.{name}", part)
 
@@ -248,6 +269,8 @@ def batchnorm_to_conv(traced: fx.GraphModule, name: str) -> nn.Conv2d:
     )
     is_frozen = traced.training and not batchnorm.training
     note_folded(conv, batchnorm, norms=torch.ones_like(of_statistics), is_frozen=is_frozen)
+    assert isinstance(conv.folded, Folded)
+    conv.folded = replace(conv.folded, module=None)
     if batchnorm.affine:
         # An optimizer that holds the BatchNorm's parameters goes on training the conv's.
         batchnorm.weight.data = batchnorm.weight.data.view(conv.weight.shape)

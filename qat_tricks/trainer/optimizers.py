@@ -25,7 +25,8 @@ def take_out(group: Group, wanted: set[int]) -> Group:
     for key in ("params", "param_names"):
         if key in group:
             taken[key] = [value for value, out in zip(group[key], gone, strict=True) if out]
-            group[key] = [value for value, out in zip(group[key], gone, strict=True) if not out]
+            # In place, for LBFGS holds the same list.
+            group[key][:] = [value for value, out in zip(group[key], gone, strict=True) if not out]
     return taken
 
 

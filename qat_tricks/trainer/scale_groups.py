@@ -45,7 +45,9 @@ def give_scales_own_group(
             the learning rate itself, and scales are of the order of 0.01).
     """
     if isinstance(optimizer, torch.optim.LBFGS):
-        return  # it has one group and no weight decay
+        # It has one group for good, at whose rate scales would run away: they stay as calibrated.
+        take_out(optimizer.param_groups[0], {id(scale) for scale in scales})
+        return
     factor = (
         lr_factor
         if lr_factor is not None

@@ -77,9 +77,18 @@ def _ends(trainer: "Trainer") -> list[float]:
     ):
         ends.append((trainer.max_epochs - before.epochs) * trainer.num_training_batches)
     if trainer.max_steps > 0:
-        # A step of an optimizer may take several batches.
-        ends.append((trainer.max_steps - before.steps) * trainer.accumulate_grad_batches)
+        ends.append(_batches_of(trainer, trainer.max_steps - before.steps))
     return ends
+
+
+def _batches_of(trainer: "Trainer", steps: int) -> float:
+    """The number of batches that so many steps of an optimizer take."""
+    accumulated, an_epoch = trainer.accumulate_grad_batches, trainer.num_training_batches
+    if not math.isfinite(an_epoch) or an_epoch < 1:
+        return steps * accumulated
+    # An epoch ends with a step, also where fewer batches are left for it.
+    epochs, rest = divmod(steps, math.ceil(an_epoch / accumulated))
+    return epochs * an_epoch + min(rest * accumulated, an_epoch)
 
 
 def is_last_batch(trainer: "Trainer") -> bool:

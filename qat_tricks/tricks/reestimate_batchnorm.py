@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph.inputs import Inputs, call_network, check_batches
+from qat_tricks.graph.inputs import Inputs, batch_size, call_network, check_batches
 from qat_tricks.graph.layers import BATCHNORMS, Layer
 from qat_tricks.graph.modes import evaluating
 from qat_tricks.graph.trace import module_of
@@ -34,7 +34,7 @@ def reestimate_batchnorm(traced: fx.GraphModule, batches: Sequence[Inputs]) -> f
 
     Args:
         traced: a network with BatchNorms, with or without quantizers.
-        batches: the network's inputs.
+        batches: the network's inputs; those that are smaller than the first are left out.
 
     Raises:
         QatTricksError: no batches, or no BatchNorm is left unfolded.
@@ -49,6 +49,9 @@ def reestimate_batchnorm(traced: fx.GraphModule, batches: Sequence[Inputs]) -> f
             "no BatchNorm is left to re-estimate: leave out fold_batchnorm, or leave out this trick"
         )
     check_batches(batches, "to re-estimate BatchNorm on")
+    # All batches count alike, so a rest of a few images would spoil the average.
+    size = batch_size(batches[0])
+    batches = [batch for batch in batches if batch_size(batch) >= size]
     norms = [
         norm
         for norm in norms

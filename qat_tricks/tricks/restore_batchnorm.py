@@ -26,6 +26,7 @@ At high rates running statistics lag behind the weights: a network that gave 98 
 statistics gave 67 % with the running ones. So the last step is followed by an estimate from images.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +67,8 @@ def restore_batchnorm(
         traced: a traced network, quantized and calibrated or not.
         batches: the network's inputs, for the statistics.
         which: ``folded``: layers of which a BatchNorm was folded, unless the user held it in
-            evaluation mode; ``all``: each other conv too.
+            evaluation mode; ``all``: each other conv too. A layer that is called several times
+            stays as it is, for each call has statistics of its own.
         frozen: whether layers of which nothing trains get one too. They are best left as they are,
             unless they are to be unfrozen.
 
@@ -78,10 +80,11 @@ def restore_batchnorm(
     """
     check_which(which)
     check_batches(batches, "to restore BatchNorm on")
+    calls = Counter(str(node.target) for node in traced.graph.nodes if node.op == "call_module")
     chosen = {
         name: layer
         for name, layer in layers(traced).items()
-        if layer.batchnorm is None and _is_chosen(layer, which, frozen)
+        if layer.batchnorm is None and calls[name] == 1 and _is_chosen(layer, which, frozen)
     }
     statistics = _statistics(traced, chosen, batches) if chosen else {}
     entries = spec_of(traced).setdefault("layers", {})
@@ -231,7 +234,7 @@ class RestoreBatchnorm(Trick):
         which: as of ``restore_batchnorm``.
         num_images: for the first statistics, and for the last.
         reestimate: whether the statistics are estimated anew after the last step, before the last
-            validation and checkpoint.
+            validation and checkpoint; after a fit that is stopped early, when it has ended.
     """
 
     after = ("quantize", "calibrate", "correct_weights", "correct_bias")
@@ -243,6 +246,7 @@ class RestoreBatchnorm(Trick):
         self.which = check_which(which)
         self.num_images = check_num_images(num_images)
         self.reestimate = reestimate
+        self._is_due = False
 
     def apply(self, work: Workbench) -> None:
         """Restores the BatchNorms."""
@@ -255,9 +259,22 @@ class RestoreBatchnorm(Trick):
             restore_batchnorm(work.network, images, which=self.which, frozen=work.unfreezes)
             work.note_change("BatchNorm restored", in_training=False)
 
+    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """A fit begins, after which the statistics are to be estimated."""
+        self._is_due = self.reestimate
+
     def on_train_batch_end(self, trainer: "Trainer", pl_module: "LightningModule", *_: Any) -> None:
         """Estimates the statistics anew after the last step."""
+        if self._is_due and is_last_batch(trainer):
+            self._reestimate(pl_module)
+
+    def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Estimates them after a fit that was stopped before what could be foreseen."""
+        if self._is_due:
+            self._reestimate(pl_module)
+
+    def _reestimate(self, pl_module: "LightningModule") -> None:
+        self._is_due = False
         work = workbench_of(pl_module)
-        has_own = any(layer.batchnorm is not None for layer in layers(work.network).values())
-        if self.reestimate and has_own and is_last_batch(trainer):
+        if any(layer.batchnorm is not None for layer in layers(work.network).values()):
             reestimate_batchnorm(work.network, work.batches(self.num_images))

@@ -56,7 +56,8 @@ def zeros_in(path):
 @pytest.mark.feature('ModelCheckpoint(monitor=...), also ckpt_path="best": the best is pruned')
 @pytest.mark.parametrize("end", [0.6, 1.0])
 def test_the_best_network_has_the_final_sparsity(tmp_path, end, caplog):
-    caplog.set_level(logging.INFO)
+    # Another test may have quieted the logger.
+    caplog.set_level(logging.INFO, logger=f"{pl.__name__}.utilities.rank_zero")
     first = keeper(tmp_path / "one", filename="best")
     second = keeper(tmp_path / "two", MyCheckpoint, save_top_k=2, save_last=True)
     every = pl.callbacks.ModelCheckpoint(tmp_path / "all", save_top_k=-1)

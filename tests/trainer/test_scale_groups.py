@@ -41,11 +41,29 @@ def test_scales_leave_their_group_for_one_like_it_without_weight_decay(kind, lr_
     assert rates_with_scales([0.3, 0.4], optimizer) == [0.3, 0.4]  # the user knows both groups
 
 
-def test_an_optimizer_without_scales_or_with_one_group_for_good_stays_as_it_is():
+def test_an_optimizer_without_scales_stays_as_it_is():
     weights, scales = parameters(3), parameters(2)
-    for optimizer in (SGD(weights, lr=0.1), LBFGS([*weights, *scales])):
-        give_scales_own_group(optimizer, scales, [], None)
-        assert len(optimizer.param_groups) == 1
+    optimizer = SGD(weights, lr=0.1)
+    give_scales_own_group(optimizer, scales, [], None)
+    assert len(optimizer.param_groups) == 1
+
+
+def test_lbfgs_which_has_one_group_trains_no_scales():
+    weights, scales = parameters(3), parameters(2)
+    optimizer = LBFGS([*weights, *scales])
+    give_scales_own_group(optimizer, scales, [], None)
+    (group,) = optimizer.param_groups
+    assert [id(p) for p in group["params"]] == [id(p) for p in weights]
+
+    def closure():
+        optimizer.zero_grad()
+        loss = sum((p - 1).square().sum() for p in (*weights, *scales))
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert all(float(p.detach().min()) > 0.5 for p in weights)
+    assert not any(float(p.detach().abs().max()) for p in scales)
 
 
 class OwnLists(torch.optim.lr_scheduler.LRScheduler):

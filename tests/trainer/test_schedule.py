@@ -39,6 +39,8 @@ def fit(note, **settings):
         ({"max_epochs": 2, "limit_train_batches": 3}, 6),
         ({"max_epochs": 2, "accumulate_grad_batches": 2}, 8),
         ({"max_epochs": 9, "max_steps": 3, "accumulate_grad_batches": 2}, 6),
+        # 3 of the 4 batches of an epoch make a step, and the last one another
+        ({"max_epochs": 9, "max_steps": 5, "accumulate_grad_batches": 3}, 11),
     ],
     ids=str,
 )

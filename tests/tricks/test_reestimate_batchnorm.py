@@ -71,6 +71,14 @@ def test_statistics_are_the_plain_average_over_the_batches():
     assert_statistics(traced, expected)
 
 
+def test_a_rest_of_a_few_images_does_not_count():
+    batches = [images(16, seed=5), images(16, seed=6), images(1, seed=7) * 50]
+    traced, without = trace(small_net()), trace(small_net())
+    reestimate_batchnorm(traced, batches)
+    reestimate_batchnorm(without, batches[:2])
+    assert torch.equal(norms(traced)["stem.1"].running_var, norms(without)["stem.1"].running_var)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_nothing_but_the_statistics_changes(training):
     traced = trace(small_net()).train(training)

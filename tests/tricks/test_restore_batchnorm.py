@@ -140,6 +140,28 @@ def test_what_the_user_froze_stays_frozen():
     assert flags == {"block.conv1": False, "block.conv2": True}
 
 
+class Twice(nn.Module):
+    """Calls a conv and its BatchNorm for two inputs of different statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4)
+        self.last, self.bn2 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        one, other = (torch.relu(self.bn(self.conv(part))) for part in (x, 3 * x + 1))
+        return self.bn2(self.last(one + other)).mean((2, 3))
+
+
+def test_a_layer_that_is_called_twice_stays_folded():
+    """Each call would be normalized by statistics of its own, for which one gain does not do."""
+    traced = trace(Twice().eval())
+    fold_batchnorm(traced)
+    for name in ("conv", "last"):
+        as_layer(traced.get_submodule(name))
+    assert restore_batchnorm(traced, [images(32)]) == ["last"]
+
+
 def test_wrong_settings_are_refused():
     with pytest.raises(QatTricksError, match='which="some" is not allowed: give folded or all'):
         restore_batchnorm(trace(small_net()), [images()], which="some")
@@ -244,6 +266,28 @@ def test_in_a_fit_gains_learn_whenever_the_optimizer_was_made(early):
     ours = {key for key in digest.before if ".batchnorm." in key}
     assert len(ours) == 4 * 5
     assert ours <= digest.moved
+
+
+class Drifts(pl.Callback):
+    """Spoils the statistics in each step, and may stop the fit."""
+
+    def __init__(self, stops):
+        self.stops = stops
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        pl_module.backbone.stem[1].running_mean.fill_(100.0)
+        trainer.should_stop = self.stops and trainer.global_step >= 2
+
+
+@pytest.mark.parametrize("stops", [False, True])
+@pytest.mark.parametrize("reestimate", [False, True])
+def test_statistics_are_estimated_anew_when_a_fit_ends_by_itself_or_is_stopped(stops, reestimate):
+    override = f"stages.qat.tricks.restore_batchnorm.reestimate={reestimate}"
+    lit = Lit().train()
+    recipe = qat_tricks.recipe("int8_qat", [override])
+    trainer([*recipe, Drifts(stops)], max_epochs=2, min_epochs=None).fit(lit, datamodule=Data())
+    mean = lit.backbone.stem[1].running_mean
+    assert (mean.abs().max() < 10) == reestimate
 
 
 def test_without_training_nothing_is_restored():
