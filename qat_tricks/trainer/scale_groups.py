@@ -76,16 +76,23 @@ def give_scales_own_group(
             "lr_factor": factor,
         }
         optimizer.param_groups.append({**settings, **moved, **own_settings})
-        # A scheduler has lists with one entry a group; a group more needs an entry more.
         for scheduler in _flatten(schedulers):
-            for key, values in vars(scheduler).items():
-                if (
-                    isinstance(values, list)
-                    and len(values) == len(optimizer.param_groups) - 1
-                    and (key in _PER_GROUP or _is_per_group(scheduler, values))
-                ):
-                    is_rate = isinstance(values[index], float) and "momentum" not in key
-                    values.append(values[index] * factor if is_rate else values[index])
+            _extend_lists(scheduler, len(optimizer.param_groups) - 1, index, factor)
+
+
+def _extend_lists(scheduler: Any, groups: int, index: int, factor: float) -> None:
+    """Adds an entry to each list of ``scheduler`` that has one for each of so many ``groups``.
+
+    It is that of the group ``index``, a rate times ``factor``.
+    """
+    for key, values in vars(scheduler).items():
+        if (
+            isinstance(values, list)
+            and len(values) == groups
+            and (key in _PER_GROUP or _is_per_group(scheduler, values))
+        ):
+            is_rate = isinstance(values[index], float) and "momentum" not in key
+            values.append(values[index] * factor if is_rate else values[index])
 
 
 def rates_with_scales(rates: float | list[float], optimizer: torch.optim.Optimizer) -> list[float]:

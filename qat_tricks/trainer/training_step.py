@@ -1,7 +1,5 @@
 """Runs a module's own step up to the call of its network, and leaves everything as it was."""
 
-import copy
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from qat_tricks.errors import QatTricksError, one_line
 from qat_tricks.graph.inputs import Inputs, input_names, inputs_of, map_tensors
 from qat_tricks.graph.modes import kept_modes
 from qat_tricks.trainer.framework import package_of
+from qat_tricks.trainer.kept_state import kept_state
 from qat_tricks.trainer.module import is_whole, network_of
 
 if TYPE_CHECKING:
@@ -221,7 +220,7 @@ def left_as_it_was(
     loggers, state, configured = trainer.loggers, trainer.state, _Configured(trainer, pl_module)
     fn, stage = state.fn, state.stage
     with ExitStack() as stack:
-        stack.enter_context(_kept_state(pl_module, idle))
+        stack.enter_context(kept_state(pl_module, idle))
         stack.enter_context(kept_modes(pl_module))
         stack.enter_context(attributes(pl_module, **_stand_ins(configured)))
         stack.enter_context(attributes(trainer.strategy, **configured.as_lists()))
@@ -364,79 +363,3 @@ def _stand_ins(configured: _Configured) -> dict[str, Callable[..., Any]]:
         return (still[0] if len(still) == 1 else still) if still else None
 
     return {"optimizers": optimizers, "lr_schedulers": lr_schedulers}
-
-
-# Attributes of a module that are not its state: torch's own, and those that are kept elsewhere.
-_NO_STATE = {"_parameters", "_buffers", "_modules", "training"}
-
-
-@contextmanager
-def _kept_state(pl_module: nn.Module, idle: nn.Module | None) -> Iterator[None]:
-    """Restores the state of every module of ``pl_module`` outside of ``idle``.
-
-    That is parameters, buffers and attributes, so also the counts of metrics.
-    """
-    inside: set[nn.Module] = set() if idle is None else set(idle.modules())
-    restores = [_restore_of(m) for m in pl_module.modules() if m not in inside]
-    try:
-        yield
-    finally:
-        for restore in restores:
-            restore()
-
-
-def _restore_of(module: nn.Module) -> Callable[[], None]:
-    """Remembers the state of one module, and returns what restores it."""
-    attributes = {key: value for key, value in vars(module).items() if key not in _NO_STATE}
-    tables = {key: dict(vars(module)[key]) for key in ("_parameters", "_buffers")}
-    contents = [
-        _restore_of_value(value)
-        for values in (attributes, *tables.values())
-        for value in values.values()
-    ]
-
-    def restore() -> None:
-        for key in vars(module).keys() - attributes.keys() - _NO_STATE:
-            del vars(module)[key]
-        vars(module).update(attributes)
-        for key, table in tables.items():
-            vars(module)[key].clear()
-            vars(module)[key].update(table)
-        for put_back in contents:
-            put_back()
-
-    return restore
-
-
-def _restore_of_value(value: Any, depth: int = 3) -> Callable[[], None]:
-    """Remembers what is in a tensor or plain container, and returns what puts it back in place.
-
-    In place, for others may hold the same object.
-    """
-    if isinstance(value, Tensor):
-        # A tensor of inference mode cannot be changed here, by anyone.
-        unknown = nn.parameter.is_lazy(value) or value.is_meta
-        if unknown or value.is_inference() or value.layout is not torch.strided:
-            return _nothing
-        kept = value.detach().clone()
-
-        def put_back() -> None:
-            if not torch.equal(value, kept):
-                value.data.copy_(kept)  # autograd is not to take it for a change
-
-        return put_back
-    if type(value) not in (list, dict, set, deque) or depth == 0:
-        return _nothing
-    content = copy.copy(value)
-    inner = [
-        _restore_of_value(held, depth - 1)
-        for held in (value.values() if isinstance(value, dict) else value)
-    ]
-
-    def refill() -> None:
-        value.clear()
-        value.extend(content) if isinstance(value, (list, deque)) else value.update(content)
-        for put_back in inner:
-            put_back()
-
-    return refill
