@@ -143,7 +143,12 @@ def _are_inputs(value: Any) -> bool:
 
 
 def _as_classes(labels: Tensor, classes: int) -> Tensor:
-    """Labels as sigmoid losses take them become classes: floats 0 and 1, a column of them."""
+    """Labels as class indices, int64.
+
+    Those that sigmoid losses take become classes: floats 0 and 1, a column of them.
+    """
+    if not labels.is_floating_point() and labels.dtype != torch.bool:
+        labels = labels.long()  # datasets also have bytes and int32
     if classes > 2:
         return labels
     if labels.ndim == 2 and labels.shape[1] == 1:

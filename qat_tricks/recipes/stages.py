@@ -49,7 +49,7 @@ def run_stages(
     """
     if isinstance(recipe, str):
         recipe = load_recipe(recipe)
-    settings = {"enable_checkpointing": False, "logger": False, **(trainer or {})}
+    settings = _trainer_settings(trainer)
     extra_callbacks = list(settings.pop("callbacks", None) or [])
     data = _data(datamodule, val_dataloaders)
     frozen = _held_in_evaluation(module, recipe.network)
@@ -77,6 +77,17 @@ def run_stages(
         if after_stage is not None and recipe.stages:
             after_stage(stage, work.network)
     return module
+
+
+def _trainer_settings(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The arguments of each stage's trainer; raises QatTricksError for what a stage decides."""
+    settings = {"enable_checkpointing": False, "logger": False, **(given or {})}
+    if "max_epochs" in settings:
+        raise QatTricksError(
+            f"trainer={{'max_epochs': {settings['max_epochs']}}} is not allowed: a stage has its "
+            "own epochs; set them in the recipe, as stages.qat.epochs"
+        )
+    return settings
 
 
 def _session(recipe: StagedRecipe, stage: Stage) -> Session:

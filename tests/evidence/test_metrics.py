@@ -33,6 +33,15 @@ def test_figures_of_a_known_confusion():
     assert measured.seconds > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_labels_may_be_any_integers(dtype):
+    batches = _loader([0, 0, 1, 1], [0, 0, 0, 1])
+    others = [(images, labels.to(dtype)) for images, labels in batches]
+    figures = [evaluate_classifier(_oracle(3), loader, 3) for loader in (batches, others)]
+    assert figures[0].accuracy == figures[1].accuracy == pytest.approx(3 / 4)
+    assert figures[0].nll == figures[1].nll
+
+
 def test_batches_do_not_change_the_figures():
     generator = torch.Generator().manual_seed(0)
     logits, labels = (

@@ -155,3 +155,8 @@ def test_what_is_no_loader_is_refused(data, reason):
         qat_tricks.run_stages(Lit(), data(), "int8_ptq", trainer=QUIET)
     with pytest.raises(QatTricksError, match="val_dataloaders beside a data module"):
         qat_tricks.run_stages(Lit(), Data(), "int8_ptq", val_dataloaders=loader())
+
+
+def test_the_epochs_are_those_of_the_stages():
+    with pytest.raises(QatTricksError, match=r"'max_epochs': 3\} is not allowed: a stage has its"):
+        qat_tricks.run_stages(Lit(), Data(), "int8_qat", trainer={"max_epochs": 3})
