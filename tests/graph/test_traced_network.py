@@ -74,7 +74,7 @@ def test_a_sequential_has_only_the_users_layers():
     quantized = qat_tricks.quantize(nn.Sequential(*net, nn.Linear(4 * 36, 3)), [images()])
     assert len(quantized) == 5
     assert isinstance(quantized[-1], nn.Linear)
-    kinds = ["Conv2d", "Identity", "ReLU", "Flatten", "Linear"]
+    kinds = ["Conv2d", "BatchNormStandIn", "ReLU", "Flatten", "Linear"]
     assert [type(layer).__name__ for layer in quantized] == kinds
     assert len(quantized[1:]) == 4
 
