@@ -41,7 +41,7 @@ def give_scales_own_group(
         scales: parameters to move.
         schedulers: the optimizer's learning rate schedulers.
         lr_factor: the scales' learning rate over their old group's; None: 0.1 for SGD (at 1, and a
-            rate of 0.1, networks lost up to ten points), else 0.01 (an adaptive optimizer steps by
+            rate of 0.1, a network lost five points), else 0.01 (an adaptive optimizer steps by
             the learning rate itself, and scales are of the order of 0.01).
     """
     if isinstance(optimizer, torch.optim.LBFGS):
