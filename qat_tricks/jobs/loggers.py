@@ -130,7 +130,7 @@ def report_metrics(report: Mapping[str, Any]) -> dict[str, float]:
 def _log_to_wandb(
     run: Any, metrics: dict[str, float], report: Mapping[str, Any], folder: Path
 ) -> None:
-    rows = [_flatten(_without_before(stage)) for stage in report["stages"]]
+    rows = [_cells(_flatten(_without_before(stage))) for stage in report["stages"]]
     columns = list(dict.fromkeys(key for row in rows for key in row))  # in order, each once
     table = wandb.Table(
         columns=[*columns], data=[[row.get(column) for column in columns] for row in rows]
@@ -143,6 +143,11 @@ def _log_to_wandb(
         if (folder / file).is_file():
             artifact.add_file(str(folder / file), policy="immutable")
     run.log_artifact(artifact)
+
+
+def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a table of W&B takes: it asks one type of a column, and lists differ in theirs."""
+    return {key: value for key, value in row.items() if not isinstance(value, (list, tuple))}
 
 
 def _without_before(stage: Mapping[str, Any]) -> dict[str, Any]:
