@@ -47,8 +47,8 @@ def modes(monkeypatch):
 def test_an_offline_run_holds_metrics_config_table_and_artifact(tmp_path, capfd):
     written = report("int8_ptq")
     # As in a run: the steps of a stage, of which the float one has none.
-    traced = {"name": "traced", "evaluation_db": 200.0, "training_db": None}
-    of_stages = [[], [{**traced, "by_design": False, "undone": []}]]
+    step = {"name": "traced", "evaluation_db": 200.0, "by_design": False, "undone": []}
+    of_stages = [[], [{**step, "training_db": db} for db in (200.0, None)]]
     for stage, steps in zip(written["stages"], of_stages, strict=True):
         stage["equivalence"] = steps
     write_report(tmp_path, written)
