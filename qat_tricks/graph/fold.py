@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.foldable import MATRIX, folds_into, is_supposed_matrix
-from qat_tricks.graph.layers import Layer
+from qat_tricks.graph.layers import OWN_BATCHNORMS, Layer
 from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.surgery import (
     attach_batchnorm,
@@ -75,10 +75,6 @@ def fold_batchnorm(traced: fx.GraphModule, skip: Sequence[str] = ()) -> list[tup
     return own + pairs
 
 
-# Subclasses may compute more than their BatchNorm, such as the activation that follows.
-_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
-
 def attach_batchnorms(traced: fx.GraphModule) -> list[tuple[str, str]]:
     """Gives each BatchNorm that could be folded to its layer, which folds it in evaluation only.
 
@@ -96,7 +92,7 @@ def attach_batchnorms(traced: fx.GraphModule) -> list[tuple[str, str]]:
     pairs = [
         (str(parts[0].target), name)
         for name, parts in parts_of.items()
-        if len(parts) == 1 and type(traced.get_submodule(name)) in _PLAIN
+        if len(parts) == 1 and type(traced.get_submodule(name)) in OWN_BATCHNORMS
     ]
     for layer, batchnorm in pairs:
         attach_batchnorm(traced, layer, batchnorm)

@@ -19,6 +19,9 @@ from qat_tricks.numerics.fake_quantize import straight_through
 # 1d to 3d, synchronized, and Lightning's replacement of a synchronized one
 BATCHNORMS = (nn.modules.batchnorm._BatchNorm,)
 PLAIN_BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+# Those that a layer can have as its own; subclasses may compute more than their BatchNorm, such as
+# the activation that follows.
+OWN_BATCHNORMS = (*PLAIN_BATCHNORMS, nn.SyncBatchNorm)
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
@@ -192,7 +195,7 @@ class Layer(nn.Module):
         if self.batchnorm is None:
             return weight
         # In float64, so that the product is rounded once.
-        return (weight.double() * self._of_channels(self.normalization())).to(weight.dtype)
+        return (weight.double() * self.of_channels(self.normalization())).to(weight.dtype)
 
     def deployed_bias(self) -> Tensor | None:
         """The bias of the layer as it is deployed, with the BatchNorm folded in."""
@@ -246,10 +249,10 @@ class Layer(nn.Module):
         if self.batchnorm is None or self.weight_quantizer.scale is None:
             return scale
         # A scale of its own is that of the weight in training. So the integers stay.
-        factor = self._of_channels(self.normalization()).abs()
+        factor = self.of_channels(self.normalization()).abs()
         return (scale.double() * factor).to(scale.dtype).clamp_min(SMALLEST_NORMAL)
 
-    def _of_channels(self, values: Tensor) -> Tensor:
+    def of_channels(self, values: Tensor) -> Tensor:
         """``values``, ``[C]``, in the shape of the weight's scale."""
         shape = [1] * self.weight.dim()
         shape[self.channel_axis] = -1

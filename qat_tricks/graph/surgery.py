@@ -15,7 +15,7 @@ from qat_tricks.graph.fingerprint import CODE, has_changed
 from qat_tricks.graph.functional import call_instead, install
 from qat_tricks.graph.grids import grid_of, input_grid_of, output_grid_of
 from qat_tricks.graph.integer_ops import Kernel, Mean
-from qat_tricks.graph.layers import PLAIN_BATCHNORMS, Folded, Layer, as_layer, layers
+from qat_tricks.graph.layers import OWN_BATCHNORMS, Folded, Layer, as_layer, layers
 from qat_tricks.graph.spec import KERNELS, QUANTIZERS, spec_of
 from qat_tricks.graph.stand_in import BatchNormStandIn
 from qat_tricks.graph.trace import replace_with_module, trace
@@ -143,7 +143,7 @@ def note_folded(
 
 def _can_be_given_back(layer: nn.Module, batchnorm: Any) -> bool:
     """Whether a BatchNorm can be the own one of ``layer``, with a gain and bias to set."""
-    is_plain = type(batchnorm) in (*PLAIN_BATCHNORMS, nn.SyncBatchNorm)
+    is_plain = type(batchnorm) in OWN_BATCHNORMS
     assert isinstance(layer.weight, torch.Tensor)
     return is_plain and batchnorm.affine and batchnorm.num_features == layer.weight.shape[0]
 

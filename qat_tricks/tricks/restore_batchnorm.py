@@ -174,16 +174,11 @@ def _undo_scaling(layer: Layer, equalized: Equalized) -> None:
     shape = layer.weight_factor.shape
     # A kernel's positions have one factor, so the first of them is that of all.
     inputs = equalized.inputs[tuple(slice(size) for size in shape)]
-    layer.weight_factor.copy_(inputs * _of_outputs(equalized.outputs, layer))
+    layer.weight_factor.copy_(inputs * layer.of_channels(equalized.outputs))
     layer.output_factor.copy_(equalized.outputs)
     layer.weight.div_(layer.weight_factor)
     if layer.bias is not None:
         layer.bias.div_(layer.output_factor)
-
-
-def _of_outputs(values: Tensor, layer: Layer) -> Tensor:
-    """``values``, ``[C]``, in a shape that broadcasts to the weight."""
-    return values.view(-1, *[1] * (layer.weight.dim() - 1))
 
 
 def _restore(layer: Layer, moments: _Moments) -> Any:
@@ -193,17 +188,17 @@ def _restore(layer: Layer, moments: _Moments) -> Any:
         # The gain is multiplied by it, so the weight is not.
         scale = layer.output_factor.double()
         assert layer.weight_factor is not None
-        layer.weight_factor.div_(_of_outputs(layer.output_factor, layer))
-        layer.weight.mul_(_of_outputs(layer.output_factor, layer))
+        layer.weight_factor.div_(layer.of_channels(layer.output_factor))
+        layer.weight.mul_(layer.of_channels(layer.output_factor))
     if layer.bias is not None:
         bias = layer.bias.double() * scale
     folded = layer.folded
     eps, momentum = (EPS, MOMENTUM) if folded is None else (folded.eps, folded.momentum)
     change = _change_of_norm(layer)
     norm = give_batchnorm(layer, eps=eps, momentum=momentum)
-    layer.weight.copy_(layer.weight.double() / _of_outputs(change, layer))
+    layer.weight.copy_(layer.weight.double() / layer.of_channels(change))
     if layer.weight_quantizer is not None and layer.weight_quantizer.scale is not None:
-        layer.weight_quantizer.scale.div_(_of_outputs(change, layer))
+        layer.weight_quantizer.scale.div_(layer.of_channels(change))
     norm.running_var.copy_(moments.variance / change.square())
     norm.running_mean.copy_((moments.mean - bias) / change)
     norm.weight.copy_(change * (norm.running_var.double() + eps).sqrt() / scale)
