@@ -10,17 +10,15 @@ and Stein 1961, "Estimation with quadratic loss").
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from qat_tricks.errors import QatTricksError
-from qat_tricks.graph.inputs import Inputs, as_tensors, check_batches
+from qat_tricks.graph.inputs import Inputs, check_batches
 from qat_tricks.graph.layers import Layer
 from qat_tricks.graph.modes import evaluating, unrounded_sums
+from qat_tricks.graph.streams import Stream
 from qat_tricks.graph.trace import module_of
-from qat_tricks.graph.two_modes import EvaluationInterpreter
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.progress import track
 from qat_tricks.trainer.trick import Trick, check_num_images
@@ -45,11 +43,11 @@ def correct_bias(
     check_batches(batches, "to correct biases on")
     # A sum that is rounded to its grid hides errors below half a step.
     with evaluating(traced, reference), unrounded_sums(traced):
-        _correct(traced, _Stream(traced, batches), _Stream(reference, batches))
+        _correct(traced, Stream(traced, batches), Stream(reference, batches))
     return traced
 
 
-def _correct(traced: fx.GraphModule, quantized: "_Stream", reference: "_Stream") -> None:
+def _correct(traced: fx.GraphModule, quantized: Stream, reference: Stream) -> None:
     """Walks both networks side by side and corrects each layer before the next one runs."""
     for node in track(list(traced.graph.nodes), "correct bias"):
         layer = module_of(node, traced)
@@ -98,41 +96,6 @@ def _certain(errors: Tensor) -> Tensor:
     # (se / mean)^2, with the variance of the mean in the place of se^2.
     chance = errors.var(0) / len(errors) / mean.square().clamp_min(1e-300)
     return (mean * (1 - chance).clamp_min(0)).float()
-
-
-class _Stream:
-    """Runs a graph node by node on all batches at once; a value is kept until its last use."""
-
-    def __init__(self, traced: fx.GraphModule, batches: Sequence[Inputs]) -> None:
-        self.interpreter = [EvaluationInterpreter(traced) for _ in batches]
-        for interpreter, batch in zip(self.interpreter, batches, strict=True):
-            interpreter.args_iter = iter(as_tensors(batch))
-        self.nodes = iter(traced.graph.nodes)
-
-    def advance(self) -> list[Tensor]:
-        """Runs the next node; returns its output for each batch."""
-        return self._run(next(self.nodes))
-
-    def run_until(self, name: str) -> list[Tensor]:
-        """Runs up to and with the node called ``name``."""
-        for node in self.nodes:
-            outputs = self._run(node)
-            if node.name == name:
-                return outputs
-        raise QatTricksError(
-            f'the float reference has no "{name}": give the network that was quantized'
-        )
-
-    def _run(self, node: fx.Node) -> list[Any]:
-        outputs = []
-        for interpreter in self.interpreter:
-            output = interpreter.run_node(node)
-            # Outputs that no later node reads are dropped: all batches are in memory at once.
-            interpreter.env[node] = output
-            for done in interpreter.user_to_last_uses.get(node, []):
-                del interpreter.env[done]
-            outputs.append(output)
-        return outputs
 
 
 class CorrectBias(Trick):
