@@ -16,6 +16,7 @@
                          "factors": bool}}
     activations  {name: {"scheme": scheme, "activation": "relu" | "relu6" | None,
                          "nodes": [node, ...], "learned": bool}}
+    proofs       [proof, ...]                  what each trick did to the output (``graph.proof``)
     applied      [trick, ...]                  tricks done in the current stage
     history      [trick, ...]                  tricks done in all stages
 

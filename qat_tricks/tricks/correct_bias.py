@@ -168,6 +168,7 @@ class CorrectBias(Trick):
 
     requires = (Calibrate,)
     after = ("tune_ranges", "correct_weights")
+    judged = True
 
     def __init__(self, num_images: int = 128) -> None:
         super().__init__()

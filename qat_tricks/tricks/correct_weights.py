@@ -101,6 +101,7 @@ class CorrectWeights(Trick):
     """Callback of ``correct_weights``."""
 
     requires = (Quantize,)
+    judged = True
 
     def apply(self, work: Workbench) -> None:
         """Corrects every quantized layer of the network."""

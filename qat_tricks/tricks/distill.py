@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat_tricks.errors import QatTricksError
+from qat_tricks.graph.logits import logits_of
 from qat_tricks.graph.two_modes import yields_by_mode
-from qat_tricks.graph.workbench import logits_of
 from qat_tricks.trainer.module import workbench_of
 from qat_tricks.trainer.schedule import check_fraction
 from qat_tricks.trainer.trick import Trick
