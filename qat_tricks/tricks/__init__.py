@@ -11,6 +11,7 @@ from qat_tricks.tricks.distill import Distill, distill
 from qat_tricks.tricks.equalize import Equalize, equalize
 from qat_tricks.tricks.fold_batchnorm import FoldBatchnorm, batchnorms_to_convs, fold_batchnorm
 from qat_tricks.tricks.freeze_batchnorm import FreezeBatchnorm, freeze_batchnorm
+from qat_tricks.tricks.gptq import Gptq, gptq
 from qat_tricks.tricks.learn_scales import LearnScales, learn_scales
 from qat_tricks.tricks.prune import Prune, prune
 from qat_tricks.tricks.quantize import Quantize, quantize
@@ -26,6 +27,7 @@ __all__ = [
     "Equalize",
     "FoldBatchnorm",
     "FreezeBatchnorm",
+    "Gptq",
     "LearnScales",
     "Prune",
     "Quantize",
@@ -41,6 +43,7 @@ __all__ = [
     "equalize",
     "fold_batchnorm",
     "freeze_batchnorm",
+    "gptq",
     "learn_scales",
     "prune",
     "quantize",
