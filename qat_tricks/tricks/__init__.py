@@ -13,6 +13,7 @@ from qat_tricks.tricks.fold_batchnorm import FoldBatchnorm, batchnorms_to_convs,
 from qat_tricks.tricks.freeze_batchnorm import FreezeBatchnorm, freeze_batchnorm
 from qat_tricks.tricks.gptq import Gptq, gptq
 from qat_tricks.tricks.learn_scales import LearnScales, learn_scales
+from qat_tricks.tricks.learned_rounding import LearnedRounding, learned_rounding
 from qat_tricks.tricks.prune import Prune, prune
 from qat_tricks.tricks.quantize import Quantize, quantize
 from qat_tricks.tricks.reestimate_batchnorm import ReestimateBatchnorm, reestimate_batchnorm
@@ -29,6 +30,7 @@ __all__ = [
     "FreezeBatchnorm",
     "Gptq",
     "LearnScales",
+    "LearnedRounding",
     "Prune",
     "Quantize",
     "ReestimateBatchnorm",
@@ -45,6 +47,7 @@ __all__ = [
     "freeze_batchnorm",
     "gptq",
     "learn_scales",
+    "learned_rounding",
     "prune",
     "quantize",
     "reestimate_batchnorm",
