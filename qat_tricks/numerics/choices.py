@@ -1,0 +1,122 @@
+"""Chooses one option in each of several places, so that the errors sum to least under a budget.
+
+This is the multiple-choice knapsack problem, which HAWQ-V3 (Yao et al. 2021, arXiv 2011.10680,
+section 3.3) solves for bits a layer, and "Optimal Brain Compression" (Frantar and Alistarh 2022,
+arXiv 2208.11580, section 6) for sparsity a layer. ``scipy.optimize.milp`` solves it exactly.
+
+Where this differs: a cost may belong to the options of two places together, as the bits of a weight
+times those of the activation that it meets. For each such product there is a variable more, whose
+sums are those of its two places; so the program stays linear.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import LinearConstraint, milp
+from scipy.sparse import coo_array
+
+from qat_tricks.errors import QatTricksError
+
+SLACK = 1e-6  # of a budget: sums of floats, and the solver's own tolerance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """A cost that two places have together."""
+
+    places: tuple[int, int]
+    costs: Sequence[Sequence[float]]  # of each option of the first, with each of the second
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Term:
+    """One variable: a place's option, or the options of a pair of places."""
+
+    error: float
+    cost: float
+
+
+def choose(
+    errors: Sequence[Sequence[float]],
+    costs: Sequence[Sequence[float]],
+    budget: float,
+    pairs: Sequence[Pair] = (),
+) -> list[int] | None:
+    """The option of each place: the errors sum to least, and the costs to at most ``budget``.
+
+    Args:
+        errors: of each place, of each of its options; finite, and at least 0.
+        costs: likewise.
+        budget: above 0.
+        pairs: costs of two places together.
+
+    Returns:
+        The index of an option for each place; None where every choice costs more.
+    """
+    terms, rows = _program(errors, costs, pairs)
+    # The solver's tolerances are absolute, so both sums are brought near to one.
+    known = [term.error for term in terms if term.error > 0]
+    unit = float(np.median(known)) if known else 1.0
+    price = np.array([term.cost for term in terms]) / budget
+    solution = milp(
+        c=np.array([term.error for term in terms]) / unit * 1e3,
+        integrality=np.ones(len(terms)),
+        bounds=(0, 1),
+        constraints=[*rows, LinearConstraint(price[None], ub=1 + SLACK)],
+        options={"mip_rel_gap": 0.0},
+    )
+    if solution.x is None:
+        if solution.status == 2:  # infeasible
+            return None
+        raise QatTricksError(f"the integer program was not solved ({solution.message.strip()})")
+    chosen, place = [], 0
+    for options in errors:
+        chosen.append(int(np.argmax(solution.x[place : place + len(options)])))
+        place += len(options)
+    return chosen
+
+
+def cost_of(
+    chosen: Sequence[int], costs: Sequence[Sequence[float]], pairs: Sequence[Pair] = ()
+) -> float:
+    """What a choice costs."""
+    alone = sum(options[index] for options, index in zip(costs, chosen, strict=True))
+    return alone + sum(pair.costs[chosen[pair.places[0]]][chosen[pair.places[1]]] for pair in pairs)
+
+
+def _program(
+    errors: Sequence[Sequence[float]], costs: Sequence[Sequence[float]], pairs: Sequence[Pair]
+) -> tuple[list[_Term], list[LinearConstraint]]:
+    """The variables, and the equations that make them a choice."""
+    terms: list[_Term] = []
+    first_of: list[int] = []  # the first variable of each place
+    equations: list[tuple[list[int], list[int], int]] = []  # variables, their signs, the sum
+    for of_place, priced in zip(errors, costs, strict=True):
+        first_of.append(len(terms))
+        terms += [_Term(error=e, cost=c) for e, c in zip(of_place, priced, strict=True)]
+        members = list(range(first_of[-1], len(terms)))
+        equations.append((members, [1] * len(members), 1))
+    for pair in pairs:
+        first, second = (first_of[place] for place in pair.places)
+        start, width = len(terms), len(pair.costs[0])
+        terms += [_Term(error=0.0, cost=c) for row in pair.costs for c in row]
+        # The variables of a row sum to the first place's option, those of a column to the second's.
+        for i in range(len(pair.costs)):
+            row = [start + i * width + j for j in range(width)]
+            equations.append(([*row, first + i], [1] * width + [-1], 0))
+        for j in range(width):
+            column = [start + i * width + j for i in range(len(pair.costs))]
+            equations.append(([*column, second + j], [1] * len(column) + [-1], 0))
+    matrix = coo_array(
+        (
+            np.array([sign for _, signs, _ in equations for sign in signs], dtype=float),
+            (
+                np.array([i for i, (members, _, _) in enumerate(equations) for _ in members]),
+                np.array([member for members, _, _ in equations for member in members]),
+            ),
+        ),
+        shape=(len(equations), len(terms)),
+    )
+    sums = np.array([total for _, _, total in equations], dtype=float)
+    return terms, [LinearConstraint(matrix.tocsr(), lb=sums, ub=sums)]
