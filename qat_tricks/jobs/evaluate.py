@@ -28,6 +28,7 @@ from qat_tricks.deploy.runtimes.registry import (
 from qat_tricks.evidence.ledger import Ledger, LedgerRow
 from qat_tricks.evidence.metrics import Metrics, agreement, evaluate_classifier
 from qat_tricks.evidence.report import write_report
+from qat_tricks.graph.spec import mixed_precision_of
 from qat_tricks.jobs.artifact import (
     Artifact,
     export_artifact,
@@ -202,6 +203,9 @@ class _Evaluation:
                 else None
             ),
             "parity": compared,
+            "mixed_precision": (
+                None if artifact.simulated is None else mixed_precision_of(artifact.simulated)
+            ),
             **device,
             "preprocessing": artifact.preprocessing.described(),
             "normalization": BUILT_IN if deployed.normalizes else "outside",

@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import LinearConstraint, milp
-from scipy.sparse import coo_array
 
 from qat_tricks.errors import QatTricksError
 
+INFEASIBLE = 2  # the solver's status
 SLACK = 1e-6  # of a budget: sums of floats, and the solver's own tolerance
 
 
@@ -37,6 +36,15 @@ class _Term:
     cost: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Equation:
+    """A sum of variables, each with a sign, that has to be ``total``."""
+
+    variables: list[int]
+    signs: list[int]
+    total: int
+
+
 def choose(
     errors: Sequence[Sequence[float]],
     costs: Sequence[Sequence[float]],
@@ -54,20 +62,30 @@ def choose(
     Returns:
         The index of an option for each place; None where every choice costs more.
     """
-    terms, rows = _program(errors, costs, pairs)
+    # It takes longer to load than most networks to quantize, which do without.
+    from scipy.optimize import LinearConstraint, milp
+
+    terms, equations = _program(errors, costs, pairs)
+    matrix = np.zeros((len(equations), len(terms)))
+    for row, equation in zip(matrix, equations, strict=True):
+        row[equation.variables] = equation.signs
+    totals = [equation.total for equation in equations]
     # The solver's tolerances are absolute, so both sums are brought near to one.
     known = [term.error for term in terms if term.error > 0]
     unit = float(np.median(known)) if known else 1.0
-    price = np.array([term.cost for term in terms]) / budget
+    prices = np.array([[term.cost for term in terms]]) / budget
     solution = milp(
         c=np.array([term.error for term in terms]) / unit * 1e3,
         integrality=np.ones(len(terms)),
         bounds=(0, 1),
-        constraints=[*rows, LinearConstraint(price[None], ub=1 + SLACK)],
+        constraints=[
+            LinearConstraint(matrix, lb=totals, ub=totals),
+            LinearConstraint(prices, ub=1 + SLACK),
+        ],
         options={"mip_rel_gap": 0.0},
     )
     if solution.x is None:
-        if solution.status == 2:  # infeasible
+        if solution.status == INFEASIBLE:
             return None
         raise QatTricksError(f"the integer program was not solved ({solution.message.strip()})")
     chosen, place = [], 0
@@ -87,36 +105,25 @@ def cost_of(
 
 def _program(
     errors: Sequence[Sequence[float]], costs: Sequence[Sequence[float]], pairs: Sequence[Pair]
-) -> tuple[list[_Term], list[LinearConstraint]]:
+) -> tuple[list[_Term], list[_Equation]]:
     """The variables, and the equations that make them a choice."""
     terms: list[_Term] = []
     first_of: list[int] = []  # the first variable of each place
-    equations: list[tuple[list[int], list[int], int]] = []  # variables, their signs, the sum
+    equations: list[_Equation] = []
     for of_place, priced in zip(errors, costs, strict=True):
         first_of.append(len(terms))
         terms += [_Term(error=e, cost=c) for e, c in zip(of_place, priced, strict=True)]
         members = list(range(first_of[-1], len(terms)))
-        equations.append((members, [1] * len(members), 1))
+        equations.append(_Equation(variables=members, signs=[1] * len(members), total=1))
     for pair in pairs:
         first, second = (first_of[place] for place in pair.places)
         start, width = len(terms), len(pair.costs[0])
         terms += [_Term(error=0.0, cost=c) for row in pair.costs for c in row]
         # The variables of a row sum to the first place's option, those of a column to the second's.
-        for i in range(len(pair.costs)):
-            row = [start + i * width + j for j in range(width)]
-            equations.append(([*row, first + i], [1] * width + [-1], 0))
-        for j in range(width):
-            column = [start + i * width + j for i in range(len(pair.costs))]
-            equations.append(([*column, second + j], [1] * len(column) + [-1], 0))
-    matrix = coo_array(
-        (
-            np.array([sign for _, signs, _ in equations for sign in signs], dtype=float),
-            (
-                np.array([i for i, (members, _, _) in enumerate(equations) for _ in members]),
-                np.array([member for members, _, _ in equations for member in members]),
-            ),
-        ),
-        shape=(len(equations), len(terms)),
-    )
-    sums = np.array([total for _, _, total in equations], dtype=float)
-    return terms, [LinearConstraint(matrix.tocsr(), lb=sums, ub=sums)]
+        table = [[start + i * width + j for j in range(width)] for i in range(len(pair.costs))]
+        sums = [(row, first + i) for i, row in enumerate(table)]
+        sums += [(list(column), second + j) for j, column in enumerate(zip(*table, strict=True))]
+        for variables, option in sums:
+            signs = [*[1] * len(variables), -1]
+            equations.append(_Equation(variables=[*variables, option], signs=signs, total=0))
+    return terms, equations

@@ -12,6 +12,7 @@ from qat_tricks.tricks.equalize import Equalize, equalize
 from qat_tricks.tricks.fold_batchnorm import FoldBatchnorm, batchnorms_to_convs, fold_batchnorm
 from qat_tricks.tricks.freeze_batchnorm import FreezeBatchnorm, freeze_batchnorm
 from qat_tricks.tricks.learn_scales import LearnScales, learn_scales
+from qat_tricks.tricks.mixed_precision import MixedPrecision, mixed_precision
 from qat_tricks.tricks.prune import Prune, prune
 from qat_tricks.tricks.quantize import Quantize, quantize
 from qat_tricks.tricks.reestimate_batchnorm import ReestimateBatchnorm, reestimate_batchnorm
@@ -27,6 +28,7 @@ __all__ = [
     "FoldBatchnorm",
     "FreezeBatchnorm",
     "LearnScales",
+    "MixedPrecision",
     "Prune",
     "Quantize",
     "ReestimateBatchnorm",
@@ -42,6 +44,7 @@ __all__ = [
     "fold_batchnorm",
     "freeze_batchnorm",
     "learn_scales",
+    "mixed_precision",
     "prune",
     "quantize",
     "reestimate_batchnorm",
