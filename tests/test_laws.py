@@ -44,6 +44,7 @@ DEFERRED = {
     ("cli.command_line", "qat_tricks.cli.check_train"): "evaluate.py does without Lightning",
     ("jobs.artifact", "qat_tricks.jobs.checkpoint"): "an ONNX file is measured without Lightning",
     ("recipes.recipe", "qat_tricks.settings.compose"): "a recipe without overrides needs no Hydra",
+    ("numerics.choices", "scipy.optimize"): "it takes longer to load than quantizing takes",
     ("files", "torch"): "reading and writing JSON costs nothing",
     ("deploy.runtimes.openvino", "openvino"): "an extra",
     ("models.build", "timm"): "an extra",

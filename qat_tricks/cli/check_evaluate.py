@@ -19,6 +19,7 @@ _VALUES = (
     "data",
     "runtimes",
     "allow_preprocessing_change",
+    "sensitivity",
 )
 
 
@@ -35,10 +36,14 @@ def check_evaluate(config: DictConfig) -> None:
     # Every part is checked, and all errors are reported at once.
     problems.of(lambda: make("measure", DeviceMeasure, settings["measure"]))
     problems.of(lambda: _check_runtimes(settings["runtimes"]))
-    change = settings["allow_preprocessing_change"]
-    if not isinstance(change, bool):
+    for name in ("allow_preprocessing_change", "sensitivity"):
+        value = settings[name]
+        if not isinstance(value, bool):
+            problems.messages.append(f"{name}={value!r} is not allowed: give true or false")
+    if settings["sensitivity"] is True and str(settings["artifact"]).endswith(".onnx"):
         problems.messages.append(
-            f"allow_preprocessing_change={change!r} is not allowed: give true or false"
+            "sensitivity=true needs a .ckpt, for the layers of a .onnx cannot be put back into "
+            "float: give artifact=model.ckpt, which lies beside it"
         )
     for name in ("artifact", "float", "folder"):
         path = settings[name]

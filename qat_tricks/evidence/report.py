@@ -44,8 +44,9 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
         folder: the run's folder, made when it is missing.
         report: plain data with at least ``REQUIRED_KEYS``. ``packed_bytes`` is the size that the
             int8 file would have at its weights' own bits. ``load_ms``, ``throughput``,
-            ``runtimes``, ``normalization``, ``target`` and ``preprocessing_change`` fill their
-            sections. ``environment`` defaults to ``environment()``.
+            ``runtimes``, ``normalization``, ``target``, ``sensitivity``, ``mixed_precision`` and
+            ``preprocessing_change`` fill their sections. ``environment`` defaults to
+            ``environment()``.
 
     Raises:
         QatTricksError: a key is missing, or the folder cannot be written.
@@ -98,6 +99,8 @@ def render(report: dict[str, Any]) -> str:
         "throughput": report.get("throughput") or [],
         "runtimes": report.get("runtimes") or {},
         "preprocessing_change": report.get("preprocessing_change"),
+        "sensitivity": report.get("sensitivity"),
+        "mixed_precision": report.get("mixed_precision"),
         "normalization": report.get("normalization"),
         "target": target,
         "target_needs": needs,

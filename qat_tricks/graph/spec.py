@@ -17,6 +17,8 @@
     activations  {name: {"scheme": scheme, "activation": "relu" | "relu6" | None,
                          "nodes": [node, ...], "learned": bool}}
     proofs       [proof, ...]                  what each trick did to the output (``graph.proof``)
+    mixed_precision {"budget", "share", "reached", "parts": [{"name", "kind", "bits", "kl"}, ...]}
+                                               bits that were chosen, and the error of each part
     applied      [trick, ...]                  tricks done in the current stage
     history      [trick, ...]                  tricks done in all stages
 
@@ -27,7 +29,7 @@ dict, under the keys that ``surgery.rebuild`` creates again.
 
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from qat_tricks.errors import QatTricksError
 
@@ -46,3 +48,9 @@ def spec_of(traced: fx.GraphModule) -> dict[str, Any]:
             "this network was not traced by qat_tricks: call qat_tricks.graph.trace(network) first"
         )
     return traced.meta["qat_tricks"]
+
+
+def mixed_precision_of(network: nn.Module) -> dict[str, Any] | None:
+    """The bits that were chosen for ``network``, as its spec has them; None if none were."""
+    meta: Any = getattr(network, "meta", {})
+    return meta.get("qat_tricks", {}).get("mixed_precision")

@@ -28,6 +28,7 @@ from qat_tricks.deploy.runtimes.registry import (
 from qat_tricks.evidence.ledger import Ledger, LedgerRow
 from qat_tricks.evidence.metrics import Metrics, agreement, evaluate_classifier
 from qat_tricks.evidence.report import write_report
+from qat_tricks.graph.spec import mixed_precision_of
 from qat_tricks.jobs.artifact import (
     Artifact,
     export_artifact,
@@ -36,6 +37,7 @@ from qat_tricks.jobs.artifact import (
 )
 from qat_tricks.jobs.config import evaluation_folder, timing
 from qat_tricks.jobs.isolation import torch_threads
+from qat_tricks.jobs.sensitivity import check_sensitivity, measure_artifact
 
 
 def evaluate_artifact(config: DictConfig) -> dict[str, Any]:
@@ -67,6 +69,8 @@ def _evaluate_artifact(config: DictConfig) -> dict[str, Any]:
 
     given = {"module": config.module, "data": _given_data(config)}
     artifact = load_artifact(Path(config.artifact), **given)
+    if config.sensitivity:
+        check_sensitivity(artifact)
     # the data as config.data describes them; the artifact's own preprocessing may be another
     data_as_configured = build_data(**_data_options(config, artifact))
     changes = preprocessing_changes(
@@ -98,8 +102,10 @@ def _evaluate_artifact(config: DictConfig) -> dict[str, Any]:
         report["preprocessing_change"] = evaluation.with_other_preprocessing(
             deployed, _loaded(data_as_configured), changes, metrics
         )
-    write_report(folder, report)
     Console().print(evaluation.ledger.as_table())
+    if config.sensitivity:
+        report["sensitivity"] = measure_artifact(artifact, data, folder)
+    write_report(folder, report)
     return report
 
 
@@ -197,6 +203,9 @@ class _Evaluation:
                 else None
             ),
             "parity": compared,
+            "mixed_precision": (
+                None if artifact.simulated is None else mixed_precision_of(artifact.simulated)
+            ),
             **device,
             "preprocessing": artifact.preprocessing.described(),
             "normalization": BUILT_IN if deployed.normalizes else "outside",

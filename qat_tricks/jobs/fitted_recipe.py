@@ -9,6 +9,7 @@ from qat_tricks.deploy.targets import target_named
 from qat_tricks.jobs.config import StageOverride
 from qat_tricks.recipes.recipe import Stage, StagedRecipe, build_recipe
 from qat_tricks.settings.binding import Problems, make
+from qat_tricks.tricks.mixed_precision import MixedPrecision
 from qat_tricks.tricks.quantize import Quantize
 
 
@@ -35,6 +36,8 @@ def fitted_recipe(config: DictConfig) -> StagedRecipe:
         if isinstance(trick, Quantize):
             # The tricks were made for this run, and no other recipe shares them.
             trick.settings = trick.settings.limited_to(target)
+        if isinstance(trick, MixedPrecision):
+            trick.limit(target)
     return replace(recipe, stages=[_overridden(stage, override) for stage in recipe.stages])
 
 

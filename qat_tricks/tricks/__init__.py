@@ -14,6 +14,7 @@ from qat_tricks.tricks.freeze_batchnorm import FreezeBatchnorm, freeze_batchnorm
 from qat_tricks.tricks.gptq import Gptq, gptq
 from qat_tricks.tricks.learn_scales import LearnScales, learn_scales
 from qat_tricks.tricks.learned_rounding import LearnedRounding, learned_rounding
+from qat_tricks.tricks.mixed_precision import MixedPrecision, mixed_precision
 from qat_tricks.tricks.prune import Prune, prune
 from qat_tricks.tricks.quantize import Quantize, quantize
 from qat_tricks.tricks.reestimate_batchnorm import ReestimateBatchnorm, reestimate_batchnorm
@@ -31,6 +32,7 @@ __all__ = [
     "Gptq",
     "LearnScales",
     "LearnedRounding",
+    "MixedPrecision",
     "Prune",
     "Quantize",
     "ReestimateBatchnorm",
@@ -48,6 +50,7 @@ __all__ = [
     "gptq",
     "learn_scales",
     "learned_rounding",
+    "mixed_precision",
     "prune",
     "quantize",
     "reestimate_batchnorm",

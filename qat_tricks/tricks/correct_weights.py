@@ -102,6 +102,7 @@ class CorrectWeights(Trick):
 
     requires = (Quantize,)
     judged = True
+    after = ("mixed_precision",)
 
     def apply(self, work: Workbench) -> None:
         """Corrects every quantized layer of the network."""

@@ -16,13 +16,12 @@ from qat_tricks.graph.fold import attach_batchnorms
 from qat_tricks.graph.inputs import input_names
 from qat_tricks.graph.integers import note_integers
 from qat_tricks.graph.layers import layers
+from qat_tricks.graph.other_bits import fit_low_bit_scale
 from qat_tricks.graph.place import place_quantizers
 from qat_tricks.graph.quantize_settings import QuantizeSettings
 from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.trainer.trick import Trick
-
-OWN_SCALE_BITS = 4  # weights of 4 bits or fewer have a scale of their own
 
 
 def quantize(
@@ -44,12 +43,8 @@ def quantize(
     attach_batchnorms(traced)
     place_quantizers(traced, settings, **changes)
     for name, layer in layers(traced).items():
-        if (
-            layer.weight_quantizer is not None
-            and layer.weight_quantizer.scheme.bits <= OWN_SCALE_BITS
-        ):
-            # Of the masked weight: zeros of pruned weights need no range.
-            layer.weight_quantizer.fit_mse(layer.masked_weight())
+        quantizer = layer.weight_quantizer
+        if quantizer is not None and fit_low_bit_scale(quantizer, layer):
             # A rebuilt network so gets the parameter that the checkpoint has a value for.
             spec_of(traced)["layers"][name]["scale"] = True
     return traced

@@ -24,3 +24,11 @@ def test_all_wrong_settings_are_told_at_once():
     for part in ("artifact=3 is", "runtimes=[] is", "data=3 is", "runs=0", '"foo"'):
         assert part in told
     assert "float=" not in told  # null: the one beside the artifact
+
+
+def test_sensitivity_is_of_a_checkpoint():
+    assert "sensitivity='x'" in refusal("artifact=a.ckpt", "sensitivity=x")
+    told = refusal("artifact=a.onnx", "sensitivity=true")
+    assert "needs a .ckpt" in told
+    assert "give artifact=model.ckpt" in told
+    check_evaluate(composed("artifact=a.ckpt", "data=digits", "sensitivity=true", name="evaluate"))

@@ -160,3 +160,14 @@ def test_each_step_stands_against_the_users_own_network(tmp_path):
     assert "your network → traced → folded → caps filled: 141, 139, 52 by design dB." in text
     write_report(tmp_path, report())
     assert "your network" not in (tmp_path / "report.md").read_text()
+
+
+def test_chosen_bits_stand_in_the_report(tmp_path):
+    part = {"name": "conv|1", "kind": "weights", "bits": 3, "kl": 0.0125}
+    chosen = {"share": 0.5, "unit": "bits of the weights", "reached": 0.49, "images": 64}
+    chosen |= {"kl": 0.02, "together": 0.03, "parts": [part]}
+    write_report(tmp_path, report(mixed_precision=chosen))
+    text = (tmp_path / "report.md").read_text()
+    assert "50.00% of the bits of the weights with 8 bits everywhere; reached: 49.00%" in text
+    assert "sum to 0.02" in text
+    assert "| conv\\|1 | weights | 3 | 0.0125 |" in text

@@ -143,7 +143,9 @@ print(sorted(absent & set(sys.modules)))
 
 
 def test_a_checkpoint_is_exported_with_what_it_says_of_itself(ran, tmp_path):
-    report = evaluate(ran / "model.ckpt", tmp_path)
+    report = evaluate(ran / "model.ckpt", tmp_path, "sensitivity=true")
+    worst = read_report(tmp_path)["sensitivity"]["parts"][0]
+    assert f"| {worst['name']} | {worst['kind']} | 8 |" in (tmp_path / "report.md").read_text()
     assert report["parity"]["top1_agreement"] == 1
     assert report["parity"]["max_abs_error"] < 1e-5
     assert report["runtimes"]["onnxruntime"]["parity"] == report["parity"]

@@ -1,6 +1,10 @@
 """The recipe of a run: fitted to its target, with the settings of ``stage``."""
 
+import pytest
+
+from qat_tricks.errors import QatTricksError
 from qat_tricks.jobs.fitted_recipe import fitted_recipe
+from qat_tricks.tricks.mixed_precision import MixedPrecision
 from qat_tricks.tricks.quantize import Quantize
 from tests.helpers.configs import composed
 
@@ -16,6 +20,19 @@ def test_a_target_reaches_the_quantizers_of_every_stage():
     assert {
         trick.settings.activations for trick in recipe.tricks if isinstance(trick, Quantize)
     } == {"signed_symmetric"}
+
+
+def test_a_target_limits_the_bits_that_a_layer_may_get():
+    given = ["recipe=mixed_ptq", "target=onnxruntime_cpu_no_vnni"]
+    (trick,) = (t for t in fitted_recipe(composed(*given)).tricks if isinstance(t, MixedPrecision))
+    assert trick.weight_bits == (2, 3, 4, 6, 7)
+    bops = "recipe.stages.ptq.tricks.mixed_precision={budget: bops, activation_bits: [4, 8]}"
+    given = ["recipe=mixed_ptq", "target=tensorrt", bops]
+    (trick,) = (t for t in fitted_recipe(composed(*given)).tricks if isinstance(t, MixedPrecision))
+    assert trick.activation_bits == (8,)
+    given[-1] = bops.replace(", 8", "")
+    with pytest.raises(QatTricksError, match="not for this target: TensorRT takes int8"):
+        fitted_recipe(composed(*given))
 
 
 def test_stage_settings_reach_the_stages_they_are_for():

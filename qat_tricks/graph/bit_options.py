@@ -1,0 +1,175 @@
+"""The bits that each weight and activation of a network may get: their errors and their costs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import fx
+
+from qat_tricks.errors import QatTricksError, did_you_mean
+from qat_tricks.graph.inputs import Inputs, call_network
+from qat_tricks.graph.layers import activation_quantizers, layers
+from qat_tricks.graph.macs import Call, macs_of_calls
+from qat_tricks.graph.modes import evaluating, float_mode
+from qat_tricks.graph.other_bits import activation_on_grid, weight_on_grid
+from qat_tricks.graph.sensitivity import ACTIVATIONS, WEIGHTS, errors_alone
+from qat_tricks.graph.spec import spec_of
+from qat_tricks.numerics import make_estimator
+from qat_tricks.numerics.choices import Pair
+from qat_tricks.numerics.range_estimators import RangeEstimator
+from qat_tricks.numerics.scheme import MAX_BITS
+
+FLOAT_BITS = 32  # of an input that is on no grid
+LARGEST_ERROR = 1e6  # nats; an infinite one would leave a program without a solution
+UNITS: Mapping[str, str] = {"size": "bits of the weights", "bops": "MACs times bits"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A weight or an activation, with the bits that it may get."""
+
+    name: str  # of the layer, or of the activation quantizer in the graph
+    kind: str  # "weights" or "activations"
+    options: Sequence[int]  # bits; its own where they are not to be chosen
+    is_free: bool  # whether they are
+    size: int = 0  # values of the weight
+
+
+def weight_places(
+    traced: fx.GraphModule, bits: Sequence[int], include: Sequence[str], exclude: Sequence[str]
+) -> list[Place]:
+    """The quantized weights, each with its options.
+
+    Args:
+        traced: the quantized network.
+        bits: those that a weight may get.
+        include, exclude: name patterns of the layers that change; the others have one option.
+
+    Raises:
+        QatTricksError: a pattern that matches nothing, or scales that were learned.
+    """
+    found = {
+        name: layer for name, layer in layers(traced).items() if layer.weight_quantizer is not None
+    }
+    for pattern in [*include, *exclude]:
+        if not any(fnmatchcase(name, pattern) for name in found):
+            raise QatTricksError(
+                f'pattern "{pattern}" matches no quantized layer: {did_you_mean(pattern, found)}'
+            )
+    learned = [
+        name for name in found if spec_of(traced).get("layers", {}).get(name, {}).get("learned")
+    ]
+    if learned:
+        raise QatTricksError(
+            f"the scale of {learned[0]} is learned already, and would be lost with its bits: put "
+            "mixed_precision before learn_scales"
+        )
+    places = []
+    for name, layer in found.items():
+        changes = any(fnmatchcase(name, pattern) for pattern in include) and not any(
+            fnmatchcase(name, pattern) for pattern in exclude
+        )
+        assert layer.weight_quantizer is not None
+        own = [layer.weight_quantizer.scheme.bits]
+        places.append(
+            Place(
+                name=name,
+                kind=WEIGHTS,
+                options=bits if changes else own,
+                is_free=changes,
+                size=layer.weight.numel(),
+            )
+        )
+    return places
+
+
+def activation_places(traced: fx.GraphModule, bits: Sequence[int] | None) -> list[Place]:
+    """The activation quantizers, each with its options; None leaves each its own bits."""
+    return [
+        Place(
+            name=name,
+            kind=ACTIVATIONS,
+            options=sorted(set(bits or [quantizer.scheme.bits])),
+            is_free=bits is not None,
+        )
+        for name, quantizer in activation_quantizers(traced).items()
+    ]
+
+
+@torch.no_grad()
+def option_errors(
+    traced: fx.GraphModule, batches: Sequence[Inputs], places: Sequence[Place]
+) -> list[list[float]]:
+    """The divergence that each option of each place causes alone; 0 where none is free."""
+    observers = observers_of(traced, batches, places)
+    tried = [(place, bits) for place in places for bits in place.options if place.is_free]
+    changes = [
+        weight_on_grid(traced, place.name, bits)
+        if place.kind == WEIGHTS
+        else activation_on_grid(traced, place.name, bits, observers[place.name])
+        for place, bits in tried
+    ]
+    with float_mode(traced):
+        _, measured = errors_alone(traced, batches, changes, "measure sensitivity")
+    by_option = {
+        (place.name, bits): error.kl for (place, bits), error in zip(tried, measured, strict=True)
+    }
+    return [
+        [min(by_option.get((place.name, bits), 0.0), LARGEST_ERROR) for bits in place.options]
+        for place in places
+    ]
+
+
+def observers_of(
+    traced: fx.GraphModule, batches: Sequence[Inputs], places: Sequence[Place]
+) -> dict[str, RangeEstimator]:
+    """For each activation that is to change, what finds its range at any bits."""
+    observed = {
+        place.name: make_estimator("mse")
+        for place in places
+        if place.kind == ACTIVATIONS and place.is_free
+    }
+    if not observed:
+        return {}
+    quantizers = activation_quantizers(traced)
+    try:
+        for name, observer in observed.items():
+            quantizers[name].observer = observer
+        with evaluating(traced), float_mode(traced):
+            for batch in batches:
+                call_network(traced, batch)
+    finally:
+        for name in observed:
+            quantizers[name].observer = None
+    return observed
+
+
+def option_costs(
+    traced: fx.GraphModule, inputs: Inputs, places: Sequence[Place], budget: str
+) -> tuple[list[list[float]], list[Pair], float]:
+    """The costs of each option, those of pairs of places, and the cost with 8 bits everywhere."""
+    if budget == "size":
+        costs = [[float(place.size * bits) for bits in place.options] for place in places]
+        return costs, [], float(MAX_BITS * sum(place.size for place in places))
+    costs = [[0.0] * len(place.options) for place in places]
+    index = {place.name: number for number, place in enumerate(places)}
+    names = {quantizer: name for name, quantizer in activation_quantizers(traced).items()}
+    pairs, whole = [], 0.0
+    calls: list[Call] = [c for c in macs_of_calls(traced, inputs) if c.layer in index]
+    for call in calls:
+        whole += call.macs * MAX_BITS * MAX_BITS
+        weight = index[call.layer]
+        of_weight = [call.macs * bits for bits in places[weight].options]
+        if call.grid is None:  # an input in float has the bits that it has
+            for option, products in enumerate(of_weight):
+                costs[weight][option] += products * FLOAT_BITS
+            continue
+        activation = index[names[call.grid]]
+        table = [[float(p * bits) for bits in places[activation].options] for p in of_weight]
+        if len(table[0]) == 1:  # nothing to choose there: a cost of the weight alone
+            for option, row in enumerate(table):
+                costs[weight][option] += row[0]
+        else:
+            pairs.append(Pair(places=(weight, activation), costs=table))
+    return costs, pairs, whole
