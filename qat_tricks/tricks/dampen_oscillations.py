@@ -233,7 +233,7 @@ class DampenOscillations(Trick):
         frozen = [track.frozen for track in self._tracks.values()]
         if frozen:
             share = sum(float(f.sum()) for f in frozen) / sum(f.numel() for f in frozen)
-            pl_module.log("frozen_weights", share, batch_size=1)
+            pl_module.log("frozen_weights", share, batch_size=1, sync_dist=True)
 
     def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Lets go of the optimizers."""
