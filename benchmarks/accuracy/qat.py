@@ -7,7 +7,8 @@
 The float network is fine-tuned to these images first, once for each network; then each recipe is
 trained from it with each seed, in an ordinary trainer. All are processes of their own, several at
 once. A job is the name of a recipe, then overrides of it; ``epochs=6``, ``lr=0.01`` and
-``batch=256`` replace what the recipe and the options say for this job alone. What has its result in
+``batch=256`` replace what the recipe and the options say for this job alone, and ``average=0.998``
+adds Lightning's ``EMAWeightAveraging`` with that decay. What has its result in
 ``--runs`` already is not run again, and a job that fails or takes too long ends no other.
 
 Data and networks stay on the device; each step's images are shifted by up to 4 pixels and half of
@@ -43,6 +44,7 @@ from common import table_row
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SHIFT = 4  # pixels, each way
+OWN_WORDS = ("epochs", "lr", "batch", "average")  # of a job, and no overrides
 Z95 = 1.959964  # of a two-sided interval of 95 %
 COLUMNS = (
     "network",
@@ -75,6 +77,7 @@ class Job:
     epochs: int | None = None  # None: as the recipe says
     lr: float | None = None
     batch: int = 128
+    average: float | None = None  # decay of averaged weights
     limit: int | None = None  # train images
     test_images: int | None = None
 
@@ -241,6 +244,10 @@ def _train_recipe(job: Job, network: nn.Module, data: Any) -> tuple[nn.Module, l
         rate = next((stage.lr for stage in staged.training if stage.lr), 0.002)
         module = _Module(network, job.lr or rate)
         callbacks = recipe(name, overrides, report=False)
+        if job.average is not None:
+            from pytorch_lightning.callbacks import EMAWeightAveraging
+
+            callbacks.append(EMAWeightAveraging(decay=job.average))
         fit = _trainer(job, job.epochs or epochs, callbacks, seconds)
         fit.fit(module, datamodule=data)
     return module.network.cpu().eval(), seconds
@@ -492,9 +499,7 @@ def _float_job(name: str, weights: str, args: argparse.Namespace) -> Job:
 
 def _recipe_job(text: str, seed: int, float_job: Job, args: argparse.Namespace) -> Job:
     words = shlex.split(text)
-    own = dict(
-        word.split("=", 1) for word in words if word.split("=")[0] in ("epochs", "lr", "batch")
-    )
+    own = dict(word.split("=", 1) for word in words if word.split("=")[0] in OWN_WORDS)
     job = replace(
         float_job,
         recipe=tuple(words),
@@ -502,6 +507,7 @@ def _recipe_job(text: str, seed: int, float_job: Job, args: argparse.Namespace) 
         epochs=int(own["epochs"]) if "epochs" in own else args.epochs,
         lr=float(own["lr"]) if "lr" in own else args.lr,
         batch=int(own.get("batch", args.batch)),
+        average=float(own["average"]) if "average" in own else None,
     )
     key = _key({**asdict(job), "device": None, "threads": None, "data": None, "result": None})
     file = args.runs / f"{float_job.network}_{words[0]}_{seed}_{key}.json"
@@ -544,7 +550,7 @@ def _be_a_job(text: str) -> None:
     settings = json.loads(text)
     job = Job(**{**settings, "recipe": tuple(settings["recipe"])})
     # The words of a job's own settings are no overrides.
-    words = [w for w in job.recipe if w.split("=")[0] not in ("epochs", "lr", "batch")]
+    words = [w for w in job.recipe if w.split("=")[0] not in OWN_WORDS]
     try:
         result = run_job(replace(job, recipe=tuple(words)))
     except Exception as error:
