@@ -19,7 +19,7 @@ follows their largest value, of 5 and more bits, have steps too small to matter 
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -94,7 +94,11 @@ def _on_grid(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass(kw_only=True)
 class Track:
-    """What is known of the integers of one layer's weight; all tensors have the weight's shape."""
+    """What is known of the integers of some layers' weights.
+
+    All tensors are flat, one layer's weights behind the other's: a GPU would spend longer on
+    starting the work of each layer than on the work.
+    """
 
     integers: Tensor  # int8, after the last step; of frozen weights for good
     direction: Tensor  # int8, of the last change: -1, 1, or 0 before the first one
@@ -103,9 +107,10 @@ class Track:
     frozen: Tensor  # bool
 
     @classmethod
-    def of(cls, layer: Layer) -> "Track":
-        """The beginning for ``layer`` as it is now."""
-        _, integers, _ = _on_grid(layer)
+    @torch.no_grad()
+    def of(cls, chosen: Sequence[Layer]) -> "Track":
+        """The beginning for layers as they are now."""
+        integers = torch.cat([_on_grid(layer)[1].flatten() for layer in chosen])
         return cls(
             integers=integers.to(torch.int8),
             direction=torch.zeros_like(integers, dtype=torch.int8),
@@ -114,39 +119,73 @@ class Track:
             frozen=torch.zeros_like(integers, dtype=torch.bool),
         )
 
+    @classmethod
+    def joined(cls, tracks: Sequence["Track"]) -> "Track":
+        """One track of all the layers of several."""
+        parts = [track.as_dict() for track in tracks]
+        return cls(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+    def split(self, sizes: Sequence[int]) -> list["Track"]:
+        """The parts of so many weights each, which are views of this track."""
+        parts = {name: tensor.split(list(sizes)) for name, tensor in self.as_dict().items()}
+        return [
+            Track(**{name: parts[name][place] for name in parts}) for place in range(len(sizes))
+        ]
+
     def as_dict(self) -> dict[str, Tensor]:
         """The tensors by name; ``Track(**track.as_dict())`` is the way back."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @torch.no_grad()
-    def follow(self, layer: Layer, threshold: float, momentum: float) -> None:
-        """Takes in a step of ``layer``, and freezes what oscillates too often.
+    def follow(self, chosen: Sequence[Layer], threshold: float, momentum: float) -> None:
+        """Takes in a step, and freezes what oscillates too often.
 
         Args:
-            layer: after the step; its frozen weights are put back.
+            chosen: the layers of this track after the step; frozen weights are put back.
             threshold: the frequency above which a weight is frozen.
             momentum: share of the new step in the moving averages.
         """
-        _, now, scale = _on_grid(layer)
-        if layer.weight_mask is not None:
-            self.frozen &= layer.weight_mask != 0  # pruned since
+        found = [_on_grid(layer) for layer in chosen]
+        lives = _unpruned(chosen)
+        if lives is not None:
+            self.frozen &= lives  # others were pruned since
+        now = torch.cat([integers.flatten() for _, integers, _ in found])
         now = torch.where(self.frozen, self.integers, now)
         change = (now - self.integers).sign_().to(torch.int8)
         oscillates = (change * self.direction) == -1
-        self.direction = torch.where(change != 0, change, self.direction)
+        self.direction.copy_(torch.where(change != 0, change, self.direction))
         self.frequency.lerp_(oscillates.float(), momentum)
         self.average.lerp_(now, momentum)
         fresh = (self.frequency > threshold) & ~self.frozen
-        if layer.weight_mask is not None:
-            fresh &= layer.weight_mask != 0
+        if lives is not None:
+            fresh &= lives
         now = torch.where(fresh, self.average.round(), now)
         self.frozen |= fresh
-        self.integers = now.to(torch.int8)
-        weight = now * scale
-        if layer.weight_factor is not None:
-            weight = weight / layer.weight_factor
-        # No look at whether there are frozen ones, which would wait for the GPU.
-        layer.weight.copy_(torch.where(self.frozen, weight.to(layer.weight.dtype), layer.weight))
+        self.integers.copy_(now)
+        # No look at whether any are frozen, which would wait for the GPU.
+        sizes = [layer.weight.numel() for layer in chosen]
+        pieces = zip(chosen, found, now.split(sizes), self.frozen.split(sizes), strict=True)
+        for layer, (_, _, scale), integers, frozen in pieces:
+            weight = integers.view_as(layer.weight) * scale
+            if layer.weight_factor is not None:
+                weight = weight / layer.weight_factor
+            weight = weight.to(layer.weight.dtype)
+            layer.weight.copy_(torch.where(frozen.view_as(weight), weight, layer.weight))
+
+
+def _unpruned(chosen: Sequence[Layer]) -> Tensor | None:
+    """Which weights of the layers are not pruned, flat; None where no layer is."""
+    masks = [layer.weight_mask for layer in chosen]
+    if all(mask is None for mask in masks):
+        return None
+    return torch.cat(
+        [
+            torch.ones_like(layer.weight, dtype=torch.bool).flatten()
+            if mask is None
+            else (mask != 0).flatten()
+            for layer, mask in zip(chosen, masks, strict=True)
+        ]
+    )
 
 
 class DampenOscillations(Trick):
@@ -189,6 +228,7 @@ class DampenOscillations(Trick):
         self.method, self.weight, self.momentum = method, weight, momentum
         self.first_threshold, self.threshold = first_threshold, threshold
         self._tracks: dict[str, Track] = {}
+        self._of_names: dict[tuple[str, ...], Track] = {}  # of several layers, by their names
         self._handles: list[Any] = []
 
     def apply(self, work: Workbench) -> None:
@@ -203,10 +243,9 @@ class DampenOscillations(Trick):
             return
         network = workbench_of(pl_module).network
         for name, layer in low_bit_layers(network).items():
-            if name not in self._tracks:
-                self._tracks[name] = Track.of(layer)
-            known = self._tracks[name].as_dict().items()
-            self._tracks[name] = Track(**{k: v.to(layer.weight.device) for k, v in known})
+            known = self._tracks.get(name) or Track.of([layer])
+            device = layer.weight.device
+            self._tracks[name] = Track(**{k: v.to(device) for k, v in known.as_dict().items()})
         follow = partial(self._follow, trainer, network)
         self._handles = [o.register_step_post_hook(follow) for o in trainer.optimizers]
 
@@ -225,8 +264,24 @@ class DampenOscillations(Trick):
         """After a step of ``optimizer``: follows the weights that it holds."""
         rise = _half_cosine(fit_progress(trainer))
         threshold = self.first_threshold + rise * (self.threshold - self.first_threshold)
-        for name, layer in _held(optimizer, network).items():
-            self._tracks[name].follow(layer, threshold, self.momentum)
+        held = _held(optimizer, network)
+        if held:
+            self._joined(held).follow(list(held.values()), threshold, self.momentum)
+
+    def _joined(self, held: Mapping[str, Layer]) -> Track:
+        """One track of the layers held, of which those of each layer are parts."""
+        names = tuple(held)
+        if names not in self._of_names:
+            joined = Track.joined([self._tracks[name] for name in names])
+            parts = joined.split([layer.weight.numel() for layer in held.values()])
+            self._tracks |= dict(zip(names, parts, strict=True))
+            # Layers change hands where a finetuning callback unfreezes them.
+            self._of_names = {
+                known: track
+                for known, track in self._of_names.items()
+                if set(known).isdisjoint(names)
+            } | {names: joined}
+        return self._of_names[names]
 
     def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Logs the share of the weights that are frozen."""
@@ -249,6 +304,7 @@ class DampenOscillations(Trick):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._of_names.clear()  # the parts stay
 
     def reset(self) -> None:
         """Forgets an earlier fit."""
@@ -256,7 +312,11 @@ class DampenOscillations(Trick):
 
     def state_dict(self) -> dict[str, Any]:
         """What is known of the integers, by layer."""
-        return {name: track.as_dict() for name, track in self._tracks.items()}
+        # Copies, for a part would be saved with the whole that it is a view of.
+        return {
+            name: {key: tensor.clone() for key, tensor in track.as_dict().items()}
+            for name, track in self._tracks.items()
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on with what was known."""

@@ -117,11 +117,11 @@ def test_freezing_is_the_papers_algorithm_whatever_the_scale_does(has_factor):
 
     scale = layer.weight_quantizer.scale.data
     put(wanted[0])
-    track, seen = Track.of(layer), []
+    track, seen = Track.of([layer]), []
     for given in wanted[1:]:
         scale.mul_(1.02)  # in place, as a step of the optimizer
         put(given)
-        track.follow(layer, 0.2, 0.1)
+        track.follow([layer], 0.2, 0.1)
         seen.append(integers(layer).flatten())
     for place_of, found in enumerate(torch.stack(seen, 1).tolist()):
         by_hand = followed_by_hand(wanted[:, place_of].tolist(), 0.2, 0.1)
@@ -131,14 +131,15 @@ def test_freezing_is_the_papers_algorithm_whatever_the_scale_does(has_factor):
 
 def test_pruned_weights_are_let_go():
     layer = layers(quantized())["right"]
-    track = Track.of(layer)
+    track = Track.of([layer])
     track.frozen[:] = True
+    first = layer.weight[0].numel()
     layer.weight_mask = torch.zeros_like(layer.weight)
     layer.weight_mask[0] = 1
     layer.weight.data.mul_(layer.weight_mask)
-    track.follow(layer, 0.1, 0.01)
-    assert bool(track.frozen[0].all())
-    assert not bool(track.frozen[1:].any())
+    track.follow([layer], 0.1, 0.01)
+    assert bool(track.frozen[:first].all())
+    assert not bool(track.frozen[first:].any())
     assert not bool(layer.weight[1:].any())
 
 
@@ -216,12 +217,12 @@ def test_frozen_integers_are_those_that_are_deployed_beside_pruning():
     frozen = 0
     for name, layer in low_bit_layers(lit.backbone).items():
         track = trick._tracks[name]
-        kept = track.frozen & (layer.weight_mask != 0)
+        kept = track.frozen.view_as(layer.weight) & (layer.weight_mask != 0)
         sign = 1.0
         if layer.batchnorm is not None:  # a negative gain turns the deployed weight around
             sign = layer.of_channels(layer.normalization().sign()).float()
         found = integers(layer) * sign
-        assert torch.equal(found[kept], track.integers.float()[kept]), name
+        assert torch.equal(found[kept], track.integers.view_as(layer.weight).float()[kept]), name
         frozen += int(kept.sum())
     assert frozen > 10
     assert not lit.trainer.optimizers[0]._optimizer_step_post_hooks  # nobody follows any more
