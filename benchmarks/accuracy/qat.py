@@ -149,7 +149,9 @@ def tensors_of_folder(folder: Path, file: Path) -> Path:
         content: dict[str, Tensor] = {}
         for part in ("train", "test"):
             images = ImageFolder(str(folder / part), pil_to_tensor)
-            pairs = list(track(images, f"decoding {part}", total=len(images), transient=True))
+            with ThreadPoolExecutor() as pool:  # Pillow decodes outside of Python's lock
+                decoded = pool.map(images.__getitem__, range(len(images)))
+                pairs = list(track(decoded, f"decoding {part}", len(images), transient=True))
             content[f"{part}_x"] = torch.stack([image for image, _ in pairs])
             content[f"{part}_y"] = torch.tensor([label for _, label in pairs])
         torch.save(content, file)
