@@ -44,6 +44,7 @@ run(tricks.gptq, traced, reference, batches)
 run(tricks.correct_bias, traced, reference, batches)
 assert run(tricks.restore_batchnorm, traced, batches)
 run(tricks.learn_scales, traced)
+run(tricks.dampen_oscillations, layers(traced).values(), 0.1)
 assert run(tricks.prune, traced, 0.5) >= 0.5
 run(tricks.distill, torch.randn(4, 10), torch.randn(4, 10))
 assert run(tricks.freeze_batchnorm, unfolded) > 0

@@ -30,7 +30,7 @@ from qat_tricks.graph.block_values import BlockInterpreter, KeptTensor
 from qat_tricks.graph.blocks import Block
 from qat_tricks.graph.integer_ops import Elementwise, Mean
 from qat_tricks.graph.layers import Layer
-from qat_tricks.graph.workbench import logits_of
+from qat_tricks.graph.logits import logits_of
 from qat_tricks.numerics import ActivationQuantizer
 from qat_tricks.numerics.fake_quantize import fake_quantize_between
 from qat_tricks.numerics.soft_rounding import SoftRounding, partly_rounded

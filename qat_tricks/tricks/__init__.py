@@ -7,6 +7,7 @@ from qat_tricks.trainer.trick import Trick
 from qat_tricks.tricks.calibrate import Calibrate, calibrate
 from qat_tricks.tricks.correct_bias import CorrectBias, correct_bias
 from qat_tricks.tricks.correct_weights import CorrectWeights, correct_weights
+from qat_tricks.tricks.dampen_oscillations import DampenOscillations, dampen_oscillations
 from qat_tricks.tricks.distill import Distill, distill
 from qat_tricks.tricks.equalize import Equalize, equalize
 from qat_tricks.tricks.fold_batchnorm import FoldBatchnorm, batchnorms_to_convs, fold_batchnorm
@@ -25,6 +26,7 @@ __all__ = [
     "Calibrate",
     "CorrectBias",
     "CorrectWeights",
+    "DampenOscillations",
     "Distill",
     "Equalize",
     "FoldBatchnorm",
@@ -43,6 +45,7 @@ __all__ = [
     "calibrate",
     "correct_bias",
     "correct_weights",
+    "dampen_oscillations",
     "distill",
     "equalize",
     "fold_batchnorm",

@@ -32,6 +32,7 @@ from qat_tricks.graph.float_names import float_names
 from qat_tricks.graph.grids import grid_of
 from qat_tricks.graph.inputs import Inputs, as_tensors, batch_size, check_batches, first_images
 from qat_tricks.graph.layers import Layer, activation_quantizers
+from qat_tricks.graph.logits import logits_of
 from qat_tricks.graph.modes import evaluating
 from qat_tricks.graph.near_ties import avoid_rounding_ties
 from qat_tricks.graph.reconstruct import (
@@ -44,7 +45,7 @@ from qat_tricks.graph.reconstruct import (
 )
 from qat_tricks.graph.trace import module_of
 from qat_tricks.graph.two_modes import EvaluationInterpreter
-from qat_tricks.graph.workbench import Workbench, logits_of
+from qat_tricks.graph.workbench import Workbench
 from qat_tricks.numerics import ActivationQuantizer
 from qat_tricks.progress import Bar
 from qat_tricks.trainer.trick import Trick, check_num_images
