@@ -213,6 +213,7 @@ class Gptq(Trick):
 
     requires = (Calibrate,)
     after = ("tune_ranges", "correct_weights")
+    judged = True
 
     def __init__(self, num_images: int = 256) -> None:
         super().__init__()

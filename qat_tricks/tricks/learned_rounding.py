@@ -394,6 +394,7 @@ class LearnedRounding(Trick):
 
     requires = (Calibrate,)
     after = ("tune_ranges", "correct_weights", "gptq")
+    judged = True
 
     def __init__(
         self,
