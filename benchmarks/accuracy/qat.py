@@ -23,6 +23,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -169,9 +170,11 @@ def run_job(job: Job) -> dict[str, Any]:
     pl.seed_everything(job.seed, workers=True, verbose=False)
     start = time.perf_counter()
     data = read_data(Path(job.data))
-    test_x, test_y = data["test_x"][: job.test_images], data["test_y"][: job.test_images]
+    # Files may be sorted by class. The same test images in every job.
+    some = torch.randperm(len(data["test_x"]), generator=torch.Generator().manual_seed(0))
+    some = some[: job.test_images].sort().values
+    test_x, test_y = data["test_x"][some], data["test_y"][some]
     device = torch.device(job.device)
-    # Files may be sorted by class.
     order = torch.randperm(len(data["train_x"]), generator=torch.Generator().manual_seed(job.seed))
     order = order[: job.limit]
     train_x, train_y = data["train_x"][order].to(device), data["train_y"][order].to(device)
@@ -285,7 +288,9 @@ def _epoch_clock(seconds: list[float]) -> Any:
 
         def on_train_epoch_end(self, trainer: Any, *_: Any) -> None:
             seconds.append(time.perf_counter() - self.start)
-            print(f"epoch {trainer.current_epoch}: {seconds[-1]:.1f} s", flush=True)
+            # Those that tricks log at an epoch's end are of the epoch before.
+            logged = {key: f"{float(v):.4f}" for key, v in trainer.callback_metrics.items()}
+            print(f"epoch {trainer.current_epoch}: {seconds[-1]:.1f} s {logged}", flush=True)
 
     return Clock()
 
@@ -361,7 +366,9 @@ def _lightning_parts() -> tuple[type, type]:
 
         def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
             images, labels = batch
-            return F.cross_entropy(self(images), labels)
+            loss = F.cross_entropy(self(images), labels)
+            self.log("loss", loss, on_step=False, on_epoch=True)
+            return loss
 
         def configure_optimizers(self) -> Any:
             steps = max(6, int(self.trainer.estimated_stepping_batches))
@@ -408,6 +415,7 @@ def main() -> None:
     if args.job:
         _be_a_job(args.job)
         return
+    signal.signal(signal.SIGTERM, _end)
     args.runs.mkdir(parents=True, exist_ok=True)
     if args.data.is_dir():
         args.data = tensors_of_folder(args.data, args.runs / "data.pt")
@@ -520,6 +528,9 @@ def _key(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
 
 
+_running: set[subprocess.Popen[bytes]] = set()
+
+
 def _run_process(job: Job, limit: float, args: argparse.Namespace) -> dict[str, Any]:
     """Runs a job in a process of its own, and returns its result."""
     file = Path(job.result)
@@ -534,6 +545,7 @@ def _run_process(job: Job, limit: float, args: argparse.Namespace) -> dict[str, 
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment
         )
+        _running.add(process)
         try:
             code = process.wait(None if math.isinf(limit) else limit)
         except subprocess.TimeoutExpired:
@@ -542,10 +554,18 @@ def _run_process(job: Job, limit: float, args: argparse.Namespace) -> dict[str, 
             if process.poll() is None:
                 process.kill()
                 process.wait()
+            _running.discard(process)
     if code == 0 and file.is_file():
         return json.loads(file.read_text())
     lines = log.read_text().strip().splitlines() or ["nothing was printed"]
     return {"failed": f"exit status {code}: {lines[-1][:300]}"}
+
+
+def _end(*_: object) -> None:
+    """Ends the jobs with this process."""
+    for process in list(_running):
+        process.kill()
+    os._exit(143)
 
 
 def _be_a_job(text: str) -> None:
