@@ -96,10 +96,14 @@ class FitReport:
         if not trainer.is_global_zero:
             return
         moments = [self._before, self._prepared, _Moment(self._end, zeros(work.network))]
-        proofs = proof_lines(spec_of(work.network).get("proofs", []))
-        table = self._table(moments, work.images, trainer.global_step, proofs)
+        proofs = spec_of(work.network).get("proofs", [])
+        table = self._table(moments, work.images, trainer.global_step, proof_lines(proofs))
         Console().print(table)
         figures = _figures(moments, self._placed, work.images)
+        for proof in proofs:
+            if proof["kl_kept"] is not None:
+                for key in ("kl_before", "kl_kept"):
+                    figures[f"{PREFIX}proofs/{proof['trick']}/{key}"] = proof[key]
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=trainer.global_step)
 
