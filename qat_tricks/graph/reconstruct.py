@@ -7,7 +7,10 @@ drawn anew in each step, are not quantized, so that the weights suit other image
 Where this differs:
 
 - The error is measured in units of what it is before, so that one setting suits all blocks.
-- Rounding is fixed part by part, and not driven by a regularizer (see ``numerics.soft_rounding``).
+- Rounding is fixed layer by layer and part by part, and not driven by a regularizer (see
+  ``numerics.soft_rounding``).
+- The scales of the weights' channels are learned beside the rounding. Where a channel has few
+  weights, as in a depthwise conv, they make up for much.
 - Biases are learned beside the rounding, and take up the mean error.
 - Activations of 8 bits are clipped and not rounded while weights are learned: beside weights of few
   bits that rounding is nothing, and it costs.
@@ -38,7 +41,8 @@ from qat_tricks.numerics.soft_rounding import SoftRounding, partly_rounded
 POSITIONS = 25_000
 BATCHES = (2, 32)  # the fewest and the most images of a step
 # The shares of the steps between which weights are fixed, and in how many parts.
-FIRST_FIXED, ALL_FIXED, PARTS = 0.2, 0.95, 64
+FIRST_FIXED, ALL_FIXED, PARTS = 0.1, 0.9, 64
+FALLS = 0.7  # the share of the steps after which those of biases and scales become smaller
 FINE_BITS = 8
 # Of the draws of dropped values: how many are windows of one, and how far those may shift.
 USES, SLACK = 24, 2**16
@@ -59,8 +63,8 @@ class ReconstructSettings:
     learn_activation_scales: bool = True
     # Steps of Adam: of the logits of the rounding, of scales relative to themselves, and of biases
     # relative to the spread of their channel.
-    lr: float = 0.1
-    scale_lr: float = 0.002
+    lr: float = 0.05
+    scale_lr: float = 0.005
     bias_lr: float = 0.002
 
     def __post_init__(self) -> None:
@@ -98,6 +102,8 @@ class _LearnedLayer:
         self.rounding = SoftRounding(exact, present, stays & (present == 0), scheme)
         bias = layer.deployed_bias()
         self.bias = None if bias is None else bias.detach().clone()
+        # By what the scale of each channel is multiplied, of the shape of the scale.
+        self.ratio = torch.ones_like(self.scale).requires_grad_()
         # What is added to the bias, in units of the spread of each channel's output, [C].
         self.shift = torch.zeros(len(bias), device=weight.device) if bias is not None else None
         if self.shift is not None:
@@ -112,7 +118,7 @@ class _LearnedLayer:
 
     def current(self) -> tuple[Tensor, Tensor | None]:
         """The weight and the bias, both of them differentiable."""
-        weight = self.rounding.steps() * self.scale
+        weight = self.rounding.steps() * (self.scale * self.ratio)
         if self.bias is None or self.shift is None:
             return weight, None
         return weight, self.bias + self.shift * self.spread
@@ -121,7 +127,10 @@ class _LearnedLayer:
     def write(self) -> None:
         """Writes what was learned to the layer's own parameters."""
         layer = self.layer
-        _write_weight(layer, self.rounding.rounded() * self.scale)
+        assert layer.weight_quantizer is not None
+        assert layer.weight_quantizer.scale is not None
+        layer.weight_quantizer.scale.mul_(self.ratio)
+        _write_weight(layer, self.rounding.rounded() * (self.scale * self.ratio))
         bias: Any = layer.bias if layer.batchnorm is None else layer.batchnorm.bias
         if self.shift is not None and bias is not None:
             shift = self.shift * self.spread
@@ -273,9 +282,17 @@ def images_of_a_step(positions: int, images: int) -> int:
     return min(images, max(fewest, min(most, POSITIONS // max(positions, 1))))
 
 
-def share_fixed(progress: float) -> float:
-    """The share of the weights that are fixed after a share ``progress`` of the steps."""
-    return min(1.0, max(0.0, (progress - FIRST_FIXED) / (ALL_FIXED - FIRST_FIXED)))
+def share_fixed(progress: float, place: int, layers: int) -> float:
+    """The share of a layer's weights that are fixed after a share ``progress`` of the steps.
+
+    Args:
+        progress: 0 to 1.
+        place: the layer's among those of the block, from 0.
+        layers: their number.
+    """
+    # One layer after the other: those behind it make up for what its rounding has cost.
+    done = (progress - FIRST_FIXED) / (ALL_FIXED - FIRST_FIXED) * layers
+    return min(1.0, max(0.0, done - place))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,9 +355,10 @@ def reconstruct(
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step % every == 0:
-            for of_layer in layers.values():
-                of_layer.rounding.fix(share_fixed((step + 1) / settings.iterations))
+        if step % every == 0 or step == settings.iterations - 1:
+            progress = (step + 1) / settings.iterations
+            for place, of_layer in enumerate(layers.values()):
+                of_layer.rounding.fix(share_fixed(progress, place, len(layers)))
         step_done()
     for learned in layers.values():
         learned.write()
@@ -352,9 +370,10 @@ def _optimizer(
     layers: Iterable[_LearnedLayer], scales: Iterable[_LearnedScale], settings: ReconstructSettings
 ) -> torch.optim.Optimizer:
     layers = list(layers)
+    ratios = [layer.ratio for layer in layers]
     groups: list[dict[str, Any]] = [
         {"params": [x.shift for x in layers if x.shift is not None], "lr": settings.bias_lr},
-        {"params": [scale.ratio for scale in scales], "lr": settings.scale_lr},
+        {"params": [*ratios, *(scale.ratio for scale in scales)], "lr": settings.scale_lr},
         {"params": [layer.rounding.logit for layer in layers], "lr": settings.lr, "rounds": True},
     ]
     return torch.optim.Adam([group for group in groups if group["params"]], eps=1e-12)
@@ -366,7 +385,7 @@ def _schedule(
     """Lets the steps of biases and scales end; those of the rounding stay until all is fixed."""
 
     def falling(step: int) -> float:
-        return 0.5 * (1 + math.cos(math.pi * step / iterations))
+        return min(1.0, (1 - step / iterations) / (1 - FALLS))
 
     def constant(step: int) -> float:
         return 1.0

@@ -84,24 +84,24 @@ class _PartlyRounded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, share: Tensor) -> Tensor:
         steps = x / scale
-        clamped = steps.clamp(low, high)
-        out = torch.lerp(clamped, clamped.round(), share).mul_(scale)
-        ctx.save_for_backward(steps, scale, out)
+        rounded = steps.clamp(low, high)
+        rounded = torch.lerp(rounded, rounded.round(), share)
+        # The result itself may be changed in place by what comes behind.
+        ctx.save_for_backward(steps, rounded)
         ctx.low, ctx.high = low, high
-        return out
+        return rounded * scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        steps, scale, out = ctx.saved_tensors
+        steps, rounded = ctx.saved_tensors
         # Zero outside (low, high), in one vectorised pass.
         grad_x = torch.ops.aten.hardtanh_backward(grad, steps, ctx.low, ctx.high)
         if not ctx.needs_input_grad[1]:
             return grad_x, None, None, None, None
         # d out / d scale is (out - x) / scale inside the range, and the bound outside.
-        grad_scale = torch.dot(grad.flatten(), out.flatten()) / scale - torch.dot(
-            grad_x.flatten(), steps.flatten()
-        )
+        grad_scale = torch.dot(grad.flatten(), rounded.flatten())
+        grad_scale -= torch.dot(grad_x.flatten(), steps.flatten())
         return grad_x, grad_scale, None, None, None
 
 

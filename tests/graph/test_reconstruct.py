@@ -20,9 +20,16 @@ def test_a_step_takes_fewer_images_where_they_are_large():
     assert images_of_a_step(49, 8) == 8
 
 
-def test_weights_are_fixed_from_the_first_point_to_the_last():
-    shares = [share_fixed(x) for x in (0.0, FIRST_FIXED, (FIRST_FIXED + ALL_FIXED) / 2, 1.0)]
-    assert shares == pytest.approx([0, 0, 0.5, 1])
+def test_layers_are_fixed_one_after_the_other():
+    middle = (FIRST_FIXED + ALL_FIXED) / 2
+    for progress, expected in (
+        (0.0, [0, 0]),
+        (FIRST_FIXED, [0, 0]),
+        ((FIRST_FIXED + middle) / 2, [0.5, 0]),
+        (middle, [1, 0]),
+        (1.0, [1, 1]),
+    ):
+        assert [share_fixed(progress, place, 2) for place in (0, 1)] == pytest.approx(expected)
 
 
 def test_the_share_that_is_dropped_is_as_asked_and_other_each_time():
