@@ -39,6 +39,7 @@ reference = copy.deepcopy(traced)
 run(tricks.quantize, traced)
 run(tricks.calibrate, traced, batches)
 run(tricks.tune_ranges, traced, batches)
+assert run(tricks.mixed_precision, traced, batches, share=0.75)["reached"] <= 0.75
 run(tricks.correct_weights, traced)
 run(tricks.gptq, traced, reference, batches)
 run(tricks.correct_bias, traced, reference, batches)

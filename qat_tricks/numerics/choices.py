@@ -9,7 +9,11 @@ times those of the activation that it meets. For each such product there is a va
 sums are those of its two places; so the program stays linear.
 """
 
-from collections.abc import Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,16 +78,17 @@ def choose(
     known = [term.error for term in terms if term.error > 0]
     unit = float(np.median(known)) if known else 1.0
     prices = np.array([[term.cost for term in terms]]) / budget
-    solution = milp(
-        c=np.array([term.error for term in terms]) / unit * 1e3,
-        integrality=np.ones(len(terms)),
-        bounds=(0, 1),
-        constraints=[
-            LinearConstraint(matrix, lb=totals, ub=totals),
-            LinearConstraint(prices, ub=1 + SLACK),
-        ],
-        options={"mip_rel_gap": 0.0},
-    )
+    with _without_c_output():
+        solution = milp(
+            c=np.array([term.error for term in terms]) / unit * 1e3,
+            integrality=np.ones(len(terms)),
+            bounds=(0, 1),
+            constraints=[
+                LinearConstraint(matrix, lb=totals, ub=totals),
+                LinearConstraint(prices, ub=1 + SLACK),
+            ],
+            options={"mip_rel_gap": 0.0},
+        )
     if solution.x is None:
         if solution.status == INFEASIBLE:
             return None
@@ -93,6 +98,28 @@ def choose(
         chosen.append(int(np.argmax(solution.x[place : place + len(options)])))
         place += len(options)
     return chosen
+
+
+@contextmanager
+def _without_c_output() -> Iterator[None]:
+    """Keeps off the terminal what the solver prints for its own developers, asked or not."""
+    try:
+        flush = ctypes.CDLL(None).fflush
+        stdout = os.dup(1)
+    except (OSError, TypeError):  # Windows, or a process that has no output
+        yield
+        return
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    flush(None)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        flush(None)
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 def cost_of(

@@ -11,6 +11,7 @@ from torch import Tensor, distributed
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.inputs import Inputs, batch_size, map_tensors
+from qat_tricks.graph.processes import has_others
 
 PATIENCE = timedelta(days=1000)  # with which the others wait while rank zero measures
 
@@ -60,23 +61,6 @@ class Ranks:
         return told[0][0]
 
 
-def from_rank_zero(value: T) -> T:
-    """The value that rank zero has, on every rank; it can be pickled.
-
-    What is measured on each rank differs in its last bits, and a choice by it may so differ too.
-    """
-    if not _has_others():
-        return value
-    told = [value]
-    distributed.broadcast_object_list(told)
-    return told[0]
-
-
-def _has_others() -> bool:
-    is_started = distributed.is_available() and distributed.is_initialized()
-    return is_started and distributed.get_world_size() > 1
-
-
 def loaded_once(load: Callable[[int], Iterable[Inputs]], num_images: int) -> Iterable[Inputs]:
     """The batches of ``load(num_images)``, the same for every process.
 
@@ -86,7 +70,7 @@ def loaded_once(load: Callable[[int], Iterable[Inputs]], num_images: int) -> Ite
     Raises:
         QatTricksError: on the others, where the first has failed.
     """
-    if not _has_others():
+    if not has_others():
         return load(num_images)
     failure: Exception | None = None
     told: list[Any] = [None, None]

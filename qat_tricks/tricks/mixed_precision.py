@@ -38,6 +38,7 @@ from qat_tricks.graph.other_bits import (
     set_activation_bits,
 )
 from qat_tricks.graph.output_error import output_error
+from qat_tricks.graph.processes import from_rank_zero
 from qat_tricks.graph.quantize_settings import Limits
 from qat_tricks.graph.random_state import kept_random_state
 from qat_tricks.graph.sensitivity import ACTIVATIONS, WEIGHTS
@@ -45,7 +46,6 @@ from qat_tricks.graph.spec import QUANTIZERS, spec_of
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.numerics.choices import choose, cost_of
 from qat_tricks.numerics.scheme import MAX_BITS, MIN_BITS, is_bits
-from qat_tricks.trainer.ranks import from_rank_zero
 from qat_tricks.trainer.trick import Trick, check_num_images
 from qat_tricks.tricks.calibrate import Calibrate
 

@@ -1,152 +1,49 @@
 """Prune weights progressively: four independent choices, each a small function in a table.
 
-* schedule: cubic, ``s_t = s_f + (s_i - s_f) * (1 - (t - t_0) / (t_1 - t_0))^3`` (Zhu and Gupta
-  2017, "To prune, or not to prune", arXiv 1710.01878, equation 1);
-* criterion: magnitude (Han et al. 2015, arXiv 1506.02626);
-* granularity: single weights, or 2:4 (two of every four along the input channels, Mishra et al.
-  2021, arXiv 2104.08378);
-* scope: each layer alike, or global, where all weights compete after each layer's are divided by
-  their root mean square. Without that division a layer's scale would decide instead of its use, for
-  folding and equalization change scales freely.
+* schedule and granularity: see ``numerics.sparsity``;
+* criterion and scope: see ``graph.pruning``, and ``graph.sparsity_shares`` for shares by measured
+  sensitivity.
 
-A pruned weight stays pruned: masks only grow, and pruned weights are set to exactly zero.
+A pruned weight stays pruned: masks only grow, and pruned weights are set to exactly zero. The
+second-order criterion takes the layers' inputs from the beginning of a fit, and the weights as they
+are whenever the masks grow: inputs measured anew gave no better network, and a checkpoint would
+have to hold the images. Where no training follows, the weights that stay make up for those that
+went (``prune_and_refit``).
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor, fx
+from torch import fx
 
-from qat_tricks.errors import QatTricksError, did_you_mean
-from qat_tricks.graph.calls_beside import is_inside
-from qat_tricks.graph.layers import Layer, as_layer, is_layer
-from qat_tricks.graph.spec import spec_of
+from qat_tricks.errors import QatTricksError
+from qat_tricks.graph.inputs import Inputs
+from qat_tricks.graph.layers import Layer
+from qat_tricks.graph.pruning import (
+    NEED_IMAGES,
+    SCOPES,
+    check_settings,
+    grow_masks,
+    prunable,
+    scores_of,
+    sparsity_of,
+)
+from qat_tricks.graph.pruning_by_images import Measured, measure, prune_and_refit
 from qat_tricks.graph.workbench import Workbench
+from qat_tricks.numerics.sparsity import (
+    SCHEDULES,
+)
 from qat_tricks.trainer.averaging import keep_grids
 from qat_tricks.trainer.module import workbench_of
 from qat_tricks.trainer.monitors import Hold, describe, keeping_best, without_best
 from qat_tricks.trainer.schedule import check_fraction, fit_progress
-from qat_tricks.trainer.trick import Trick
+from qat_tricks.trainer.trick import Trick, check_num_images
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
-
-
-def cubic_schedule(
-    progress: float, *, initial: float, final: float, start: float, end: float
-) -> float:
-    """The sparsity at ``progress`` of the training.
-
-    It is ``initial`` until ``start`` and ``final`` from ``end`` on.
-    """
-    if progress >= end:
-        return final
-    if progress <= start:
-        return initial
-    remaining = 1 - (progress - start) / (end - start)
-    return final + (initial - final) * remaining**3
-
-
-def magnitude(layer: Layer) -> Tensor:
-    """The absolute value of each weight, in units of the layer's root mean square; 0 if pruned.
-
-    A layer's own BatchNorm counts: what is compared is the weight that is deployed.
-    """
-    weight = layer.deployed_weight().detach().float()
-    return weight.abs() / weight.square().mean().sqrt().clamp_min(1e-12)
-
-
-def single_weights(score: Tensor) -> Tensor | None:
-    """Lets any weight go."""
-    return score
-
-
-def two_of_four(score: Tensor) -> Tensor | None:
-    """Keeps the two largest scores of every four consecutive input channels.
-
-    A layer whose input channels are no multiple of four does not fit.
-    """
-    if score.shape[1] % 4:
-        return None
-    # The input channels go last, where neighbours in fours are one row.
-    channels_last = score.transpose(1, -1)
-    fours = channels_last.reshape(*channels_last.shape[:-1], -1, 4)
-    largest = fours.topk(2, dim=-1).indices
-    # Infinite scores are never the smallest, so these two stay.
-    fours = fours.scatter(-1, largest, float("inf"))
-    return fours.reshape(channels_last.shape).transpose(1, -1)
-
-
-def each_layer(names: Sequence[str]) -> list[list[str]]:
-    """Lets each layer rank its own weights, so that all reach the same sparsity."""
-    return [[name] for name in names]
-
-
-def all_layers(names: Sequence[str]) -> list[list[str]]:
-    """Ranks the weights of all layers together."""
-    return [list(names)]
-
-
-# A schedule gives the sparsity at a time. A criterion gives a layer's scores, of the weight's
-# shape; the smallest go first. A granularity gives the scores back, infinite where a weight must
-# stay, or None for a weight that it does not fit. A scope gives the groups of layers that rank
-# together.
-SCHEDULES: Mapping[str, Callable[..., float]] = {"cubic": cubic_schedule}
-CRITERIA: Mapping[str, Callable[[Layer], Tensor]] = {"magnitude": magnitude}
-GRANULARITIES: Mapping[str, Callable[[Tensor], Tensor | None]] = {
-    "weight": single_weights,
-    "2:4": two_of_four,
-}
-SCOPES: Mapping[str, Callable[[Sequence[str]], list[list[str]]]] = {
-    "layer": each_layer,
-    "global": all_layers,
-}
-
-
-def prunable(
-    traced: fx.GraphModule, granularity: str, include: Sequence[str], exclude: Sequence[str]
-) -> dict[str, Layer]:
-    """The convs and linears that ``prune`` prunes, by name, made ready to carry a mask.
-
-    Raises:
-        QatTricksError: a pattern matches no layer, or no layer is left.
-    """
-    # A conv that was a BatchNorm has one weight a channel: without it the channel is lost.
-    factors = spec_of(traced).get("convs", [])
-    called = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}
-    modules = {
-        name: module
-        for name, module in traced.named_modules()
-        if is_layer(module) and is_inside(name, called) and name not in factors
-    }
-    for pattern in [*include, *exclude]:
-        if not any(fnmatchcase(name, pattern) for name in modules):
-            raise QatTricksError(
-                f'pattern "{pattern}" matches no conv or linear layer: '
-                f"{did_you_mean(pattern, modules)}"
-            )
-    fits = GRANULARITIES[granularity]
-    pruned = {
-        name: as_layer(module)
-        for name, module in modules.items()
-        if any(fnmatchcase(name, pattern) for pattern in include)
-        and not any(fnmatchcase(name, pattern) for pattern in exclude)
-        and fits(module.weight.detach().abs()) is not None
-    }
-    if not pruned:
-        raise QatTricksError(
-            f"no layer is left to prune (granularity {granularity}): widen include or narrow "
-            "exclude"
-        )
-    for name, layer in pruned.items():
-        if layer.weight_mask is None:
-            layer.weight_mask = torch.ones_like(layer.weight)
-        spec_of(traced).setdefault("layers", {}).setdefault(name, {})["mask"] = True
-    return pruned
 
 
 @torch.no_grad()
@@ -159,6 +56,8 @@ def prune(
     granularity: str = "weight",
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
+    batches: Sequence[Inputs] = (),
+    measured: Measured | None = None,
 ) -> float:
     """Prunes ``traced`` in place to ``sparsity`` and returns the sparsity reached.
 
@@ -166,80 +65,26 @@ def prune(
         traced: a traced network, quantized or not.
         sparsity: the share of zeros among the weights of the layers that are pruned, in [0, 1);
             rounded up.
-        criterion: ``magnitude``.
-        scope: ``layer``: each layer alike; ``global``: one ranking of all weights.
+        criterion: ``magnitude``; or ``obs``, what a weight's loss does to its layer's output.
+        scope: ``layer``: each layer alike; ``global``: one ranking of all weights;
+            ``sensitivity``: each layer as far as the network's output bears it.
         granularity: ``weight``, or ``2:4`` with a sparsity of at most 0.5 (layers whose input
             channels are no multiple of four are left dense).
         include, exclude: name patterns (``fnmatch``) of layers.
+        batches: the network's inputs, a batch each, for ``obs`` and ``sensitivity``.
+        measured: what ``measure`` has told of the network before; by default measured now.
 
     Raises:
-        QatTricksError: an argument that is not allowed, or a pattern that matches nothing.
+        QatTricksError: an argument that is not allowed, a pattern that matches nothing, or no
+            batches where they are needed.
     """
     check_settings(sparsity, criterion=criterion, scope=scope, granularity=granularity)
     pruned = prunable(traced, granularity, include, exclude)
-    scores: dict[str, Tensor] = {}
-    for name, layer in pruned.items():
-        score = GRANULARITIES[granularity](CRITERIA[criterion](layer))
-        assert score is not None  # ``prunable`` leaves out layers that do not fit
-        scores[name] = score
-    for names in SCOPES[scope](list(pruned)):
-        flat = torch.cat([scores[name].flatten() for name in names])
-        # Rounded up, less the error of the product in floats.
-        count = math.ceil(sparsity * flat.numel() - 1e-9)
-        keep = torch.ones_like(flat)
-        keep[flat.argsort(stable=True)[:count]] = 0  # a full order: ties never change the count
-        sizes = [scores[name].numel() for name in names]
-        for name, part in zip(names, keep.split(sizes), strict=True):
-            layer = pruned[name]
-            assert layer.weight_mask is not None
-            # Masks are multiplied, so a pruned weight stays pruned.
-            layer.weight_mask.mul_(part.view_as(layer.weight_mask))
-            layer.weight.mul_(layer.weight_mask)
-    return sparsity_of(pruned.values())
-
-
-def sparsity_of(pruned: Iterable[Layer]) -> float:
-    """The share of zeros in the masks of ``pruned``."""
-    masks = [layer.weight_mask for layer in pruned if layer.weight_mask is not None]
-    ones = sum(float(mask.sum()) for mask in masks)
-    return 1 - ones / max(1, sum(mask.numel() for mask in masks))
-
-
-def largest_sparsity(granularity: str) -> float:
-    """The largest share of weights that a granularity lets go, 0..1."""
-    # Tried on a conv's weight of distinct scores: the finite ones may go.
-    score = GRANULARITIES[granularity](torch.arange(8.0 * 32 * 9).view(8, 32, 3, 3))
-    return 1.0 if score is None else float(score.isfinite().float().mean())
-
-
-def check_settings(sparsity: float, **choices: str) -> None:
-    """Raises QatTricksError for settings that are not allowed, all of them at once.
-
-    Args:
-        sparsity: the share of zeros.
-        choices: names of ``schedule``, ``criterion``, ``granularity`` and ``scope``, if they are
-            to be checked.
-    """
-    problems = []
-    if not 0 <= sparsity < 1:
-        problems.append(f"sparsity={sparsity} is not allowed: give a share from 0 to below 1")
-    tables: dict[str, Mapping[str, Any]] = {
-        "schedule": SCHEDULES,
-        "criterion": CRITERIA,
-        "granularity": GRANULARITIES,
-        "scope": SCOPES,
-    }
-    for choice, name in choices.items():
-        if name not in tables[choice]:
-            problems.append(f'unknown {choice} "{name}": {did_you_mean(name, tables[choice])}')
-    granularity = choices.get("granularity", "weight")
-    if not problems and sparsity > (most := largest_sparsity(granularity)):
-        problems.append(
-            f"sparsity={sparsity} is not possible with {granularity}: give {most:g} or less, or "
-            "granularity=weight"
-        )
-    if problems:
-        raise QatTricksError("; ".join(problems))
+    if measured is None:
+        settings = {"criterion": criterion, "scope": scope, "granularity": granularity}
+        measured = measure(traced, pruned, batches, sparsity=sparsity, **settings)
+    scores = scores_of(pruned, criterion, granularity, measured.curvatures)
+    return grow_masks(pruned, scores, SCOPES[scope](list(pruned), sparsity, measured.shares))
 
 
 class Prune(Trick):
@@ -255,6 +100,7 @@ class Prune(Trick):
         updates: the number of times the masks are renewed in between.
         schedule: a name of ``SCHEDULES``.
         criterion, scope, granularity, include, exclude: as of ``prune``.
+        num_images: on which ``obs`` and ``sensitivity`` are measured.
 
     Raises:
         QatTricksError: a setting that is not allowed.
@@ -275,8 +121,10 @@ class Prune(Trick):
         granularity: str = "weight",
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
+        num_images: int = 128,
     ) -> None:
         super().__init__()
+        self.num_images = check_num_images(num_images)
         self.choices = {"criterion": criterion, "scope": scope, "granularity": granularity}
         check_settings(sparsity, schedule=schedule, **self.choices)
         check_settings(initial, **self.choices)
@@ -292,16 +140,29 @@ class Prune(Trick):
         self.include, self.exclude = tuple(include), tuple(exclude)
         self.done = 0  # how many of the updates have been made
         self.reached = 0.0
+        self.measured: Measured | None = None  # once it was
         self._hold: Hold | None = None  # until the first validation after the schedule
 
     def apply(self, work: Workbench) -> None:
         """Prunes to ``initial`` before a training, to ``sparsity`` without one."""
-        self._prune(work, self.initial if work.trains else self.sparsity)
+        if work.trains or self.choices["criterion"] != "obs":
+            self._prune(work, self.initial if work.trains else self.sparsity)
+            return
+        self.reached = prune_and_refit(
+            work.network,
+            self.sparsity,
+            work.batches(self.num_images),
+            include=self.include,
+            exclude=self.exclude,
+            **{key: self.choices[key] for key in ("scope", "granularity")},
+        )
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Notes the sparsity that there is: masks of an earlier fit stay, and only grow."""
         pruned = self._prunable(workbench_of(pl_module))
         self.reached = sparsity_of(pruned.values())
+        # Now, for in the middle of a fit its loader is in use. A resumed one has it already.
+        self._measure_once(workbench_of(pl_module))
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Holds back what judges networks, until they are as sparse as they are to be."""
@@ -398,17 +259,38 @@ class Prune(Trick):
 
     def _prune(self, work: Workbench, sparsity: float) -> None:
         self.reached = prune(
-            work.network, sparsity, include=self.include, exclude=self.exclude, **self.choices
+            work.network,
+            sparsity,
+            criterion=self.choices["criterion"],
+            scope=self.choices["scope"],
+            granularity=self.choices["granularity"],
+            include=self.include,
+            exclude=self.exclude,
+            measured=self._measure_once(work),
         )
+
+    def _measure_once(self, work: Workbench) -> Measured:
+        """What images tell, for the whole fit: layers so keep their proportions on the way."""
+        if self.measured is None:
+            needed = any(choice in NEED_IMAGES for choice in self.choices.values())
+            batches = work.batches(self.num_images) if needed else []
+            pruned = self._prunable(work)
+            self.measured = measure(
+                work.network, pruned, batches, sparsity=self.sparsity, **self.choices
+            )
+        return self.measured
 
     def reset(self) -> None:
         """Begins the schedule anew."""
-        self.done, self.reached = 0, 0.0
+        self.done, self.reached, self.measured = 0, 0.0, None
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the schedule."""
-        return {"done": self.done, "reached": self.reached}
+        """The place in the schedule, and what was measured for it."""
+        measured = None if self.measured is None else self.measured.as_dict()
+        return {"done": self.done, "reached": self.reached, "measured": measured}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on at a place in the schedule."""
         self.done, self.reached = state_dict["done"], state_dict["reached"]
+        measured = state_dict.get("measured")  # checkpoints of before have none
+        self.measured = None if measured is None else Measured.of(measured)

@@ -44,3 +44,16 @@ def test_places_may_have_different_numbers_of_options():
 def test_a_budget_that_nothing_meets_has_no_choice():
     assert choose([[1, 2], [3, 4]], [[5, 6], [5, 9]], 9.9) is None
     assert choose([[1, 2], [3, 4]], [[5, 6], [5, 9]], 10) == [0, 0]
+
+
+def test_the_solver_prints_nothing(capfd):
+    random = np.random.default_rng(16)  # one of the problems of which it would
+    sizes = random.integers(500, 40000, 20)
+    levels = np.array([0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98])
+    errors = np.abs(random.normal(size=(20, 1))) * levels**4 * random.uniform(0.5, 2, (20, 12))
+    costs = sizes[:, None] * (1 - levels)
+    print("before")
+    chosen = choose(errors.tolist(), costs.tolist(), sizes.sum() / 2)
+    print("after")
+    assert capfd.readouterr().out == "before\nafter\n"
+    assert cost_of(chosen, costs.tolist()) <= sizes.sum() / 2

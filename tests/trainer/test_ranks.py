@@ -3,7 +3,7 @@
 import pytest
 from torch import distributed
 
-from qat_tricks.trainer.ranks import Ranks, from_rank_zero, loaded_once
+from qat_tricks.trainer.ranks import Ranks, loaded_once
 from tests.helpers.lightning import pl
 from tests.helpers.nets import images
 
@@ -14,11 +14,6 @@ def test_one_process_does_the_work_itself():
     assert ranks.on_zero(lambda a, *, b: a - b, 5, b=2) == 3
     with pytest.raises(ValueError, match="mine"):
         ranks.on_zero(fail)
-
-
-def test_one_process_is_rank_zero():
-    value = {"bits": 4}
-    assert from_rank_zero(value) is value
 
 
 def fail():

@@ -47,7 +47,13 @@ def two_processes(folder, recipe, steps, **flags):
 def test_two_processes_end_as_one(tmp_path):
     recipe, folder = "int8_prune50", tmp_path / "ends"
     # A BatchNorm sees the batch of its own process, and on a CPU PyTorch cannot synchronize it.
-    folded = ["~stages.prune_qat.tricks.restore_batchnorm"]
+    prune = "stages.prune_qat.tricks.prune"
+    folded = [
+        "~stages.prune_qat.tricks.restore_batchnorm",
+        # Measured choices are those of the first process.
+        *(f"{prune}.{choice}" for choice in ("criterion=obs", "scope=sensitivity")),
+        f"{prune}.num_images=16",
+    ]
     processes = two_processes(folder, recipe, 8, overrides=folded)
     for done in processes:
         assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-import sys
+import itertools
 
 import pytest
 import torch
@@ -7,33 +7,34 @@ from torch import nn
 import qat_tricks
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import layers, trace
+from qat_tricks.graph.output_error import output_error
+from qat_tricks.graph.pruning import sparsity_of
+from qat_tricks.graph.workbench import Workbench
 from qat_tricks.tricks import prune
-from qat_tricks.tricks.prune import Prune, cubic_schedule
+from qat_tricks.tricks.prune import Prune
 from tests.helpers.lightning import pl
 from tests.helpers.lit import Lit, ResumableLoader, differences, trainer
-from tests.helpers.nets import small_net
+from tests.helpers.nets import images, small_net
 from tests.helpers.weights import zeros
-
-prune_module = sys.modules[Prune.__module__]  # the function hides its module
 
 
 def _zeros(layer):
     return float((layer.masked_weight() == 0).float().mean())
 
 
-def test_cubic_schedule():
-    at = [cubic_schedule(t / 10, initial=0.1, final=0.5, start=0.2, end=0.8) for t in range(11)]
-    assert at[0] == at[2] == 0.1
-    assert at[8] == at[10] == 0.5
-    assert at[5] == pytest.approx(0.5 - 0.4 * 0.5**3)
-    assert at == sorted(at)
-
-
-@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.97])
-@pytest.mark.parametrize("scope", ["layer", "global"])
-def test_sparsity_is_reached_exactly(sparsity, scope):
+@pytest.mark.parametrize(
+    ("sparsity", "scope", "criterion"),
+    [
+        *itertools.product([0.0, 0.3, 0.5, 0.97], ["layer", "global"], ["magnitude"]),
+        (0.0, "sensitivity", "magnitude"),
+        (0.97, "sensitivity", "magnitude"),
+        (0.4, "sensitivity", "obs"),
+        (0.4, "global", "obs"),
+    ],
+)
+def test_sparsity_is_reached_exactly(sparsity, scope, criterion):
     traced = trace(small_net())
-    reached = prune(traced, sparsity, scope=scope)
+    reached = prune(traced, sparsity, scope=scope, criterion=criterion, batches=[images()])
     count = sum(layer.weight.numel() for layer in layers(traced).values())
     assert sparsity <= reached <= sparsity + len(layers(traced)) / count + 1e-6
     if scope == "layer":
@@ -58,14 +59,18 @@ def test_global_ranking_does_not_depend_on_a_layers_scale():
         assert (layer.weight_mask != layers(second)[name].weight_mask).float().mean() < 0.02
 
 
-def test_masks_only_grow():
+@pytest.mark.parametrize(
+    ("criterion", "scope"), [("magnitude", "layer"), ("obs", "global"), ("obs", "sensitivity")]
+)
+def test_masks_only_grow(criterion, scope):
     traced = trace(small_net())
-    prune(traced, 0.3)
+    settings = {"criterion": criterion, "scope": scope, "batches": [images()]}
+    prune(traced, 0.3, **settings)
     before = {name: layer.weight_mask.clone() for name, layer in layers(traced).items()}
     with torch.no_grad():
         for layer in layers(traced).values():
             layer.weight.add_(torch.randn_like(layer.weight))  # momentum moves pruned weights too
-    prune(traced, 0.6)
+    prune(traced, 0.6, **settings)
     assert all((layer.weight_mask <= before[name]).all() for name, layer in layers(traced).items())
 
 
@@ -94,6 +99,8 @@ def test_two_of_four(sparsity):
         ({"start": 0.6, "end": 0.4}, "start must not be after end"),
         ({"end": 1.5}, "from 0 to 1"),
         ({"initial": 0.9}, "initial not above"),
+        ({"criterion": "obd"}, 'did you mean "obs"'),
+        ({"num_images": 0}, "num_images=0 is not allowed"),
     ],
 )
 def test_settings_are_checked_when_made(settings, message):
@@ -109,27 +116,30 @@ def test_patterns():
         prune(traced, 0.5, include=["nothing*"])
 
 
-def test_a_new_criterion_and_a_new_granularity_are_one_function_each(monkeypatch):
-    def position(layer):
-        return torch.arange(layer.weight.numel(), dtype=torch.float32).view_as(layer.weight)
-
-    def whole_filters(score):
-        return score.flatten(1).mean(1).view(-1, *[1] * (score.dim() - 1)).expand_as(score)
-
-    monkeypatch.setitem(prune_module.CRITERIA, "position", position)
-    monkeypatch.setitem(prune_module.GRANULARITIES, "filter", whole_filters)
-    traced = trace(nn.Sequential(nn.Conv2d(3, 8, 3)))
-    assert Prune(criterion="position", granularity="filter").choices["criterion"] == "position"
-    assert prune(traced, 0.25, criterion="position", granularity="filter") == 0.25
-    mask = traced.get_submodule("0").weight_mask
-    assert mask[:2].sum() == 0  # the first two filters, whole
-    assert mask[2:].all()
-
-
 def test_checking_the_settings_draws_no_random_numbers():
     before = torch.get_rng_state()
     Prune(granularity="2:4")
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_what_images_tell_needs_images():
+    for settings in ({"criterion": "obs"}, {"scope": "sensitivity"}):
+        with pytest.raises(QatTricksError, match="no images to"):
+            prune(trace(small_net()), 0.5, **settings)
+
+
+def test_without_training_the_weights_that_stay_make_up_for_the_others():
+    batches, x = [images(64)], images(64, seed=5)
+    errors = {}
+    for criterion in ("magnitude", "obs"):
+        work = Workbench(small_net(), lambda _: batches)
+        trick = Prune(0.6, criterion=criterion, scope="global")
+        trick.apply(work)
+        assert trick.reached == pytest.approx(sparsity_of(layers(work.network).values()))
+        assert trick.reached >= 0.6
+        with torch.no_grad():
+            errors[criterion] = output_error(small_net()(x), work.network.eval()(x)).kl
+    assert errors["obs"] < 0.3 * errors["magnitude"]
 
 
 class Sparsity(pl.Callback):
@@ -194,3 +204,34 @@ def test_a_second_fit_of_the_same_module_keeps_its_masks():
     assert zeros(lit) >= 0.5
     for now in again:
         assert all((new <= old).all() for new, old in zip(now, masks[-1], strict=True))
+
+
+@pytest.mark.feature("second-order pruning by sensitivity resumes to the bit")
+def test_masks_that_images_decide_resume_to_the_bit(tmp_path):
+    settings = [
+        "stages.prune_qat.tricks.prune.criterion=obs",
+        "stages.prune_qat.tricks.prune.scope=sensitivity",
+        "stages.prune_qat.tricks.prune.updates=4",
+        "stages.prune_qat.tricks.prune.num_images=16",
+    ]
+
+    def callbacks(*more):
+        return [*qat_tricks.recipe("int8_prune50", settings), Sparsity(), *more]
+
+    keep = pl.callbacks.ModelCheckpoint(
+        tmp_path, save_top_k=-1, every_n_train_steps=1, filename="{step}"
+    )
+    run = trainer(callbacks(keep), max_epochs=3, enable_checkpointing=True)
+    reached, masks = fit(run, whole := Lit())
+    assert len(set(reached)) > 2
+    assert reached[-1] >= 0.5
+    for before, after in itertools.pairwise(masks):
+        assert all((new <= old).all() for old, new in zip(before, after, strict=True))
+    assert len({float(mask.mean()) for mask in masks[-1]}) > 2  # each layer its own share
+    # The resumed run has another random state where it takes its images.
+    torch.rand(7)
+    rest, _ = fit(
+        trainer(callbacks(), max_epochs=3), other := Lit(seed=2), tmp_path / "step=5.ckpt"
+    )
+    assert rest == reached[-len(rest) :]
+    assert differences(dict(whole.state_dict()), dict(other.state_dict())) == []
