@@ -22,12 +22,13 @@ MEASURED = ("__post_init__", "measure", "note_change", "apply_kept")
 
 
 class Watch:
-    """Adds up the seconds that methods of a class take, without those called by each other."""
+    """Adds up the seconds that methods of classes take, without those called by each other."""
 
-    def __init__(self, kind: type, methods: tuple[str, ...]) -> None:
+    def __init__(self, methods: dict[type, tuple[str, ...]]) -> None:
         self.seconds, self.depth = 0.0, 0
-        for name in methods:
-            setattr(kind, name, self._timed(getattr(kind, name)))
+        for kind, names in methods.items():
+            for name in names:
+                setattr(kind, name, self._timed(getattr(kind, name)))
 
     def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=512)
     args: argparse.Namespace = parser.parse_args()
     torch.set_num_threads(args.threads)
-    watch = Watch(Gate, MEASURED)
+    watch = Watch({Gate: MEASURED})
     report = Report(
         "What the equivalence gate costs",
         [f"{command(args, 'images', 'threads')}, torch {torch.__version__}, 224 px."],
