@@ -21,7 +21,7 @@ from qat_tricks.graph.layers import as_layer
 from qat_tricks.graph.quantize_settings import QuantizeSettings, settings_with
 from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.surgery import insert_quantizers
-from qat_tricks.numerics.scheme import Scheme, activation_scheme, weight_scheme
+from qat_tricks.numerics.scheme import MAX_BITS, Scheme, activation_scheme, weight_scheme
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,8 +254,10 @@ def _describe(traced: fx.GraphModule, groups: Sequence[_Group], default: Scheme)
     for group in sorted(groups, key=lambda group: position[members_of[group][0]]):
         members = members_of[group]
         activations = {_absorbable(node, traced) for node in members}
-        # Of several layers that read a tensor, the one that asks for the most bits decides.
-        bits = max((bits for asked in group.bits.values() for bits in asked), default=default.bits)
+        # Of several layers that read a tensor, the one that asks for the most bits decides. What no
+        # layer reads, such as one side of a residual add, saves no multiplication by fewer bits:
+        # they would only add noise to the stream, block after block.
+        bits = max((bits for asked in group.bits.values() for bits in asked), default=MAX_BITS)
         name = members[0].name
         # Such as "to": an attribute of every module.
         name = f"{name}_" if hasattr(nn.Module, name) or name == "training" else name

@@ -204,8 +204,12 @@ def _fit_bias(layer: Layer, outputs: Sequence[Tensor], targets: Sequence[Tensor]
 
 def _sum(outputs: Sequence[Tensor], layer: Layer) -> Tensor:
     """The sum over all positions and images, ``[channels]``, float64."""
-    by_channel = (output.movedim(layer.output_axis, -1).flatten(0, -2) for output in outputs)
-    return torch.stack([values.sum(0, dtype=torch.float64) for values in by_channel]).sum(0)
+    by_channel = [output.movedim(layer.output_axis, -1) for output in outputs]
+    # All dimensions but the last; numbers of float32 are added in float64 without a copy of them.
+    sums = [
+        values.sum(tuple(range(values.dim() - 1)), dtype=torch.float64) for values in by_channel
+    ]
+    return torch.stack(sums).sum(0)
 
 
 class Gptq(Trick):

@@ -103,6 +103,18 @@ def test_first_and_last_layer_stay_at_eight_bits():
     assert {layer.weight_quantizer.scheme.bits for layer in layers(everywhere).values()} == {4}
 
 
+def test_only_what_layers_read_has_few_bits():
+    traced = _placed(weight_bits=4, activation_bits=4)
+    bits = {
+        name.rpartition(".")[2]: quantizer.scheme.bits
+        for name, quantizer in activation_quantizers(traced).items()
+    }
+    # The other side of this residual add, and its sum, are read by convs.
+    assert bits["block_bn2"] == 8
+    assert bits["stem_2"] == bits["block_relu"] == bits["block_relu_1"] == 4
+    assert bits["relu"] == 8  # which an average reads
+
+
 def test_include_exclude_and_overrides():
     traced = _placed(
         include=["block.*", "left", "right"],
