@@ -4,7 +4,7 @@ A tensor on a grid is kept as its integers, which are exact; others in float16 w
 them, since they are compared and not counted.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,22 +32,26 @@ class KeptTensor:
 
     def __init__(
         self,
-        parts: Sequence[Tensor],
+        parts: Iterable[Tensor],
         images: int,
         grid: ActivationQuantizer | None = None,
         *,
         exactly: bool = False,
     ) -> None:
         self._grid = None if grid is None else (grid.current_scale().detach().clone(), grid.offset)
-        if grid is not None:
-            signed = grid.scheme.signed
-            parts = [
-                self._integers(part).to(torch.int8 if signed else torch.uint8) for part in parts
-            ]
-        elif not exactly and all(_fits_into_half(part) for part in parts):
-            parts = [part.half() for part in parts]
-        values = torch.cat(list(parts))
+        signed, self._exactly = grid is not None and grid.scheme.signed, exactly
+        self._integer_type = torch.int8 if signed else torch.uint8
+        # Each part by itself, so that all images are never held in float32.
+        kept = [self._packed(part) for part in parts]
+        if len({part.dtype for part in kept}) > 1:
+            kept = [part.float() for part in kept]
+        values = torch.cat(kept)
         self._by_image = values.view(images, -1, *values.shape[1:])
+
+    def _packed(self, values: Tensor) -> Tensor:
+        if self._grid is not None:
+            return self._integers(values).to(self._integer_type)
+        return values if self._exactly or not _fits_into_half(values) else values.half()
 
     @property
     def device(self) -> torch.device:

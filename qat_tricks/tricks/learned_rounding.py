@@ -204,13 +204,13 @@ class _Walk:
             ]
         )
         exact = {self.float_name[name]: kept for name, kept in self.exact.items()}
-        outputs = [
+        outputs = (
             self.run_float.compute(
-                of_float, {x.name: exact[x.name].of(part) for x in of_float.inputs}
+                of_float, {node.name: exact[node.name].of(part) for node in of_float.inputs}
             )
             for part in chunks(self.images)
-        ]
-        return KeptTensor([logits_of(output) for output in outputs], self.images)
+        )
+        return KeptTensor(map(logits_of, outputs), self.images)
 
     def _outputs(self, block: Block, images: int) -> Iterator[tuple[slice, Tensor]]:
         """The output of ``block`` as it is deployed, for the first ``images`` images."""
@@ -220,7 +220,7 @@ class _Walk:
 
     def _keep(self, block: Block, target: KeptTensor) -> None:
         self.quantized[block.output.name] = KeptTensor(
-            [output for _, output in self._outputs(block, self.images)],
+            (output for _, output in self._outputs(block, self.images)),
             self.images,
             grid_of(block.output, self.traced),
             exactly=True,
@@ -252,6 +252,8 @@ class _Walk:
             if key.startswith(tuple(f"{name}." for name in (*layers, *quantizers)))
         }
         if self.done.load(place, values):
+            for _ in range(self.settings.iterations):
+                bar.advance()
             return
         for name in layers:
             put_on_grid(self._layer(name))
