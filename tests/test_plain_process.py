@@ -41,9 +41,14 @@ run(tricks.calibrate, traced, batches)
 run(tricks.tune_ranges, traced, batches)
 assert run(tricks.mixed_precision, traced, batches, share=0.75)["reached"] <= 0.75
 run(tricks.correct_weights, traced)
+run(tricks.gptq, traced, reference, batches)
 run(tricks.correct_bias, traced, reference, batches)
+mixed = copy.deepcopy(traced)
+run(tricks.mixed_precision, mixed, [images(8)])
+run(tricks.learned_rounding, mixed, reference, [images(8)], iterations=2)
 assert run(tricks.restore_batchnorm, traced, batches)
 run(tricks.learn_scales, traced)
+run(tricks.dampen_oscillations, layers(traced).values(), 0.1)
 assert run(tricks.prune, traced, 0.5) >= 0.5
 run(tricks.distill, torch.randn(4, 10), torch.randn(4, 10))
 assert run(tricks.freeze_batchnorm, unfolded) > 0

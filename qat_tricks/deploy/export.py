@@ -39,9 +39,8 @@ from qat_tricks.graph.inputs import (
     on_cpu,
 )
 from qat_tricks.graph.layers import activation_quantizers, layers
-from qat_tricks.graph.logits import check_batch_first
+from qat_tricks.graph.logits import check_batch_first, logits_of
 from qat_tricks.graph.unwrap import unwrapped
-from qat_tricks.graph.workbench import logits_of
 from qat_tricks.version import __version__
 
 INPUT, OUTPUT = "images", "logits"

@@ -13,6 +13,7 @@ from qat_tricks.evidence.metrics import Metrics
 from qat_tricks.evidence.show import show
 from qat_tricks.files import write_json
 from qat_tricks.graph.equivalence import summary
+from qat_tricks.graph.proof import proof_lines
 
 # They fit a terminal of 80 columns with a stage's name of up to 12 letters; report.md has every
 # metric.
@@ -32,6 +33,8 @@ class LedgerRow:
     sparsity: float | None = None  # 0..1
     # What each step of the stage has left of the float function, as a network's spec has it.
     equivalence: Sequence[dict[str, Any]] = ()
+    # What each trick of the stage did to the network's output, likewise.
+    proofs: Sequence[dict[str, Any]] = ()
 
 
 @dataclass
@@ -64,6 +67,7 @@ class Ledger:
                 "latency_ms": row.latency_ms,
                 "sparsity": row.sparsity,
                 "equivalence": list(row.equivalence),
+                "proofs": {proof["trick"]: dict(proof) for proof in row.proofs},
             }
             for row in self.stages
         ]
@@ -92,8 +96,10 @@ class Ledger:
             ]
             table.add_row(row.name, *cells)
         steps = [step for row in self.stages for step in row.equivalence]
-        if steps:
-            table.caption = summary(steps)
+        lines = [summary(steps)] if steps else []
+        lines += proof_lines([proof for row in self.stages for proof in row.proofs])
+        if lines:
+            table.caption = "\n".join(lines)
             table.caption_justify = "left"
         return table
 

@@ -88,6 +88,7 @@ def render(report: dict[str, Any]) -> str:
     needs = TARGETS[target].about if isinstance(target, str) and target in TARGETS else None
     preprocessing_hash = preprocessing.get("hash") if isinstance(preprocessing, dict) else None
     steps = [step for stage in report["stages"] for step in stage.get("equivalence") or ()]
+    proofs = [p for stage in report["stages"] for p in (stage.get("proofs") or {}).values()]
     # the template is strict: keys that a report may lack get a value here
     fields = {
         "size_bytes": report["size_bytes"] or {},
@@ -106,6 +107,7 @@ def render(report: dict[str, Any]) -> str:
         "packed_bytes": report.get("packed_bytes"),
         "preprocessing_hash": preprocessing_hash,
         "steps": steps,
+        "proofs": proofs,
         "steps_summary": summary(steps) if steps else None,
     }
     return templates.get_template("report.md.j2").render(

@@ -199,6 +199,17 @@ def first_images(inputs: Inputs, count: int) -> Inputs:
     return map_tensors(inputs, lambda values: values[:count])
 
 
+def without_first(batches: Sequence[Inputs], count: int) -> list[Inputs]:
+    """The batches without the first ``count`` images of all."""
+    left = []
+    for batch in batches:
+        dropped = min(count, batch_size(batch))
+        count -= dropped
+        if dropped < batch_size(batch):
+            left.append(map_tensors(batch, lambda values, first=dropped: values[first:]))  # type: ignore[misc]
+    return left
+
+
 def are_finite(inputs: Inputs) -> bool:
     """Whether no value is NaN or infinite."""
     return all(bool(torch.isfinite(values).all()) for values in as_tensors(inputs))

@@ -4,6 +4,9 @@ One logit ``z`` says the same as the two logits ``(0, z)``: the second class is 
 where ``z`` is positive, and its probability is ``sigmoid(z)``.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -51,3 +54,27 @@ def check_batch_first(logits: Tensor, images: int) -> None:
             f"{'' if images == 1 else 's'}, allowed: the batch as the first dimension; squeeze one "
             "dimension, squeeze(1) and not squeeze(), and flatten from the second on, flatten(1)"
         )
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in the output of a network.
+
+    Args:
+        output: a tensor; a mapping with ``"logits"`` or ``"out"``, else its first value counts; or
+            a tuple that begins with the logits, behind which those of auxiliary heads follow.
+
+    Raises:
+        QatTricksError: there is no tensor in that place.
+    """
+    logits = output
+    if isinstance(output, Mapping) and output:
+        key = next((key for key in ("logits", "out") if key in output), next(iter(output)))
+        logits = output[key]
+    elif isinstance(output, (list, tuple)) and output:
+        logits = output[0]
+    if isinstance(logits, Tensor):
+        return logits
+    raise QatTricksError(
+        f"a network that yields {type(output).__name__} has no logits: yield a tensor, a tuple "
+        'that begins with one, or a mapping with "logits"'
+    )

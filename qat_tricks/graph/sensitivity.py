@@ -20,12 +20,12 @@ from torch import Tensor, fx
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.inputs import Inputs, as_tensors, batch_size, call_network, check_batches
 from qat_tricks.graph.layers import activation_quantizers, layers
+from qat_tricks.graph.logits import logits_of
 from qat_tricks.graph.modes import evaluating, float_mode
 from qat_tricks.graph.output_error import OutputError, output_error
 from qat_tricks.graph.random_state import kept_random_state
 from qat_tricks.graph.spec import QUANTIZERS
 from qat_tricks.graph.two_modes import EvaluationInterpreter
-from qat_tricks.graph.workbench import logits_of
 from qat_tricks.numerics import ActivationQuantizer, WeightQuantizer
 from qat_tricks.progress import Bar
 

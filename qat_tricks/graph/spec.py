@@ -16,6 +16,7 @@
                          "factors": bool}}
     activations  {name: {"scheme": scheme, "activation": "relu" | "relu6" | None,
                          "nodes": [node, ...], "learned": bool}}
+    proofs       [proof, ...]                  what each trick did to the output (``graph.proof``)
     mixed_precision {"budget", "share", "reached", "parts": [{"name", "kind", "bits", "kl"}, ...]}
                                                bits that were chosen, and the error of each part
     applied      [trick, ...]                  tricks done in the current stage

@@ -28,6 +28,10 @@ class Stream:
         """Runs the next node; returns its output for each batch."""
         return self._run(next(self.nodes))
 
+    def inputs_of(self, node: fx.Node) -> list[Any]:
+        """What ``node``, the next one to run, reads first, for each batch."""
+        return [interpreter.env[node.all_input_nodes[0]] for interpreter in self.interpreter]
+
     def run_until(self, name: str) -> list[Tensor]:
         """Runs up to and with the node called ``name``."""
         for node in self.nodes:

@@ -2,11 +2,11 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.equivalence import GATE_IMAGES, Gate
@@ -18,12 +18,26 @@ from qat_tricks.graph.inputs import (
     input_names,
     inputs_of,
     map_tensors,
+    without_first,
 )
+from qat_tricks.graph.proof import ALL_COUNTED, Prover, held_out_of, proof_lines
 from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.surgery import fold_restored_batchnorms
 from qat_tricks.graph.trace import trace
 from qat_tricks.graph.trace_kept import trace_kept
 from qat_tricks.graph.traced_network import TracedNetwork
+
+TRIAL_IMAGES = 64  # on which a copy is calibrated to judge a trick before the quantizers
+
+
+class Judged(Protocol):
+    """A trick as it is judged; ``trainer.trick.Trick`` is one."""
+
+    judged: bool
+    quantizes: bool
+
+    def apply(self, work: "Workbench") -> None:
+        """Changes the network of ``work``."""
 
 
 class Workbench:
@@ -42,6 +56,8 @@ class Workbench:
         parameters_before: the network's parameters as it came, which an optimizer may still hold.
         gate: compares the network after each step with the user's own; None without a loader.
         images: the most images that a trick has taken.
+        proves: whether tricks that ask for it are judged by the network's output (see ``proof``).
+        quantizing: the tricks that will quantize the network, for trials on a copy.
     """
 
     def __init__(
@@ -61,18 +77,23 @@ class Workbench:
         self.trains = False
         self.unfreezes = False
         self.images = 0
+        self.proves = False
+        self.quantizing: Sequence[Callable[[Workbench], None]] = ()
+        self.prover: Prover | None = None
+        self.most_images: int | None = None  # that a trick can have; None: as many as it asks for
+        self._held_out: int | None = None  # images kept from the tricks; None: not counted yet
         self._reference: fx.GraphModule | None = None
         self.gate: Gate | None = None
         self.network: Any = network
         if loader is None or not compares or isinstance(network, TracedNetwork):
             self.network = trace(network, untraced)
         else:
-            self.gate = Gate(network, self.batches(GATE_IMAGES)[0])
+            self.gate = Gate(network, self._load(GATE_IMAGES)[0])
             self.network = trace_kept(network, untraced, self.gate)
             self._record()
 
     def batches(self, num_images: int) -> list[Inputs]:
-        """The network's inputs for the first ``num_images`` images of the loader.
+        """The network's inputs for ``num_images`` images of the loader, behind those held out.
 
         Returns:
             Batches, on the network's device; fewer images if the loader has fewer.
@@ -81,6 +102,24 @@ class Workbench:
             QatTricksError: there is no loader, it is empty, its batches do not hold the inputs, or
                 hold no finite numbers.
         """
+        if self.most_images is not None:
+            num_images = min(num_images, self.most_images)
+        held_out = self.held_out
+        batches = without_first(self._load(num_images + held_out), held_out)
+        self.images = max(self.images, sum(map(batch_size, batches)))
+        return batches
+
+    @property
+    def held_out(self) -> int:
+        """How many images, the loader's first, are kept from the tricks to judge these by."""
+        if not self.proves or self.loader is None:
+            return 0
+        if self._held_out is None:
+            self._held_out = held_out_of(sum(map(batch_size, self._load(ALL_COUNTED))))
+        return self._held_out
+
+    def _load(self, num_images: int) -> list[Inputs]:
+        """The inputs for the loader's first images, see ``batches``."""
         if self.loader is None:
             raise QatTricksError(
                 "this recipe needs images to calibrate on: give a loader of training images"
@@ -106,7 +145,6 @@ class Workbench:
             raise QatTricksError(
                 "the calibration loader is empty: give one that yields at least one batch of images"
             )
-        self.images = max(self.images, sum(map(batch_size, batches)))
         return batches
 
     @property
@@ -134,16 +172,25 @@ class Workbench:
             "loader": None,
             "parameters_before": [],
             "gate": None,
+            "prover": None,
+            "quantizing": (),
+            "_held_out": None,
             "_reference": None,
         }
 
     def begin_stage(self) -> None:
         """Begins a stage with the network as it is deployed; its steps are compared with it."""
         fold_restored_batchnorms(self.network)
+        self.prover = self._held_out = None
         if self.gate is not None:
             self.gate.rebase(self.network)
         elif self.loader is not None:
-            self.gate = Gate(self.network, self.batches(GATE_IMAGES)[0])
+            self.gate = Gate(self.network, self._load(GATE_IMAGES)[0])
+
+    def begin_proofs(self, tricks: Sequence[Judged], *, prove: bool) -> None:
+        """Judges, from here on, those of ``tricks`` that ask for it, if ``prove`` says so."""
+        self.proves = prove and any(trick.judged for trick in tricks)
+        self.quantizing = [trick.apply for trick in tricks if trick.quantizes]
 
     def keep_function(
         self, name: str, step: Callable[[fx.GraphModule, Sequence[str]], Sequence[str]]
@@ -186,6 +233,43 @@ class Workbench:
             self.gate.note_change(name, self.network, in_training=in_training)
             self._record()
 
+    def prove(self, name: str, apply: Callable[[], None]) -> None:
+        """Applies a trick, and rolls it back if it harms the network's output.
+
+        Args:
+            name: of the trick.
+            apply: changes ``network``.
+        """
+        held_out = self.held_out
+        if held_out == 0:
+            apply()
+            return
+        if self.prover is None:
+            self.prover = Prover(self._load(held_out))
+            self.prover.begin(self.network)
+        reference = None if self.gate is None else self.gate.reference
+        proof = self.prover.prove(
+            name, self.network, apply, self._quantized if self.quantizing else None
+        )
+        spec_of(self.network).setdefault("proofs", []).append(proof.as_dict())
+        if not proof.is_rolled_back:
+            return
+        if self.gate is not None and reference is not None:
+            # Later steps are compared with the function that is left.
+            self.gate.reference = reference
+            if proof.undone:
+                self.gate.rebase(self.network)
+        warnings.warn(proof_lines([proof.as_dict()])[0], stacklevel=2)
+
+    def _quantized(self, network: fx.GraphModule) -> fx.GraphModule:
+        """Quantizes ``network``, a copy, on a few images as the recipe will do it."""
+        trial = copy.copy(self)
+        trial.network, trial.loader = network, self.loader
+        trial._held_out, trial.most_images = self._held_out, TRIAL_IMAGES
+        for apply in self.quantizing:
+            apply(trial)
+        return trial.network
+
     def _record(self) -> None:
         """Enters the gate's figures in the spec, behind those of earlier stages."""
         assert self.gate is not None
@@ -202,27 +286,3 @@ class Workbench:
     def history(self) -> list[str]:
         """Names of the tricks done in all stages, in order."""
         return spec_of(self.network).setdefault("history", [])
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits in the output of a network.
-
-    Args:
-        output: a tensor; a mapping with ``"logits"`` or ``"out"``, else its first value counts; or
-            a tuple that begins with the logits, behind which those of auxiliary heads follow.
-
-    Raises:
-        QatTricksError: there is no tensor in that place.
-    """
-    logits = output
-    if isinstance(output, Mapping) and output:
-        key = next((key for key in ("logits", "out") if key in output), next(iter(output)))
-        logits = output[key]
-    elif isinstance(output, (list, tuple)) and output:
-        logits = output[0]
-    if isinstance(logits, Tensor):
-        return logits
-    raise QatTricksError(
-        f"a network that yields {type(output).__name__} has no logits: yield a tensor, a tuple "
-        'that begins with one, or a mapping with "logits"'
-    )

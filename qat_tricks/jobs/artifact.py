@@ -17,7 +17,7 @@ from qat_tricks.deploy.parity.runtimes import Predict, predictor
 from qat_tricks.deploy.runtimes.registry import REFERENCE
 from qat_tricks.deploy.runtimes.session import open_session
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph.workbench import logits_of
+from qat_tricks.graph.logits import logits_of
 from qat_tricks.jobs.description import NEEDS_DATA, foreign, from_metadata
 
 

@@ -18,11 +18,10 @@ from qat_tricks.errors import QatTricksError, one_line
 from qat_tricks.evidence.metrics import Metrics, agreement, evaluate_classifier
 from qat_tricks.evidence.show import show
 from qat_tricks.graph.inputs import call_network, input_names, inputs_of
-from qat_tricks.graph.logits import has_one_logit
+from qat_tricks.graph.logits import has_one_logit, logits_of
 from qat_tricks.graph.modes import evaluating
 from qat_tricks.graph.traced_network import TracedNetwork
 from qat_tricks.graph.unwrap import unwrapped
-from qat_tricks.graph.workbench import logits_of
 from qat_tricks.recipes.fit_report import zeros
 from qat_tricks.trainer.checkpoints import load_from_checkpoint
 from qat_tricks.trainer.framework import PACKAGES, package_of

@@ -151,7 +151,8 @@ class RunRecord:
                 before=before,
                 after=metrics,
                 seconds=seconds,
-                equivalence=self._new_steps(network),
+                equivalence=self._new_entries(network, "equivalence"),
+                proofs=self._new_entries(network, "proofs"),
             )
         )
         self._write_ledger()  # before the export, which may refuse the network
@@ -160,12 +161,17 @@ class RunRecord:
         self.stage_started = time.perf_counter()
         return metrics
 
-    def _new_steps(self, network: nn.Module) -> list[dict[str, Any]]:
-        """What the gate has measured since the last stage; nothing of a float network."""
+    def _new_entries(self, network: nn.Module, key: str) -> list[dict[str, Any]]:
+        """What the network's spec has under ``key`` since the last stage; none of a float one.
+
+        Args:
+            network: after a stage.
+            key: of the spec, and the field of a ledger's row.
+        """
         if not isinstance(network, TracedNetwork):
             return []
-        known = sum(len(row.equivalence) for row in self.ledger.stages)
-        return spec_of(network).get("equivalence", [])[known:]
+        known = sum(len(getattr(row, key)) for row in self.ledger.stages)
+        return spec_of(network).get(key, [])[known:]
 
     def _export(self, network: nn.Module, path: Path) -> None:
         measure, export = self.config.measure, self.config.export

@@ -87,6 +87,7 @@ def _session_settings(loaded: StagedRecipe, report: bool) -> dict[str, Any]:
     return {
         "network": loaded.network,
         "untraced": loaded.untraced,
+        "prove": loaded.prove,
         "trains": bool(loaded.training),
         "report": FitReport(loaded.name) if report else None,
     }

@@ -6,6 +6,7 @@ table, also where there are no progress bars, and logs its figures to the traine
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from torch import fx, nn
 from qat_tricks.deploy.cost.forecast import Placement, grouped, named, placement
 from qat_tricks.graph.layers import Layer, is_layer
 from qat_tricks.graph.modes import evaluating
+from qat_tricks.graph.proof import proof_lines
+from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.trainer.validation import Validated, Validation, epoch_metrics
 
@@ -93,13 +96,20 @@ class FitReport:
         if not trainer.is_global_zero:
             return
         moments = [self._before, self._prepared, _Moment(self._end, zeros(work.network))]
-        table = self._table(moments, work.images, trainer.global_step)
+        proofs = spec_of(work.network).get("proofs", [])
+        table = self._table(moments, work.images, trainer.global_step, proof_lines(proofs))
         Console().print(table)
         figures = _figures(moments, self._placed, work.images)
+        for proof in proofs:
+            if proof["kl_kept"] is not None:
+                for key in ("kl_before", "kl_kept"):
+                    figures[f"{PREFIX}proofs/{proof['trick']}/{key}"] = proof[key]
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=trainer.global_step)
 
-    def _table(self, moments: list[_Moment], images: int, steps: int) -> Table:
+    def _table(
+        self, moments: list[_Moment], images: int, steps: int, proofs: Sequence[str]
+    ) -> Table:
         table = Table(title=self.name, box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
         table.add_column("", overflow="fold")
         for title in MOMENTS:
@@ -119,6 +129,7 @@ class FitReport:
         if not placed.in_float:
             lines.append("nothing stays in float")
         lines.append(f"{images} images used for calibration" if images else "no calibration")
+        lines += proofs
         for title, moment in zip(MOMENTS, moments, strict=True):
             if moment.validated.reason is not None:
                 lines.append(f"{title}: not measured, {moment.validated.reason}")

@@ -57,7 +57,7 @@ def quantize(
         float_copy, lambda num_images: _taken_by(float_copy, batches), untraced=loaded.untraced
     )
     for stage in loaded.stages:
-        stage.apply(work)
+        stage.apply(work, prove=loaded.prove)
     work.network.eval()
     return work.network
 

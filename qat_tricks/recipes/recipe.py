@@ -18,7 +18,7 @@ from qat_tricks.settings.shipped import NeedsHydraError, compose_recipe
 from qat_tricks.trainer.order import check_order
 from qat_tricks.trainer.trick import Trick
 
-RECIPE_KEYS = {"name", "network", "untraced", "stages"}
+RECIPE_KEYS = {"name", "network", "untraced", "prove", "stages"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +34,18 @@ class Stage:
     def __post_init__(self) -> None:
         check_ranges(self, epochs=EPOCHS, lr=LEARNING_RATE, max_drop=MAX_DROP)
 
-    def apply(self, work: Workbench) -> None:
-        """Applies the tricks without training."""
+    def apply(self, work: Workbench, *, prove: bool = True) -> None:
+        """Applies the tricks without training.
+
+        Args:
+            work: the network under work.
+            prove: whether tricks are judged by the network's output.
+        """
         # A trick is applied once in each stage, and may come again in a later one.
         work.applied.clear()
         if work.history:  # after another stage, which may have trained
             work.begin_stage()
+        work.begin_proofs(self.tricks, prove=prove)
         for trick in self.tricks:
             trick.apply_once(work)
         # The float copy fits only this stage's network.
@@ -54,6 +60,7 @@ class StagedRecipe:
     stages: list[Stage]
     network: str | None = None  # attribute of a LightningModule that holds the network
     untraced: tuple[str, ...] = ()  # name patterns of submodules that are not traced through
+    prove: bool = True  # whether tricks that harm the network's output are rolled back
 
     @property
     def tricks(self) -> list[Trick]:
@@ -161,12 +168,17 @@ def build_recipe(settings: DictConfig | Mapping[str, Any]) -> StagedRecipe:
             '["stages.3.*"]'
         )
         untraced = None
+    prove = config.get("prove", True)
+    if not isinstance(prove, bool):
+        problems.messages.append(f"recipe.prove={prove!r} is not allowed: give true or false")
     stages: list[Stage] = []
     done: list[str] = []
     for stage_name, of_stage in _mapping("recipe.stages", config.get("stages"), problems).items():
         stages += _build_stage(stage_name, of_stage, done, problems)
     problems.report()
-    return StagedRecipe(name=name, stages=stages, network=network, untraced=tuple(untraced or ()))
+    return StagedRecipe(
+        name=name, stages=stages, network=network, untraced=tuple(untraced or ()), prove=prove
+    )
 
 
 def _build_stage(name: str, settings: Any, done: list[str], problems: Problems) -> list[Stage]:

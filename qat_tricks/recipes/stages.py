@@ -94,6 +94,7 @@ def _session(recipe: StagedRecipe, stage: Stage) -> Session:
     return Session(
         network=recipe.network,
         untraced=recipe.untraced,
+        prove=recipe.prove,
         fits=stage.epochs > 0,
         # Before the first stage: the teacher of every stage is the float network.
         keeps_teacher=any(trick.needs_teacher for trick in recipe.tricks),

@@ -3,6 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+
+from qat_tricks.trainer.module import network_of
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -30,6 +33,13 @@ def keep_grids(trainer: "Trainer", pl_module: "LightningModule") -> None:
         for name, buffer in pl_module.named_buffers():
             if name.rpartition(".")[2] in _EXACT:
                 averaged[name].copy_(buffer)
+
+
+def averaged_networks(trainer: "Trainer", name: str) -> list[Any]:
+    """The copies of the network ``name`` that ``WeightAveraging`` callbacks keep."""
+    averages = [getattr(c, "_average_model", None) for c in trainer.callbacks]  # type: ignore[attr-defined]
+    # StochasticWeightAveraging's is none: it gathers the statistics in an epoch of its own.
+    return [network_of(a.module, name) for a in averages if isinstance(a, AveragedModel)]
 
 
 def restart_average(trainer: "Trainer") -> None:

@@ -25,6 +25,9 @@ class ScaleSteps:
     Args:
         optimizers: that hold the scales.
         scales: see ``watch``.
+
+    Attributes:
+        holds: whether steps leave the scales as they are.
     """
 
     def __init__(
@@ -32,6 +35,7 @@ class ScaleSteps:
     ) -> None:
         self.scales: dict[str, nn.Parameter] = {}
         self.at_first: dict[str, Tensor] = {}
+        self.holds = False
         self.named: set[str] = set()
         self.watch(scales or {})
         self._before: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
@@ -86,9 +90,11 @@ class ScaleSteps:
 
     @torch.no_grad()
     def _limit(self, optimizer: Optimizer, *_: Any) -> None:
-        """After a step: takes back what is more than a tenth."""
+        """After a step: takes back what is more than a tenth, or all of it."""
         scales, before = self._before.pop(id(optimizer), ([], []))
-        if scales:
+        if scales and self.holds:
+            torch._foreach_copy_(scales, before)
+        elif scales:
             torch._foreach_maximum_(scales, torch._foreach_mul(before, 1 - LARGEST_CHANGE))
             torch._foreach_minimum_(scales, torch._foreach_mul(before, 1 + LARGEST_CHANGE))
 

@@ -66,6 +66,11 @@ class SessionTrick(Ordered, Protocol):
     """A trick as the session uses it; ``trick.Trick`` is one."""
 
     needs_teacher: bool
+    judged: bool
+    quantizes: bool
+
+    def apply(self, work: Workbench) -> None:
+        """Changes the network of ``work``."""
 
     def apply_once(self, work: Workbench) -> bool:
         """Applies the trick unless this stage has done so; returns whether it did."""
@@ -131,8 +136,10 @@ class Session(Callback):
         trains: bool = True,
         fits: bool = True,
         keeps_teacher: bool = False,
+        prove: bool = True,
         report: Report | None = None,
     ) -> None:
+        self.prove = prove
         self.tricks, self.network, self.untraced = list(tricks), network, tuple(untraced)
         self.trains, self.fits, self.keeps_teacher = trains, fits, keeps_teacher
         self.report = report
@@ -178,6 +185,7 @@ class Session(Callback):
         work = self._workbench(trainer, pl_module, tricks)
         if work.history and any(trick.name not in work.applied for trick in tricks):
             work.begin_stage()
+        work.begin_proofs(tricks, prove=self.prove)
         changes = [trick.apply_once(work) for trick in tricks]
         skip_set_up(early)
         if is_fresh and finetuning_in(trainer):

@@ -1,5 +1,6 @@
 """The callback that every trick is."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qat_tricks.errors import QatTricksError
@@ -23,11 +24,15 @@ class Trick(Callback):
             stage before.
         after: names of tricks that must come earlier where a recipe has them.
         needs_teacher: whether the float network has to be kept beside the quantized one.
+        judged: whether it is rolled back where it harms the network's output (see ``graph.proof``).
+        quantizes: whether it is one of the tricks that make a float network a calibrated one.
     """
 
     requires: ClassVar[tuple[type["Trick"], ...]] = ()
     after: ClassVar[tuple[str, ...]] = ()
     needs_teacher: ClassVar[bool] = False
+    judged: bool = False
+    quantizes: bool = False
 
     @property
     def name(self) -> str:
@@ -51,7 +56,10 @@ class Trick(Callback):
         # A validation after the fit sets the same module up again.
         if self.name in work.applied:
             return False
-        self.apply(work)
+        if self.judged and work.proves:
+            work.prove(self.name, partial(self.apply, work))
+        else:
+            self.apply(work)
         work.applied.append(self.name)
         work.history.append(self.name)
         return True

@@ -145,6 +145,7 @@ class Calibrate(Trick):
     """Callback of ``calibrate``."""
 
     requires = (Quantize,)
+    quantizes = True
 
     def __init__(
         self, estimator: str = "mse", num_images: int = 512, share_residuals: bool = True

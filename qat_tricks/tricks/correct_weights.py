@@ -101,6 +101,7 @@ class CorrectWeights(Trick):
     """Callback of ``correct_weights``."""
 
     requires = (Quantize,)
+    judged = True
     after = ("mixed_precision",)
 
     def apply(self, work: Workbench) -> None:

@@ -6,9 +6,12 @@ T))``.
 
 Where this differs: a network that yields one logit an image says with its sigmoid which of two
 classes it is. The softmax of one logit is always 1; so the divergence is that of the two classes,
-``KL(sigmoid(teacher / T) || sigmoid(student / T))``.
+``KL(sigmoid(teacher / T) || sigmoid(student / T))``. A channel that the student holds (nearly)
+still is measured by a step of its grid instead of its deviation, which would be divided by.
 """
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,14 +19,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat_tricks.errors import QatTricksError
+from qat_tricks.graph.features import (
+    Listener,
+    TracedTeacher,
+    chosen_tensors,
+    last_of_each_size,
+    matching,
+    quantized_tensors,
+)
+from qat_tricks.graph.logits import logits_of
 from qat_tricks.graph.two_modes import yields_by_mode
-from qat_tricks.graph.workbench import logits_of
+from qat_tricks.graph.workbench import Workbench
 from qat_tricks.trainer.module import workbench_of
 from qat_tricks.trainer.schedule import check_fraction
 from qat_tricks.trainer.trick import Trick
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
+
+
+AUTO = "auto"  # of ``features``
 
 
 def distill(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -51,6 +66,29 @@ def _of_classes(logits: Tensor) -> Tensor:
     return torch.stack([torch.zeros_like(one), one], 1)
 
 
+def distill_features(student: Tensor, teacher: Tensor, step: Tensor) -> Tensor:
+    """``1 - r``, the mean over channels, a scalar; gradients reach ``student`` only.
+
+    Args:
+        student: maps ``[N, C, ...]``, or tokens ``[N, T, C]``, of the network that is trained.
+        teacher: those of the float network, of the same shape.
+        step: the scale of the student's grid, of shape ``[]``.
+    """
+    channels = 2 if student.dim() == 3 else 1
+    ours, theirs = (
+        values.float().movedim(channels, 0).flatten(1) for values in (student, teacher.detach())
+    )
+    ours, theirs = (values - values.mean(1, keepdim=True) for values in (ours, theirs))
+    # Rounding alone deviates by 1 / sqrt(12) of a step.
+    least = step.detach() * (ours.shape[1] / 12) ** 0.5
+    ours = ours / torch.maximum(ours.norm(dim=1, keepdim=True), least)
+    norm = theirs.norm(dim=1, keepdim=True)
+    theirs = theirs / norm.clamp_min(torch.finfo(torch.float32).tiny)
+    # A channel in which the teacher has nothing to tell counts for nothing.
+    lives = (norm > 0).flatten().float()
+    return ((1 - (ours * theirs).sum(1)) * lives).sum() / lives.sum().clamp_min(1)
+
+
 def _yield_as_in_training(teacher: nn.Module) -> None:
     """Lets ``teacher`` yield what it yields in training, such as logits and no probabilities.
 
@@ -61,11 +99,63 @@ def _yield_as_in_training(teacher: nn.Module) -> None:
         module.training = any(True for _ in module.children())
 
 
+class _Features:
+    """Compares the feature maps of the two networks.
+
+    Args:
+        work: the workbench of the fit, with the teacher on its device.
+        patterns: of names; None: the last map of each size, which the first step tells.
+    """
+
+    def __init__(self, work: Workbench, patterns: Sequence[str] | None) -> None:
+        assert work.teacher is not None
+        self.student, self.patterns = work.network, patterns
+        self.teacher = TracedTeacher(work.teacher, work.network)
+        self.tensors = quantized_tensors(work.network, self.teacher)
+        self.names: list[str] = []
+        if patterns is not None:
+            self.tensors = chosen_tensors(self.tensors, patterns)
+            every = [name for group in self.tensors.values() for name in group]
+            self._choose(matching(every, patterns))
+
+    def _choose(self, names: list[str]) -> None:
+        self.names = names
+        self.tensors = chosen_tensors(self.tensors, names)
+        self.teacher.tap(names)
+
+    def listener(self) -> Listener:
+        """What listens to the student during a step."""
+        return Listener(self.student, self.tensors)
+
+    def loss(self, heard: dict[str, Tensor], args: Any, kwargs: Any) -> tuple[Tensor, Any]:
+        """The loss for a call of the student, and the teacher's output."""
+        if not self.names:
+            self._choose(last_of_each_size(heard, self.teacher.order))
+        missing = [name for name in self.names if name not in heard]
+        if missing or not self.names:
+            raise QatTricksError(
+                f"distill found no feature maps ({', '.join(missing) or 'all are vectors'}): give "
+                "features name patterns of tensors that training passes, or leave features out; "
+                "of a compiled network they cannot be seen"
+            )
+        output, expected = self.teacher(*args, **kwargs)
+        steps = {
+            name: self.student.get_submodule(quantizer).current_scale()
+            for quantizer, names in self.tensors.items()
+            for name in names
+        }
+        losses = [distill_features(heard[name], expected[name], steps[name]) for name in self.names]
+        return torch.stack(losses).mean(), output
+
+
 class _Step:
     """A ``training_step`` that adds the distillation loss to the module's own."""
 
-    def __init__(self, trick: "Distill", pl_module: "LightningModule") -> None:
-        self.trick, self.pl_module = trick, pl_module
+    def __init__(
+        self, trick: "Distill", pl_module: "LightningModule", features: _Features | None
+    ) -> None:
+        self.trick, self.pl_module, self.features = trick, pl_module, features
+        self.yields_by_mode = yields_by_mode(workbench_of(pl_module).network.graph)
         # The module's own step, whose signature Lightning reads through this name, as of any
         # decorated function.
         self.__wrapped__ = pl_module.training_step
@@ -73,22 +163,31 @@ class _Step:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         work = workbench_of(self.pl_module)
         assert work.teacher is not None
+        trick, features = self.trick, self.features
         # A module may call its network several times in a step, as for two views of an image.
         losses: list[Tensor] = []
+        of_features: list[Tensor] = []
+        listener = nullcontext() if features is None else features.listener()
 
         def listen(
             _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> None:
-            with torch.no_grad():
-                expected = work.teacher(*args, **kwargs)  # type: ignore[misc]
+            expected = None
+            if features is not None and isinstance(listener, Listener):
+                of_maps, expected = features.loss(listener.take(), args, kwargs)
+                of_features.append(of_maps)
+            if features is None or self.yields_by_mode:
+                with torch.no_grad():
+                    expected = work.teacher(*args, **kwargs)  # type: ignore[misc]
             losses.append(
-                distill(logits_of(output), logits_of(expected), temperature=self.trick.temperature)
+                distill(logits_of(output), logits_of(expected), temperature=trick.temperature)
             )
 
         # For this step only: validation and export run without the teacher.
         handle = work.network.register_forward_hook(listen, with_kwargs=True)
         try:
-            result = self.__wrapped__(*args, **kwargs)
+            with listener:
+                result = self.__wrapped__(*args, **kwargs)
         finally:
             handle.remove()
         if result is None or not losses:
@@ -97,7 +196,9 @@ class _Step:
                 "and to return its loss: let it do both, or leave distill out"
             )
         loss: Any = result["loss"] if isinstance(result, dict) else result
-        loss = (1 - self.trick.weight) * loss + self.trick.weight * torch.stack(losses).mean()
+        loss = (1 - trick.weight) * loss + trick.weight * torch.stack(losses).mean()
+        if of_features:
+            loss = loss + trick.feature_weight * torch.stack(of_features).mean()
         return {**result, "loss": loss} if isinstance(result, dict) else loss
 
 
@@ -105,16 +206,43 @@ class Distill(Trick):
     """Callback of ``distill``: adds it to the loss.
 
     The teacher is the network from before the first trick.
+
+    Args:
+        weight: share of the loss of the logits, 0 to 1.
+        temperature: as of ``distill``.
+        features: which feature maps are compared too: ``auto``, the last of each size; or name
+            patterns (``fnmatch``) of tensors, such as ``layer*.relu2``; None: none.
+        feature_weight: of their loss.
+
+    Raises:
+        QatTricksError: a setting that is not allowed; later, a pattern that matches nothing.
     """
 
     needs_teacher = True
 
-    def __init__(self, weight: float = 0.5, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        weight: float = 0.5,
+        temperature: float = 1.0,
+        features: str | Sequence[str] | None = None,
+        feature_weight: float = 1.0,
+    ) -> None:
         super().__init__()
         self.weight = check_fraction("weight", weight)
         if temperature <= 0:
             raise QatTricksError(f"temperature={temperature} is not allowed: give a number above 0")
         self.temperature = temperature
+        if (isinstance(features, str) and features != AUTO) or features == []:
+            raise QatTricksError(
+                f"features={features!r} is not allowed: give {AUTO}, a list of name patterns, or "
+                "null for none"
+            )
+        if not 0 <= feature_weight < float("inf"):
+            raise QatTricksError(
+                f"feature_weight={feature_weight} is not allowed: give a number of 0 or more"
+            )
+        self.features = features if features is None or features == AUTO else tuple(features)
+        self.feature_weight = feature_weight
         self._teacher_state: dict[str, Tensor] | None = None
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -139,7 +267,11 @@ class Distill(Trick):
         if yields_by_mode(work.network.graph):
             _yield_as_in_training(work.teacher)
         self._teacher_state = work.teacher.state_dict()
-        pl_module.training_step = _Step(self, pl_module)  # type: ignore[method-assign]
+        features = None
+        if self.features is not None:
+            patterns = None if self.features == AUTO else self.features
+            features = _Features(work, patterns)
+        pl_module.training_step = _Step(self, pl_module, features)  # type: ignore[method-assign]
 
     def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Gives the module its own ``training_step`` back."""

@@ -442,6 +442,8 @@ class Equalize(Trick):
         num_images: int = 128,
     ) -> None:
         super().__init__()
+        # Without ReLU6 the graph is another one, which is not put back; and it was asked for.
+        self.judged = not uncap
         if num_images < 0:
             raise QatTricksError(
                 f"num_images={num_images} is not allowed: give 0 (only weights decide) or more"

@@ -1,8 +1,8 @@
-"""Freeze the BatchNorm statistics of an unfolded network for the last part of QAT.
+"""Freeze the BatchNorm statistics, of an unfolded network or restored, for the last part of QAT.
 
 Krishnamoorthi 2018, "Quantizing deep convolutional networks for efficient inference" (arXiv
 1806.08342), section 4.2.2: once the statistics hold still, training sees the normalization that
-will be folded for inference.
+will be folded for inference. ``restore_batchnorm`` leaves statistics that were frozen as they are.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -8,7 +8,8 @@ Where this differs: weights of 5 and more bits keep the scale that follows their
 Nothing clips there, so there is nothing to learn, and their backward costs nothing. The scale of
 the network's input stays as calibrated: the images do not change. So do the scales of what the user
 froze: those of frozen weights, and those of activations that come from layers, or other modules, in
-which no parameter trains.
+which no parameter trains. With ``stop`` scales hold still in the last part of the training, so that
+weights settle on grids that move no more.
 """
 
 import operator
@@ -34,6 +35,7 @@ from qat_tricks.trainer.module import workbench_of
 from qat_tricks.trainer.optimizers import take_in
 from qat_tricks.trainer.scale_groups import give_scales_own_group, rates_with_scales
 from qat_tricks.trainer.scale_steps import ScaleSteps
+from qat_tricks.trainer.schedule import check_fraction, fit_progress
 from qat_tricks.trainer.trick import Trick
 from qat_tricks.tricks.calibrate import Calibrate
 
@@ -154,19 +156,28 @@ def _rates(trainer: "Trainer") -> str:
 
 
 class LearnScales(Trick):
-    """Callback of ``learn_scales``."""
+    """Callback of ``learn_scales``.
+
+    Args:
+        lr_factor: learning rate of the scales over that of the weights; None: 0.1 for SGD, 0.01 for
+            adaptive optimizers.
+        stop: the fraction of the fit from which the scales hold still.
+
+    Raises:
+        QatTricksError: a setting that is not allowed.
+    """
 
     requires = (Calibrate,)
     after = ("correct_weights", "correct_bias")
 
-    def __init__(self, lr_factor: float | None = None) -> None:
+    def __init__(self, lr_factor: float | None = None, stop: float = 1.0) -> None:
         super().__init__()
         if lr_factor is not None and lr_factor <= 0:
             raise QatTricksError(
                 f"lr_factor={lr_factor} is not allowed: give a number above 0, or null for the "
                 "default"
             )
-        self.lr_factor = lr_factor
+        self.lr_factor, self.stop = lr_factor, check_fraction("stop", stop)
         self._handles: list[Any] = []
         self._steps: ScaleSteps | None = None
 
@@ -218,6 +229,8 @@ class LearnScales(Trick):
         self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
     ) -> None:
         """Learns the scales of what a finetuning callback has unfrozen, and no others."""
+        if self.stop < 1 and self._steps is not None:
+            self._steps.holds = fit_progress(trainer) >= self.stop
         if batch_idx > 0 or not finetuning_in(trainer):
             return
         network = workbench_of(pl_module).network

@@ -30,6 +30,7 @@ from qat_tricks.graph.bit_options import (
 )
 from qat_tricks.graph.inputs import Inputs, batch_size, call_network, check_batches
 from qat_tricks.graph.layers import activation_quantizers, layers
+from qat_tricks.graph.logits import logits_of
 from qat_tricks.graph.modes import evaluating, float_mode
 from qat_tricks.graph.near_ties import avoid_rounding_ties
 from qat_tricks.graph.other_bits import (
@@ -42,7 +43,7 @@ from qat_tricks.graph.quantize_settings import Limits
 from qat_tricks.graph.random_state import kept_random_state
 from qat_tricks.graph.sensitivity import ACTIVATIONS, WEIGHTS
 from qat_tricks.graph.spec import QUANTIZERS, spec_of
-from qat_tricks.graph.workbench import Workbench, logits_of
+from qat_tricks.graph.workbench import Workbench
 from qat_tricks.numerics.choices import choose, cost_of
 from qat_tricks.numerics.scheme import MAX_BITS, MIN_BITS, is_bits
 from qat_tricks.trainer.trick import Trick, check_num_images

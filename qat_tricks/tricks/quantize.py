@@ -54,6 +54,7 @@ class Quantize(Trick):
     """Callback of ``quantize``; its arguments are the fields of ``QuantizeSettings``."""
 
     after = ("fold_batchnorm", "equalize")
+    quantizes = True
 
     def __init__(
         self,

@@ -24,23 +24,27 @@ conv runs twice, and the weights are quantized before they are multiplied.
 
 At high rates running statistics lag behind the weights: a network that gave 98 % with the batch's
 statistics gave 67 % with the running ones. So the last step is followed by an estimate from images.
+A callback that averages weights makes a network of its own, whose statistics none of those are: its
+copy gets an estimate too.
 """
 
 from collections import Counter
 from collections.abc import Sequence
+from operator import methodcaller
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph.inputs import Inputs, call_network, check_batches
+from qat_tricks.graph.inputs import Inputs, call_network, check_batches, map_tensors
 from qat_tricks.graph.layers import Equalized, Layer, activation_quantizers, layers
 from qat_tricks.graph.modes import evaluating, unrounded_sums
 from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.surgery import give_batchnorm, give_factors
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.progress import track
+from qat_tricks.trainer.averaging import averaged_networks
 from qat_tricks.trainer.module import workbench_of
 from qat_tricks.trainer.schedule import is_last_batch
 from qat_tricks.trainer.trick import Trick, check_num_images
@@ -229,7 +233,8 @@ class RestoreBatchnorm(Trick):
         which: as of ``restore_batchnorm``.
         num_images: for the first statistics, and for the last.
         reestimate: whether the statistics are estimated anew after the last step, before the last
-            validation and checkpoint; after a fit that is stopped early, when it has ended.
+            validation and checkpoint; after a fit that is stopped early, when it has ended. So are
+            those of networks that callbacks average.
     """
 
     after = ("quantize", "calibrate", "correct_weights", "correct_bias")
@@ -241,7 +246,7 @@ class RestoreBatchnorm(Trick):
         self.which = check_which(which)
         self.num_images = check_num_images(num_images)
         self.reestimate = reestimate
-        self._is_due = False
+        self._is_due = self._averages_are_due = self._has_ended = False
 
     def apply(self, work: Workbench) -> None:
         """Restores the BatchNorms."""
@@ -256,20 +261,48 @@ class RestoreBatchnorm(Trick):
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """A fit begins, after which the statistics are to be estimated."""
-        self._is_due = self.reestimate
+        self._is_due = self._averages_are_due = self.reestimate
+        self._has_ended = False
 
     def on_train_batch_end(self, trainer: "Trainer", pl_module: "LightningModule", *_: Any) -> None:
         """Estimates the statistics anew after the last step."""
         if self._is_due and is_last_batch(trainer):
             self._reestimate(pl_module)
 
+    def on_validation_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Estimates those of averages before the last validation puts them to use."""
+        if self._has_ended:
+            self._reestimate_averages(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Estimates those of averages before the last checkpoint."""
+        if self._has_ended:
+            self._reestimate_averages(trainer, pl_module)
+
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Estimates them after a fit that was stopped before what could be foreseen."""
         if self._is_due:
             self._reestimate(pl_module)
+        self._reestimate_averages(trainer, pl_module)  # before they become the network
 
     def _reestimate(self, pl_module: "LightningModule") -> None:
-        self._is_due = False
+        self._is_due, self._has_ended = False, True
         work = workbench_of(pl_module)
-        if any(layer.batchnorm is not None for layer in layers(work.network).values()):
+        if _has_batchnorm(work.network):
             reestimate_batchnorm(work.network, work.batches(self.num_images))
+
+    def _reestimate_averages(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        is_due, self._averages_are_due = self._averages_are_due, False
+        work = workbench_of(pl_module)
+        averages = averaged_networks(trainer, work.network_name) if is_due else []
+        for network in averages:
+            if not _has_batchnorm(network):
+                continue
+            # The copy may be kept on another device.
+            to_device = methodcaller("to", next(network.parameters()).device)
+            batches = work.batches(self.num_images)
+            reestimate_batchnorm(network, [map_tensors(batch, to_device) for batch in batches])
+
+
+def _has_batchnorm(network: fx.GraphModule) -> bool:
+    return any(layer.batchnorm is not None for layer in layers(network).values())

@@ -26,10 +26,10 @@ from qat_tricks.graph.inputs import (
     map_tensors,
 )
 from qat_tricks.graph.layers import activation_quantizers
-from qat_tricks.graph.logits import check_batch_first, class_logits
+from qat_tricks.graph.logits import check_batch_first, class_logits, logits_of
 from qat_tricks.graph.modes import evaluating, float_mode
 from qat_tricks.graph.near_ties import avoid_rounding_ties
-from qat_tricks.graph.workbench import Workbench, logits_of
+from qat_tricks.graph.workbench import Workbench
 from qat_tricks.numerics import ActivationQuantizer
 from qat_tricks.progress import track
 from qat_tricks.trainer.trick import Trick, check_num_images
@@ -180,6 +180,7 @@ class TuneRanges(Trick):
     """Callback of ``tune_ranges``."""
 
     requires = (Calibrate,)
+    judged = True
 
     def __init__(self, num_images: int = 128) -> None:
         super().__init__()

@@ -25,3 +25,18 @@ def test_a_node_that_a_network_lacks_is_named():
     traced = trace(small_net())
     with torch.no_grad(), pytest.raises(QatTricksError, match='has no "elsewhere"'):
         Stream(traced, [images(2)]).run_until("elsewhere")
+
+
+def test_a_node_reads_what_the_node_before_it_gave():
+    traced, batches = trace(small_net()), [images(3), images(5)]
+    with torch.no_grad(), evaluating(traced):
+        stream = Stream(traced, batches)
+        for node in traced.graph.nodes:
+            if node.op == "call_module" and node.target == "block.conv1":
+                inputs = stream.inputs_of(node)
+                outputs = stream.advance()
+                break
+            stream.advance()
+        layer = traced.get_submodule("block.conv1")
+        assert [len(values) for values in inputs] == [3, 5]
+        assert all(map(torch.equal, map(layer, inputs), outputs))

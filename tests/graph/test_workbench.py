@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph.workbench import Workbench, logits_of
+from qat_tricks.graph.logits import logits_of
+from qat_tricks.graph.workbench import Workbench
 from tests.helpers.nets import images, small_net
 
 

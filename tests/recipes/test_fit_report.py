@@ -51,11 +51,12 @@ def test_a_fit_ends_with_one_table(capsys, one):
     assert rows["val_acc"][2] == f"{fit.callback_metrics['val_acc']:.4f}"
     assert rows["zeros"][0] == "0.0%"
     assert float(rows["zeros"][2].rstrip("%")) == pytest.approx(100 * zeros(lit), abs=1)
-    assert lines[5:] == [
+    assert lines[5:8] == [
         "7 of 7 convs and linears in integers",
         "nothing stays in float",
-        "64 images used for calibration",
+        "48 images used for calibration",  # a quarter of 64 is held out
     ]
+    assert lines[8].startswith("proved on 16 images held out: equalize")
 
 
 def test_operations_of_one_kind_are_one_line_and_excluded_layers_are_named(capsys):
@@ -77,7 +78,10 @@ def test_every_logger_gets_the_figures(tmp_path, capsys):
     logged = {k: float(v) for row in rows for k, v in row.items() if v and "qat_tricks/" in k}
     assert logged["qat_tricks/layers_quantized"] == logged["qat_tricks/layers"] == 7
     assert logged["qat_tricks/float_operations"] == 0
-    assert logged["qat_tricks/calibration_images"] == 64
+    assert logged["qat_tricks/calibration_images"] == 48
+    for trick in ("equalize", "correct_weights", "correct_bias"):
+        assert logged[f"qat_tricks/proofs/{trick}/kl_before"] >= 0
+        assert logged[f"qat_tricks/proofs/{trick}/kl_kept"] >= 0
     assert {"qat_tricks/before/val_acc", "qat_tricks/after_ptq/val_acc"} < set(logged)
     assert logged["qat_tricks/end/val_acc"] == pytest.approx(float(fit.callback_metrics["val_acc"]))
     steps = [row["step"] for row in rows if row["qat_tricks/layers"]]

@@ -9,8 +9,9 @@ import qat_tricks
 from qat_tricks.errors import QatTricksError
 from qat_tricks.trainer.module import workbench_of
 from qat_tricks.tricks import Distill, distill
+from qat_tricks.tricks.distill import distill_features
 from tests.helpers.lightning import pl
-from tests.helpers.lit import Data, Lit, differences, loader, trainer
+from tests.helpers.lit import Data, Lit, OrderedData, differences, loader, trainer
 from tests.helpers.nets import images, small_net
 
 WEIGHT, TEMPERATURE = 0.3, 2.0
@@ -65,11 +66,64 @@ def test_equal_logits_cost_nothing_and_half_precision_is_computed_in_float():
         ({"weight": 1.5}, "weight=1.5 is not allowed"),
         ({"weight": -0.1}, "weight=-0.1 is not allowed"),
         ({"temperature": 0.0}, "temperature=0.0 is not allowed: give a number above 0"),
+        ({"features": "layer1"}, "features='layer1' is not allowed: give auto, a list"),
+        ({"features": []}, "features=\\[\\] is not allowed"),
+        ({"features": "auto", "feature_weight": -1.0}, "feature_weight=-1.0 is not allowed"),
     ],
 )
 def test_settings_are_checked_when_made(settings, message):
     with pytest.raises(QatTricksError, match=message):
         Distill(**settings)
+
+
+def maps(seed, shape=(6, 5, 4, 3)):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def by_correlation(student, teacher):
+    """``1 - r`` of each channel, of maps whose channels are in dimension 1."""
+    pairs = zip(student.transpose(0, 1), teacher.transpose(0, 1), strict=True)
+    return [1 - torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1] for a, b in pairs]
+
+
+def test_the_loss_of_features_is_one_less_the_correlation_of_channels():
+    student, teacher, step = maps(0), maps(1), torch.tensor(0.1)
+    expected = torch.stack(by_correlation(student, teacher))
+    torch.testing.assert_close(distill_features(student, teacher, step), expected.mean())
+    # half the squared error of maps that are normalized
+    normalized = [
+        (x - x.mean((0, 2, 3), True)) / x.std((0, 2, 3), correction=0, keepdim=True)
+        for x in (student, teacher)
+    ]
+    half = (normalized[0] - normalized[1]).square().mean() / 2
+    torch.testing.assert_close(distill_features(student, teacher, step), half)
+    tokens = distill_features(student.flatten(2).mT, teacher.flatten(2).mT, step)
+    torch.testing.assert_close(tokens, expected.mean())
+
+
+def test_the_loss_of_features_knows_no_scale_and_no_shift_of_a_channel():
+    student, teacher = maps(0), maps(1)
+    scale, shift = torch.rand(1, 5, 1, 1) + 0.1, torch.randn(1, 5, 1, 1)
+    losses = [
+        distill_features(ours, theirs, torch.tensor(1e-3))
+        for ours in (student, student * scale + shift)
+        for theirs in (teacher, teacher * 1e3, teacher * scale)
+    ]
+    torch.testing.assert_close(torch.stack(losses), losses[0].expand(6))
+    assert float(distill_features(teacher * scale, teacher, torch.tensor(1e-3))) < 1e-6
+
+
+def test_channels_that_hold_still_neither_count_nor_explode():
+    student, teacher, step = maps(0), maps(1), torch.tensor(0.1)
+    teacher[:, 0] = 3.0  # the teacher has nothing to tell
+    student[:, 1] = 0.0
+    student.requires_grad_()
+    loss = distill_features(student, teacher, step)
+    expected = [torch.tensor(1.0), *by_correlation(student, teacher)[2:]]
+    torch.testing.assert_close(loss, torch.stack(expected).mean())
+    loss.backward()
+    assert not student.grad[:, 0].any()
+    assert 0 < student.grad[:, 1].abs().max() < 10 * student.grad[:, 2].abs().max() / 0.1
 
 
 class Noting(Lit):
@@ -253,3 +307,41 @@ def test_the_teacher_yields_what_the_student_yields_in_training(monkeypatch):
     assert float(expected.min()) < 0  # logits, and no probabilities
     assert not workbench_of(lit).teacher.drop.training
     assert workbench_of(lit).teacher.training
+
+
+class Silent(Lit):
+    """Has nothing to learn itself."""
+
+    def training_step(self, batch, index):
+        return 0 * super().training_step(batch, index)
+
+
+def fit_with_features(features, seed=0, **settings):
+    """Fits by features alone; returns the module and its losses."""
+    pl.seed_everything(5, verbose=False)
+    lit, noting = Silent("adam").train(), NotingLosses()
+    recipe = qat_tricks.recipe(
+        "w2a4_qat",
+        [
+            "stages.qat.tricks.distill.weight=0",
+            f"stages.qat.tricks.distill.features={features}",
+            "stages.qat.tricks.distill.feature_weight=20",
+        ],
+    )
+    trainer([*recipe, noting], **settings).fit(lit, datamodule=OrderedData())
+    return lit, torch.stack(noting.losses) / 20
+
+
+def test_features_are_added_to_the_loss_and_pull_towards_the_float_network():
+    lit, losses = fit_with_features("auto", max_epochs=4)
+    first, last = losses[:4].mean(), losses[-4:].mean()
+    assert 0 < float(last) < 0.8 * float(first) < 1
+    assert "training_step" not in lit.__dict__
+    # named, they are the same tensors: the last of each of the two sizes
+    _, named = fit_with_features("[block.relu.1,relu_1]", max_epochs=1)
+    assert torch.equal(named, losses[:4])
+
+
+def test_a_pattern_of_features_that_matches_nothing_is_told_before_the_training():
+    with pytest.raises(QatTricksError, match='pattern "layer9" matches no quantized tensor'):
+        fit_with_features("[layer9]")

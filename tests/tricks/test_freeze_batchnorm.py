@@ -112,3 +112,20 @@ def test_restored_batchnorms_are_frozen_too():
     trainer([*recipe, watch], max_epochs=1).fit(lit, datamodule=Data())
     assert len(norms(lit.backbone)) == 4
     assert watch.moved == [False] * BATCHES
+
+
+def test_statistics_that_were_frozen_are_not_estimated_anew():
+    class Note(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 1:
+                self.after_one = statistics(pl_module.backbone).clone()
+
+    lit, note = Lit().train(), Note()
+    freeze = [
+        "+trick@recipe.stages.qat.tricks=freeze_batchnorm",
+        "stages.qat.tricks.freeze_batchnorm.start=0.25",
+    ]
+    trainer([note, *qat_tricks.recipe("int8_qat", freeze)], max_epochs=1).fit(
+        lit, datamodule=Data()
+    )
+    assert torch.equal(statistics(lit.backbone), note.after_one)

@@ -131,6 +131,36 @@ def test_scales_learn():
     assert sum(after[name] != before[name] for name in before) >= len(before) - 1
 
 
+class Scales(pl.Callback):
+    """Notes after each step which scales have moved."""
+
+    def __init__(self):
+        self.moved, self.before = [], None
+
+    def on_train_batch_start(self, trainer, pl_module, *args):
+        self.before = self.of(pl_module)
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.moved.append(not torch.equal(self.before, self.of(pl_module)))
+
+    def of(self, pl_module):
+        named = pl_module.named_parameters()
+        return torch.cat([p.detach().flatten() for name, p in named if name.endswith(".scale")])
+
+
+@pytest.mark.parametrize(("stop", "moving"), [(0.0, 0), (0.7, 6), (1.0, 8)])
+def test_scales_hold_still_in_the_last_part_whatever_momentum_they_have(stop, moving):
+    watch = Scales()
+    recipe = qat_tricks.recipe("w4a8_qat", [f"stages.qat.tricks.learn_scales.stop={stop}"])
+    trainer([*recipe, watch]).fit(Lit().train(), datamodule=Data())
+    assert watch.moved == [True] * moving + [False] * (8 - moving)
+
+
+def test_the_stop_is_a_fraction():
+    with pytest.raises(QatTricksError, match=r"stop=1\.5 is not allowed"):
+        LearnScales(stop=1.5)
+
+
 class OnlyInEvaluation(torch.nn.Module):
     def __init__(self):
         super().__init__()

@@ -11,9 +11,10 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import as_layer, is_layer, layers, rebuild, spec_of, trace
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.recipes.recipe import load_recipe
-from qat_tricks.tricks import equalize, fold_batchnorm, restore_batchnorm
+from qat_tricks.trainer.module import workbench_of
+from qat_tricks.tricks import equalize, fold_batchnorm, reestimate_batchnorm, restore_batchnorm
 from tests.helpers.lightning import pl
-from tests.helpers.lit import Data, Lit, trainer
+from tests.helpers.lit import Data, Lit, OrderedData, trainer
 from tests.helpers.nets import images, small_net
 
 
@@ -288,6 +289,28 @@ def test_statistics_are_estimated_anew_when_a_fit_ends_by_itself_or_is_stopped(s
     trainer([*recipe, Drifts(stops)], max_epochs=2, min_epochs=None).fit(lit, datamodule=Data())
     mean = lit.backbone.stem[1].running_mean
     assert (mean.abs().max() < 10) == reestimate
+
+
+@pytest.mark.skipif(not hasattr(pl.callbacks, "WeightAveraging"), reason="came with Lightning 2.6")
+@pytest.mark.parametrize("stops", [False, True])
+def test_statistics_of_an_averaged_network_are_its_own(stops):
+    """In the last validation, which judges it, and at the end."""
+
+    class Watch(pl.Callback):
+        def on_validation_batch_end(self, trainer, pl_module, *args):
+            self.validated = pl_module.backbone.stem[1].running_mean.clone()
+
+    lit, watch = Lit().train(), Watch()
+    recipe = qat_tricks.recipe("w4a4_qat")
+    average = pl.callbacks.EMAWeightAveraging(decay=0.5)
+    run = trainer([*recipe, Drifts(stops), average, watch], max_epochs=2, min_epochs=None)
+    run.fit(lit, datamodule=OrderedData())
+    norm = lit.backbone.stem[1]
+    if not stops:
+        assert torch.equal(watch.validated, norm.running_mean)
+    found = norm.running_mean.clone(), norm.running_var.clone()
+    reestimate_batchnorm(lit.backbone, workbench_of(lit).batches(512))
+    torch.testing.assert_close(found, (norm.running_mean, norm.running_var))
 
 
 def test_without_training_nothing_is_restored():

@@ -14,7 +14,7 @@ from qat_tricks.deploy.parity.tensors import TensorParity
 from qat_tricks.deploy.runtimes.session import open_session, run_batch
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.inputs import as_tensors, call_network, input_names, inputs_of, on_cpu
-from qat_tricks.graph.workbench import logits_of
+from qat_tricks.graph.logits import logits_of
 
 
 @dataclass(frozen=True, kw_only=True)

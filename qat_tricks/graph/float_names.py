@@ -1,0 +1,33 @@
+"""Which nodes of a float network hold what a quantized one, made from it, has on its grids."""
+
+from torch import fx
+
+from qat_tricks.graph import nodes as n
+from qat_tricks.graph.grids import output_grid_of
+from qat_tricks.graph.spec import QUANTIZERS, spec_of
+from qat_tricks.graph.trace import module_of
+from qat_tricks.numerics import ActivationQuantizer
+
+
+def float_names(traced: fx.GraphModule) -> dict[str, str]:
+    """For the node of each quantizer and concat by name, the name of that in the float network.
+
+    Args:
+        traced: a network with quantizers.
+    """
+    names, absorbed = {}, dict[str, list[str]]()
+    for node in traced.graph.nodes:
+        quantizer = module_of(node, traced)
+        if n.is_cat(node, traced) and output_grid_of(node, traced) is None:
+            names[node.name] = node.name
+        if not isinstance(quantizer, ActivationQuantizer):
+            continue
+        # It rounds what the node before it yields, or stands in the place of a ReLU.
+        names[node.name] = node.all_input_nodes[0].name
+        if quantizer.activation is not None:
+            absorbed.setdefault(str(node.target), []).append(node.name)
+    entries = spec_of(traced)["activations"]
+    for target, called in absorbed.items():
+        of_float = entries[target.removeprefix(f"{QUANTIZERS}.")]["nodes"]
+        names |= dict(zip(called, of_float, strict=True))
+    return names

@@ -1,0 +1,158 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import qat_tricks
+from qat_tricks.errors import QatTricksError
+from qat_tricks.graph import layers, trace
+from qat_tricks.tricks import calibrate, correct_weights, fold_batchnorm, gptq, prune, quantize
+from tests.helpers.nets import images, small_net
+
+
+def _coarse(weight_bits=3, *, folds=True, net=None):
+    traced = trace(net or small_net())
+    if folds:
+        fold_batchnorm(traced)
+    traced.eval()
+    reference = copy.deepcopy(traced)
+    quantize(traced, weight_bits=weight_bits, first_last_bits=None)
+    return calibrate(traced, [images(64)]), reference
+
+
+@torch.no_grad()
+def _error(traced, reference, x):
+    return float((traced.eval()(x) - reference(x)).square().mean())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+def test_images_not_seen_err_less_than_with_weights_rounded_to_the_nearest(bits):
+    traced, reference = _coarse(bits)
+    before = _error(traced, reference, images(64, seed=5))
+    gptq(traced, reference, list(images(64).split(16)))
+    assert _error(traced, reference, images(64, seed=5)) < 0.4 * before
+
+
+def test_it_errs_less_than_corrected_weights():
+    traced, reference = _coarse(4)
+    corrected = correct_weights(copy.deepcopy(traced))
+    gptq(traced, reference, [images(64)])
+    x = images(64, seed=5)
+    assert _error(traced, reference, x) < 0.5 * _error(corrected, reference, x)
+
+
+@pytest.mark.parametrize("folds", [True, False])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_weights_lie_on_the_grid_of_their_scale(bits, folds):
+    traced, reference = _coarse(bits, folds=folds)
+    gptq(traced, reference, [images(32)])
+    for layer in layers(traced).values():
+        weight = layer.deployed_weight()
+        steps = weight / layer.weight_scale(weight)
+        assert (steps - steps.round()).abs().max() < 1e-3
+        assert steps.abs().max() < layer.weight_quantizer.scheme.qmax + 0.01
+        # Rounding again, as training and exporters do, changes nothing.
+        torch.testing.assert_close(layer.effective_weight(), weight, rtol=1e-5, atol=1e-7)
+
+
+def test_errors_of_layers_before_are_taken_up():
+    traced, reference = _coarse(8)
+    first = traced.get_submodule("stem.0")
+    with torch.no_grad():
+        first.weight.mul_(torch.linspace(0.7, 1.4, 8).view(-1, 1, 1, 1))
+        # The depthwise conv comes after a block that mixes these channels.
+    before = _error(traced, reference, images(64, seed=5))
+    gptq(traced, reference, [images(64)])
+    assert _error(traced, reference, images(64, seed=5)) < 0.1 * before
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_pruned_weights_stay_zero_and_the_others_take_them_up(bits):
+    traced, reference = _coarse(bits)
+    prune(traced, 0.5)
+    masks = {name: layer.weight_mask.clone() for name, layer in layers(traced).items()}
+    before = _error(traced, reference, images(64, seed=5))
+    gptq(traced, reference, [images(64)])
+    for name, layer in layers(traced).items():
+        assert (layer.effective_weight()[masks[name] == 0] == 0).all()
+        assert (layer.weight[masks[name] == 0] == 0).all()
+        assert torch.equal(layer.weight_mask, masks[name])
+    assert _error(traced, reference, images(64, seed=5)) < 0.5 * before
+
+
+@torch.no_grad()
+def test_means_of_the_output_match_float_on_the_images_seen():
+    traced, reference = _coarse()
+    x = images(64)
+    traced.get_submodule("head").bias += torch.linspace(-1, 1, 10)
+    gptq(traced, reference, [x])
+    assert (traced(x).mean(0) - reference(x).mean(0)).abs().max() < 1e-3
+
+
+def test_it_comes_again_to_the_bit():
+    results = []
+    for _ in range(2):
+        traced, reference = _coarse()
+        gptq(traced, reference, [images(32)])
+        results.append(traced.state_dict())
+    assert all(torch.equal(value, results[1][key]) for key, value in results[0].items())
+
+
+def test_a_channel_of_zeros_stays_one():
+    net = small_net()
+    with torch.no_grad():
+        net.left.weight[2] = 0.0
+        net.block.bn1.weight[3] = 0.0
+        net.block.bn1.bias[3] = 0.0
+    for folds in (True, False):
+        traced, reference = _coarse(4, folds=folds, net=copy.deepcopy(net))
+        gptq(traced, reference, [images(32)])
+        assert all(value.isfinite().all() for value in traced.state_dict().values())
+        assert (traced.get_submodule("left").effective_weight()[2].abs() < 1e-3).all()
+
+
+class _Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(1, 4, 3, padding=1)
+        self.shared = nn.Conv2d(4, 4, 3, padding=1)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.shared(torch.relu(self.shared(torch.relu(self.first(x))))))
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_layer_that_is_called_twice_is_left_as_it_is():
+    traced, reference = _coarse(4, net=_Twice().eval())
+    before = copy.deepcopy(traced.state_dict())
+    gptq(traced, reference, [images(32)])
+    changed = {
+        key for key, value in traced.state_dict().items() if not torch.equal(value, before[key])
+    }
+    assert {"first.weight", "head.weight"} <= changed
+    assert not any(key.startswith("shared") for key in changed)
+
+
+def test_the_trick_is_part_of_a_recipe():
+    changes = [f"~stages.ptq.tricks.{name}" for name in ("correct_weights", "correct_bias")]
+    net, batches = small_net(), [images(64)]
+    settings = ["stages.ptq.tricks.quantize.weight_bits=4", *changes]
+    plain = qat_tricks.quantize(net, batches, "int8_ptq", settings)
+    rounded = qat_tricks.quantize(
+        net, batches, "int8_ptq", [*settings, "+trick@stages.ptq.tricks=gptq"]
+    )
+    assert rounded.meta["qat_tricks"]["applied"][-1] == "gptq"
+    x = images(64, seed=5)
+    assert _error(rounded, net, x) < 0.5 * _error(plain, net, x)
+
+
+def test_what_is_missing_is_named():
+    traced, reference = _coarse()
+    with pytest.raises(QatTricksError, match="no images"):
+        gptq(traced, reference, [])
+    with pytest.raises(QatTricksError, match="reference has no"):
+        gptq(traced, trace(nn.Identity()), [images()])
+    with pytest.raises(QatTricksError, match="quantize the network first"):
+        gptq(reference, reference, [images()])
