@@ -8,8 +8,9 @@ Brain Compression", arXiv 2208.11580, section 4).
 
 Where this differs: the weights do not go one by one, each with an update of its row's inverse. Many
 go at once by one inverse for all rows, and then those that stay are fitted anew to the output of
-the weights that there were at first. On a ResNet-20 at 50 and 70 % this was as good as an inverse a
-row, at a fraction of the time. The fit is by conjugate gradients, all rows at once.
+the weights that there were at first, by conjugate gradients, all rows at once. On a ResNet-20 the
+output's divergence was that of an inverse for each row at 50 % zeros (0.053 nats) and a little more
+at 70 % (0.28 against 0.25), for a fraction of the time.
 """
 
 from dataclasses import dataclass

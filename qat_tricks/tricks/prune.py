@@ -145,17 +145,20 @@ class Prune(Trick):
 
     def apply(self, work: Workbench) -> None:
         """Prunes to ``initial`` before a training, to ``sparsity`` without one."""
+        before = sparsity_of(self._prunable(work).values())
         if work.trains or self.choices["criterion"] != "obs":
             self._prune(work, self.initial if work.trains else self.sparsity)
-            return
-        self.reached = prune_and_refit(
-            work.network,
-            self.sparsity,
-            work.batches(self.num_images),
-            include=self.include,
-            exclude=self.exclude,
-            **{key: self.choices[key] for key in ("scope", "granularity")},
-        )
+        else:
+            self.reached = prune_and_refit(
+                work.network,
+                self.sparsity,
+                work.batches(self.num_images),
+                include=self.include,
+                exclude=self.exclude,
+                **{key: self.choices[key] for key in ("scope", "granularity")},
+            )
+        if self.reached > before:  # what comes next is compared with the pruned network
+            work.note_change("pruned")
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Notes the sparsity that there is: masks of an earlier fit stay, and only grow."""

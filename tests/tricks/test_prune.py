@@ -6,10 +6,11 @@ from torch import nn
 
 import qat_tricks
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph import layers, trace
+from qat_tricks.graph import layers, spec_of, trace
 from qat_tricks.graph.output_error import output_error
 from qat_tricks.graph.pruning import sparsity_of
 from qat_tricks.graph.workbench import Workbench
+from qat_tricks.recipes.recipe import build_recipe
 from qat_tricks.tricks import prune
 from qat_tricks.tricks.prune import Prune
 from tests.helpers.lightning import pl
@@ -140,6 +141,18 @@ def test_without_training_the_weights_that_stay_make_up_for_the_others():
         with torch.no_grad():
             errors[criterion] = output_error(small_net()(x), work.network.eval()(x)).kl
     assert errors["obs"] < 0.3 * errors["magnitude"]
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "obs"])
+def test_quantizers_are_placed_in_a_network_that_was_pruned_at_once(criterion):
+    tricks = {"fold_batchnorm": {}, "prune": {"criterion": criterion}, "quantize": {}}
+    recipe = build_recipe({"stages": {"ptq": {"epochs": 0, "tricks": tricks | {"calibrate": {}}}}})
+    work = Workbench(small_net(), lambda _: [images(32)])
+    recipe.stages[0].apply(work)
+    steps = {step["name"]: step for step in spec_of(work.network)["equivalence"]}
+    assert steps["pruned"]["by_design"]
+    assert steps["pruned"]["evaluation_db"] < 70
+    assert steps["quantizers placed"]["evaluation_db"] > 70
 
 
 class Sparsity(pl.Callback):
