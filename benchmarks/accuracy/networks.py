@@ -125,9 +125,19 @@ class Network:
         return (images.float() / 255 - mean) / std
 
 
+def _cifar10(build: Callable[[], nn.Module], weights: str) -> Network:
+    return Network(
+        build=build,
+        weights=weights,
+        data="cifar10",
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        resize=32,
+        size=32,
+    )
+
+
 _HALVES = (0.5, 0.5, 0.5)  # to -1..1
-_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-_CIFAR = {"data": "cifar10", "resize": 32, "size": 32, **_IMAGENET}
 
 NETWORKS = {
     "MobileNetV2": Network(
@@ -153,23 +163,13 @@ NETWORKS = {
         std=(1 / 255, 1 / 255, 1 / 255),
         resize=256,
     ),
-    # trained on the lossless images; these two show what a network is worth off its training data
-    "ResNet-20": Network(
-        build=partial(_cifar_resnet, "resnet20"), weights="cifar10_resnet20.pt", **_CIFAR
-    ),
-    "ResNet-56": Network(
-        build=partial(_cifar_resnet, "resnet56"), weights="cifar10_resnet56.pt", **_CIFAR
-    ),
+    # trained on the lossless images, and so off their training data here
+    "ResNet-20": _cifar10(partial(_cifar_resnet, "resnet20"), "cifar10_resnet20.pt"),
+    "ResNet-56": _cifar10(partial(_cifar_resnet, "resnet56"), "cifar10_resnet56.pt"),
     # written by train_networks.py
-    "ResNet-20-jpeg": Network(
-        build=partial(_cifar_resnet, "resnet20"), weights="cifar10_resnet20_jpeg.pt", **_CIFAR
-    ),
-    "ResNet-56-jpeg": Network(
-        build=partial(_cifar_resnet, "resnet56"), weights="cifar10_resnet56_jpeg.pt", **_CIFAR
-    ),
-    "relu_then_batchnorm": Network(
-        build=ReluThenBatchNorm, weights="cifar10_relu_then_batchnorm.pt", **_CIFAR
-    ),
+    "ResNet-20-jpeg": _cifar10(partial(_cifar_resnet, "resnet20"), "cifar10_resnet20_jpeg.pt"),
+    "ResNet-56-jpeg": _cifar10(partial(_cifar_resnet, "resnet56"), "cifar10_resnet56_jpeg.pt"),
+    "relu_then_batchnorm": _cifar10(ReluThenBatchNorm, "cifar10_relu_then_batchnorm.pt"),
 }
 
 
