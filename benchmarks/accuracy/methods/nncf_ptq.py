@@ -15,6 +15,7 @@ from nncf.quantization.advanced_parameters import (
     AdvancedQuantizationParameters,
     QuantizationParameters,
 )
+from nncf.torch.quantization.layers import BaseQuantizer
 from torch import Tensor, nn
 
 from methods import Bits, CannotError
@@ -57,7 +58,8 @@ def quantize(
     )
     edges = [name.replace(".", "/") for name in edge_layers(net)]
     for name, module in quantized.named_modules():
-        if any(f"pre_hooks.{edge}/" in name for edge in edges):
+        at_an_edge = any(f"pre_hooks.{edge}/" in name for edge in edges)
+        if at_an_edge and isinstance(module, BaseQuantizer):
             # the range of a weight is that of its values, whatever the bits
             module.num_bits = 8
             module.set_levels()
