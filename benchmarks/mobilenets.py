@@ -22,7 +22,6 @@ from qat_tricks.deploy.runtimes.session import open_session, run_batch
 
 BATCH = 50
 
-
 # A network's bars: agreement with the float network, points lost at most.
 BARS = {"MobileNetV2": (0.975, None), "MobileNetV1-0.25": (0.93, 0.7)}
 

@@ -123,3 +123,14 @@ METHODS = {
         title="fasterai, default", module="fasterai_ptq", environment="fasterai", package="fasterai"
     ),
 }
+
+# What each environment needs beside torch, torchvision, onnx, onnxscript and onnxruntime.
+ENVIRONMENTS = {
+    "onnxruntime": (),
+    "nncf": ("nncf", "ninja"),
+    "brevitas": ("brevitas", "onnxoptimizer", "accelerate", "tqdm", "pyyaml"),
+    "aimet": ("aimet-torch",),
+    "mct": ("model-compression-toolkit",),
+    "torchao": ("torchao",),
+    "fasterai": ("fasterai",),
+}
