@@ -9,6 +9,7 @@ learned rounding also ranges of least squared error of 4-bit activations. Learne
 """
 
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,17 @@ from brevitas.graph.quantize import quantize as place_quantizers
 from brevitas.inject import value
 from brevitas.nn.quant_layer import QuantNonLinearActLayer as QuantNLAL
 from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer as QuantWBIOL
-from brevitas_examples.imagenet_classification.ptq.learned_round_utils import apply_learned_round
+from brevitas_examples.common.learned_round.learned_round_trainer import (
+    LearnedRoundTrainer,
+    get_blocks,
+)
+from brevitas_examples.imagenet_classification.ptq.learned_round_utils import (
+    CacheVision,
+    is_layer,
+    parse_args_to_dataclass,
+    vision_block_forward,
+    vision_forward,
+)
 from brevitas_examples.imagenet_classification.ptq.ptq_common import (
     apply_bias_correction,
     apply_gptq,
@@ -53,16 +64,18 @@ def quantize(
     """Quantizes; ``rounding`` is None, ``gptq`` or ``learned``."""
     loader = [(batch, None) for batch in batches]
     graph = preprocess_for_quantize(net, equalize_iters=20, equalize_merge_bias=True)
-    # the ranges of 4-bit activations matter more than their extremes
-    ranges = "mse" if rounding and bits.activations < 8 else "stats"
-    quantized = _place(graph, bits, ranges)
+    quantized = _place(
+        graph,
+        bits,
+        ranges="mse" if rounding and bits.activations < 8 else "stats",
+    )
     with torch.no_grad():
         quantized(batches[0])  # some scales are made in the first pass
     calibrate(loader, quantized)
     if rounding == "gptq":
         apply_gptq(loader, quantized, act_order=True, create_weight_orig=True)
     elif rounding == "learned":
-        apply_learned_round(quantized, loader, LEARNED_ROUND)
+        _learn_rounding(quantized, loader)
     apply_bias_correction(loader, quantized)
     quantized.eval()
     path = folder / "model.onnx"
@@ -78,8 +91,28 @@ def quantize(
     return path
 
 
+def _learn_rounding(quantized: fx.GraphModule, loader: list[tuple[Tensor, None]]) -> None:
+    config = parse_args_to_dataclass(LEARNED_ROUND)
+    config.training_args.use_amp = False  # half precision takes some 20 times as long on a CPU
+    LearnedRoundTrainer(config=config).train(
+        model=quantized,
+        model_forward=vision_forward,
+        block_forward=vision_block_forward,
+        data_loader=loader,
+        cache=CacheVision(),
+        get_blocks_fn=partial(get_blocks, block_check_fn=is_layer),
+        keep_gpu=True,
+    )
+
+
 def _place(graph: fx.GraphModule, bits: Bits, ranges: str) -> fx.GraphModule:
-    """Puts Brevitas's quantizers into the graph; the first and the last layer get 8 bits."""
+    """Puts Brevitas's quantizers into the graph; the first and the last layer get 8 bits.
+
+    Args:
+        graph: of the float network.
+        bits: of the layers between.
+        ranges: how the activations' are found: ``mse``, or ``stats``, a percentile.
+    """
     layers = [m for m in graph.modules() if isinstance(m, LAYERS)]
     first_shape, last_shape = (layer.weight.shape for layer in (layers[0], layers[-1]))
 
