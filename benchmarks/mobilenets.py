@@ -13,60 +13,23 @@ from pathlib import Path
 
 import onnxruntime
 import torch
-import torchvision
+from accuracy.networks import NETWORKS
 from common import Report, argument_parser, command, table_row
 from images import batches, image_folder
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 import qat_tricks
 from qat_tricks.deploy.runtimes.session import open_session, run_batch
 
 BATCH = 50
 
-
-class MobileNetV1(nn.Module):
-    """MobileNetV1 at width 0.25 as trained in TensorFlow: convs of stride 2 pad right and bottom
-    only.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        widths = [8, 16, 32, 32, 64, 64, 128, 128, 128, 128, 128, 128, 256, 256]
-        strides = [1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1]
-        features = _conv(3, 8, 3, 2, 1)
-        for before, after, stride in zip(widths, widths[1:], strides, strict=False):
-            features += _conv(before, before, 3, stride, before) + _conv(before, after, 1, 1, 1)
-        self.features = nn.Sequential(*features)
-        self.fc = nn.Linear(256, 1000)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for module in self.features:
-            if isinstance(module, nn.Conv2d) and module.stride == (2, 2):
-                x = F.pad(x, (0, 1, 0, 1))
-            x = module(x)
-        return self.fc(x.mean((2, 3)))
-
-
-def _conv(before: int, after: int, size: int, stride: int, groups: int) -> list[nn.Module]:
-    padding = size // 2 if stride == 1 else 0
-    conv = nn.Conv2d(before, after, size, stride, padding, groups=groups, bias=False)
-    return [conv, nn.BatchNorm2d(after, eps=1e-3), nn.ReLU6()]
-
-
-# Weights' file, network, and its bars: agreement with the float network, points lost at most.
-NETWORKS = {
-    "MobileNetV2": ("imagenet_mobilenet_v2.pt", torchvision.models.mobilenet_v2, 0.975, None),
-    "MobileNetV1-0.25": ("imagenet_mobilenet_v1_025.pt", MobileNetV1, 0.93, 0.7),
-}
+# A network's bars: agreement with the float network, points lost at most.
+BARS = {"MobileNetV2": (0.975, None), "MobileNetV1-0.25": (0.93, 0.7)}
 
 
 def measure(name: str, args: argparse.Namespace) -> str:
     """Quantizes, exports and runs one network, and returns its row of the table."""
-    file, build, least_agreement, most_lost = NETWORKS[name]
-    net = build()
-    net.load_state_dict(torch.load(args.weights / file, weights_only=True))
-    net.eval()
+    least_agreement, most_lost = BARS[name]
+    net = NETWORKS[name].load(args.weights)
     calibration_set, test_set = image_folder(args.calibration), image_folder(args.val)
     generator = torch.Generator().manual_seed(args.seed)
     order = torch.randperm(len(calibration_set), generator=generator)[: args.images].tolist()
@@ -113,7 +76,7 @@ def main() -> None:
     parser = argument_parser(__doc__, threads=2)
     for folder in ("calibration", "val", "weights"):
         parser.add_argument(f"--{folder}", type=Path, required=True)
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--networks", nargs="+", choices=BARS, default=list(BARS))
     parser.add_argument("--images", type=int, default=512, help="of the calibration set")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of these images")
     parser.add_argument(
