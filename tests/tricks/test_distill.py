@@ -268,7 +268,11 @@ def test_a_network_of_one_logit_is_pulled_towards_the_float_one(flat):
     def distance(weight):
         pl.seed_everything(0, verbose=False)
         lit, noting = Binary().train(), NotingLosses()
-        recipe = qat_tricks.recipe("w4a4_qat", [f"stages.qat.tricks.distill.weight={weight}"])
+        # With more bits the quantized network begins where the float one is.
+        few_bits = "stages.ptq.tricks.quantize.weight_bits=2"
+        recipe = qat_tricks.recipe(
+            "w4a4_qat", [few_bits, f"stages.qat.tricks.distill.weight={weight}"]
+        )
         trainer([*recipe, noting], max_epochs=4).fit(lit, loader(64))
         with torch.no_grad():
             apart = lit.backbone.eval()(images(64)) - small_net(0, num_classes=1)(images(64))
