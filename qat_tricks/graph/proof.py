@@ -109,6 +109,10 @@ class Prover:
         except QatTricksError as error:  # a network that is no classifier is not judged
             self.reason = str(error)
 
+    def forget(self) -> None:
+        """A trick that is not judged has changed the network: its error is to be measured anew."""
+        self._last = None
+
     def prove(
         self,
         name: str,

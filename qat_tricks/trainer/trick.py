@@ -60,6 +60,8 @@ class Trick(Callback):
             work.prove(self.name, partial(self.apply, work))
         else:
             self.apply(work)
+            if work.prover is not None:
+                work.prover.forget()
         work.applied.append(self.name)
         work.history.append(self.name)
         return True
