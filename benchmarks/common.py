@@ -24,7 +24,7 @@ def argument_parser(description: str | None, threads: int | None = None) -> argp
 
 def command(args: argparse.Namespace, *options: str) -> str:
     """The line that repeats a run, as Markdown, with the values of the options named."""
-    script = Path(sys.argv[0]).name
+    script = Path(sys.argv[0]).resolve().relative_to(Path(__file__).parent.resolve()).as_posix()
     values = []
     for option in options:
         value = getattr(args, option)

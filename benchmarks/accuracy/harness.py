@@ -72,17 +72,20 @@ class Runs:
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
         """The cell's result, run now if it is not there; None with ``--only-table``."""
-        again = cell.method in self.args.again and cell.name not in self.done_again
-        if cell.name in self.results and not again:
-            return self.results[cell.name]
-        if self.args.only_table:
-            return None
+        found = self.results.get(cell.name)
+        if self.args.only_table or (found and not self._wanted_again(cell, found)):
+            return found
         result = {"name": cell.name, **cell.__dict__, **self._run(cell)}
         self.done_again.add(cell.name)
         self.results[cell.name] = result
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
         return result
+
+    def _wanted_again(self, cell: Cell, found: dict[str, Any]) -> bool:
+        if cell.name in self.done_again:
+            return False
+        return cell.method in self.args.again or (self.args.retry_failed and "failed" in found)
 
     def logits(self, cell: Cell) -> torch.Tensor:
         """The quantized network's logits ``[test, classes]``."""
@@ -302,6 +305,7 @@ def run_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--again", nargs="*", default=[], choices=METHODS, help="run these methods' cells again"
     )
+    parser.add_argument("--retry-failed", action="store_true", help="run failed cells again")
     parser.add_argument("--only-table", action="store_true", help="run nothing")
     return parser
 
@@ -351,18 +355,23 @@ def main() -> None:
     report = Report(
         "Accuracy without training, against peers", about(args, runs), COLUMNS, args.out
     )
-    missing, used = [], []
+    missing: dict[str, list[str]] = {}
+    used = []
     for cells in chosen_cells(args):
         title = METHODS[cells[0].method].title
         cells_row = row(runs, title, cells)
         if cells_row is None:
-            missing.append(f"{cells[0].network} {cells[0].bits} {title}")
+            missing.setdefault(title, []).append(f"{cells[0].network} {cells[0].bits}")
         else:
             report.add(*cells_row)
             used += [runs.results[cell.name] for cell in cells if cell.name in runs.results]
     report.add_lines("", versions(used))
     if missing:
-        report.add_lines("", f"Not run: {'; '.join(missing)}.")
+        every = len(args.networks) * len(args.bits)
+        report.add_lines("", "Not run here:", "")
+        for title, cells_missing in missing.items():
+            where = "all" if len(cells_missing) == every else ", ".join(cells_missing)
+            report.add_lines(f"- {title}: {where}.")
 
 
 if __name__ == "__main__":

@@ -85,13 +85,12 @@ def _edges_at_8_bits(sim: QuantizationSimModel, edges: tuple[str, str]) -> None:
     """The weights of the first and the last layer, and what they take in."""
     for name in edges:
         sim.model.get_submodule(name).param_quantizers["weight"].bitwidth = 8
-    quantized = [
-        module
-        for module in sim.model.modules()
-        if any(getattr(module, "input_quantizers", []))
-        or any(getattr(module, "output_quantizers", []))
-    ]
     sim.model.get_submodule(edges[0]).input_quantizers[0].bitwidth = 8
-    before = quantized[: quantized.index(sim.model.get_submodule(edges[1]))]
-    # nothing changes a value between the last of these and the last layer
-    before[-1].output_quantizers[0].bitwidth = 8
+    node = next(node for node in sim.model.graph.nodes if node.target == edges[1])
+    quantizers: list = []
+    # back to the quantizer whose values the last layer takes in
+    while not any(quantizers):
+        node = node.all_input_nodes[0]
+        if node.op == "call_module":
+            quantizers = list(sim.model.get_submodule(node.target).output_quantizers)
+    quantizers[0].bitwidth = 8
