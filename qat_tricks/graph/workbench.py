@@ -192,6 +192,10 @@ class Workbench:
         self.proves = prove and any(trick.judged for trick in tricks)
         self.quantizing = [trick.apply for trick in tricks if trick.quantizes]
 
+    def end_proofs(self) -> None:
+        """Holds no images out any more: what follows, such as training, is not judged."""
+        self.proves, self.quantizing, self.prover, self._held_out = False, (), None, None
+
     def keep_function(
         self, name: str, step: Callable[[fx.GraphModule, Sequence[str]], Sequence[str]]
     ) -> None:

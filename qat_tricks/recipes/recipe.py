@@ -48,6 +48,7 @@ class Stage:
         work.begin_proofs(self.tricks, prove=prove)
         for trick in self.tricks:
             trick.apply_once(work)
+        work.end_proofs()
         # The float copy fits only this stage's network.
         work.drop_reference()
 

@@ -187,6 +187,7 @@ class Session(Callback):
             work.begin_stage()
         work.begin_proofs(tricks, prove=self.prove)
         changes = [trick.apply_once(work) for trick in tricks]
+        work.end_proofs()
         skip_set_up(early)
         if is_fresh and finetuning_in(trainer):
             hold_batchnorms(pl_module)
