@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from scipy.special import stdtrit
 from torch import Tensor, fx
-from torch.nn import functional as F
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.inputs import Inputs, batch_size, call_network
 from qat_tricks.graph.layers import activation_quantizers
-from qat_tricks.graph.logits import check_batch_first, class_logits, logits_of
+from qat_tricks.graph.logits import check_batch_first, logits_of
 from qat_tricks.graph.modes import evaluating, float_mode
+from qat_tricks.graph.output_error import divergences
 from qat_tricks.graph.snapshot import Snapshot
 from qat_tricks.numerics.decibels import decibels
 
@@ -36,6 +36,7 @@ FEWEST = 8  # images; fewer tell nothing
 ALL_COUNTED = PROOF_IMAGES * SHARE  # with so many images, no more need to be counted
 PARTS = 3  # into which a trick that harms is split
 CONFIDENCE = 0.95
+LARGEST = 1e6  # nats
 
 Apply = Callable[[], None]
 """Applies a trick to the network under work."""
@@ -54,6 +55,7 @@ class Proof:
     sqnr_after_db: float | None
     # "kept", "rolled back", "rolled back in part" or "not judged"
     verdict: str
+    reason: str | None = None  # why it was not judged
     undone: tuple[str, ...] = ()  # layers of a part that was rolled back
     kl_kept: float | None = None  # after what was rolled back
 
@@ -130,7 +132,7 @@ class Prover:
         """
         if self.reason is not None or (quantized is None and not _is_calibrated(traced)):
             apply()
-            return self._not_judged(name)
+            return self._not_judged(name, self.reason or "there are no quantizers yet")
         if not _is_calibrated(traced):
             assert quantized is not None
             return self._prove_ahead(name, traced, apply, quantized)
@@ -194,13 +196,14 @@ class Prover:
         """The error of the output of ``traced``."""
         with evaluating(traced):
             outputs = self._logits(traced)
-        divergences = [_divergence(e, o) for e, o in zip(self.expected, outputs, strict=True)]
+        each = [divergences(e, o) for e, o in zip(self.expected, outputs, strict=True)]
         signal = sum(float(e.double().square().sum()) for e in self.expected)
         noise = sum(
             float((o.double() - e.double()).square().sum())
             for e, o in zip(self.expected, outputs, strict=True)
         )
-        return _Error(torch.cat(divergences), decibels(signal, noise))
+        # Outputs that are not finite diverge without bounds, which have no mean.
+        return _Error(torch.cat(each).clamp_max(LARGEST), decibels(signal, noise))
 
     @torch.no_grad()
     def _logits(self, traced: fx.GraphModule) -> list[Tensor]:
@@ -236,11 +239,11 @@ class Prover:
             kl_kept=(kept or after).mean,
         )
 
-    def _not_judged(self, name: str) -> Proof:
+    def _not_judged(self, name: str, reason: str) -> Proof:
         unknown: dict[str, Any] = dict.fromkeys(
             ("kl_before", "kl_after", "change", "sqnr_before_db", "sqnr_after_db")
         )
-        return Proof(trick=name, images=self.images, verdict="not judged", **unknown)
+        return Proof(trick=name, images=self.images, verdict="not judged", reason=reason, **unknown)
 
 
 def held_out_of(images: int) -> int:
@@ -266,13 +269,6 @@ def paired_interval(before: Tensor, after: Tensor) -> tuple[float, float]:
     return mean - reach, mean + reach
 
 
-def _divergence(expected: Tensor, output: Tensor) -> Tensor:
-    """The divergence of each image, float64 ``[images]``; of many places, their mean."""
-    p, q = (class_logits(logits).double().log_softmax(1) for logits in (expected, output))
-    kl = F.kl_div(q, p, reduction="none", log_target=True).sum(1)
-    return kl.reshape(len(kl), -1).mean(1)
-
-
 def _is_calibrated(traced: fx.GraphModule) -> bool:
     quantizers = activation_quantizers(traced).values()
     return len(quantizers) > 0 and all(quantizer.is_calibrated for quantizer in quantizers)
@@ -286,7 +282,7 @@ def _parts(names: Sequence[str]) -> list[Sequence[str]]:
 
 
 def proof_lines(proofs: Sequence[dict[str, Any]]) -> list[str]:
-    """One line for each trick that did not stay as a whole, and one that counts the others."""
+    """One line for each trick that did not stay as a whole, and one for the others."""
     lines = []
     for proof in proofs:
         if proof["verdict"].startswith("rolled back"):
@@ -297,6 +293,10 @@ def proof_lines(proofs: Sequence[dict[str, Any]]) -> list[str]:
                 f"{proof['trick']} {what}: it took the output's divergence from "
                 f"{proof['kl_before']:.3g} to {proof['kl_after']:.3g}"
             )
+    unjudged = [proof for proof in proofs if proof["verdict"] == "not judged"]
+    if unjudged:
+        names = ", ".join(proof["trick"] for proof in unjudged)
+        lines.append(f"not judged: {names}; {unjudged[0]['reason']}")
     kept = [proof for proof in proofs if proof["verdict"] == "kept"]
     if kept:
         names = ", ".join(proof["trick"] for proof in kept)

@@ -167,7 +167,7 @@ class CorrectBias(Trick):
     """Callback of ``correct_bias``."""
 
     requires = (Calibrate,)
-    after = ("tune_ranges", "correct_weights")
+    after = ("tune_ranges", "mixed_precision", "correct_weights", "gptq", "learned_rounding")
     judged = True
 
     def __init__(self, num_images: int = 128) -> None:

@@ -216,7 +216,7 @@ class Gptq(Trick):
     """Callback of ``gptq``."""
 
     requires = (Calibrate,)
-    after = ("tune_ranges", "correct_weights")
+    after = ("tune_ranges", "mixed_precision", "correct_weights")
     judged = True
 
     def __init__(self, num_images: int = 256) -> None:

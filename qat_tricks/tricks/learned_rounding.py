@@ -395,7 +395,7 @@ class LearnedRounding(Trick):
     """Callback of ``learned_rounding``; its arguments are ``LearnedRoundingSettings``."""
 
     requires = (Calibrate,)
-    after = ("tune_ranges", "correct_weights", "gptq")
+    after = ("tune_ranges", "mixed_precision", "correct_weights", "gptq")
     judged = True
 
     def __init__(

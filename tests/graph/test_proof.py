@@ -172,7 +172,24 @@ def test_a_network_without_logits_is_not_judged():
     (proof,) = spec_of(work.network)["proofs"]
     assert proof["verdict"] == "not judged"
     assert proof["kl_after"] is None
-    assert proof_lines([proof]) == []
+    assert proof_lines([proof]) == ["not judged: anything; outputs of torch.int64 are no logits"]
+
+
+def test_outputs_that_are_not_finite_harm_and_mending_them_helps():
+    traced = _quantized()
+    prover, right = _prover(traced), _state(traced)
+    last = list(layers(traced).values())[-1]
+
+    def ruin():
+        with torch.no_grad():
+            last.bias.fill_(float("inf"))
+
+    assert prover.prove("ruin", traced, ruin, None).verdict == "rolled back"
+    ruin()
+    prover.forget()
+    mended = prover.prove("mend", traced, lambda: traced.load_state_dict(right), None)
+    assert mended.verdict == "kept"
+    assert mended.change[1] < 0
 
 
 def test_a_recipe_records_its_proofs_and_can_do_without():

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 import qat_tricks
 from methods import Bits
 
-# Of the bits: the recipe and its overrides. The QAT recipes are cut off before they train.
+# Of the bits: the recipe and its overrides.
 RECIPES: dict[Bits, tuple[str, list[str]]] = {
     Bits(8, 8): ("int8_ptq", []),
-    Bits(4, 8): ("w4a8_qat", ["~stages.qat"]),
-    Bits(4, 4): ("w4a4_qat", ["~stages.qat"]),
+    Bits(4, 8): ("w4a8_ptq", []),
+    Bits(4, 4): ("w4a4_ptq", []),
 }
 
 
