@@ -322,7 +322,8 @@ def about(args: argparse.Namespace, runs: Runs) -> list[str]:
         "float network's output to the",
         "quantized one's, in nats. Below 8 bits the first and the last layer have 8, where a "
         "method can. Judged by ONNX Runtime's output of the",
-        "exported file; `sim.` where only a method's own simulation is to be had.",
+        "exported file; `sim.` where only a method's own simulation is to be had. Beside other "
+        "jobs the seconds are upper bounds.",
         "",
     ]
     floats = []
