@@ -32,6 +32,8 @@ from qat_tricks.tricks.calibrate import Calibrate
 
 # Rows that a layer's weights are fitted to: so many, and so many for each input.
 ROWS, ROWS_AN_INPUT = 8192, 4
+# Inputs of a channel, at most: the moments of more, as of VGG's first linear, would take gigabytes.
+MOST_INPUTS = 8192
 # Every so many images are kept apart, to judge the fit.
 UNSEEN = 4
 
@@ -42,7 +44,8 @@ def gptq(
 ) -> fx.GraphModule:
     """Fits and rounds the weights and biases of the quantized layers of ``traced``, in place.
 
-    A layer that the network calls in several places is left as it is. Pruned weights stay 0, and
+    A layer that the network calls in several places is left as it is; of one with more than
+    ``MOST_INPUTS`` inputs a channel, only the bias is fitted. Pruned weights stay 0, and
     the others of their layer take up what is missing.
 
     Args:
@@ -71,7 +74,7 @@ def gptq(
             targets = floats.run_until(node.name)
             # Several calls share one weight, and only the first one's inputs are known by now.
             is_alone = len(layer.calls) <= 1
-            if is_alone:
+            if is_alone and layer.weight[0].numel() <= MOST_INPUTS:
                 original = as_layer(layer_at(reference, str(node.target)))
                 weight = original.deployed_weight().float()
                 rows = _Rows(layer, quantized.inputs_of(node), targets, generator)

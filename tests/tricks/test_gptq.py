@@ -1,4 +1,5 @@
 import copy
+import importlib
 
 import pytest
 import torch
@@ -133,6 +134,21 @@ def test_a_layer_that_is_called_twice_is_left_as_it_is():
     }
     assert {"first.weight", "head.weight"} <= changed
     assert not any(key.startswith("shared") for key in changed)
+
+
+def test_of_a_layer_with_too_many_inputs_only_the_bias_is_fitted(monkeypatch):
+    traced, reference = _coarse(4)
+    widest = max(layer.weight[0].numel() for layer in layers(traced).values())
+    monkeypatch.setattr(
+        importlib.import_module("qat_tricks.tricks.gptq"), "MOST_INPUTS", widest - 1
+    )
+    before = {name: layer.weight.clone() for name, layer in layers(traced).items()}
+    biases = {name: layer.bias.clone() for name, layer in layers(traced).items()}
+    gptq(traced, reference, [images(32)])
+    for name, layer in layers(traced).items():
+        is_wide = layer.weight[0].numel() == widest
+        assert torch.equal(layer.weight, before[name]) == is_wide
+        assert not torch.equal(layer.bias, biases[name])
 
 
 def test_the_trick_is_part_of_a_recipe():
