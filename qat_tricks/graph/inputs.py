@@ -199,6 +199,17 @@ def first_images(inputs: Inputs, count: int) -> Inputs:
     return map_tensors(inputs, lambda values: values[:count])
 
 
+def first_of_all(batches: Sequence[Inputs], count: int) -> list[Inputs]:
+    """Batches with the first ``count`` images of all."""
+    first = []
+    for batch in batches:
+        if count <= 0:
+            break
+        first.append(first_images(batch, count))
+        count -= batch_size(batch)
+    return first
+
+
 def without_first(batches: Sequence[Inputs], count: int) -> list[Inputs]:
     """The batches without the first ``count`` images of all."""
     left = []

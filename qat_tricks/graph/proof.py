@@ -27,6 +27,7 @@ from qat_tricks.graph.layers import activation_quantizers
 from qat_tricks.graph.logits import check_batch_first, logits_of
 from qat_tricks.graph.modes import evaluating, float_mode
 from qat_tricks.graph.output_error import divergences
+from qat_tricks.graph.random_state import kept_random_state, seed_all
 from qat_tricks.graph.snapshot import Snapshot
 from qat_tricks.numerics.decibels import decibels
 
@@ -130,12 +131,12 @@ class Prover:
             apply: the trick.
             quantized: makes a quantized, calibrated copy of a network without quantizers.
         """
-        if self.reason is not None or (quantized is None and not _is_calibrated(traced)):
-            apply()
-            return self._not_judged(name, self.reason or "there are no quantizers yet")
-        if not _is_calibrated(traced):
-            assert quantized is not None
+        is_judged = self.reason is None
+        if is_judged and quantized is not None and not activation_quantizers(traced):
             return self._prove_ahead(name, traced, apply, quantized)
+        if not is_judged or not _is_calibrated(traced):
+            apply()
+            return self._not_judged(name, self.reason or "there are no calibrated quantizers yet")
         before = self._last or self.measure(traced)
         snapshot = Snapshot(traced)
         apply()
@@ -208,12 +209,14 @@ class Prover:
     @torch.no_grad()
     def _logits(self, traced: fx.GraphModule) -> list[Tensor]:
         found = []
-        for batch in self.batches:
-            logits = logits_of(call_network(traced, batch))
-            check_batch_first(logits, batch_size(batch))
-            if not logits.is_floating_point():
-                raise QatTricksError(f"outputs of {logits.dtype} are no logits")
-            found.append(logits.float())
+        with kept_random_state():
+            for batch in self.batches:
+                seed_all(0)  # a network may draw random numbers in evaluation too
+                logits = logits_of(call_network(traced, batch))
+                check_batch_first(logits, batch_size(batch))
+                if not logits.is_floating_point():
+                    raise QatTricksError(f"outputs of {logits.dtype} are no logits")
+                found.append(logits.float())
         return found
 
     def _proof(

@@ -351,6 +351,8 @@ def reconstruct(
         if rounded is not None:
             loss = loss + F.mse_loss(rounded, target)
         loss = loss * (number / task.error)
+        if not loss.requires_grad:  # such as the layers of another head than the one compared
+            return
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from qat_tricks.graph.layers import activation_quantizers, is_layer, layers
 from qat_tricks.graph.spec import spec_of
-from qat_tricks.numerics import WeightQuantizer
+from qat_tricks.numerics import ActivationQuantizer, WeightQuantizer
 
 # What tricks note on convs and linears beside their values.
 NOTES = ("folded", "equalized", "output_statistics")
@@ -25,6 +25,8 @@ class Snapshot:
         self.traced = traced
         self.values = {name: value.clone() for name, value in _tensors(traced).items()}
         self.spec = copy.deepcopy(spec_of(traced))
+        self.trained = {name: value.requires_grad for name, value in traced.named_parameters()}
+        self.schemes = {name: quantizer.scheme for name, quantizer in _quantizers(traced).items()}
         self.notes = {
             name: {note: vars(module).get(note) for note in NOTES}
             for name, module in traced.named_modules()
@@ -37,9 +39,18 @@ class Snapshot:
         for name, layer in layers(self.traced).items():
             if layer.weight_quantizer is not None and (names is None or name in names):
                 self._restore_scale(name, layer.weight_quantizer, layer.weight)
+        for name, quantizer in _quantizers(self.traced).items():
+            if name in self.schemes and (names is None or owner_of(f"{name}.scheme") in names):
+                quantizer.scheme = self.schemes[name]
         for name, value in _tensors(self.traced).items():
-            if names is None or owner_of(name) in names:
+            if names is not None and owner_of(name) not in names:
+                continue
+            if name in self.values:
                 value.copy_(self.values[name])
+                value.requires_grad_(self.trained.get(name, False))
+            else:  # such as a mask that a trick has given to a layer
+                owner, _, key = name.rpartition(".")
+                setattr(self.traced.get_submodule(owner), key, None)
         for quantizer in activation_quantizers(self.traced).values():
             quantizer.refresh()
         for name, notes in self.notes.items():
@@ -77,6 +88,11 @@ def owner_of(name: str) -> str:
     """The layer or quantizer that a parameter or buffer of this name belongs to."""
     owner = name.rpartition(".")[0]
     return owner.removesuffix(".weight_quantizer").removesuffix(".batchnorm")
+
+
+def _quantizers(traced: fx.GraphModule) -> dict[str, ActivationQuantizer | WeightQuantizer]:
+    kinds = (ActivationQuantizer, WeightQuantizer)
+    return {name: part for name, part in traced.named_modules() if isinstance(part, kinds)}
 
 
 def _tensors(traced: fx.GraphModule) -> dict[str, Tensor]:

@@ -15,12 +15,13 @@ from qat_tricks.graph.inputs import (
     are_finite,
     batch_size,
     first_images,
+    first_of_all,
     input_names,
     inputs_of,
     map_tensors,
     without_first,
 )
-from qat_tricks.graph.proof import ALL_COUNTED, Prover, held_out_of, proof_lines
+from qat_tricks.graph.proof import ALL_COUNTED, PROOF_IMAGES, Prover, held_out_of, proof_lines
 from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.surgery import fold_restored_batchnorms
 from qat_tricks.graph.trace import trace
@@ -35,6 +36,10 @@ class Judged(Protocol):
 
     judged: bool
     quantizes: bool
+
+    @property
+    def name(self) -> str:
+        """The trick's name."""
 
     def apply(self, work: "Workbench") -> None:
         """Changes the network of ``work``."""
@@ -81,7 +86,10 @@ class Workbench:
         self.quantizing: Sequence[Callable[[Workbench], None]] = ()
         self.prover: Prover | None = None
         self.most_images: int | None = None  # that a trick can have; None: as many as it asks for
-        self._held_out: int | None = None  # images kept from the tricks; None: not counted yet
+        self._held_out = 0  # images kept from the tricks
+        # All images of the loader that a stage needs, while its tricks are judged: a loader that
+        # shuffles would give a trick those held out, the next time it is gone through.
+        self._remembered: list[Inputs] | None = None
         self._reference: fx.GraphModule | None = None
         self.gate: Gate | None = None
         self.network: Any = network
@@ -104,19 +112,12 @@ class Workbench:
         """
         if self.most_images is not None:
             num_images = min(num_images, self.most_images)
-        held_out = self.held_out
-        batches = without_first(self._load(num_images + held_out), held_out)
+        if self._remembered is None:
+            batches = self._load(num_images)
+        else:
+            batches = first_of_all(without_first(self._remembered, self._held_out), num_images)
         self.images = max(self.images, sum(map(batch_size, batches)))
         return batches
-
-    @property
-    def held_out(self) -> int:
-        """How many images, the loader's first, are kept from the tricks to judge these by."""
-        if not self.proves or self.loader is None:
-            return 0
-        if self._held_out is None:
-            self._held_out = held_out_of(sum(map(batch_size, self._load(ALL_COUNTED))))
-        return self._held_out
 
     def _load(self, num_images: int) -> list[Inputs]:
         """The inputs for the loader's first images, see ``batches``."""
@@ -174,27 +175,43 @@ class Workbench:
             "gate": None,
             "prover": None,
             "quantizing": (),
-            "_held_out": None,
+            "proves": False,
+            "_remembered": None,
+            "_held_out": 0,
             "_reference": None,
         }
 
     def begin_stage(self) -> None:
         """Begins a stage with the network as it is deployed; its steps are compared with it."""
         fold_restored_batchnorms(self.network)
-        self.prover = self._held_out = None
         if self.gate is not None:
             self.gate.rebase(self.network)
         elif self.loader is not None:
             self.gate = Gate(self.network, self._load(GATE_IMAGES)[0])
 
     def begin_proofs(self, tricks: Sequence[Judged], *, prove: bool) -> None:
-        """Judges, from here on, those of ``tricks`` that ask for it, if ``prove`` says so."""
-        self.proves = prove and any(trick.judged for trick in tricks)
+        """Judges, from here on, those of ``tricks`` that ask for it, if ``prove`` says so.
+
+        Args:
+            tricks: of the stage; those that it has done already do not count.
+            prove: whether to judge any.
+        """
+        self.end_proofs()
+        tricks = [trick for trick in tricks if trick.name not in self.applied]
+        if not prove or self.loader is None or not any(trick.judged for trick in tricks):
+            return
+        asked = max(getattr(trick, "num_images", 0) for trick in tricks)
+        remembered = self._load(max(asked + PROOF_IMAGES, ALL_COUNTED))
+        self._held_out = held_out_of(sum(map(batch_size, remembered)))
+        if self._held_out == 0:
+            return
+        self.proves, self._remembered = True, remembered
         self.quantizing = [trick.apply for trick in tricks if trick.quantizes]
 
     def end_proofs(self) -> None:
         """Holds no images out any more: what follows, such as training, is not judged."""
-        self.proves, self.quantizing, self.prover, self._held_out = False, (), None, None
+        self.proves, self.quantizing, self.prover = False, (), None
+        self._held_out, self._remembered = 0, None
 
     def keep_function(
         self, name: str, step: Callable[[fx.GraphModule, Sequence[str]], Sequence[str]]
@@ -244,12 +261,9 @@ class Workbench:
             name: of the trick.
             apply: changes ``network``.
         """
-        held_out = self.held_out
-        if held_out == 0:
-            apply()
-            return
         if self.prover is None:
-            self.prover = Prover(self._load(held_out))
+            assert self._remembered is not None
+            self.prover = Prover(first_of_all(self._remembered, self._held_out))
             self.prover.begin(self.network)
         reference = None if self.gate is None else self.gate.reference
         proof = self.prover.prove(
@@ -269,7 +283,8 @@ class Workbench:
         """Quantizes ``network``, a copy, on a few images as the recipe will do it."""
         trial = copy.copy(self)
         trial.network, trial.loader = network, self.loader
-        trial._held_out, trial.most_images = self._held_out, TRIAL_IMAGES
+        trial._remembered, trial._held_out = self._remembered, self._held_out
+        trial.most_images = TRIAL_IMAGES
         for apply in self.quantizing:
             apply(trial)
         return trial.network

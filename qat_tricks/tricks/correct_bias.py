@@ -101,7 +101,9 @@ def _samples(outputs: Sequence[Tensor], layer: Layer) -> Tensor:
         # An odd stride visits every column, also where the width is a power of two.
         stride = max(1, values.shape[2] // POSITIONS) | 1
         parts.append(values[:, :, ::stride])
-    return torch.cat(parts).float()
+    # Images of several sizes: each counts with as many positions as the smallest.
+    least = min(part.shape[2] for part in parts)
+    return torch.cat([part[:, :, :least] for part in parts]).float()
 
 
 def bias_error(values: Tensor, expected: Tensor, low: float, high: float) -> Tensor:

@@ -27,7 +27,7 @@ from qat_tricks.graph.features import (
     matching,
     quantized_tensors,
 )
-from qat_tricks.graph.logits import logits_of
+from qat_tricks.graph.logits import class_logits, logits_of
 from qat_tricks.graph.two_modes import yields_by_mode
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.trainer.module import workbench_of
@@ -58,7 +58,13 @@ def distill(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Te
 
 
 def _of_classes(logits: Tensor) -> Tensor:
-    """Logits ``[N, classes]``; one logit an image becomes those of two classes."""
+    """Logits ``[N, .., classes]``; one logit an image becomes those of two classes.
+
+    Of images' positions, ``[N, classes, H, W]``, each has logits of its own.
+    """
+    if logits.dim() >= 4:
+        by_class = class_logits(logits).movedim(1, -1)
+        return by_class.reshape(-1, by_class.shape[-1])
     if logits.dim() > 1 and logits.shape[-1] > 1:
         return logits
     # The softmax of 0 and z is 1 - sigmoid(z) and sigmoid(z).

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from qat_tricks.errors import QatTricksError
+from qat_tricks.graph import nodes as n
 from qat_tricks.graph.inputs import Inputs, check_batches
 from qat_tricks.graph.layers import Layer, as_layer, layers
 from qat_tricks.graph.modes import evaluating, unrounded_sums
@@ -65,6 +66,7 @@ def gptq(
     # A sum that is rounded to its grid hides errors below half a step from the bias.
     with evaluating(traced, reference), unrounded_sums(traced):
         quantized, floats = Stream(traced, batches), Stream(reference, batches)
+        uses = n.uses_of_weights(traced)
         for node in track(list(traced.graph.nodes), "round weights"):
             layer = module_of(node, traced)
             if not isinstance(layer, Layer) or layer.weight_quantizer is None:
@@ -72,8 +74,9 @@ def gptq(
                 continue
             # The float network lacks the quantizers' nodes, so it is met by name.
             targets = floats.run_until(node.name)
-            # Several calls share one weight, and only the first one's inputs are known by now.
-            is_alone = len(layer.calls) <= 1
+            # Several calls share one weight, and only the first one's inputs are known by now. So
+            # does whatever else reads the parameter, such as an embedding.
+            is_alone = n.is_used_once(node, uses)
             if is_alone and layer.weight[0].numel() <= MOST_INPUTS:
                 original = as_layer(layer_at(reference, str(node.target)))
                 weight = original.deployed_weight().float()

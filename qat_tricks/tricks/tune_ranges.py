@@ -103,10 +103,15 @@ def tune_ranges(
 
 
 def _log_likelihoods(traced: fx.GraphModule, inputs: Inputs) -> Tensor:
-    """The log-likelihood of each class, ``[N, classes]``, also where two have one logit."""
+    """The log-likelihood of each class, also where two have one logit.
+
+    Returns:
+        ``[N, classes]``; ``[N * positions, classes]`` where each position has logits of its own.
+    """
     logits = logits_of(call_network(traced, inputs))
     check_batch_first(logits, batch_size(inputs))
-    return class_logits(logits.reshape(len(logits), -1)).log_softmax(1)
+    by_class = class_logits(logits).movedim(1, -1)
+    return by_class.reshape(-1, by_class.shape[-1]).log_softmax(1)
 
 
 class _GradientHistogram:

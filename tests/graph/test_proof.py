@@ -133,14 +133,42 @@ def test_tricks_do_not_see_the_images_that_they_are_judged_by():
     x = torch.arange(300.0).view(-1, 1, 1, 1).expand(-1, 1, 12, 12)
     work = Workbench(small_net().eval(), lambda count: x.split(50))
     assert float(work.batches(10)[0][0].max()) == 0
-    work.begin_proofs([CorrectBias()], prove=True)
-    assert work.held_out == PROOF_IMAGES
+    work.begin_proofs([CorrectBias(num_images=500)], prove=True)
     seen = torch.cat(work.batches(1000))
     assert len(seen) == 300 - PROOF_IMAGES
     assert float(seen.min()) == PROOF_IMAGES
     assert len(torch.cat(work.batches(7))) == 7
-    work.begin_proofs([CorrectBias()], prove=False)
-    assert work.held_out == 0
+    work.end_proofs()
+    assert len(torch.cat(work.batches(1000))) == 300
+
+
+def test_a_loader_that_shuffles_shows_tricks_none_of_those_images():
+    x = torch.arange(200.0).view(-1, 1, 1, 1).expand(-1, 1, 12, 12)
+    loader = torch.utils.data.DataLoader(x, batch_size=20, shuffle=True)
+    work = Workbench(small_net().eval(), lambda count: loader)
+    work.begin_proofs([CorrectBias()], prove=True)
+    work.prove("nothing", lambda: None)
+    held_out = {int(image.max()) for batch in work.prover.batches for image in batch}
+    assert len(held_out) == 200 // SHARE
+    for _ in range(3):
+        assert not held_out & {int(image.max()) for batch in work.batches(64) for image in batch}
+
+
+def test_random_numbers_in_evaluation_are_the_same_for_both_networks():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = small_net()
+
+        def forward(self, x):
+            return nn.functional.dropout(self.net(x), 0.5, training=True)
+
+    traced = quantize(trace(Noisy()))
+    calibrate(traced, [images(32)])
+    prover = _prover(traced)
+    state = torch.get_rng_state()
+    assert prover.measure(traced).sqnr_db > 20
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_few_images_are_not_held_out():

@@ -1,5 +1,7 @@
 """A network's values and spec, put back."""
 
+from dataclasses import replace
+
 import torch
 
 from qat_tricks.graph import trace
@@ -45,6 +47,20 @@ def test_a_scale_that_was_taken_away_comes_back():
     quantizer.scale = None
     snapshot.restore()
     assert torch.equal(quantizer.scale, before)
+
+
+def test_bits_masks_and_what_trains_are_put_back():
+    traced = _calibrated()
+    snapshot = Snapshot(traced)
+    layer = next(iter(layers(traced).values()))
+    scheme = layer.weight_quantizer.scheme
+    layer.weight_quantizer.scheme = replace(scheme, bits=2)
+    layer.weight_mask = torch.zeros_like(layer.weight)
+    layer.weight.requires_grad_(False)
+    snapshot.restore()
+    assert layer.weight_quantizer.scheme == scheme
+    assert layer.weight_mask is None
+    assert layer.weight.requires_grad
 
 
 def test_only_the_layers_named_are_put_back():

@@ -269,9 +269,12 @@ def test_a_network_of_one_logit_is_pulled_towards_the_float_one(flat):
         pl.seed_everything(0, verbose=False)
         lit, noting = Binary().train(), NotingLosses()
         # With more bits the quantized network begins where the float one is.
-        few_bits = "stages.ptq.tricks.quantize.weight_bits=2"
+        few_bits = [
+            "stages.ptq.tricks.quantize.weight_bits=2",
+            "stages.ptq.tricks.quantize.activation_bits=2",
+        ]
         recipe = qat_tricks.recipe(
-            "w4a4_qat", [few_bits, f"stages.qat.tricks.distill.weight={weight}"]
+            "w4a4_qat", [*few_bits, f"stages.qat.tricks.distill.weight={weight}"]
         )
         trainer([*recipe, noting], max_epochs=4).fit(lit, loader(64))
         with torch.no_grad():
@@ -349,3 +352,11 @@ def test_features_are_added_to_the_loss_and_pull_towards_the_float_network():
 def test_a_pattern_of_features_that_matches_nothing_is_told_before_the_training():
     with pytest.raises(QatTricksError, match='pattern "layer9" matches no quantized tensor'):
         fit_with_features("[layer9]")
+
+
+def test_the_logits_of_positions_are_compared_by_class():
+    student, teacher = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 3, 4)
+    by_position = [logits.permute(0, 2, 3, 1).reshape(-1, 5) for logits in (student, teacher)]
+    assert torch.allclose(distill(student, teacher), distill(*by_position))
+    # All classes of a position alike: the same probabilities.
+    assert float(distill(student + torch.randn(2, 1, 3, 4), student)) == pytest.approx(0, abs=1e-6)
