@@ -54,7 +54,7 @@ def test_a_fit_ends_with_one_table(capsys, one):
     assert lines[5:8] == [
         "7 of 7 convs and linears in integers",
         "nothing stays in float",
-        "48 images used for calibration",  # a quarter of 64 is held out
+        "64 images used for calibration",
     ]
     assert lines[8].startswith("proved on 16 images held out: equalize")
 
@@ -78,7 +78,7 @@ def test_every_logger_gets_the_figures(tmp_path, capsys):
     logged = {k: float(v) for row in rows for k, v in row.items() if v and "qat_tricks/" in k}
     assert logged["qat_tricks/layers_quantized"] == logged["qat_tricks/layers"] == 7
     assert logged["qat_tricks/float_operations"] == 0
-    assert logged["qat_tricks/calibration_images"] == 48
+    assert logged["qat_tricks/calibration_images"] == 64
     for trick in ("equalize", "correct_weights", "correct_bias"):
         assert logged[f"qat_tricks/proofs/{trick}/kl_before"] >= 0
         assert logged[f"qat_tricks/proofs/{trick}/kl_kept"] >= 0

@@ -14,7 +14,8 @@ from tests.helpers.lightning import pl
 from tests.helpers.lit import Data, Lit, dataset, trainer
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
-MINMAX = ["stages.ptq.tricks.calibrate.estimator=minmax"]
+# No image is held out: all of them show in the range.
+MINMAX = ["stages.ptq.tricks.calibrate.estimator=minmax", "prove=false"]
 
 
 def pixels(count=64):

@@ -94,7 +94,9 @@ def test_a_hook_that_prepares_the_input_is_calibrated_behind_it_once():
     lit, plain = Raw(), Lit()  # whose own forward halves its input
     lit.backbone.register_forward_pre_hook(lambda module, args: ((args[0] - 10) / 0.02,))
     for module in (lit, plain):
-        trainer(qat_tricks.recipe("int8_ptq")).validate(module, Data(), verbose=False)
+        trainer(qat_tricks.recipe("int8_ptq", ["prove=false"])).validate(
+            module, Data(), verbose=False
+        )
     scale, expected = (
         float(next(iter(activation_quantizers(module.backbone).values())).scale)
         for module in (lit, plain)
