@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 from qat_tricks.graph.inputs import Inputs, batch_size, call_network, check_batches
 from qat_tricks.graph.layers import Layer
 from qat_tricks.graph.modes import evaluating
+from qat_tricks.graph.patches import windows_of
 from qat_tricks.graph.random_state import kept_random_state
 from qat_tricks.progress import track
 
@@ -80,16 +80,9 @@ def patches(layer: Any, input: Tensor) -> Tensor:
     """
     if isinstance(layer, nn.Linear):
         return input.reshape(1, -1, input.shape[-1])
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    windows = F.pad(input, layer._reversed_padding_repeated_twice, mode=mode)
     dims = len(layer.kernel_size)
-    for dim, (size, stride, dilation) in enumerate(
-        zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), start=2
-    ):
-        # Each step moves one dimension's window to the end, of which dilation takes every nth.
-        windows = windows.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
     # [N, C, positions.., window..] to [groups, N * positions, C / groups * window]
-    windows = windows.unflatten(1, (layer.groups, -1))
+    windows = windows_of(layer, input).unflatten(1, (layer.groups, -1))
     positions = range(3, 3 + dims)
     order = [1, 0, *positions, 2, *range(3 + dims, 3 + 2 * dims)]
     windows = windows.permute(order)

@@ -177,6 +177,11 @@ class Layer(nn.Module):
         # One that is synchronized between processes computes by its own forward.
         return functional_call(norm, scaled, (rows,)).view_as(output)
 
+    @property
+    def output_bias(self) -> Tensor | None:
+        """The parameter that moves the output; a BatchNorm's comes after the layer's own bias."""
+        return self.bias if self.batchnorm is None else self.batchnorm.bias  # type: ignore[return-value]
+
     def normalization(self) -> Tensor:
         """The BatchNorm's factor of each channel in evaluation, ``gamma / sqrt(var + eps)``.
 
@@ -448,3 +453,9 @@ def activation_quantizers(network: nn.Module) -> dict[str, ActivationQuantizer]:
         for name, module in network.named_modules()
         if isinstance(module, ActivationQuantizer)
     }
+
+
+def is_calibrated(network: nn.Module) -> bool:
+    """Whether a network has activation quantizers, and all of them have a range."""
+    quantizers = activation_quantizers(network).values()
+    return len(quantizers) > 0 and all(quantizer.is_calibrated for quantizer in quantizers)

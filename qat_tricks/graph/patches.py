@@ -50,12 +50,16 @@ def rows_of(
         return input[tuple(index)][None], output[tuple(index)][None]
     # The channels' dimension stands between; indexed so, the rows come first.
     index = [index[0], slice(None), *index[1:]]  # type: ignore[list-item]
-    patches, outputs = _patches(layer, input)[tuple(index)], output[tuple(index)]
+    patches, outputs = windows_of(layer, input)[tuple(index)], output[tuple(index)]
     return _by_group(patches, groups_of(layer)), _by_group(outputs, groups_of(layer))
 
 
-def _patches(layer: Any, input: Tensor) -> Tensor:
-    """A view ``[images, channels, positions.., kernel..]`` of the padded input."""
+def windows_of(layer: Any, input: Tensor) -> Tensor:
+    """What a conv multiplies by its weight at each position of its output.
+
+    Returns:
+        A view ``[images, channels, positions.., kernel..]`` of the padded input.
+    """
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     values = F.pad(input, layer._reversed_padding_repeated_twice, mode=mode)
     for axis, (size, stride, dilation) in enumerate(

@@ -23,7 +23,7 @@ from torch import Tensor, fx
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.inputs import Inputs, batch_size, call_network
-from qat_tricks.graph.layers import activation_quantizers
+from qat_tricks.graph.layers import activation_quantizers, is_calibrated
 from qat_tricks.graph.logits import check_batch_first, logits_of
 from qat_tricks.graph.modes import evaluating, float_mode
 from qat_tricks.graph.output_error import divergences
@@ -134,7 +134,7 @@ class Prover:
         is_judged = self.reason is None
         if is_judged and quantized is not None and not activation_quantizers(traced):
             return self._prove_ahead(name, traced, apply, quantized)
-        if not is_judged or not _is_calibrated(traced):
+        if not is_judged or not is_calibrated(traced):
             apply()
             return self._not_judged(name, self.reason or "there are no calibrated quantizers yet")
         before = self._last or self.measure(traced)
@@ -270,11 +270,6 @@ def paired_interval(before: Tensor, after: Tensor) -> tuple[float, float]:
     # A mean of few values varies more than its own estimate of the spread tells.
     reach = float(stdtrit(len(change) - 1, 0.5 + CONFIDENCE / 2)) * error
     return mean - reach, mean + reach
-
-
-def _is_calibrated(traced: fx.GraphModule) -> bool:
-    quantizers = activation_quantizers(traced).values()
-    return len(quantizers) > 0 and all(quantizer.is_calibrated for quantizer in quantizers)
 
 
 def _parts(names: Sequence[str]) -> list[Sequence[str]]:

@@ -131,7 +131,7 @@ class _LearnedLayer:
         assert layer.weight_quantizer.scale is not None
         layer.weight_quantizer.scale.mul_(self.ratio)
         _write_weight(layer, self.rounding.rounded() * (self.scale * self.ratio))
-        bias: Any = layer.bias if layer.batchnorm is None else layer.batchnorm.bias
+        bias: Any = layer.output_bias
         if self.shift is not None and bias is not None:
             shift = self.shift * self.spread
             bias.add_(shift if layer.output_factor is None else shift / layer.output_factor)

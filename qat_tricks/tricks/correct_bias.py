@@ -70,9 +70,7 @@ def _correct(traced: fx.GraphModule, quantized: Stream, reference: Stream) -> No
         # The float network lacks the quantizers' nodes, so it is met by name.
         expected = reference.run_until(node.name)
         outputs = quantized.advance()
-        bias: Tensor | None = layer.bias
-        if layer.batchnorm is not None:  # which comes after the layer's bias
-            bias = layer.batchnorm.bias  # type: ignore[assignment]
+        bias = layer.output_bias
         if bias is None:
             continue
         low, high = _limits(node, traced)
@@ -129,7 +127,9 @@ def bias_error(values: Tensor, expected: Tensor, low: float, high: float) -> Ten
         return residual.square().mean((0, 2)), gradient, inside.float().mean(2).double()
 
     best = torch.zeros(values.shape[1], device=values.device)
-    least, gradients, shares = look(best)
+    least = torch.full_like(best, float("inf"))
+    gradients = torch.zeros(values.shape[:2], dtype=torch.float64, device=values.device)
+    shares = torch.zeros_like(gradients)
     # The error has several minima. Two places to begin at: no correction, and equal means.
     for start in (best, (expected - values).mean((0, 2))):
         bias = start

@@ -105,7 +105,7 @@ class _Rows:
         generator: torch.Generator,
     ) -> None:
         # A bias takes up every constant.
-        self.is_centered = _bias_of(layer) is not None
+        self.is_centered = layer.output_bias is not None
         wanted = max(ROWS, ROWS_AN_INPUT * layer.weight[0].numel())
         images = sum(map(len, targets))
         pairs = [
@@ -189,14 +189,9 @@ def _set_weight(layer: Layer, weight: Tensor, scale: Tensor) -> None:
         quantizer.scale.copy_(scale)
 
 
-def _bias_of(layer: Layer) -> Tensor | None:
-    """The parameter that moves a layer's output; a BatchNorm's comes after the layer's own."""
-    return layer.bias if layer.batchnorm is None else layer.batchnorm.bias  # type: ignore[return-value]
-
-
 def _fit_bias(layer: Layer, outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
     """Moves a layer's bias, and its ``outputs`` along, until their mean is that of ``targets``."""
-    bias = _bias_of(layer)
+    bias = layer.output_bias
     if bias is None:
         return
     error = (_sum(targets, layer) - _sum(outputs, layer)) / sum(

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.integer_ops import Kernel
-from qat_tricks.graph.layers import Layer, activation_quantizers, layers
+from qat_tricks.graph.layers import Layer, activation_quantizers, is_calibrated, layers
 from qat_tricks.graph.near_ties import avoid_rounding_ties
 from qat_tricks.graph.spec import QUANTIZERS, spec_of
 from qat_tricks.graph.trace import module_of
@@ -50,7 +50,7 @@ def learn_scales(traced: fx.GraphModule) -> list[nn.Parameter]:
         QatTricksError: there are no quantizers, or they have no range yet.
     """
     quantizers = activation_quantizers(traced)
-    if not quantizers or not all(q.is_calibrated for q in quantizers.values()):
+    if not is_calibrated(traced):
         raise QatTricksError(
             "scales can be learned only from a range: quantize and calibrate first"
         )

@@ -31,7 +31,7 @@ from qat_tricks.graph.blocks import GRANULARITIES, Block, Cells, find_blocks
 from qat_tricks.graph.float_names import float_names
 from qat_tricks.graph.grids import grid_of
 from qat_tricks.graph.inputs import Inputs, as_tensors, batch_size, check_batches, first_images
-from qat_tricks.graph.layers import Layer, activation_quantizers
+from qat_tricks.graph.layers import Layer, is_calibrated
 from qat_tricks.graph.logits import logits_of
 from qat_tricks.graph.modes import evaluating
 from qat_tricks.graph.near_ties import avoid_rounding_ties
@@ -99,8 +99,7 @@ def learned_rounding(
             ``reference`` is another network.
     """
     settings = LearnedRoundingSettings(**{**(asdict(settings) if settings else {}), **changes})
-    quantizers = activation_quantizers(traced)
-    if not quantizers or not all(quantizer.is_calibrated for quantizer in quantizers.values()):
+    if not is_calibrated(traced):
         raise QatTricksError(
             "rounding can be learned only with ranges: quantize and calibrate the network first"
         )

@@ -29,7 +29,7 @@ from qat_tricks.graph.bit_options import (
     weight_places,
 )
 from qat_tricks.graph.inputs import Inputs, batch_size, call_network, check_batches
-from qat_tricks.graph.layers import activation_quantizers, layers
+from qat_tricks.graph.layers import activation_quantizers, is_calibrated, layers
 from qat_tricks.graph.logits import logits_of
 from qat_tricks.graph.modes import evaluating, float_mode
 from qat_tricks.graph.near_ties import avoid_rounding_ties
@@ -112,8 +112,7 @@ def choose_bits(
     """Measures and chooses as ``mixed_precision`` does; ``traced`` stays as it is."""
     check_settings(budget, share, weight_bits, activation_bits)
     check_batches(batches, "to measure sensitivity on")
-    quantizers = activation_quantizers(traced)
-    if not quantizers or not all(quantizer.is_calibrated for quantizer in quantizers.values()):
+    if not is_calibrated(traced):
         raise QatTricksError(
             "there are no calibrated quantizers to choose bits for: quantize and calibrate first"
         )

@@ -25,7 +25,7 @@ from qat_tricks.graph.inputs import (
     check_batches,
     map_tensors,
 )
-from qat_tricks.graph.layers import activation_quantizers
+from qat_tricks.graph.layers import activation_quantizers, is_calibrated
 from qat_tricks.graph.logits import check_batch_first, class_logits, logits_of
 from qat_tricks.graph.modes import evaluating, float_mode
 from qat_tricks.graph.near_ties import avoid_rounding_ties
@@ -60,7 +60,7 @@ def tune_ranges(
         QatTricksError: a quantizer without range, no batches, or logits without a batch dimension.
     """
     quantizers = activation_quantizers(traced)
-    if not quantizers or not all(quantizer.is_calibrated for quantizer in quantizers.values()):
+    if not is_calibrated(traced):
         raise QatTricksError(
             "there are no calibrated ranges to tune: quantize and calibrate the network first"
         )
