@@ -79,6 +79,7 @@ class Job:
     lr: float | None = None
     batch: int = 128
     average: float | None = None  # decay of averaged weights
+    precision: str = "32"  # of Lightning's trainer
     limit: int | None = None  # train images
     test_images: int | None = None
 
@@ -263,6 +264,7 @@ def _settings(job: Job) -> dict[str, Any]:
     return {
         "accelerator": "gpu" if on_gpu else "cpu",
         "devices": 1,
+        "precision": job.precision,
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
@@ -465,6 +467,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="of all jobs; as their recipes say by default")
     parser.add_argument("--lr", type=float, help="of all jobs; as their recipes say by default")
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--precision", default="32", help="of the recipes' fits: bf16-mixed, …")
     parser.add_argument("--finetune-epochs", type=int, default=0)
     parser.add_argument("--finetune-lr", type=float, default=0.02)
     parser.add_argument(
@@ -518,6 +521,7 @@ def _recipe_job(text: str, seed: int, float_job: Job, args: argparse.Namespace) 
         lr=float(own["lr"]) if "lr" in own else args.lr,
         batch=int(own.get("batch", args.batch)),
         average=float(own["average"]) if "average" in own else None,
+        precision=args.precision,
     )
     key = _key({**asdict(job), "device": None, "threads": None, "data": None, "result": None})
     file = args.runs / f"{float_job.network}_{words[0]}_{seed}_{key}.json"
@@ -613,7 +617,8 @@ class _Table:
             self.args.out.write_text(self._text() + "\n", encoding="utf-8")
 
     def _text(self) -> str:
-        shown = ("finetune_epochs", "finetune_lr", "epochs", "lr", "batch", "limit", "test_images")
+        shown = ["finetune_epochs", "finetune_lr", "epochs", "lr", "batch", "precision"]
+        shown += ["limit", "test_images"]
         options = [
             f"--{name.replace('_', '-')} {value}"
             for name in shown

@@ -93,7 +93,11 @@ def _bits_of_layers(
             "no conv or linear layer is left to quantize: widen include or narrow exclude"
         )
     # Coarse steps harm the first and the last layer most, and those are few.
-    ends = {*_first_layers(traced), names[-1]} if settings.first_last_bits is not None else set()
+    ends = (
+        {*_first_layers(traced), *_last_layers(traced, from_images)}
+        if settings.first_last_bits is not None
+        else set()
+    )
     layer_bits = {}
     for name in included:
         weight, input_ = settings.weight_bits, settings.activation_bits
@@ -119,6 +123,20 @@ def _first_layers(traced: fx.GraphModule) -> Iterator[str]:
                 yield str(node.target)
                 break
             reached.add(node)
+
+
+def _last_layers(traced: fx.GraphModule, from_images: Collection[fx.Node]) -> Iterator[str]:
+    """The last layer before each output: of two heads, both."""
+    (output,) = traced.graph.find_nodes(op="output")
+    for leaf in output.all_input_nodes:
+        behind = {leaf}
+        for node in reversed(traced.graph.nodes):
+            if node not in behind or node not in from_images:
+                continue
+            if n.calls_layer(node, traced):
+                yield str(node.target)
+                break
+            behind.update(node.all_input_nodes)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

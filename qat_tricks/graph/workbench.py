@@ -54,6 +54,7 @@ class Workbench:
             a copy that ``quantize`` makes.
         loader: called with a number of images, yields batches of training images: that number or
             more, unless there are fewer.
+        training_loader: the same, of images as training has them, augmented; None: ``loader``.
         teacher: the float network as it came, for distillation.
         network_name: the attribute of the LightningModule that holds the network, or empty.
         trains: whether training follows; without it a trick that acts gradually does all at once.
@@ -77,6 +78,7 @@ class Workbench:
         # Tracing may turn computed weights into parameters: the optimizer holds those from before.
         self.parameters_before = list(network.parameters())
         self.loader = loader
+        self.training_loader: Callable[[int], Iterable[Any]] | None = None
         self.teacher = teacher
         self.network_name = ""
         self.trains = False
@@ -96,7 +98,7 @@ class Workbench:
         if loader is None or not compares or isinstance(network, TracedNetwork):
             self.network = trace(network, untraced)
         else:
-            self.gate = Gate(network, self._load(GATE_IMAGES)[0])
+            self.gate = Gate(network, self._load(loader, GATE_IMAGES)[0])
             self.network = trace_kept(network, untraced, self.gate)
             self._record()
 
@@ -113,15 +115,22 @@ class Workbench:
         if self.most_images is not None:
             num_images = min(num_images, self.most_images)
         if self._remembered is None:
-            batches = self._load(num_images)
+            batches = self._load(self.loader, num_images)
         else:
             batches = first_of_all(without_first(self._remembered, self._held_out), num_images)
         self.images = max(self.images, sum(map(batch_size, batches)))
         return batches
 
-    def _load(self, num_images: int) -> list[Inputs]:
+    def training_batches(self, num_images: int) -> list[Inputs]:
+        """As ``batches``, of the images that training will have, or has had.
+
+        Statistics by which training normalizes have to be theirs: augmentation changes them.
+        """
+        return self._load(self.training_loader or self.loader, num_images)
+
+    def _load(self, loader: Callable[[int], Iterable[Any]] | None, num_images: int) -> list[Inputs]:
         """The inputs for the loader's first images, see ``batches``."""
-        if self.loader is None:
+        if loader is None:
             raise QatTricksError(
                 "this recipe needs images to calibrate on: give a loader of training images"
             )
@@ -130,7 +139,7 @@ class Workbench:
         names = input_names(self.network)
         batches: list[Inputs] = []
         missing = num_images
-        for batch in self.loader(num_images):
+        for batch in loader(num_images):
             # Just the number asked for, so that results do not depend on the loader's batch size.
             inputs = first_images(inputs_of(batch, names), missing)
             # One NaN would become the range of every tensor behind it.
@@ -171,6 +180,7 @@ class Workbench:
         return {
             **self.__dict__,
             "loader": None,
+            "training_loader": None,
             "parameters_before": [],
             "gate": None,
             "prover": None,
@@ -187,7 +197,7 @@ class Workbench:
         if self.gate is not None:
             self.gate.rebase(self.network)
         elif self.loader is not None:
-            self.gate = Gate(self.network, self._load(GATE_IMAGES)[0])
+            self.gate = Gate(self.network, self._load(self.loader, GATE_IMAGES)[0])
 
     def begin_proofs(self, tricks: Sequence[Judged], *, prove: bool) -> None:
         """Judges, from here on, those of ``tricks`` that ask for it, if ``prove`` says so.
@@ -201,7 +211,7 @@ class Workbench:
         if not prove or self.loader is None or not any(trick.judged for trick in tricks):
             return
         asked = max(getattr(trick, "num_images", 0) for trick in tricks)
-        remembered = self._load(max(asked + PROOF_IMAGES, ALL_COUNTED))
+        remembered = self._load(self.loader, max(asked + PROOF_IMAGES, ALL_COUNTED))
         self._held_out = held_out_of(sum(map(batch_size, remembered)))
         if self._held_out == 0:
             return

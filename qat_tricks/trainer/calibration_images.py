@@ -34,7 +34,12 @@ PATIENCE = 16  # batches after which a step that has not called its network neve
 
 
 def network_inputs(
-    trainer: "Trainer", pl_module: "LightningModule", name: str, num_images: int
+    trainer: "Trainer",
+    pl_module: "LightningModule",
+    name: str,
+    num_images: int,
+    *,
+    augmented: bool = False,
 ) -> list[Inputs]:
     """The network's inputs for the first training images, as training feeds them to it.
 
@@ -47,6 +52,8 @@ def network_inputs(
         pl_module: holds the network.
         name: of the network in ``pl_module``; it may be traced or not.
         num_images: so many, or a few more, or all that there are.
+        augmented: from the fit's own loader also where the data module has a
+            ``calibration_loader``, which does not augment.
 
     Raises:
         QatTricksError: there are no training images, or the step does not call the network with
@@ -58,7 +65,7 @@ def network_inputs(
     tried = 0
     # Augmentations draw random numbers. The fit must draw the same ones with or without tricks.
     with kept_random_state():
-        loader = _training_loader(trainer, pl_module, num_images)
+        loader = _training_loader(trainer, pl_module, num_images, augmented)
         with as_in_training(trainer, pl_module, network):
             for index, raw in enumerate(loader):
                 batch = on_device(trainer, pl_module, raw)
@@ -137,28 +144,22 @@ def _arguments(batch: Any, required: Sequence[str], names: Sequence[str]) -> tup
     return as_tensors(inputs_of(batch, required or names))
 
 
-def datamodule_images(datamodule: Any, num_images: int) -> Iterable[Any]:
-    """Batches of training images of a data module, set up for a fit.
-
-    They come from its ``calibration_loader``, without augmentation, if it has one.
-    """
-    if hasattr(datamodule, "calibration_loader"):
-        return datamodule.calibration_loader(num_images)
-    return datamodule.train_dataloader()
-
-
 def _training_loader(
-    trainer: "Trainer", pl_module: "LightningModule", num_images: int
+    trainer: "Trainer", pl_module: "LightningModule", num_images: int, augmented: bool
 ) -> Iterable[Any]:
-    """Batches of training images, as the fit would get them."""
+    """Batches of training images, as the fit would get them.
+
+    They come from the data module's ``calibration_loader``, without augmentation, if it has one and
+    they need not be ``augmented``.
+    """
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
     source = trainer.fit_loop._data_source
     if datamodule is not None:
         if trainer.state.fn != "fit":
             datamodule.setup("fit")  # validation and test set up their own split only
-        loader = datamodule_images(datamodule, num_images)
-        if hasattr(datamodule, "calibration_loader"):
-            return loader
+        if hasattr(datamodule, "calibration_loader") and not augmented:
+            return datamodule.calibration_loader(num_images)
+        loader = datamodule.train_dataloader()
     # A loader that was handed to ``fit`` wins over the module's own, as in Lightning.
     elif source.instance is not None and source.is_defined():
         loader = source.dataloader()

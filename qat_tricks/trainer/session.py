@@ -266,6 +266,7 @@ class Session(Callback):
             work = workbench_of(pl_module)
             # A workbench of an earlier run still has that run's loader.
             work.loader = _loader(trainer, pl_module, work.network_name)
+            work.training_loader = _loader(trainer, pl_module, work.network_name, augmented=True)
         else:
             work = self._open(trainer, pl_module, tricks)
         check_order(tricks, work.history)
@@ -315,6 +316,7 @@ class Session(Callback):
                     traced, first_load, teacher=teacher, untraced=self.untraced, compares=has_images
                 )
             work.loader = load
+            work.training_loader = _loader(trainer, pl_module, name, augmented=True)
             work.parameters_before = before  # an optimizer made in ``__init__`` holds these
             attach_workbench(pl_module, work, name)
         if is_whole(pl_module, name):
@@ -402,10 +404,11 @@ class Session(Callback):
 
 
 def _loader(
-    trainer: "Trainer", pl_module: "LightningModule", name: str
+    trainer: "Trainer", pl_module: "LightningModule", name: str, *, augmented: bool = False
 ) -> Callable[[int], Iterable[Inputs]]:
     """What calls the network ``name`` with so many training images, the same on every rank."""
-    return partial(loaded_once, partial(network_inputs, trainer, pl_module, name))
+    load = partial(network_inputs, trainer, pl_module, name, augmented=augmented)
+    return partial(loaded_once, load)
 
 
 def _warn_of_outside(network: nn.Module) -> None:

@@ -35,7 +35,8 @@ from qat_tricks.trainer.trick import Trick, check_num_images
 from qat_tricks.tricks.calibrate import Calibrate
 
 POSITIONS = 256  # of each image and channel that are looked at, at most about
-STEPS = 6  # of Newton's method
+STEPS = 6  # of Newton's method, at most
+TOLERANCE = 1e-3  # the share by which a step has to lessen a squared error
 
 
 @torch.no_grad()
@@ -135,7 +136,9 @@ def bias_error(values: Tensor, expected: Tensor, low: float, high: float) -> Ten
         bias = start
         for _ in range(STEPS):
             squared, gradient, share = look(bias)
-            better = squared < least
+            better = squared < least * (1 - TOLERANCE)
+            if not better.any():  # all channels have converged
+                break
             best, least = torch.where(better, bias, best), torch.where(better, squared, least)
             gradients = torch.where(better, gradient, gradients)
             shares = torch.where(better, share, shares)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.inputs import Inputs, batch_size, call_network, check_batches
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def reestimate_batchnorm(traced: fx.GraphModule, batches: Sequence[Inputs]) -> fx.GraphModule:
+def reestimate_batchnorm(
+    traced: fx.GraphModule, batches: Sequence[Inputs], *, keep_certain: bool = False
+) -> fx.GraphModule:
     """Replaces running means and variances, in place, by their plain average over ``batches``.
 
     A BatchNorm that is held in evaluation mode while the network trains, or that tracks no running
@@ -35,6 +37,9 @@ def reestimate_batchnorm(traced: fx.GraphModule, batches: Sequence[Inputs]) -> f
     Args:
         traced: a network with BatchNorms, with or without quantizers.
         batches: the network's inputs; those that are smaller than the first are left out.
+        keep_certain: moves the statistics only as far as the average differs from them by more
+            than chance. Training saw many more images, so where its running statistics do not
+            lag, they are the better estimate.
 
     Raises:
         QatTricksError: no batches, or no BatchNorm is left unfolded.
@@ -43,7 +48,11 @@ def reestimate_batchnorm(traced: fx.GraphModule, batches: Sequence[Inputs]) -> f
     called = {module_of(node, traced) for node in traced.graph.nodes}
     # Those that layers have of their own are called by the layers.
     called |= {module.batchnorm for module in called if isinstance(module, Layer)}
-    norms = [m for m in called if isinstance(m, BATCHNORMS) and m.running_mean is not None]
+    norms: list[Any] = [
+        module
+        for module in called
+        if isinstance(module, BATCHNORMS) and module.running_mean is not None
+    ]
     if not norms:
         raise QatTricksError(
             "no BatchNorm is left to re-estimate: leave out fold_batchnorm, or leave out this trick"
@@ -57,20 +66,57 @@ def reestimate_batchnorm(traced: fx.GraphModule, batches: Sequence[Inputs]) -> f
         for norm in norms
         if norm.track_running_stats and (norm.training or not traced.training)
     ]
+    before = [_statistics(norm) for norm in norms]
     momenta = [norm.momentum for norm in norms]
+    by_batch: list[list[Tensor]] = [[] for _ in norms]
     try:
         # Only the BatchNorms run as in training; dropout does not.
         with evaluating(traced):
             for norm in norms:
                 norm.reset_running_stats()
-                norm.momentum = None  # a cumulative average
+                norm.momentum = 1.0  # the statistics are those of one batch
                 norm.train()
             for batch in track(batches, "re-estimate BatchNorm"):
                 call_network(traced, batch)
+                for norm, statistics in zip(norms, by_batch, strict=True):
+                    statistics.append(_statistics(norm))
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+    for norm, old, statistics in zip(norms, before, by_batch, strict=True):
+        new = torch.stack(statistics)
+        mean, variance = _beyond_chance(old, new) if keep_certain else new.mean(0)
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+        norm.num_batches_tracked.fill_(len(new))
     return traced
+
+
+def _statistics(norm: Any) -> Tensor:
+    """The running mean and variance of a BatchNorm, float64 ``[2, C]``."""
+    return torch.stack([norm.running_mean, norm.running_var]).double()
+
+
+def _beyond_chance(old: Tensor, by_batch: Tensor) -> Tensor:
+    """``old``, moved towards the mean of ``by_batch`` as far as that is more than chance.
+
+    The mean of few batches has a standard error ``se``. ``old + (new - old) * (1 - (se / distance)
+    ^2)``, with both summed over the channels, errs less than the mean does (James and Stein 1961).
+
+    Args:
+        old: means and variances, float64 ``[2, C]``.
+        by_batch: those of each batch, float64 ``[batches, 2, C]``.
+    """
+    new = by_batch.mean(0)
+    if len(by_batch) < 2:  # nothing tells what chance is
+        return new
+    # In units of the channel, so that no channel of large values decides alone: a mean in standard
+    # deviations, a variance as a share of itself. A channel that holds still has no unit.
+    unit = torch.stack([new[1].sqrt(), new[1]]).clamp_min(torch.finfo(torch.float32).tiny)
+    chance = (by_batch.var(0) / len(by_batch) / unit.square()).sum(1, keepdim=True)
+    distance = ((new - old) / unit).square().sum(1, keepdim=True)
+    share = (1 - chance / distance.clamp_min(torch.finfo(torch.float64).tiny)).clamp_min(0)
+    return old + share * (new - old)
 
 
 class ReestimateBatchnorm(Trick):
@@ -90,10 +136,10 @@ class ReestimateBatchnorm(Trick):
         """Re-estimates at once where nothing is trained."""
         # Before training there is nothing to re-estimate: the weights are about to change.
         if not work.trains:
-            reestimate_batchnorm(work.network, work.batches(self.num_images))
+            reestimate_batchnorm(work.network, work.training_batches(self.num_images))
 
     def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule", *_: Any) -> None:
         """Re-estimates at the end of the last epoch."""
         if trainer.current_epoch + 1 == trainer.max_epochs:
             work = workbench_of(pl_module)
-            reestimate_batchnorm(work.network, work.batches(self.num_images))
+            reestimate_batchnorm(work.network, work.training_batches(self.num_images))

@@ -6,7 +6,7 @@ network (SGD at 0.1 with momentum) its activations run away, and it ends at chan
 multiplies parameters by factors, and a gradient by their inverse. So before training:
 
 * Each layer of which a BatchNorm was folded gets one for its output ``y``, with the statistics of
-  ``y`` on calibration images. In evaluation that is the identity, so whatever the tricks before
+  ``y`` on training images. In evaluation that is the identity, so whatever the tricks before
   have done stays. In training it normalizes by the batch (Ioffe and Szegedy 2015, arXiv
   1502.03167)::
 
@@ -22,10 +22,15 @@ and into its scale, one for each output channel, so the integers stay those of t
 differs from folding inside the training step (Jacob et al. 2018, arXiv 1712.05877, section 3.2): no
 conv runs twice, and the weights are quantized before they are multiplied.
 
+The statistics are those of the images that training has, with their augmentation. (Measured on
+ResNet-20 and CIFAR-10: with those of images that are not shifted, the first step's loss was twice
+the float network's, and int8_prune30 ended 2.4 points below it.)
+
 At high rates running statistics lag behind the weights: a network that gave 98 % with the batch's
-statistics gave 67 % with the running ones. So the last step is followed by an estimate from images.
-A callback that averages weights makes a network of its own, whose statistics none of those are: its
-copy gets an estimate too.
+statistics gave 67 % with the running ones. So the last step is followed by an estimate from images,
+which counts as far as it differs from the running ones by more than chance. A callback that
+averages weights makes a network of its own, whose statistics none of those are: its copy gets an
+estimate too.
 """
 
 from collections import Counter
@@ -255,7 +260,7 @@ class RestoreBatchnorm(Trick):
         quantizers = activation_quantizers(work.network).values()
         is_resumed = not all(quantizer.is_calibrated for quantizer in quantizers)
         if work.trains and not is_resumed:
-            images = work.batches(self.num_images)
+            images = work.training_batches(self.num_images)
             restore_batchnorm(work.network, images, which=self.which, frozen=work.unfreezes)
             work.note_change("BatchNorm restored", in_training=False)
 
@@ -289,7 +294,8 @@ class RestoreBatchnorm(Trick):
         self._is_due, self._has_ended = False, True
         work = workbench_of(pl_module)
         if _has_batchnorm(work.network):
-            reestimate_batchnorm(work.network, work.batches(self.num_images))
+            batches = work.training_batches(self.num_images)
+            reestimate_batchnorm(work.network, batches, keep_certain=True)
 
     def _reestimate_averages(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         is_due, self._averages_are_due = self._averages_are_due, False
@@ -300,8 +306,10 @@ class RestoreBatchnorm(Trick):
                 continue
             # The copy may be kept on another device.
             to_device = methodcaller("to", next(network.parameters()).device)
-            batches = work.batches(self.num_images)
-            reestimate_batchnorm(network, [map_tensors(batch, to_device) for batch in batches])
+            batches = [
+                map_tensors(batch, to_device) for batch in work.training_batches(self.num_images)
+            ]
+            reestimate_batchnorm(network, batches, keep_certain=True)
 
 
 def _has_batchnorm(network: fx.GraphModule) -> bool:

@@ -103,6 +103,22 @@ def test_first_and_last_layer_stay_at_eight_bits():
     assert {layer.weight_quantizer.scheme.bits for layer in layers(everywhere).values()} == {4}
 
 
+def test_of_two_heads_both_are_last_layers():
+    class TwoHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.body = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+            self.classes, self.embedding = nn.Linear(8, 10), nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = self.body(self.stem(x).relu()).relu().mean((2, 3))
+            return {"logits": self.classes(x), "features": self.embedding(x)}
+
+    traced = _placed(TwoHeads(), weight_bits=4)
+    bits = {name: layer.weight_quantizer.scheme.bits for name, layer in layers(traced).items()}
+    assert bits == {"stem": 8, "body": 4, "classes": 8, "embedding": 8}
+
+
 def test_only_what_layers_read_has_few_bits():
     traced = _placed(weight_bits=4, activation_bits=4)
     bits = {

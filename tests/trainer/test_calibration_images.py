@@ -9,7 +9,6 @@ import qat_tricks
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import activation_quantizers, layers
 from qat_tricks.recipes.recipe import load_recipe
-from qat_tricks.trainer.calibration_images import datamodule_images
 from tests.helpers.lightning import pl
 from tests.helpers.lit import Data, Lit, dataset, trainer
 
@@ -448,5 +447,3 @@ def test_calibration_reads_the_loader_made_for_it_else_the_one_for_training(run)
     assert range_of_images(WithCalibration()) == pytest.approx(
         3 * range_of_images(Data()), rel=0.01
     )
-    (batch, *_) = datamodule_images(WithCalibration(), 16)
-    assert torch.equal(batch[0], 3 * dataset().tensors[0][:16])

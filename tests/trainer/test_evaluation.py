@@ -12,7 +12,6 @@ import qat_tricks
 from qat_tricks.graph import activation_quantizers
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.recipes.recipe import load_recipe
-from qat_tricks.trainer.calibration_images import datamodule_images
 from tests.helpers.lit import Data, Lit, ResumableLoader, dataset, differences, loader, trainer
 
 UNFOLDED = [
@@ -101,7 +100,7 @@ def test_a_trainer_calibrates_as_the_plain_function_does():
             return loader(64)
 
     trainer(qat_tricks.recipe("int8_ptq")).test(lit, Ordered(), verbose=False)
-    work = Workbench(plain.backbone, lambda count: datamodule_images(Ordered(), count))
+    work = Workbench(plain.backbone, lambda _: Ordered().train_dataloader())
     for stage in load_recipe("int8_ptq").stages:
         stage.apply(work)
     assert differences(dict(lit.backbone.state_dict()), dict(work.network.state_dict())) == []

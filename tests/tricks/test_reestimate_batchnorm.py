@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -144,3 +146,31 @@ def test_in_a_fit_it_is_done_once_at_the_end_of_the_last_epoch():
     trainer([*recipe, count], max_epochs=3).fit(lit, datamodule=OrderedData())
     assert count.batches == [4, 8, 4]  # not 12: they were estimated anew
     assert_statistics(lit.backbone, averages(lit.backbone, as_the_network_sees()))
+
+
+def test_running_statistics_that_chance_explains_are_kept_and_lagging_ones_are_not():
+    def spoiled(by):
+        network = trace(small_net())
+        reestimate_batchnorm(network, [images(64, seed=seed) for seed in range(20)])
+        truth = {name: norm.running_mean.clone() for name, norm in norms(network).items()}
+        for norm in norms(network).values():
+            norm.running_mean.add_(by * norm.running_var.sqrt())
+        return network, truth
+
+    def error(network, truth):
+        return sum(
+            float(((norm.running_mean - truth[name]).square() / norm.running_var).sum())
+            for name, norm in norms(network).items()
+        )
+
+    few = [images(8, seed=seed) for seed in (31, 32, 33)]
+    for by in (0.0, 0.5):
+        kept, truth = spoiled(by)
+        before = error(kept, truth)
+        plain = copy.deepcopy(kept)
+        reestimate_batchnorm(kept, few, keep_certain=True)
+        reestimate_batchnorm(plain, few)
+        if by == 0.0:
+            assert error(kept, truth) < 0.7 * error(plain, truth)
+        else:
+            assert error(kept, truth) < 0.3 * before
