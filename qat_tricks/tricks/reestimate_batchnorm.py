@@ -24,6 +24,8 @@ from qat_tricks.trainer.trick import Trick, check_num_images
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
+ERRORS = 2  # standard errors by which an average has to differ from what is kept
+
 
 @torch.no_grad()
 def reestimate_batchnorm(
@@ -85,7 +87,7 @@ def reestimate_batchnorm(
             norm.momentum = momentum
     for norm, old, statistics in zip(norms, before, by_batch, strict=True):
         new = torch.stack(statistics)
-        mean, variance = _beyond_chance(old, new) if keep_certain else new.mean(0)
+        mean, variance = _beyond_chance(old, new, norm.eps) if keep_certain else new.mean(0)
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(variance)
         norm.num_batches_tracked.fill_(len(new))
@@ -97,25 +99,28 @@ def _statistics(norm: Any) -> Tensor:
     return torch.stack([norm.running_mean, norm.running_var]).double()
 
 
-def _beyond_chance(old: Tensor, by_batch: Tensor) -> Tensor:
+def _beyond_chance(old: Tensor, by_batch: Tensor, eps: float) -> Tensor:
     """``old``, moved towards the mean of ``by_batch`` as far as that is more than chance.
 
-    The mean of few batches has a standard error ``se``. ``old + (new - old) * (1 - (se / distance)
-    ^2)``, with both summed over the channels, errs less than the mean does (James and Stein 1961).
+    The mean of few batches has a standard error ``se``. Taken is ``old + (new - old) * (1 -
+    (ERRORS * se / distance)^2)``, with ``se`` and the distance over all channels (as in James and
+    Stein 1961, who have 1 for ``ERRORS``; but ``old`` has an error of its own).
 
     Args:
         old: means and variances, float64 ``[2, C]``.
         by_batch: those of each batch, float64 ``[batches, 2, C]``.
+        eps: what the BatchNorm adds to a variance.
     """
     new = by_batch.mean(0)
     if len(by_batch) < 2:  # nothing tells what chance is
         return new
-    # In units of the channel, so that no channel of large values decides alone: a mean in standard
-    # deviations, a variance as a share of itself. A channel that holds still has no unit.
-    unit = torch.stack([new[1].sqrt(), new[1]]).clamp_min(torch.finfo(torch.float32).tiny)
+    # In the units by which the BatchNorm divides, so that no channel of large values decides alone.
+    unit = torch.stack([(new[1] + eps).sqrt(), new[1] + eps])
     chance = (by_batch.var(0) / len(by_batch) / unit.square()).sum(1, keepdim=True)
     distance = ((new - old) / unit).square().sum(1, keepdim=True)
-    share = (1 - chance / distance.clamp_min(torch.finfo(torch.float64).tiny)).clamp_min(0)
+    share = (
+        1 - ERRORS**2 * chance / distance.clamp_min(torch.finfo(torch.float64).tiny)
+    ).clamp_min(0)
     return old + share * (new - old)
 
 
