@@ -126,7 +126,9 @@ class Workbench:
 
         Statistics by which training normalizes have to be theirs: augmentation changes them.
         """
-        return self._load(self.training_loader or self.loader, num_images)
+        batches = self._load(self.training_loader or self.loader, num_images)
+        self.images = max(self.images, sum(map(batch_size, batches)))
+        return batches
 
     def _load(self, loader: Callable[[int], Iterable[Any]] | None, num_images: int) -> list[Inputs]:
         """The inputs for the loader's first images, see ``batches``."""

@@ -166,8 +166,15 @@ class Composer:
         if override.is_add() and OmegaConf.select(config, override.key_or_group) is not None:
             return f'"{override.input_line}" adds what is there already: leave out the +'
         choices = self._options(override.key_or_group)
+        value = str(override.value())
+        if value in choices and override.is_add():
+            key = str(override.input_line).partition("=")[0]
+            return (
+                f'"{override.input_line}" is not the only choice for its place: give all in one '
+                f"list, {key}=[OTHER,{value}]"
+            )
         if choices and not override.is_delete():
-            hint = did_you_mean(str(override.value()), choices)
+            hint = did_you_mean(value, choices)
             return f'"{override.input_line}" chooses nothing: {hint}'
         return f'"{override.input_line}": {one_line(error)}'
 

@@ -235,7 +235,7 @@ class Distill(Trick):
     ) -> None:
         super().__init__()
         self.weight = check_fraction("weight", weight)
-        if temperature <= 0:
+        if not 0 < temperature < float("inf"):
             raise QatTricksError(f"temperature={temperature} is not allowed: give a number above 0")
         self.temperature = temperature
         if (isinstance(features, str) and features != AUTO) or features == []:

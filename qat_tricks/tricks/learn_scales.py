@@ -172,7 +172,7 @@ class LearnScales(Trick):
 
     def __init__(self, lr_factor: float | None = None, stop: float = 1.0) -> None:
         super().__init__()
-        if lr_factor is not None and lr_factor <= 0:
+        if lr_factor is not None and not 0 < lr_factor < float("inf"):
             raise QatTricksError(
                 f"lr_factor={lr_factor} is not allowed: give a number above 0, or null for the "
                 "default"

@@ -46,11 +46,28 @@ def reestimate_batchnorm(
     Raises:
         QatTricksError: no batches, or no BatchNorm is left unfolded.
     """
+    norms = _batchnorms(traced)
+    check_batches(batches, "to re-estimate BatchNorm on")
+    # All batches count alike, so a rest of a few images would spoil the average.
+    size = batch_size(batches[0])
+    batches = [batch for batch in batches if batch_size(batch) >= size]
+    before = [_statistics(norm) for norm in norms]
+    by_batch = _statistics_by_batch(traced, norms, batches)
+    for norm, old, new in zip(norms, before, by_batch, strict=True):
+        mean, variance = _beyond_chance(old, new, norm.eps) if keep_certain else new.mean(0)
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+        norm.num_batches_tracked.fill_(len(new))
+    return traced
+
+
+def _batchnorms(traced: fx.GraphModule) -> list[Any]:
+    """The BatchNorms to estimate; raises QatTricksError if none is left unfolded."""
     # Of BatchNorms that the graph does not call, no batch would give statistics.
     called = {module_of(node, traced) for node in traced.graph.nodes}
     # Those that layers have of their own are called by the layers.
     called |= {module.batchnorm for module in called if isinstance(module, Layer)}
-    norms: list[Any] = [
+    norms = [
         module
         for module in called
         if isinstance(module, BATCHNORMS) and module.running_mean is not None
@@ -59,39 +76,35 @@ def reestimate_batchnorm(
         raise QatTricksError(
             "no BatchNorm is left to re-estimate: leave out fold_batchnorm, or leave out this trick"
         )
-    check_batches(batches, "to re-estimate BatchNorm on")
-    # All batches count alike, so a rest of a few images would spoil the average.
-    size = batch_size(batches[0])
-    batches = [batch for batch in batches if batch_size(batch) >= size]
-    norms = [
+    return [
         norm
         for norm in norms
         if norm.track_running_stats and (norm.training or not traced.training)
     ]
-    before = [_statistics(norm) for norm in norms]
+
+
+def _statistics_by_batch(
+    traced: fx.GraphModule, norms: Sequence[Any], batches: Sequence[Inputs]
+) -> list[Tensor]:
+    """The statistics of each batch, float64 ``[batches, 2, C]`` for each BatchNorm."""
+    found: list[list[Tensor]] = [[] for _ in norms]
     momenta = [norm.momentum for norm in norms]
-    by_batch: list[list[Tensor]] = [[] for _ in norms]
     try:
         # Only the BatchNorms run as in training; dropout does not.
         with evaluating(traced):
             for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = 1.0  # the statistics are those of one batch
+                norm.momentum = None  # the average over all calls since the reset
                 norm.train()
             for batch in track(batches, "re-estimate BatchNorm"):
+                for norm in norms:
+                    norm.reset_running_stats()
                 call_network(traced, batch)
-                for norm, statistics in zip(norms, by_batch, strict=True):
+                for norm, statistics in zip(norms, found, strict=True):
                     statistics.append(_statistics(norm))
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-    for norm, old, statistics in zip(norms, before, by_batch, strict=True):
-        new = torch.stack(statistics)
-        mean, variance = _beyond_chance(old, new, norm.eps) if keep_certain else new.mean(0)
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_(variance)
-        norm.num_batches_tracked.fill_(len(new))
-    return traced
+    return [torch.stack(statistics) for statistics in found]
 
 
 def _statistics(norm: Any) -> Tensor:

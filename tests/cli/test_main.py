@@ -62,6 +62,11 @@ def status(run, *arguments):
         ),
         ("~recipe.stages.ptq.tricks.equalise", 'did you mean "equalize"'),
         ("+trick@recipe.stages.ptq.tricks=prun", 'unknown trick "prun": did you mean "prune"?'),
+        (
+            "+trick@recipe.stages.prune_qat.tricks=freeze_batchnorm "
+            "+trick@recipe.stages.prune_qat.tricks=dampen_oscillations",
+            "give all in one list, +trick@recipe.stages.prune_qat.tricks=[OTHER,",
+        ),
         ("recipe.stages.ptq.tricks.quantize.weight_bits=9", "bits=9"),
         ("recipe.stages.prune_qat.tricks.prune.sparsity=1", "sparsity=1 "),
         ("~recipe.stages.ptq.tricks.quantize", "an order that works: "),

@@ -65,6 +65,7 @@ def test_equal_logits_cost_nothing_and_half_precision_is_computed_in_float():
     [
         ({"weight": 1.5}, "weight=1.5 is not allowed"),
         ({"weight": -0.1}, "weight=-0.1 is not allowed"),
+        ({"temperature": float("nan")}, "temperature=nan is not allowed: give a number above 0"),
         ({"temperature": 0.0}, "temperature=0.0 is not allowed: give a number above 0"),
         ({"features": "layer1"}, "features='layer1' is not allowed: give auto, a list"),
         ({"features": []}, "features=\\[\\] is not allowed"),
@@ -332,6 +333,7 @@ def fit_with_features(features, seed=0, **settings):
     recipe = qat_tricks.recipe(
         "w2a4_qat",
         [
+            "~stages.ptq.tricks.gptq",  # which leaves little to learn
             "stages.qat.tricks.distill.weight=0",
             f"stages.qat.tricks.distill.features={features}",
             "stages.qat.tricks.distill.feature_weight=20",
