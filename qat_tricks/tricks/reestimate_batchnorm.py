@@ -15,6 +15,7 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.inputs import Inputs, batch_size, call_network, check_batches
 from qat_tricks.graph.layers import BATCHNORMS, Layer
 from qat_tricks.graph.modes import evaluating
+from qat_tricks.graph.processes import from_rank_zero
 from qat_tricks.graph.trace import module_of
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.progress import track
@@ -41,7 +42,8 @@ def reestimate_batchnorm(
         batches: the network's inputs; those that are smaller than the first are left out.
         keep_certain: moves the statistics only as far as the average differs from them by more
             than chance. Training saw many more images, so where its running statistics do not
-            lag, they are the better estimate.
+            lag, they are the better estimate. Of several processes, those of the first count; all
+            have to call this.
 
     Raises:
         QatTricksError: no batches, or no BatchNorm is left unfolded.
@@ -52,6 +54,8 @@ def reestimate_batchnorm(
     size = batch_size(batches[0])
     batches = [batch for batch in batches if batch_size(batch) >= size]
     before = [_statistics(norm) for norm in norms]
+    if keep_certain:
+        before = from_rank_zero(before)
     by_batch = _statistics_by_batch(traced, norms, batches)
     for norm, old, new in zip(norms, before, by_batch, strict=True):
         mean, variance = _beyond_chance(old, new, norm.eps) if keep_certain else new.mean(0)
@@ -64,12 +68,12 @@ def reestimate_batchnorm(
 def _batchnorms(traced: fx.GraphModule) -> list[Any]:
     """The BatchNorms to estimate; raises QatTricksError if none is left unfolded."""
     # Of BatchNorms that the graph does not call, no batch would give statistics.
-    called = {module_of(node, traced) for node in traced.graph.nodes}
+    called = [module_of(node, traced) for node in traced.graph.nodes]
     # Those that layers have of their own are called by the layers.
-    called |= {module.batchnorm for module in called if isinstance(module, Layer)}
+    called += [module.batchnorm for module in called if isinstance(module, Layer)]
     norms = [
         module
-        for module in called
+        for module in dict.fromkeys(called)  # in the same order in every process
         if isinstance(module, BATCHNORMS) and module.running_mean is not None
     ]
     if not norms:
@@ -108,8 +112,8 @@ def _statistics_by_batch(
 
 
 def _statistics(norm: Any) -> Tensor:
-    """The running mean and variance of a BatchNorm, float64 ``[2, C]``."""
-    return torch.stack([norm.running_mean, norm.running_var]).double()
+    """The running mean and variance of a BatchNorm, float64 ``[2, C]``, on the CPU."""
+    return torch.stack([norm.running_mean, norm.running_var]).cpu().double()
 
 
 def _beyond_chance(old: Tensor, by_batch: Tensor, eps: float) -> Tensor:
