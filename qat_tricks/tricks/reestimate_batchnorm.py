@@ -131,6 +131,8 @@ def _beyond_chance(old: Tensor, by_batch: Tensor, eps: float) -> Tensor:
     new = by_batch.mean(0)
     if len(by_batch) < 2:  # nothing tells what chance is
         return new
+    # A batch that overflowed, as under mixed precision, has spoiled a channel for good.
+    old = torch.where(old.isfinite(), old, new)
     # In the units by which the BatchNorm divides, so that no channel of large values decides alone.
     unit = torch.stack([(new[1] + eps).sqrt(), new[1] + eps])
     chance = (by_batch.var(0) / len(by_batch) / unit.square()).sum(1, keepdim=True)

@@ -164,6 +164,10 @@ def test_running_statistics_that_chance_explains_are_kept_and_lagging_ones_are_n
         )
 
     few = [images(8, seed=seed) for seed in (31, 32, 33)]
+    network, _ = spoiled(0.0)
+    network.get_submodule("block.bn1").running_var[0] = float("nan")
+    reestimate_batchnorm(network, few, keep_certain=True)
+    assert all(norm.running_var.isfinite().all() for norm in norms(network).values())
     for by in (0.0, 0.5):
         kept, truth = spoiled(by)
         before = error(kept, truth)
