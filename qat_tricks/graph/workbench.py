@@ -139,6 +139,7 @@ class Workbench:
         # Loaders yield on the CPU; the network may be on a GPU.
         device = next((p.device for p in self.network.parameters()), torch.device("cpu"))
         names = input_names(self.network)
+        kind = "training" if loader is self.training_loader else "calibration"
         batches: list[Inputs] = []
         missing = num_images
         for batch in loader(num_images):
@@ -147,7 +148,7 @@ class Workbench:
             # One NaN would become the range of every tensor behind it.
             if not are_finite(inputs):
                 raise QatTricksError(
-                    "the calibration loader yields NaN or infinite pixels: check its transforms"
+                    f"the {kind} loader yields NaN or infinite pixels: check its transforms"
                 )
             batches.append(map_tensors(inputs, lambda values: values.to(device)))
             missing -= batch_size(inputs)
@@ -155,7 +156,7 @@ class Workbench:
                 break
         if not batches:
             raise QatTricksError(
-                "the calibration loader is empty: give one that yields at least one batch of images"
+                f"the {kind} loader is empty: give one that yields at least one batch of images"
             )
         return batches
 

@@ -39,6 +39,7 @@ from operator import methodcaller
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, fx
 
 from qat_tricks.errors import QatTricksError
@@ -294,7 +295,12 @@ class RestoreBatchnorm(Trick):
         self._is_due, self._has_ended = False, True
         work = workbench_of(pl_module)
         if _has_batchnorm(work.network):
-            batches = work.training_batches(self.num_images)
+            try:
+                batches = work.training_batches(self.num_images)
+            except QatTricksError as error:
+                # A loader that can be gone through only once: what was trained must not be lost.
+                rank_zero_warn(f"BatchNorm keeps its running statistics as they are: {error}")
+                return
             reestimate_batchnorm(work.network, batches, keep_certain=True)
 
     def _reestimate_averages(self, trainer: "Trainer", pl_module: "LightningModule") -> None:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import qat_tricks
 from qat_tricks.errors import QatTricksError
@@ -299,6 +299,31 @@ def test_statistics_are_those_of_training_images_as_they_are_augmented():
     compare, lit = Compare(), Lit().train()
     trainer([*qat_tricks.recipe("int8_qat"), compare], max_epochs=1).fit(lit, Augmented())
     assert compare.apart < 0.05
+
+
+class Stream(IterableDataset):
+    """Goes on where it stopped, as what can be read only once does."""
+
+    def __init__(self):
+        self.left = iter(list(dataset()))
+
+    def __iter__(self):
+        return self.left
+
+
+def test_a_fit_on_a_stream_that_is_used_up_ends_well_and_says_so():
+    class Streamed(Augmented):
+        stream = Stream()
+
+        def train_dataloader(self):
+            return DataLoader(self.stream, batch_size=16)
+
+    few = "stages.qat.tricks.restore_batchnorm.num_images=16"
+    lit = Lit().train()
+    run = trainer(qat_tricks.recipe("int8_qat", [few], report=False), max_epochs=1)
+    with pytest.warns(UserWarning, match="keeps its running statistics.*training loader is empty"):
+        run.fit(lit, Streamed())
+    assert run.global_step == 3
 
 
 class Drifts(pl.Callback):
