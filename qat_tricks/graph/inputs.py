@@ -199,6 +199,15 @@ def first_images(inputs: Inputs, count: int) -> Inputs:
     return map_tensors(inputs, lambda values: values[:count])
 
 
+def split(inputs: Inputs, size: int) -> list[Inputs]:
+    """Batches of ``size`` images; a rest of fewer is left out."""
+    starts = range(0, batch_size(inputs) - size + 1, size)
+    return [
+        map_tensors(inputs, lambda values, start=start: values[start : start + size])  # type: ignore[misc]
+        for start in starts
+    ]
+
+
 def first_of_all(batches: Sequence[Inputs], count: int) -> list[Inputs]:
     """Batches with the first ``count`` images of all."""
     first = []

@@ -118,15 +118,16 @@ class Workbench:
             batches = self._load(self.loader, num_images)
         else:
             batches = first_of_all(without_first(self._remembered, self._held_out), num_images)
-        self.images = max(self.images, sum(map(batch_size, batches)))
-        return batches
+        return self._counted(batches)
 
     def training_batches(self, num_images: int) -> list[Inputs]:
         """As ``batches``, of the images that training will have, or has had.
 
         Statistics by which training normalizes have to be theirs: augmentation changes them.
         """
-        batches = self._load(self.training_loader or self.loader, num_images)
+        return self._counted(self._load(self.training_loader or self.loader, num_images))
+
+    def _counted(self, batches: list[Inputs]) -> list[Inputs]:
         self.images = max(self.images, sum(map(batch_size, batches)))
         return batches
 

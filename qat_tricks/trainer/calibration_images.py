@@ -1,10 +1,12 @@
 """Training images for the tricks, as training feeds them to the network."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning_utilities.core.overrides import is_overridden
 
 from qat_tricks.errors import QatTricksError
@@ -66,8 +68,9 @@ def network_inputs(
     # Augmentations draw random numbers. The fit must draw the same ones with or without tricks.
     with kept_random_state():
         loader = _training_loader(trainer, pl_module, num_images, augmented)
-        with as_in_training(trainer, pl_module, network):
-            for index, raw in enumerate(loader):
+        opened = _open_again(trainer, loader)
+        with opened as batches, as_in_training(trainer, pl_module, network):
+            for index, raw in enumerate(batches):
                 batch = on_device(trainer, pl_module, raw)
                 if batch is None:  # Lightning skips it
                     continue
@@ -170,13 +173,29 @@ def _training_loader(
             "there are no training images to calibrate on: give the trainer a data module, "
             f"{REMEDY}"
         )
-    # Of several loaders, a batch is a list or mapping with a batch of each.
     if isinstance(loader, (list, tuple, Mapping)):
-        combined = package_of(trainer).utilities.CombinedLoader(loader, "max_size_cycle")
-        return (batch for batch, *_ in combined)
+        return package_of(trainer).utilities.CombinedLoader(loader, "max_size_cycle")
     if not isinstance(loader, Iterable):
         raise QatTricksError(f"calibration needs one training loader, not {type(loader).__name__}")
     return loader
+
+
+@contextmanager
+def _open_again(trainer: "Trainer", loader: Iterable[Any]) -> Iterator[Iterable[Any]]:
+    """The batches of ``loader``, whose own generators then draw the same ones for training."""
+    combined = isinstance(loader, package_of(trainer).utilities.CombinedLoader)
+    parts: list[Any] = list(loader.flattened) if combined else [loader]  # type: ignore[attr-defined]
+    parts += [getattr(part, "batch_sampler", None) for part in parts]
+    parts += [getattr(part, "sampler", None) for part in parts]
+    drawn = [getattr(part, "generator", None) for part in parts]
+    generators = [generator for generator in drawn if isinstance(generator, torch.Generator)]
+    states = [generator.get_state() for generator in generators]
+    try:
+        # Of several loaders, a batch is a list or mapping with a batch of each.
+        yield (batch for batch, *_ in loader) if combined else loader
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
 
 
 def _overrides(method: str, pl_module: "LightningModule") -> bool:

@@ -264,9 +264,8 @@ class Session(Callback):
         if has_workbench(pl_module):
             check_restore(trainer)
             work = workbench_of(pl_module)
-            # A workbench of an earlier run still has that run's loader.
-            work.loader = _loader(trainer, pl_module, work.network_name)
-            work.training_loader = _loader(trainer, pl_module, work.network_name, augmented=True)
+            # A workbench of an earlier run still has that run's loaders.
+            _give_loaders(work, trainer, pl_module, work.network_name)
         else:
             work = self._open(trainer, pl_module, tricks)
         check_order(tricks, work.history)
@@ -315,8 +314,7 @@ class Session(Callback):
                 work = Workbench(
                     traced, first_load, teacher=teacher, untraced=self.untraced, compares=has_images
                 )
-            work.loader = load
-            work.training_loader = _loader(trainer, pl_module, name, augmented=True)
+            _give_loaders(work, trainer, pl_module, name)
             work.parameters_before = before  # an optimizer made in ``__init__`` holds these
             attach_workbench(pl_module, work, name)
         if is_whole(pl_module, name):
@@ -409,6 +407,13 @@ def _loader(
     """What calls the network ``name`` with so many training images, the same on every rank."""
     load = partial(network_inputs, trainer, pl_module, name, augmented=augmented)
     return partial(loaded_once, load)
+
+
+def _give_loaders(
+    work: Workbench, trainer: "Trainer", pl_module: "LightningModule", name: str
+) -> None:
+    work.loader = _loader(trainer, pl_module, name)
+    work.training_loader = _loader(trainer, pl_module, name, augmented=True)
 
 
 def _warn_of_outside(network: nn.Module) -> None:

@@ -5,6 +5,7 @@ section 5.1: oscillating weights leave running statistics that fit none of the n
 averaged over.
 """
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph.inputs import Inputs, batch_size, call_network, check_batches
+from qat_tricks.graph.inputs import Inputs, batch_size, call_network, check_batches, split
 from qat_tricks.graph.layers import BATCHNORMS, Layer
 from qat_tricks.graph.modes import evaluating
 from qat_tricks.graph.processes import from_rank_zero
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
 ERRORS = 2  # standard errors by which an average has to differ from what is kept
+FEWEST_BATCHES = 4  # that tell what chance is
 
 
 @torch.no_grad()
@@ -46,16 +48,23 @@ def reestimate_batchnorm(
             have to call this.
 
     Raises:
-        QatTricksError: no batches, or no BatchNorm is left unfolded.
+        QatTricksError: no batches, one image alone, or no BatchNorm is left unfolded.
     """
     norms = _batchnorms(traced)
     check_batches(batches, "to re-estimate BatchNorm on")
+    if sum(map(batch_size, batches)) < 2:
+        raise QatTricksError(
+            "one image is too few to re-estimate BatchNorm on: give 2 at least (num_images=2)"
+        )
     # All batches count alike, so a rest of a few images would spoil the average.
     size = batch_size(batches[0])
     batches = [batch for batch in batches if batch_size(batch) >= size]
     before = [_statistics(norm) for norm in norms]
     if keep_certain:
         before = from_rank_zero(before)
+        if len(batches) < FEWEST_BATCHES:
+            parts = min(math.ceil(FEWEST_BATCHES / len(batches)), max(1, size // 2))
+            batches = [part for batch in batches for part in split(batch, size // parts)]
     by_batch = _statistics_by_batch(traced, norms, batches)
     for norm, old, new in zip(norms, before, by_batch, strict=True):
         mean, variance = _beyond_chance(old, new, norm.eps) if keep_certain else new.mean(0)
@@ -120,8 +129,9 @@ def _beyond_chance(old: Tensor, by_batch: Tensor, eps: float) -> Tensor:
     """``old``, moved towards the mean of ``by_batch`` as far as that is more than chance.
 
     The mean of few batches has a standard error ``se``. Taken is ``old + (new - old) * (1 -
-    (ERRORS * se / distance)^2)``, with ``se`` and the distance over all channels (as in James and
-    Stein 1961, who have 1 for ``ERRORS``; but ``old`` has an error of its own).
+    (ERRORS * se / distance)^2)`` in each channel whose distance is larger than that, as James and
+    Stein (1961) shrink. Few batches may be alike by chance, so no channel counts as more certain
+    than half of the others are.
 
     Args:
         old: means and variances, float64 ``[2, C]``.
@@ -129,14 +139,15 @@ def _beyond_chance(old: Tensor, by_batch: Tensor, eps: float) -> Tensor:
         eps: what the BatchNorm adds to a variance.
     """
     new = by_batch.mean(0)
-    if len(by_batch) < 2:  # nothing tells what chance is
-        return new
+    if len(by_batch) < 2:  # two or three images: nothing tells what chance is
+        return old
     # A batch that overflowed, as under mixed precision, has spoiled a channel for good.
     old = torch.where(old.isfinite(), old, new)
-    # In the units by which the BatchNorm divides, so that no channel of large values decides alone.
+    # In the units by which the BatchNorm divides, so that channels can be compared.
     unit = torch.stack([(new[1] + eps).sqrt(), new[1] + eps])
-    chance = (by_batch.var(0) / len(by_batch) / unit.square()).sum(1, keepdim=True)
-    distance = ((new - old) / unit).square().sum(1, keepdim=True)
+    chance = by_batch.var(0) / len(by_batch) / unit.square()
+    chance = torch.maximum(chance, chance.median(1, keepdim=True).values)
+    distance = ((new - old) / unit).square()
     share = (
         1 - ERRORS**2 * chance / distance.clamp_min(torch.finfo(torch.float64).tiny)
     ).clamp_min(0)

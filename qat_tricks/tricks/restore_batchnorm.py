@@ -294,13 +294,8 @@ class RestoreBatchnorm(Trick):
     def _reestimate(self, pl_module: "LightningModule") -> None:
         self._is_due, self._has_ended = False, True
         work = workbench_of(pl_module)
-        if _has_batchnorm(work.network):
-            try:
-                batches = work.training_batches(self.num_images)
-            except QatTricksError as error:
-                # A loader that can be gone through only once: what was trained must not be lost.
-                rank_zero_warn(f"BatchNorm keeps its running statistics as they are: {error}")
-                return
+        batches = self._last_batches(work) if _has_batchnorm(work.network) else []
+        if batches:
             reestimate_batchnorm(work.network, batches, keep_certain=True)
 
     def _reestimate_averages(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -312,10 +307,18 @@ class RestoreBatchnorm(Trick):
                 continue
             # The copy may be kept on another device.
             to_device = methodcaller("to", next(network.parameters()).device)
-            batches = [
-                map_tensors(batch, to_device) for batch in work.training_batches(self.num_images)
-            ]
-            reestimate_batchnorm(network, batches, keep_certain=True)
+            batches = [map_tensors(batch, to_device) for batch in self._last_batches(work)]
+            if batches:
+                reestimate_batchnorm(network, batches, keep_certain=True)
+
+    def _last_batches(self, work: Workbench) -> list[Inputs]:
+        """The images for the last statistics; none, with a warning, if there are no more."""
+        try:
+            return work.training_batches(self.num_images)
+        except QatTricksError as error:
+            # A loader that can be gone through only once: what was trained must not be lost.
+            rank_zero_warn(f"BatchNorm keeps its running statistics as they are: {error}")
+            return []
 
 
 def _has_batchnorm(network: fx.GraphModule) -> bool:

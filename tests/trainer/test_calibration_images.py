@@ -447,3 +447,45 @@ def test_calibration_reads_the_loader_made_for_it_else_the_one_for_training(run)
     assert range_of_images(WithCalibration()) == pytest.approx(
         3 * range_of_images(Data()), rel=0.01
     )
+
+
+class Cached(pl.LightningDataModule):
+    """Keeps its loader, which has a generator of its own."""
+
+    def __init__(self, combines=False):
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.kept = DataLoader(dataset(), batch_size=16, shuffle=True, generator=generator)
+        if combines:
+            self.kept = pl.utilities.CombinedLoader([self.kept, self.kept], "min_size")
+
+    def train_dataloader(self):
+        return self.kept
+
+
+class Watch(pl.Callback):
+    """Keeps the labels of each step's images."""
+
+    def __init__(self):
+        self.labels = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        pair = batch[0] if isinstance(batch[0], (list, tuple)) else batch
+        self.labels.append(pair[1].tolist())
+
+
+class FirstOfTwo(Lit):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch[0], batch_idx)
+
+
+@pytest.mark.parametrize(("kind", "combines"), [(Lit, False), (FirstOfTwo, True)])
+def test_a_loader_of_its_own_generator_gives_training_the_same_images(kind, combines):
+    found = []
+    for recipe in ([], qat_tricks.recipe("int8_qat", report=False)):
+        watch = Watch()
+        run = trainer([*recipe, watch], max_epochs=2, limit_val_batches=0)
+        run.fit(kind().train(), datamodule=Cached(combines))
+        found.append(watch.labels)
+    assert len(found[0]) == 8
+    assert found[0] == found[1]

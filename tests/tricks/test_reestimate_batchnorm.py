@@ -8,6 +8,7 @@ import qat_tricks
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import layers, trace
 from qat_tricks.tricks import ReestimateBatchnorm, fold_batchnorm, reestimate_batchnorm
+from qat_tricks.tricks.reestimate_batchnorm import _beyond_chance
 from tests.helpers.lightning import pl
 from tests.helpers.lit import Lit, OrderedData, loader, trainer
 from tests.helpers.nets import images, small_net
@@ -102,6 +103,8 @@ def test_errors():
     fold_batchnorm(folded)
     with pytest.raises(QatTricksError, match="no BatchNorm is left to re-estimate"):
         reestimate_batchnorm(folded, [images()])
+    with pytest.raises(QatTricksError, match="one image is too few to re-estimate BatchNorm on"):
+        reestimate_batchnorm(trace(small_net()), [images(1)])
     with pytest.raises(QatTricksError, match="num_images=0 is not allowed"):
         ReestimateBatchnorm(num_images=0)
 
@@ -178,3 +181,39 @@ def test_running_statistics_that_chance_explains_are_kept_and_lagging_ones_are_n
             assert error(kept, truth) < 0.7 * error(plain, truth)
         else:
             assert error(kept, truth) < 0.3 * before
+
+
+def settled(seeds):
+    """A network whose statistics are those of many images."""
+    network = trace(small_net())
+    reestimate_batchnorm(network, [images(64, seed=seed) for seed in seeds])
+    return network
+
+
+@pytest.mark.parametrize("sizes", [(64,), (48, 16), (32, 32), (2,), (3, 3)])
+def test_few_large_batches_tell_what_chance_is_too(sizes):
+    network = settled(range(20))
+    plain = copy.deepcopy(network)
+    batches = [images(size, seed=40 + i) for i, size in enumerate(sizes)]
+    before = norms(network)["stem.1"].running_mean.clone()
+    reestimate_batchnorm(network, batches, keep_certain=True)
+    reestimate_batchnorm(plain, batches)
+    moved = (norms(network)["stem.1"].running_mean - before).norm()
+    assert moved < 0.5 * (norms(plain)["stem.1"].running_mean - before).norm()
+
+
+def test_each_channel_moves_by_itself():
+    """One that is uncertain hides no other's lag, and one that is dead moves no other."""
+    old = torch.zeros(2, 5, dtype=torch.float64)
+    old[1] = 1.0
+    drawn = torch.Generator().manual_seed(0)
+    noise = torch.randn(4, 2, 5, generator=drawn, dtype=torch.float64)
+    by_batch = old + 0.02 * noise
+    by_batch[:, 0, 0] += 50 * noise[:, 0, 0]  # it rarely fires
+    by_batch[:, 0, 1] += 0.5  # its statistics lag
+    by_batch[:, :, 2] = 0.0  # it has died
+    moved = _beyond_chance(old, by_batch, 1e-5) - old
+    new = by_batch.mean(0) - old
+    torch.testing.assert_close(moved[:, 1:3], new[:, 1:3], rtol=0.2, atol=0.01)
+    assert moved[0, 3:].abs().max() < 0.5 * new[0, 3:].abs().max()
+    assert abs(moved[0, 0]) < 0.5 * abs(new[0, 0])

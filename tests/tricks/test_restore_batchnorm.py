@@ -311,7 +311,11 @@ class Stream(IterableDataset):
         return self.left
 
 
-def test_a_fit_on_a_stream_that_is_used_up_ends_well_and_says_so():
+@pytest.mark.parametrize("averages", [False, True])
+def test_a_fit_on_a_stream_that_is_used_up_ends_well_and_says_so(averages):
+    if averages and not hasattr(pl.callbacks, "WeightAveraging"):
+        pytest.skip("came with Lightning 2.6")
+
     class Streamed(Augmented):
         stream = Stream()
 
@@ -320,7 +324,9 @@ def test_a_fit_on_a_stream_that_is_used_up_ends_well_and_says_so():
 
     few = "stages.qat.tricks.restore_batchnorm.num_images=16"
     lit = Lit().train()
-    run = trainer(qat_tricks.recipe("int8_qat", [few], report=False), max_epochs=1)
+    recipe = qat_tricks.recipe("int8_qat", [few], report=False)
+    callbacks = [*recipe, pl.callbacks.EMAWeightAveraging(decay=0.5)] if averages else recipe
+    run = trainer(callbacks, max_epochs=1)
     with pytest.warns(UserWarning, match="keeps its running statistics.*training loader is empty"):
         run.fit(lit, Streamed())
     assert run.global_step == 3
