@@ -56,7 +56,7 @@ def int8_kernels(monkeypatch):
     """Sessions in which ONNX Runtime keeps int8 activations on x86, as it does by itself on ARM:
     slowly, but in integers.
     """
-    monkeypatch.setattr(session, "SESSION_CONFIG", {"session.qdqisint8allowed": "1"})
+    monkeypatch.setattr(session, "session_config", lambda: {"session.qdqisint8allowed": "1"})
 
 
 @pytest.mark.parametrize("activations", SIGNED)

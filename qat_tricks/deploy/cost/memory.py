@@ -7,7 +7,7 @@ from os import PathLike
 from pathlib import Path
 
 from qat_tricks.deploy.runtimes.network import Shapes, batch_shapes
-from qat_tricks.deploy.runtimes.session import SESSION_CONFIG, input_specs, open_session
+from qat_tricks.deploy.runtimes.session import input_specs, open_session, session_config
 from qat_tricks.errors import QatTricksError
 
 _PROBE = Path(__file__).with_name("memory_probe.py")
@@ -48,7 +48,7 @@ def peak_memory_mib(
             spec.name: [shape, spec.dtype.name] for spec, shape in zip(specs, shapes, strict=True)
         },
         "threads": threads,
-        "config": dict(SESSION_CONFIG),
+        "config": session_config(),
         "runs": runs,
     }
     # -P keeps this folder off the probe's import path, where its files would shadow packages

@@ -2,12 +2,16 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from onnx import helper
 
 import qat_tricks
+from qat_tricks.deploy.runtimes import session
+from qat_tricks.deploy.runtimes.processor import products_saturate
 from qat_tricks.deploy.runtimes.registry import open_network
 from qat_tricks.deploy.runtimes.session import input_specs, open_session, run_batch
 from qat_tricks.errors import QatTricksError
@@ -18,13 +22,63 @@ from tests.helpers.nets import images, small_net
 @pytest.mark.parametrize("per_channel", [True, False], ids=["per-channel", "per-tensor"])
 @pytest.mark.parametrize("linear", [True, False], ids=["linear", "conv"])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_largest_products_do_not_saturate(tmp_path, per_channel, linear, sign):
+@pytest.mark.parametrize("saturate", [True, False])
+def test_largest_products_do_not_saturate(
+    tmp_path, monkeypatch, per_channel, linear, sign, saturate
+):
+    if not saturate and products_saturate():
+        pytest.skip("without the option this processor's products are wrong")
+    monkeypatch.setattr(session, "products_saturate", lambda: saturate)
     shape = (16, 64) if linear else (16, 64, 3, 3)
     weight = np.full(shape, sign * 127, np.int8)
     path = qdq_layer(tmp_path / "m.onnx", weight, linear=linear, per_channel=per_channel)
     images = np.full((1, 64) if linear else (1, 64, 8, 8), 2.55, np.float32)
     written = run_batch(open_session(path, optimize=False), images)
     np.testing.assert_allclose(run_batch(open_session(path), images), written, rtol=1e-5)
+
+
+@pytest.mark.parametrize("saturate", [True, False])
+def test_weights_are_stored_as_unsigned_only_where_products_saturate(
+    tmp_path, monkeypatch, saturate
+):
+    monkeypatch.setattr(session, "products_saturate", lambda: saturate)
+    options = open_session(float_conv(tmp_path / "m.onnx", np.ones((4, 3, 3, 3))))
+    key = "session.x64quantprecision"
+    if saturate:
+        assert options.get_session_options().get_session_config_entry(key) == "1"
+    else:
+        with pytest.raises(RuntimeError, match=key):
+            options.get_session_options().get_session_config_entry(key)
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="tells the processor's flags")
+def test_a_processor_with_vnni_is_found_to_be_exact():
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    if "avx2" not in flags:
+        pytest.skip("no x86 of the last ten years")
+    has_vnni = not {"avx512_vnni", "avx_vnni", "amx_int8"}.isdisjoint(flags)
+    assert products_saturate() == (not has_vnni)
+
+
+@pytest.mark.parametrize("part", ["conv", "product"])
+def test_one_saturated_kernel_is_enough(monkeypatch, part):
+    """Of a processor that is not here: its answers, with one sum cut off."""
+    true = ort.InferenceSession
+
+    class Saturating:
+        def __init__(self, *args, **settings):
+            self.true = true(*args, **settings)
+
+        def run(self, names, inputs):
+            conv, product = self.true.run(names, inputs)
+            if part == "conv":
+                conv[0, 5] //= 2
+            else:
+                product[3, 2] = 32767 * 32
+            return conv, product
+
+    monkeypatch.setattr(ort, "InferenceSession", Saturating)
+    assert products_saturate.__wrapped__()
 
 
 def test_input_spec_tells_the_dynamic_batch_from_the_fixed_image(tmp_path):
