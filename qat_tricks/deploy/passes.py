@@ -44,6 +44,7 @@ def tidy(model: onnx.ModelProto) -> None:
     _use_global_pools(model.graph)
     _pad_integers(model.graph)
     _drop_repeated_quantizers(model.graph)
+    _clip_hard_sigmoids(model.graph)
     _keep_in_float(model.graph)
     _give_layers_their_own_weights(model.graph)
     _drop_unused(model.graph)
@@ -106,6 +107,62 @@ def _pad_integers(graph: onnx.GraphProto) -> None:
         shapes = [value for value in graph.value_info if value.name != pad.output[0]]
         graph.ClearField("value_info")
         graph.value_info.extend(shapes)
+
+
+def _clip_hard_sigmoids(graph: onnx.GraphProto) -> None:
+    """DequantizeLinear, HardSigmoid, QuantizeLinear become a Clip of the integers.
+
+    Only where that yields the same integer for each of the 256 (see ``graph.hard_sigmoids``).
+    """
+    values, producers = _initializers(graph), _producers(graph)
+    for quantize in graph.node:
+        function = (
+            producers.get(quantize.input[0]) if quantize.op_type == "QuantizeLinear" else None
+        )
+        before = producers.get(function.input[0]) if function is not None else None
+        if function is None or function.op_type != "HardSigmoid" or before is None:
+            continue
+        if before.op_type != "DequantizeLinear":
+            continue
+        # ONNX's own defaults, which the exporter does not write.
+        alpha, beta = (
+            next((a.f for a in function.attribute if a.name == name), default)
+            for name, default in (("alpha", 0.2), ("beta", 0.5))
+        )
+        scale, zero, scale_after, zero_after = (
+            values[name] for name in (*before.input[1:], *quantize.input[1:])
+        )
+        bounds = _clip_of(scale, zero, scale_after, zero_after, alpha, beta)
+        if bounds is None:
+            continue
+        names = [f"{quantize.output[0]}_{end}" for end in ("least", "most")]
+        graph.initializer.extend(map(numpy_helper.from_array, bounds, names))
+        quantize.op_type = "Clip"
+        quantize.input[:] = [before.input[0], *names]
+        quantize.ClearField("attribute")
+
+
+def _clip_of(
+    scale: np.ndarray,
+    zero: np.ndarray,
+    scale_after: np.ndarray,
+    zero_after: np.ndarray,
+    alpha: float,
+    beta: float,
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """The least and the most integer of a hardsigmoid that only clips; None if it does more."""
+    if zero.dtype != zero_after.dtype:
+        return None
+    saturated = np.iinfo(zero.dtype)
+    integers = np.arange(saturated.min, saturated.max + 1)
+    inputs = (integers - zero.astype(int)).astype(np.float32) * scale
+    outputs = np.clip(inputs * np.float32(alpha) + np.float32(beta), np.float32(0), np.float32(1))
+    after = np.rint(outputs / scale_after).astype(int) + zero_after.astype(int)
+    after = after.clip(saturated.min, saturated.max)
+    least, most = after.min(), after.max()
+    if (after != integers.clip(least, most)).any():
+        return None
+    return least.astype(zero.dtype), most.astype(zero.dtype)
 
 
 def _keep_in_float(graph: onnx.GraphProto) -> None:

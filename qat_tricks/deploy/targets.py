@@ -27,6 +27,7 @@ class Target:
     # kinds that it takes, of ``scheme.ACTIVATIONS``; its own choice first
     activations: Sequence[str] = ("unsigned_affine",)
     activation_bits: int = 2  # the fewest that it takes
+    functions: str = "integer"  # see ``QuantizeSettings``
     because: str = ""  # the reason for these activations
     layout: str = DEFAULT_LAYOUT  # of the ONNX file: a name of ``deploy.layouts.LAYOUTS``
     newest_opset: int | None = None  # that it reads; None: all that ONNX Runtime reads
@@ -59,6 +60,7 @@ TARGETS: Mapping[str, Target] = {
         about="OpenVINO on x86 with VNNI, which takes all activations; the finished file is run "
         "there as well",
         runtime="openvino",
+        functions="float",  # it computes SiLU and Hardswish within the conv before
         activations=tuple(ACTIVATIONS),
     ),
     "tensorrt": Target(
@@ -66,6 +68,7 @@ TARGETS: Mapping[str, Target] = {
         "there mostly in float",
         activations=("signed_symmetric",),
         activation_bits=8,
+        functions="float",  # it computes them within the conv before
         because="TensorRT takes int8 activations with zero point 0 only",
         layout="tensorrt",
         newest_opset=24,  # of TensorRT 10.15, says its parser's list of operators

@@ -68,6 +68,11 @@ class Operation:
     # The activation function ("relu" or "relu6") that the quantizer behind it can stand in for.
     absorbed_as: str | None = None
 
+    # It multiplies its input by this function of it; the two steps have integer kernels.
+    gate: Callable[..., Any] | None = None
+    # Between two grids an integer kernel has its 256 values in a table.
+    is_tabulated: bool = False
+
     # In float: each value of the result is a function of one value, so that behind a grid of 8 bits
     # it has 256 results at most.
     is_elementwise: bool = False
@@ -336,13 +341,18 @@ OPERATIONS: Sequence[Operation] = (
     ),
     # Other functions of each value, in float between two grids.
     _function("hardtanh", nn.Hardtanh, F.hardtanh),
-    _function("silu", nn.SiLU, F.silu),
-    _function("hardswish", nn.Hardswish, F.hardswish),
-    _function("hardsigmoid", nn.Hardsigmoid, F.hardsigmoid),
+    _function("silu", nn.SiLU, F.silu, gate=torch.sigmoid),
+    _function("hardswish", nn.Hardswish, F.hardswish, gate=F.hardsigmoid),
+    _function(
+        "hardsigmoid",
+        nn.Hardsigmoid,
+        F.hardsigmoid,
+        float_reason="its input's range does not reach -3, or its grids are learned",
+    ),
     _function("gelu", nn.GELU, F.gelu),
-    _function("sigmoid", nn.Sigmoid, F.sigmoid, torch.sigmoid, "sigmoid"),
+    _function("sigmoid", nn.Sigmoid, F.sigmoid, torch.sigmoid, "sigmoid", is_tabulated=True),
     _function("tanh", nn.Tanh, F.tanh, torch.tanh, "tanh"),
-    _function("leaky_relu", nn.LeakyReLU, F.leaky_relu),
+    _function("leaky_relu", nn.LeakyReLU, F.leaky_relu, is_tabulated=True),
     _function("elu", nn.ELU, F.elu),
     _function("celu", nn.CELU, F.celu),
     _function("selu", nn.SELU, F.selu),

@@ -17,6 +17,7 @@ from torch import fx, nn
 from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.foldable import folds_into
+from qat_tricks.graph.gates import gated_functions, split_gates
 from qat_tricks.graph.layers import as_layer
 from qat_tricks.graph.quantize_settings import QuantizeSettings, settings_with
 from qat_tricks.graph.spec import spec_of
@@ -61,6 +62,12 @@ def place_quantizers(
 
     # Surgery reads the spec, here and when a checkpoint is rebuilt.
     spec = spec_of(traced)
+    quantized = {node for group in groups for node in group.bits}
+    gated = gated_functions(traced, quantized) if settings.splits_gates else []
+    if gated:
+        spec["gated"] = gated
+        split_gates(traced, gated)
+        groups = _tensors_to_quantize(traced, layer_bits, n.nodes_from_images(traced))
     spec["layers"] = {**spec.get("layers", {})}
     for name, bits in layer_bits.items():
         spec["layers"].setdefault(name, {})["weight"] = weight_scheme(bits.weight).as_dict()
@@ -293,11 +300,6 @@ def _absorbable(node: fx.Node, traced: fx.GraphModule) -> str | None:
     activation = n.activation_of(node, traced)
     if activation is None:
         return None
-    module = n.module_of(node, traced)
-    in_place = (
-        getattr(module, "inplace", False)
-        or node.kwargs.get("inplace", False)
-        or str(node.target).endswith("_")
-    )
     # Others that read the input of an in-place ReLU read its result: then the ReLU has to stay.
-    return activation if len(node.all_input_nodes[0].users) == 1 or not in_place else None
+    is_read_once = len(node.all_input_nodes[0].users) == 1
+    return activation if is_read_once or not n.is_in_place(node, traced) else None

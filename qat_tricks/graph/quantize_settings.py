@@ -9,6 +9,7 @@ from qat_tricks.numerics.scheme import ACTIVATIONS, MAX_BITS, MIN_BITS, is_bits
 
 OVERRIDES = ("weight_bits", "activation_bits")
 """The settings that a pattern in ``overrides`` may change."""
+FUNCTIONS = ("integer", "float")
 
 
 class Limits(Protocol):
@@ -25,6 +26,10 @@ class Limits(Protocol):
     @property
     def activation_bits(self) -> int:
         """The fewest bits that activations may have."""
+
+    @property
+    def functions(self) -> str:
+        """Its choice of ``FUNCTIONS``."""
 
     @property
     def because(self) -> str:
@@ -56,6 +61,9 @@ class QuantizeSettings:
     overrides: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     # The kind of activations, of ``scheme.ACTIVATIONS``; None: the target's, or unsigned_affine.
     activations: str | None = None
+    # "integer" splits SiLU and Hardswish into steps that have integer kernels, "float" leaves them
+    # in float; None: the target's, or integer.
+    functions: str | None = None
 
     def __post_init__(self) -> None:
         problems = [*self._problems_of_bits(), *self._problems_of_patterns()]
@@ -63,6 +71,11 @@ class QuantizeSettings:
             problems.append(
                 f'activations="{self.activations}" is not supported: '
                 f"{did_you_mean(str(self.activations), ACTIVATIONS)}"
+            )
+        if self.functions is not None and self.functions not in FUNCTIONS:
+            problems.append(
+                f'functions="{self.functions}" is not supported: '
+                f"{did_you_mean(str(self.functions), FUNCTIONS)}"
             )
         if problems:
             raise QatTricksError("; ".join(problems))
@@ -103,6 +116,11 @@ class QuantizeSettings:
             if isinstance(patterns, str)
         ]
 
+    @property
+    def splits_gates(self) -> bool:
+        """Whether functions are split into steps that have integer kernels."""
+        return self.functions != "float"
+
     def limited_to(self, limits: Limits) -> "QuantizeSettings":
         """The settings with a runtime's kind of activations and no weight above its bits.
 
@@ -113,7 +131,11 @@ class QuantizeSettings:
             QatTricksError: activations were asked for that the runtime does not take.
         """
         most = limits.max_weight_bits
-        limited = replace(self, activations=self._activations_for(limits))
+        limited = replace(
+            self,
+            activations=self._activations_for(limits),
+            functions=self.functions or limits.functions,
+        )
         if most >= MAX_BITS:
             return limited
         first_last_bits = self.first_last_bits

@@ -11,6 +11,7 @@
     attached     [[layer, batchnorm], ...]     BatchNorms that their layer folds in evaluation
     convs        [batchnorm, ...]              BatchNorms that became depthwise convs
     uncapped     [node, ...]                   ReLU6 that became ReLU for equalization
+    gated        [node, ...]                   SiLU and the like, split into a gate and a product
     layers       {name: {"weight": scheme, "scale": bool, "learned": bool, "mask": bool,
                          "batchnorm": {"eps": float, "momentum": float | None},
                          "factors": bool}}

@@ -13,6 +13,7 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.fingerprint import CODE, has_changed
 from qat_tricks.graph.functional import call_instead, install
+from qat_tricks.graph.gates import gate_of, split_gates
 from qat_tricks.graph.grids import grid_of, input_grid_of, output_grid_of
 from qat_tricks.graph.integer_ops import Kernel, Mean
 from qat_tricks.graph.layers import OWN_BATCHNORMS, Folded, Layer, as_layer, layers
@@ -77,19 +78,21 @@ def rebuild(network: nn.Module, spec: dict[str, Any]) -> fx.GraphModule:
             give_batchnorm(layer_module, **entry["batchnorm"])
         if entry.get("factors"):
             give_factors(layer_module)
+    split_gates(traced, spec.get("gated", []))
     insert_quantizers(traced)
     return traced
 
 
 def _missing_names(traced: fx.GraphModule, spec: Mapping[str, Any]) -> list[str]:
     """The nodes and submodules that ``spec`` names and ``traced`` does not have."""
-    nodes = {node.name for node in traced.graph.nodes}
+    gated = spec.get("gated", [])
+    nodes = {node.name for node in traced.graph.nodes} | set(map(gate_of, gated))
     modules = {name for name, _ in traced.named_modules()}
     quantized = [name for entry in spec.get("activations", {}).values() for name in entry["nodes"]]
     pairs = [*spec.get("folded", []), *spec.get("attached", [])]
     submodules = [name for pair in pairs for name in pair]
     submodules += [*spec.get("convs", []), *spec.get("layers", {})]
-    return [name for name in quantized if name not in nodes] + [
+    return [name for name in [*gated, *quantized] if name not in nodes] + [
         name for name in submodules if name not in modules
     ]
 

@@ -18,7 +18,7 @@ from qat_tricks.graph.inputs import Inputs, call_network, check_batches
 from qat_tricks.graph.integer_ops import Add
 from qat_tricks.graph.layers import activation_quantizers
 from qat_tricks.graph.modes import evaluating, float_mode
-from qat_tricks.graph.near_ties import avoid_rounding_ties
+from qat_tricks.graph.settle import settle_grids
 from qat_tricks.graph.spec import QUANTIZERS, spec_of
 from qat_tricks.graph.surgery import share_quantizer
 from qat_tricks.graph.workbench import Workbench
@@ -71,7 +71,7 @@ def calibrate(
     _check_scales(quantizers)
     if share_residuals:
         _share_residuals(traced, observers)
-    avoid_rounding_ties(traced)
+    settle_grids(traced)
     return traced
 
 

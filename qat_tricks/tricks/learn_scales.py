@@ -8,8 +8,9 @@ Where this differs: weights of 5 and more bits keep the scale that follows their
 Nothing clips there, so there is nothing to learn, and their backward costs nothing. The scale of
 the network's input stays as calibrated: the images do not change. So do the scales of what the user
 froze: those of frozen weights, and those of activations that come from layers, or other modules, in
-which no parameter trains. With ``stop`` scales hold still in the last part of the training, so that
-weights settle on grids that move no more.
+which no parameter trains. So do those around a hardsigmoid that only clips integers, which other
+scales would make a function to compute. With ``stop`` scales hold still in the last part of the
+training, so that weights settle on grids that move no more.
 """
 
 import operator
@@ -21,9 +22,10 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, fx, nn
 
 from qat_tricks.errors import QatTricksError
+from qat_tricks.graph.hard_sigmoids import aligned_scales
 from qat_tricks.graph.integer_ops import Kernel
 from qat_tricks.graph.layers import Layer, activation_quantizers, is_calibrated, layers
-from qat_tricks.graph.near_ties import avoid_rounding_ties
+from qat_tricks.graph.settle import settle_grids
 from qat_tricks.graph.spec import QUANTIZERS, spec_of
 from qat_tricks.graph.trace import module_of
 from qat_tricks.graph.two_modes import EVALUATION, only_in
@@ -65,8 +67,9 @@ def learn_scales(traced: fx.GraphModule) -> list[nn.Parameter]:
         and node.all_input_nodes[0].op == "placeholder"
     }
     stay = of_inputs | _of_frozen_parts(traced) | _of_evaluation_only(traced)
+    aligned = aligned_scales(traced)
     for name, quantizer in quantizers.items():
-        if name not in stay:
+        if name not in stay and quantizer not in aligned:
             spec["activations"][name.removeprefix(f"{QUANTIZERS}.")]["learned"] = True
             quantizer.scale.requires_grad_()
             scales.append(quantizer.scale)
@@ -251,7 +254,7 @@ class LearnScales(Trick):
         """Moves learned scales off rounding ties."""
         self._let_go()
         # After callbacks that average have put their scales in.
-        avoid_rounding_ties(workbench_of(pl_module).network)
+        settle_grids(workbench_of(pl_module).network)
 
     def on_exception(
         self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException

@@ -29,12 +29,12 @@ from qat_tricks.files import write_tensors
 from qat_tricks.graph.block_values import BlockInterpreter, KeptTensor, chunks, keep_inputs
 from qat_tricks.graph.blocks import GRANULARITIES, Block, Cells, find_blocks
 from qat_tricks.graph.float_names import float_names
+from qat_tricks.graph.gates import split_gates
 from qat_tricks.graph.grids import grid_of
 from qat_tricks.graph.inputs import Inputs, as_tensors, batch_size, check_batches, first_images
 from qat_tricks.graph.layers import Layer, is_calibrated
 from qat_tricks.graph.logits import logits_of
 from qat_tricks.graph.modes import evaluating
-from qat_tricks.graph.near_ties import avoid_rounding_ties
 from qat_tricks.graph.reconstruct import (
     FINE_BITS,
     ReconstructSettings,
@@ -43,6 +43,8 @@ from qat_tricks.graph.reconstruct import (
     put_on_grid,
     reconstruct,
 )
+from qat_tricks.graph.settle import settle_grids
+from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.trace import module_of
 from qat_tricks.graph.two_modes import EvaluationInterpreter
 from qat_tricks.graph.workbench import Workbench
@@ -105,9 +107,10 @@ def learned_rounding(
         )
     check_batches(batches, "to learn the rounding on")
     # Lightning tests and validates in inference mode, in which nothing has a gradient.
+    split_gates(reference, spec_of(traced).get("gated", ()))  # the walk finds nodes by their names
     with evaluating(traced, reference), torch.inference_mode(False), torch.no_grad():
         _Walk(traced, reference, batches, settings, cache).run()
-    avoid_rounding_ties(traced)
+    settle_grids(traced)
     return traced
 
 

@@ -32,7 +32,6 @@ from qat_tricks.graph.inputs import Inputs, batch_size, call_network, check_batc
 from qat_tricks.graph.layers import activation_quantizers, is_calibrated, layers
 from qat_tricks.graph.logits import logits_of
 from qat_tricks.graph.modes import evaluating, float_mode
-from qat_tricks.graph.near_ties import avoid_rounding_ties
 from qat_tricks.graph.other_bits import (
     quantizer_with,
     set_activation_bits,
@@ -42,6 +41,7 @@ from qat_tricks.graph.processes import from_rank_zero
 from qat_tricks.graph.quantize_settings import Limits
 from qat_tricks.graph.random_state import kept_random_state
 from qat_tricks.graph.sensitivity import ACTIVATIONS, WEIGHTS
+from qat_tricks.graph.settle import settle_grids
 from qat_tricks.graph.spec import QUANTIZERS, spec_of
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.numerics.choices import choose, cost_of
@@ -215,7 +215,7 @@ def set_bits(traced: fx.GraphModule, batches: Sequence[Inputs], chosen: dict[str
         set_activation_bits(quantizers[name], bits, observer)
         entry = spec["activations"][name.removeprefix(f"{QUANTIZERS}.")]
         entry["scheme"] = quantizers[name].scheme.as_dict()
-    avoid_rounding_ties(traced)
+    settle_grids(traced)
     chosen["together"] = _error_together(traced, batches)
     spec["mixed_precision"] = chosen
 

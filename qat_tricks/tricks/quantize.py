@@ -13,6 +13,7 @@ from torch import fx
 
 from qat_tricks.graph.finite import check_finite
 from qat_tricks.graph.fold import attach_batchnorms
+from qat_tricks.graph.gates import split_gates
 from qat_tricks.graph.inputs import input_names
 from qat_tricks.graph.integers import note_integers
 from qat_tricks.graph.layers import layers
@@ -65,6 +66,7 @@ class Quantize(Trick):
         exclude: Sequence[str] = (),
         overrides: Mapping[str, Mapping[str, int]] | None = None,
         activations: str | None = None,
+        functions: str | None = None,
     ) -> None:
         super().__init__()
         # Made now, so that wrong settings are refused before anything is trained.
@@ -76,6 +78,7 @@ class Quantize(Trick):
             exclude=exclude,
             overrides=overrides or {},
             activations=activations,
+            functions=functions,
         )
 
     def restructure(self, work: Workbench) -> None:
@@ -93,4 +96,5 @@ class Quantize(Trick):
         # Before the quantizers: bias correction compares with this float copy.
         work.keep_reference()
         self.restructure(work)
+        split_gates(work.reference, spec_of(work.network).get("gated", ()))
         work.check_function("quantizers placed")

@@ -28,7 +28,7 @@ from qat_tricks.graph.inputs import (
 from qat_tricks.graph.layers import activation_quantizers, is_calibrated
 from qat_tricks.graph.logits import check_batch_first, class_logits, logits_of
 from qat_tricks.graph.modes import evaluating, float_mode
-from qat_tricks.graph.near_ties import avoid_rounding_ties
+from qat_tricks.graph.settle import settle_grids
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.numerics import ActivationQuantizer
 from qat_tricks.progress import track
@@ -98,7 +98,7 @@ def tune_ranges(
             parameter.requires_grad_()
     for histogram in histograms:
         histogram.tune()
-    avoid_rounding_ties(traced)
+    settle_grids(traced)
     return traced
 
 

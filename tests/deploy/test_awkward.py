@@ -20,6 +20,11 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import layers, rebuild, spec_of
 from tests.helpers.networks import conv, images, seeded
 
+INTEGER_OPERATORS = {
+    *("QuantizeLinear", "QLinearConv", "QGemm", "QLinearGlobalAveragePool", "QLinearMul"),
+    *("QLinearSigmoid", "QLinearLeakyRelu", "Clip", "Transpose", "Reshape"),
+}
+
 
 class Head(nn.Module):
     """A stem, what a test puts between, and a classifier."""
@@ -223,30 +228,34 @@ def test_layers_that_share_a_weight_still_do(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "activation",
+    ("activation", "in_float"),
     [
-        nn.SiLU(),
-        nn.Hardswish(),
-        nn.GELU(),
-        nn.LeakyReLU(0.1),
-        nn.PReLU(8),
-        nn.Sigmoid(),
-        nn.Tanh(),
-        nn.ELU(),
-        nn.Mish(),
+        (nn.SiLU(), []),
+        (nn.Hardswish(), []),
+        (nn.LeakyReLU(0.1), []),
+        (nn.Sigmoid(), []),
+        (nn.GELU(), ["GELU"]),
+        (nn.PReLU(8), ["PReLU"]),
+        (nn.Tanh(), ["Tanh"]),
+        (nn.ELU(), ["ELU"]),
+        (nn.Mish(), ["Mish"]),
     ],
-    ids=lambda activation: type(activation).__name__,
+    ids=lambda value: type(value).__name__,
 )
-def test_other_activations_stay_in_float_between_integer_layers_and_are_named(activation, tmp_path):
+def test_what_stays_in_float_between_integer_layers_is_named(activation, in_float, tmp_path):
     torch.manual_seed(0)
     net = Head(nn.Conv2d(8, 8, 3, padding=1), activation)
+    net.between[0].weight.data *= 8  # so that values reach -3, where a Hardswish is 0
     net(images())
     _, path, report = deployed(net.eval(), tmp_path)
     assert report.sqnr_db > 40
+    assert max(tensor.differing for tensor in report.layers) == 0
     assert integer_coverage(path, (3, 32, 32)).coverage == 1.0
-    assert [row.operation for row in forecast_network(net, images(1)).in_float] == [
-        type(activation).__name__
-    ]
+    assert [row.operation for row in forecast_network(net, images(1)).in_float] == in_float
+    if not in_float:  # and so it runs
+        open_session(path, optimized_path=tmp_path / "optimized.onnx")
+        run = {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
+        assert run <= INTEGER_OPERATORS
 
 
 class Unfoldable(Head):

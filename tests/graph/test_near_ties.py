@@ -6,9 +6,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import qat_tricks
-from qat_tricks.graph import activation_quantizers
+from qat_tricks.graph import activation_quantizers, trace
 from qat_tricks.graph.near_ties import MARGIN, STEP, TRIES, avoid_rounding_ties
-from qat_tricks.recipes.ptq import quantize
+from qat_tricks.tricks import calibrate, quantize
 from tests.helpers.lightning import pl
 from tests.helpers.lit import Lit, loader, trainer
 from tests.helpers.nets import images, small_net
@@ -28,6 +28,13 @@ class Function(nn.Module):
             else self.stems[0](x)
         )
         return self.head(self.function(x)).mean((2, 3))
+
+
+def in_float(network):
+    """The network quantized and calibrated, its functions computed in float."""
+    traced = trace(network)
+    quantize(traced, functions="float")
+    return calibrate(traced, [images()])
 
 
 def into_the_middle(network, function):
@@ -55,7 +62,7 @@ def distance(values, scale):
 @pytest.mark.parametrize("branches", [1, 2])
 def test_no_value_of_a_function_stays_between_two_steps(function, branches):
     torch.manual_seed(0)
-    network = quantize(Function(function, branches).eval(), [images()])
+    network = in_float(Function(function, branches).eval())
     assert avoid_rounding_ties(network) == []  # it is settled when it is calibrated
     name, quantizer, values = into_the_middle(network, function)
     unsettled = quantizer.scale.clone()
@@ -67,7 +74,7 @@ def test_no_value_of_a_function_stays_between_two_steps(function, branches):
 
 
 def test_other_scales_stay():
-    network = quantize(small_net().eval(), [images()])
+    network = in_float(small_net().eval())
     for quantizer in activation_quantizers(network).values():
         quantizer.scale.data *= 1.037
     assert avoid_rounding_ties(network) == []
@@ -83,5 +90,6 @@ def test_learned_scales_are_settled_when_the_fit_ends():
             into_the_middle(pl_module.backbone, F.silu)
             assert avoid_rounding_ties(copy.deepcopy(pl_module.backbone)) != []
 
-    trainer([*qat_tricks.recipe("int8_qat"), Unsettle()], max_epochs=1).fit(lit, loader(32))
+    recipe = qat_tricks.recipe("int8_qat", ["stages.ptq.tricks.quantize.functions=float"])
+    trainer([*recipe, Unsettle()], max_epochs=1).fit(lit, loader(32))
     assert avoid_rounding_ties(lit.backbone) == []

@@ -52,6 +52,7 @@ class Runtime:
     max_weight_bits: int = 6
     activations: tuple[str, ...] = ("signed_affine",)
     activation_bits: int = 4
+    functions: str = "float"
     because: str = "its kernels say so"
 
 
@@ -63,6 +64,7 @@ def test_limits_make_new_settings():
         first_last_bits=None,
         overrides={"head": {"weight_bits": 6, "activation_bits": 5}},
         activations="signed_affine",
+        functions="float",
     )
     assert settings == QuantizeSettings(
         overrides={"head": {"weight_bits": 8, "activation_bits": 5}}

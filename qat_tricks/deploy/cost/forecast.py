@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qat_tricks.deploy.prepare import prepare_for_export
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.fold import batchnorms_to_convs, fold_batchnorm, needs_ranks
-from qat_tricks.graph.grids import output_grid_of
+from qat_tricks.graph.grids import input_grid_of, output_grid_of
+from qat_tricks.graph.hard_sigmoids import hard_sigmoid_at
 from qat_tricks.graph.inputs import Inputs, as_tensors, first_images, input_names
 from qat_tricks.graph.integer_ops import Elementwise
 from qat_tricks.graph.integers import note_integers
@@ -344,6 +345,11 @@ def _is_integer(node: fx.Node, traced: fx.GraphModule) -> bool:
         return True
     if isinstance(module_of(node, traced), Elementwise):
         return True
+    if n.operation_of(node, traced).is_tabulated:
+        return None not in (input_grid_of(node, traced), output_grid_of(node, traced))
+    clips = hard_sigmoid_at(node, traced)
+    if clips is not None:  # before it is calibrated, what is likely
+        return clips.is_aligned or not clips.before.is_calibrated
     return n.is_integer_op(node, traced) and output_grid_of(node, traced) is not None
 
 

@@ -119,14 +119,22 @@ def _run(
         for tensor in model.graph.initializer
         if tensor.dims in ([], [1])
     }
-    clipped = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type == "Clip"}
+    # A Clip either bounds a tensor of fewer bits or, with a name of its own, is a hardsigmoid.
+    clipped, read = {}, {}
+    for node in model.graph.node:
+        if node.op_type == "Clip" and not node.output[0].endswith(QUANTIZED):
+            clipped[node.input[0]] = node.output[0]
+        if node.op_type == "DequantizeLinear":
+            read[node.input[0]] = node.input[1:3]
     grids, shown = {}, []
     for node in model.graph.node:
-        if node.op_type == "QuantizeLinear" and node.output[0].endswith(QUANTIZED):
-            scale, zero_point = (values[name] for name in node.input[1:3])
-            grids[node.output[0]] = (float(scale), int(zero_point))
+        name = node.output[0]
+        if node.op_type in ("QuantizeLinear", "Clip") and name.endswith(QUANTIZED):
             # the simulated integers are clamped
-            shown.append(clipped.get(node.output[0], node.output[0]))
+            shown.append(clipped.get(name, name))
+            grid = node.input[1:3] if node.op_type == "QuantizeLinear" else read[name]
+            scale, zero_point = (values[value] for value in grid)
+            grids[name] = (float(scale), int(zero_point))
             kind = TensorProto.INT8 if zero_point.dtype == np.int8 else TensorProto.UINT8
             model.graph.output.append(onnx.helper.make_tensor_value_info(shown[-1], kind, None))
     with TemporaryDirectory() as folder:
