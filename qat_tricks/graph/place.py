@@ -105,11 +105,16 @@ def _bits_of_layers(
         if settings.first_last_bits is not None
         else set()
     )
+    # BatchNorms that became convs multiply each value once: fewer bits would save nothing, and
+    # round the tensor a second time before the conv that reads it.
+    factors = set(spec_of(traced).get("convs", ()))
     layer_bits = {}
     for name in included:
         weight, input_ = settings.weight_bits, settings.activation_bits
         if name in ends and settings.first_last_bits is not None:
             weight = input_ = settings.first_last_bits
+        if name in factors:
+            weight = input_ = MAX_BITS
         # Of several patterns that match, the last that sets a number counts.
         for pattern, changes in settings.overrides.items():
             if fnmatchcase(name, pattern):

@@ -12,6 +12,8 @@ from qat_tricks.graph import (
     spec_of,
     trace,
 )
+from qat_tricks.graph.fold import batchnorms_to_convs
+from qat_tricks.tricks import fold_batchnorm
 from tests.helpers.nets import images, small_net
 
 
@@ -201,3 +203,26 @@ def test_what_depends_on_no_image_is_left_alone():
     spec = spec_of(_placed(Biased().eval()))
     assert set(spec["layers"]) == {"fc", "last"}
     assert set(spec["activations"]) == {"x", "fc", "add"}
+
+
+def test_a_batchnorm_that_became_a_conv_has_eight_bits():
+    """One product a value: fewer bits would round the tensor once more, and save nothing."""
+
+    class ReluThenBatchnorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.norm = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8)
+            self.b, self.c, self.fc = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = self.norm(self.a(x).relu())
+            return self.fc(self.c(self.b(x).relu()).mean((2, 3)))
+
+    traced = trace(ReluThenBatchnorm().eval())
+    fold_batchnorm(traced)
+    assert batchnorms_to_convs(traced) == ["norm"]
+    place_quantizers(traced, weight_bits=4, activation_bits=4)
+    bits = {name: layer.weight_quantizer.scheme.bits for name, layer in layers(traced).items()}
+    assert bits == {"a": 8, "norm": 8, "b": 4, "c": 4, "fc": 8}
+    read = {name: layer.input_quantizer[0].scheme.bits for name, layer in layers(traced).items()}
+    assert read == {"a": 8, "norm": 8, "b": 4, "c": 4, "fc": 8}

@@ -13,7 +13,9 @@ QUICK = ["model=custom", "model.factory=tests.helpers.nets.SmallNet", "data=fake
 
 def test_forecast_prints_what_stays_in_float_and_trains_nothing(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    cli.train(["recipe=int8_ptq", "forecast=true", "model=mobilenet_v3_small", "data=fake"])
+    in_float = "recipe.stages.ptq.tricks.quantize.functions=float"
+    model = "model=mobilenet_v3_small"
+    cli.train(["recipe=int8_ptq", "forecast=true", model, "data=fake", in_float])
     printed = " ".join(capfd.readouterr().out.split())
     assert "100.00% of the " in printed
     assert "million MACs of convs and linears in integers, for images of 3x16x16" in printed
