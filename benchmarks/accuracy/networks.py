@@ -81,6 +81,16 @@ def _cifar_resnet(name: str) -> nn.Module:
     return module.CifarResNet(module.CIFAR_RESNETS[name], num_classes=10)
 
 
+def _with_activation(name: str, activation: Callable[[], nn.Module]) -> nn.Module:
+    """A ResNet in which another function stands for each ReLU."""
+    net = _cifar_resnet(name)
+    for module in list(net.modules()):
+        for part, child in module.named_children():
+            if isinstance(child, nn.ReLU):
+                setattr(module, part, activation())
+    return net
+
+
 def _module_of_file(name: str, path: Path) -> ModuleType:
     """Imports a file by its path: the package around it may not be installed here."""
     if name not in sys.modules:
@@ -169,6 +179,12 @@ NETWORKS = {
     # written by train_networks.py
     "ResNet-20-jpeg": _cifar10(partial(_cifar_resnet, "resnet20"), "cifar10_resnet20_jpeg.pt"),
     "ResNet-56-jpeg": _cifar10(partial(_cifar_resnet, "resnet56"), "cifar10_resnet56_jpeg.pt"),
+    "ResNet-20-silu": _cifar10(
+        partial(_with_activation, "resnet20", nn.SiLU), "cifar10_resnet20_silu.pt"
+    ),
+    "ResNet-20-hardswish": _cifar10(
+        partial(_with_activation, "resnet20", nn.Hardswish), "cifar10_resnet20_hardswish.pt"
+    ),
     "relu_then_batchnorm": _cifar10(ReluThenBatchNorm, "cifar10_relu_then_batchnorm.pt"),
 }
 

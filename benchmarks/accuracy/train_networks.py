@@ -2,8 +2,9 @@
 #     --out PATH/weights_jpeg --device cuda
 """Trains the CIFAR-10 networks of the accuracy harness on the JPEG copy of the images.
 
-``relu_then_batchnorm`` is trained from nothing; ResNet-20 and ResNet-56, whose weights were trained
-on the lossless images, are fine-tuned. Each network has a process of its own. It needs torch only.
+``relu_then_batchnorm`` is trained from nothing. ResNet-20 and ResNet-56, whose weights were trained
+on the lossless images, are fine-tuned; ResNet-20 also with SiLU or Hardswish for each ReLU. Each
+network has a process of its own. It needs torch only.
 """
 
 import argparse
@@ -35,6 +36,9 @@ class Training:
 TRAININGS = {
     "relu_then_batchnorm": Training(start=None, epochs=30, lr=0.1),
     "ResNet-20-jpeg": Training(start="cifar10_resnet20.pt", epochs=15, lr=0.02),
+    # from the weights beside ReLUs
+    "ResNet-20-silu": Training(start="cifar10_resnet20.pt", epochs=15, lr=0.02),
+    "ResNet-20-hardswish": Training(start="cifar10_resnet20.pt", epochs=15, lr=0.02),
     "ResNet-56-jpeg": Training(start="cifar10_resnet56.pt", epochs=12, lr=0.02),
 }
 

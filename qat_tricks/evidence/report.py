@@ -43,10 +43,10 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
     Args:
         folder: the run's folder, made when it is missing.
         report: plain data with at least ``REQUIRED_KEYS``. ``packed_bytes`` is the size that the
-            int8 file would have at its weights' own bits. ``load_ms``, ``throughput``,
-            ``runtimes``, ``normalization``, ``target``, ``sensitivity``, ``mixed_precision`` and
-            ``preprocessing_change`` fill their sections. ``environment`` defaults to
-            ``environment()``.
+            int8 file would have at its weights' own bits. ``load_ms``, ``conversions``,
+            ``profile``, ``throughput``, ``runtimes``, ``normalization``, ``target``,
+            ``sensitivity``, ``mixed_precision`` and ``preprocessing_change`` fill their sections.
+            ``environment`` defaults to ``environment()``.
 
     Raises:
         QatTricksError: a key is missing, or the folder cannot be written.
@@ -96,6 +96,8 @@ def render(report: dict[str, Any]) -> str:
         "memory_mib": report["memory_mib"] or {},
         "parity": report["parity"] or {},
         "load_ms": report.get("load_ms") or {},
+        "conversions": report.get("conversions") or {},
+        "profile": report.get("profile"),
         "throughput": report.get("throughput") or [],
         "runtimes": report.get("runtimes") or {},
         "preprocessing_change": report.get("preprocessing_change"),

@@ -60,6 +60,7 @@ class Measure:
     threads: int = 2
     runs: int = 200  # timed ones, at most, for one file
     max_seconds: float = 5.0  # for one file
+    profile: bool = False  # name the operators that take longest
     min_top1_agreement: float = 0.99  # 0 to 1
     min_sqnr_db: float = MIN_SQNR_DB  # of the simulated logits to their error in the exported file
 

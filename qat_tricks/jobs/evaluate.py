@@ -185,7 +185,7 @@ class _Evaluation:
         """
         measure = self.config.measure
         predict = deployed.predict(measure.threads)
-        device = measure_device(paths, self.shape, **timing(measure))
+        device = measure_device(paths, self.shape, **timing(measure), profile=measure.profile)
         self._enter_costs(device, paths)
         compared = None  # an ONNX file has no simulation to follow
         if self.simulated is not None:

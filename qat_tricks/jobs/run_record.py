@@ -232,7 +232,9 @@ class RunRecord:
         # The result is measured as it will run, and not as it was simulated.
         metrics = self._evaluate(self._predictor(REFERENCE), self._deployed_batches(), "onnx")
         paths = {"fp32": self.float_path, "int8": self.model_path}
-        device = measure_device(paths, self.shape, **timing(self.config.measure))
+        device = measure_device(
+            paths, self.shape, **timing(self.config.measure), profile=self.config.measure.profile
+        )
         self.ledger.add(
             LedgerRow(
                 name="onnx",

@@ -10,6 +10,7 @@ from typing import Any
 from qat_tricks.deploy.cost.coverage import integer_coverage
 from qat_tricks.deploy.cost.latency import measure_latency, measure_load
 from qat_tricks.deploy.cost.memory import peak_memory_mib
+from qat_tricks.deploy.cost.profile import profile_file
 from qat_tricks.deploy.cost.weights import file_bytes, weight_size, weight_sparsity
 from qat_tricks.deploy.runtimes.network import Shapes
 from qat_tricks.deploy.runtimes.registry import REFERENCE, open_network, runtime_version
@@ -26,6 +27,7 @@ def measure_device(
     threads: int,
     runs: int,
     max_seconds: float,
+    profile: bool = False,
 ) -> dict[str, Any]:
     """Measures ``{"fp32": path, "int8": path}`` side by side in ONNX Runtime.
 
@@ -36,13 +38,18 @@ def measure_device(
         threads: threads within an operator, for latency and memory.
         runs: most timed runs of a file.
         max_seconds: most seconds of timing, for all files together.
+        profile: whether to name the operators that take longest.
 
     Returns:
         The keys of a report that are about costs.
     """
     # The same batch for latency and memory, so that the figures belong together.
     batch = {"image_shape": image_shape, "batch_size": batch_size, "threads": threads}
+    profiles = {name: profile_file(path, **batch) for name, path in paths.items()}  # type: ignore[arg-type]
+    dearest = _by_name({name: found.dearest() for name, found in profiles.items()})
     return {
+        "conversions": _by_name({name: found.conversions() for name, found in profiles.items()}),
+        **({"profile": dearest} if profile else {}),
         "size_bytes": _by_name({name: file_bytes(path) for name, path in paths.items()}),
         # Weights of fewer bits are stored in int8: this is their size if they were packed.
         "packed_bytes": weight_size(paths["int8"]).packed,

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qat_tricks.deploy.prepare import prepare_for_export
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.fold import batchnorms_to_convs, fold_batchnorm, needs_ranks
-from qat_tricks.graph.grids import input_grid_of, output_grid_of
+from qat_tricks.graph.grids import grids_of, input_grid_of, output_grid_of
 from qat_tricks.graph.hard_sigmoids import hard_sigmoid_at
 from qat_tricks.graph.inputs import Inputs, as_tensors, first_images, input_names
 from qat_tricks.graph.integer_ops import Elementwise
@@ -51,6 +51,9 @@ class Forecast:
     total_macs: int
     in_float: list[FloatOperation]
     image_shape: tuple[int, ...]  # of the first input, without the batch
+    # Tensors turned into integers or back; a runtime may do so again for each reader, or each of
+    # the operators that a function consists of.
+    conversions: int
 
     @property
     def coverage(self) -> float:
@@ -66,7 +69,8 @@ class Forecast:
         shape = "x".join(map(str, self.image_shape))
         summary = (
             f"{self.coverage:.2%} of the {self.total_macs / 1e6:.1f} million MACs of convs and "
-            f"linears in integers, for images of {shape}"
+            f"linears in integers, for images of {shape}; {self.conversions} conversions or more "
+            "between floats and integers"
         )
         if not self.in_float:
             return Group(f"{summary}; nothing stays in float")
@@ -142,7 +146,28 @@ def forecast(prepared: fx.GraphModule, images: Inputs) -> Forecast:
         total_macs=total,
         in_float=in_float,
         image_shape=tuple(as_tensors(images)[0].shape[1:]),
+        conversions=_conversions(traced),
     )
+
+
+def _conversions(traced: fx.GraphModule) -> int:
+    """How many tensors are turned into integers, or from integers into floats."""
+    into = 0
+    back: set[fx.Node] = set()
+    for node in _deployed(traced):
+        before = [source for source in node.all_input_nodes if n.is_tensor(source)]
+        if isinstance(module_of(node, traced), ActivationQuantizer):
+            into += _yields_floats(before[0], traced)
+        elif _reason(node, traced, within=False) is not None:
+            back.update(source for source in before if grids_of(source, traced))
+    (output,) = traced.graph.find_nodes(op="output")
+    back.update(source for source in output.all_input_nodes if grids_of(source, traced))
+    return into + len(back)
+
+
+def _yields_floats(node: fx.Node, traced: fx.GraphModule) -> bool:
+    """Whether no integer kernel makes the values of ``node``, which a quantizer takes."""
+    return node.op == "placeholder" or _reason(node, traced, within=False) is not None
 
 
 @torch.no_grad()

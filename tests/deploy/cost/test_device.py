@@ -38,3 +38,10 @@ def test_a_runtime_says_its_version_and_a_file_that_is_missing_has_no_figures(pa
     assert costs["latency_ms"]["fp32"] is costs["load_ms"]["fp32"] is None
     assert costs["latency_ms"]["int8"]["p50"] > 0
     assert costs["int8_layers"] is None  # ONNX Runtime does not say
+
+
+def test_the_dearest_operators_are_named_only_when_asked_for(paths):
+    assert "profile" not in measure_device(paths, SHAPE, **SETTINGS)
+    costs = measure_device({"int8": paths["int8"]}, SHAPE, **SETTINGS, profile=True)
+    assert costs["profile"]["fp32"] is costs["conversions"]["fp32"] is None
+    assert {row["op_type"] for row in costs["profile"]["int8"]} >= {"QLinearConv"}
