@@ -48,6 +48,8 @@ DEFERRED = {
     ("files", "torch"): "reading and writing JSON costs nothing",
     ("deploy.runtimes.openvino", "openvino"): "an extra",
     ("models.build", "timm"): "an extra",
+    ("data.digits", "sklearn.datasets"): "every command would load it to check its arguments",
+    ("jobs.loggers", "wandb"): "as above",
     (
         "deploy.cost.memory_probe",
         "psutil",

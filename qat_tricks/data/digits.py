@@ -3,7 +3,6 @@
 from functools import partial
 
 import torch
-from sklearn.datasets import load_digits
 
 from qat_tricks.data.images import Splits, memory_splits
 from qat_tricks.data.module import ImageData
@@ -49,6 +48,8 @@ def digits(
 
 
 def _load(shift: int, preprocessing: Preprocessing) -> Splits:
+    from sklearn.datasets import load_digits  # slow to load
+
     source = load_digits()
     values = torch.from_numpy(source.images).float()  # [1797, 8, 8], 0..16
     images = (values * (255 / 16)).round().to(torch.uint8)[:, None]

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-import wandb
 from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -130,6 +129,8 @@ def report_metrics(report: Mapping[str, Any]) -> dict[str, float]:
 def _log_to_wandb(
     run: Any, metrics: dict[str, float], report: Mapping[str, Any], folder: Path
 ) -> None:
+    import wandb  # slow to load
+
     rows = [_cells(_flatten(_without_before(stage))) for stage in report["stages"]]
     columns = list(dict.fromkeys(key for row in rows for key in row))  # in order, each once
     table = wandb.Table(
@@ -176,6 +177,8 @@ def _mode() -> str:
 
     WANDB_MODE or W&B's settings decide; without a login it is never online.
     """
+    import wandb  # slow to load
+
     try:
         settings = wandb.setup().settings
         wish = os.environ.get("WANDB_MODE") or settings.mode
@@ -219,6 +222,8 @@ def _start(
     Returns:
         The run; None if W&B cannot start, for which a line on stderr has the reason.
     """
+    import wandb  # slow to load
+
     for attempt in dict.fromkeys([mode, "offline"]):
         try:
             folder.mkdir(parents=True, exist_ok=True)
