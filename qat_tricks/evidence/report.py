@@ -43,10 +43,10 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
     Args:
         folder: the run's folder, made when it is missing.
         report: plain data with at least ``REQUIRED_KEYS``. ``packed_bytes`` is the size that the
-            int8 file would have at its weights' own bits. ``load_ms``, ``conversions``,
-            ``profile``, ``throughput``, ``runtimes``, ``normalization``, ``target``,
-            ``sensitivity``, ``mixed_precision`` and ``preprocessing_change`` fill their sections.
-            ``environment`` defaults to ``environment()``.
+            int8 file would have at its weights' own bits. ``compressed_bytes``, ``load_ms``,
+            ``conversions``, ``profile``, ``throughput``, ``runtimes``, ``normalization``,
+            ``target``, ``sensitivity``, ``mixed_precision`` and ``preprocessing_change`` fill their
+            sections. ``environment`` defaults to ``environment()``.
 
     Raises:
         QatTricksError: a key is missing, or the folder cannot be written.
@@ -107,6 +107,7 @@ def render(report: dict[str, Any]) -> str:
         "target": target,
         "target_needs": needs,
         "packed_bytes": report.get("packed_bytes"),
+        "compressed_bytes": report.get("compressed_bytes") or {},
         "preprocessing_hash": preprocessing_hash,
         "steps": steps,
         "proofs": proofs,

@@ -11,7 +11,12 @@ from qat_tricks.deploy.cost.coverage import integer_coverage
 from qat_tricks.deploy.cost.latency import measure_latency, measure_load
 from qat_tricks.deploy.cost.memory import peak_memory_mib
 from qat_tricks.deploy.cost.profile import profile_file
-from qat_tricks.deploy.cost.weights import file_bytes, weight_size, weight_sparsity
+from qat_tricks.deploy.cost.weights import (
+    compressed_bytes,
+    file_bytes,
+    weight_size,
+    weight_sparsity,
+)
 from qat_tricks.deploy.runtimes.network import Shapes
 from qat_tricks.deploy.runtimes.registry import REFERENCE, open_network, runtime_version
 
@@ -51,6 +56,9 @@ def measure_device(
         "conversions": _by_name({name: found.conversions() for name, found in profiles.items()}),
         **({"profile": dearest} if profile else {}),
         "size_bytes": _by_name({name: file_bytes(path) for name, path in paths.items()}),
+        "compressed_bytes": _by_name(
+            {name: compressed_bytes(path) for name, path in paths.items()}
+        ),
         # Weights of fewer bits are stored in int8: this is their size if they were packed.
         "packed_bytes": weight_size(paths["int8"]).packed,
         **_times(paths, image_shape, batch_size, threads, runs, max_seconds, REFERENCE),

@@ -25,6 +25,7 @@ def test_each_figure_stands_under_the_name_of_its_file(paths):
     costs = measure_device(paths, SHAPE, **SETTINGS)
     assert costs["size_bytes"] == {name: path.stat().st_size for name, path in paths.items()}
     assert costs["size_bytes"]["int8"] < costs["size_bytes"]["fp32"] / 3
+    assert costs["compressed_bytes"]["int8"] < costs["size_bytes"]["int8"]
     assert costs["packed_bytes"] <= costs["size_bytes"]["int8"]
     assert (costs["sparsity"], costs["int8_coverage"]) == (0.25, 1.0)
     assert (costs["batch_size"], costs["threads"]) == (2, 1)

@@ -7,7 +7,13 @@ import onnx
 import pytest
 from onnx import helper
 
-from qat_tricks.deploy.cost.weights import WEIGHT_BITS_KEY, file_bytes, weight_size, weight_sparsity
+from qat_tricks.deploy.cost.weights import (
+    WEIGHT_BITS_KEY,
+    compressed_bytes,
+    file_bytes,
+    weight_size,
+    weight_sparsity,
+)
 from qat_tricks.errors import QatTricksError
 from tests.helpers.handmade import float_conv, qdq_layer, save
 
@@ -116,6 +122,7 @@ def test_external_data_counts_and_its_absence_is_an_error(tmp_path):
         model, str(path), save_as_external_data=True, location="m.onnx.data", size_threshold=0
     )
     assert path.stat().st_size < inside <= file_bytes(path)
+    assert compressed_bytes(path) < inside / 4  # all weights are 1
     (tmp_path / "m.onnx.data").unlink()
     with pytest.raises(QatTricksError, match=r"m\.onnx"):
         file_bytes(path)
@@ -128,3 +135,14 @@ def test_a_file_that_is_no_network_is_refused(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(QatTricksError, match=r"m\.onnx"):
         weight_sparsity(path)
+
+
+def test_zeros_make_a_compressed_file_smaller_and_the_file_itself_not(tmp_path):
+    drawn = np.random.default_rng(0).integers(-127, 128, (64, 64, 3, 3)).astype(np.int8)
+    pruned = np.where(np.abs(drawn) < 64, 0, drawn).astype(np.int8)
+    dense, sparse = (
+        qdq_layer(tmp_path / f"{name}.onnx", weight)
+        for name, weight in (("dense", drawn), ("sparse", pruned))
+    )
+    assert file_bytes(dense) == file_bytes(sparse)
+    assert compressed_bytes(sparse) < 0.8 * compressed_bytes(dense)
