@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from torch import fx
 
 from qat_tricks.graph import nodes as n
+from qat_tricks.graph.in_place import works_in_place
 
 
 def gate_of(name: str) -> str:
@@ -30,17 +31,20 @@ def gated_functions(traced: fx.GraphModule, quantized: Collection[fx.Node]) -> l
         for node in traced.graph.nodes
         if node in quantized
         and n.operation_of(node, traced).gate is not None
-        and _source(node, traced) in quantized
-        # Others that read the input of an in-place function read its result.
-        and not (n.is_in_place(node, traced) and len(node.all_input_nodes[0].users) > 1)
+        and _can_be_split(node, traced, quantized)
     ]
 
 
-def _source(node: fx.Node, traced: fx.GraphModule) -> fx.Node:
-    source = node.all_input_nodes[0]
-    while n.is_passthrough(source, traced):
-        source = source.all_input_nodes[0]
-    return source
+def _can_be_split(node: fx.Node, traced: fx.GraphModule, quantized: Collection[fx.Node]) -> bool:
+    """Whether its input is on a grid too, and nobody else reads it by what it does in place."""
+    source, readers = node.all_input_nodes[0], 1
+    while True:
+        readers = max(readers, len(source.users))
+        if not n.is_passthrough(source, traced):
+            break
+        source = source.all_input_nodes[0]  # of which it may be a view
+    # Others that read the input of an in-place function read its result.
+    return source in quantized and not (works_in_place(node, traced) and readers > 1)
 
 
 def split_gates(traced: fx.GraphModule, names: Sequence[str]) -> None:

@@ -40,14 +40,19 @@ class HardSigmoid(NamedTuple):
 
 
 def hard_sigmoid_at(node: fx.Node, traced: fx.GraphModule) -> HardSigmoid | None:
-    """That of ``node`` if it could only clip: its grids are affine, of the same integers."""
+    """That of ``node`` if it could only clip.
+
+    Then its grids are affine, of the same integers, and no other tensor has the grid behind it.
+    """
     if n.operation_of(node, traced).name != "hardsigmoid":
         return None
     before, after = input_grid_of(node, traced), output_grid_of(node, traced)
     if before is None or after is None or before.activation is not None:
         return None
+    (quantizer,) = node.users
+    is_shared = len(traced.graph.find_nodes(op="call_module", target=quantizer.target)) > 1
     fits = before.scheme == after.scheme and not before.scheme.symmetric
-    return HardSigmoid(before, after) if fits else None
+    return HardSigmoid(before, after) if fits and not is_shared else None
 
 
 def hard_sigmoids(traced: fx.GraphModule) -> Iterator[HardSigmoid]:

@@ -278,16 +278,6 @@ def is_function_of_one(node: fx.Node, traced: fx.GraphModule) -> bool:
     return operation.is_elementwise and len(node.all_input_nodes) == 1
 
 
-def is_in_place(node: fx.Node, traced: fx.GraphModule) -> bool:
-    """Whether a function overwrites its input: then others that read that read its result."""
-    module = module_of(node, traced)
-    return bool(
-        getattr(module, "inplace", False)
-        or node.kwargs.get("inplace", False)
-        or str(node.target).endswith("_")
-    )
-
-
 def is_dropout(node: fx.Node, traced: fx.GraphModule) -> bool:
     """Whether ``node`` returns its input in evaluation, and not in training."""
     return operation_of(node, traced).is_dropout

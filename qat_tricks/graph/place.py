@@ -18,6 +18,7 @@ from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.foldable import folds_into
 from qat_tricks.graph.gates import gated_functions, split_gates
+from qat_tricks.graph.in_place import works_in_place
 from qat_tricks.graph.layers import as_layer
 from qat_tricks.graph.quantize_settings import QuantizeSettings, settings_with
 from qat_tricks.graph.spec import spec_of
@@ -307,4 +308,4 @@ def _absorbable(node: fx.Node, traced: fx.GraphModule) -> str | None:
         return None
     # Others that read the input of an in-place ReLU read its result: then the ReLU has to stay.
     is_read_once = len(node.all_input_nodes[0].users) == 1
-    return activation if is_read_once or not n.is_in_place(node, traced) else None
+    return activation if is_read_once or not works_in_place(node, traced) else None

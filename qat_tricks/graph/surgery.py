@@ -15,11 +15,12 @@ from qat_tricks.graph.fingerprint import CODE, has_changed
 from qat_tricks.graph.functional import call_instead, install
 from qat_tricks.graph.gates import gate_of, split_gates
 from qat_tricks.graph.grids import grid_of, input_grid_of, output_grid_of
+from qat_tricks.graph.in_place import leave_input, works_in_place
 from qat_tricks.graph.integer_ops import Kernel, Mean
 from qat_tricks.graph.layers import OWN_BATCHNORMS, Folded, Layer, as_layer, layers
 from qat_tricks.graph.spec import KERNELS, QUANTIZERS, spec_of
 from qat_tricks.graph.stand_in import BatchNormStandIn
-from qat_tricks.graph.trace import replace_with_module, trace
+from qat_tricks.graph.trace import module_of, replace_with_module, trace
 from qat_tricks.graph.traceable import TraceSettings
 from qat_tricks.numerics import ActivationQuantizer, Scheme, WeightQuantizer
 
@@ -375,11 +376,20 @@ def _connect(traced: fx.GraphModule) -> None:
                 call_instead(node, f"{KERNELS}.{node.name}", node.all_input_nodes[0])
             else:
                 node.op, node.target = "call_module", f"{KERNELS}.{node.name}"
+        if isinstance(module_of(node, traced), ActivationQuantizer):
+            _keep_values(node, traced)
     for layer, calls in grids_of_calls.items():
         layer.calls = tuple(calls)
         before_any = [before for before, _ in calls if before is not None]
         layer.input_quantizer = tuple(dict.fromkeys(before_any))
     traced.recompile()
+
+
+def _keep_values(quantizer: fx.Node, traced: fx.GraphModule) -> None:
+    """Lets functions behind a quantizer leave its values as they are: its gradient needs them."""
+    for user in list(quantizer.users):
+        if works_in_place(user, traced):
+            leave_input(user, traced)
 
 
 def _kernel_for(node: fx.Node, traced: fx.GraphModule) -> Kernel | None:

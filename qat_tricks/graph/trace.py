@@ -15,6 +15,7 @@ from torch import fx, nn
 from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.graph.fingerprint import CODE, fingerprint
 from qat_tricks.graph.functional import functions_to_modules
+from qat_tricks.graph.in_place import works_in_place
 from qat_tricks.graph.layers import as_layer
 from qat_tricks.graph.operations import entries_for
 from qat_tricks.graph.outside import has_steps
@@ -35,7 +36,16 @@ from qat_tricks.graph.tracer import (
     follow,
     functions_of_mode,
 )
-from qat_tricks.graph.two_modes import FOLLOWS_MODE, NO_GRAD, OWNER, merge, split_by_training
+from qat_tricks.graph.two_modes import (
+    EVALUATION,
+    FOLLOWS_MODE,
+    NO_GRAD,
+    OWNER,
+    TRAINING,
+    merge,
+    only_in,
+    split_by_training,
+)
 
 _COMPARISONS = ("gt", "lt", "ge", "le", "eq", "ne", "isnan", "isinf", "logical_not")
 _TRUTH_VALUES = {
@@ -170,6 +180,7 @@ def _prepare(
     if settings.training_mode:
         _detach_no_grad(traced)
         _clone_changed_inputs(traced)
+        _read_results(traced)
         _refuse_changed_parameters(traced)
     if settings.functions_to_modules:
         functions_to_modules(traced, network, every=every)
@@ -215,22 +226,30 @@ def _detach_no_grad(traced: fx.GraphModule) -> None:
         )
 
 
-def _works_in_place(node: fx.Node) -> bool:
-    """Whether ``node`` changes its first input in place."""
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    if node.op != "call_function":
-        return False
-    name = getattr(node.target, "__name__", "")
-    is_operator = getattr(node.target, "__module__", "") == "_operator"
-    in_place = name in ("setitem", *(f"i{op}" for op in ("add", "sub", "mul", "truediv", "pow")))
-    return (is_operator and in_place) or bool(node.kwargs.get("inplace"))
+def _read_results(traced: fx.GraphModule) -> None:
+    """Lets what comes behind an operation in place read its result, which is the same tensor.
+
+    In a graph with quantizers, or in a file, it is another tensor than its input.
+    """
+    position = {node: index for index, node in enumerate(traced.graph.nodes)}
+    of_one_mode = [only_in(traced.graph, mode) for mode in (TRAINING, EVALUATION)]
+    for node in traced.graph.nodes:
+        if not works_in_place(node, traced) or node.target is operator.setitem or not node.args:
+            continue
+        source = node.args[0]
+        for user in list(source.users) if isinstance(source, fx.Node) else ():
+            # What one mode computes is no result in the other.
+            is_there = all(node not in only or user in only for only in of_one_mode)
+            if position[user] > position[node] and is_there:
+                user.replace_input_with(source, node)
 
 
 def _clone_changed_inputs(traced: fx.GraphModule) -> None:
     """Lets a network that changes its input in place change a copy: tricks run a batch again."""
     for node in list(traced.graph.nodes):
-        if node.op != "placeholder" or not any(_works_in_place(user) for user in node.users):
+        if node.op != "placeholder":
+            continue
+        if not any(works_in_place(user, traced) for user in node.users):
             continue
         with traced.graph.inserting_after(node):
             clone = traced.graph.call_method("clone", (node,))
@@ -243,7 +262,7 @@ def _refuse_changed_parameters(traced: TracedNetwork) -> None:
     """Refuses code that changes a parameter in place, which a change of the weight would undo."""
     parameters = dict(traced.named_parameters())
     for node in traced.graph.nodes:
-        source = node.all_input_nodes[0] if _works_in_place(node) and node.args else None
+        source = node.all_input_nodes[0] if works_in_place(node, traced) and node.args else None
         # Through ``.data`` and other views.
         while source is not None and source.op.startswith("call_") and source.all_input_nodes:
             is_view = source.target in (getattr, operator.getitem, "detach", "view", "t")

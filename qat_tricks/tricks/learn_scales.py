@@ -37,7 +37,7 @@ from qat_tricks.trainer.module import workbench_of
 from qat_tricks.trainer.optimizers import take_in
 from qat_tricks.trainer.scale_groups import give_scales_own_group, rates_with_scales
 from qat_tricks.trainer.scale_steps import ScaleSteps
-from qat_tricks.trainer.schedule import check_fraction, fit_progress
+from qat_tricks.trainer.schedule import check_fraction, fit_progress, is_last_batch
 from qat_tricks.trainer.trick import Trick
 from qat_tricks.tricks.calibrate import Calibrate
 
@@ -251,7 +251,7 @@ class LearnScales(Trick):
                 callback._swa_lrs = rates_with_scales(callback._swa_lrs, trainer.optimizers[0])
 
     def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Moves learned scales off rounding ties."""
+        """Moves learned scales off rounding ties, if the fit has ended otherwise."""
         self._let_go()
         # After callbacks that average have put their scales in.
         settle_grids(workbench_of(pl_module).network)
@@ -271,7 +271,9 @@ class LearnScales(Trick):
         self._steps = None
 
     def on_train_batch_end(self, trainer: "Trainer", pl_module: "LightningModule", *_: Any) -> None:
-        """Names scales that run away."""
+        """Names scales that run away; moves them off rounding ties before the last checkpoint."""
+        if is_last_batch(trainer):
+            settle_grids(workbench_of(pl_module).network)
         # A look at them waits for the GPU, so it is taken only as often as values are logged.
         every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if self._steps is not None and trainer.fit_loop.epoch_loop.batch_idx % every == 0:

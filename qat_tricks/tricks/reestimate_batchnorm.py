@@ -51,6 +51,7 @@ def reestimate_batchnorm(
         QatTricksError: no batches, one image alone, or no BatchNorm is left unfolded.
     """
     norms = _batchnorms(traced)
+    batches = [batch for batch in batches if batch_size(batch) > 0]
     check_batches(batches, "to re-estimate BatchNorm on")
     if sum(map(batch_size, batches)) < 2:
         raise QatTricksError(
@@ -111,13 +112,25 @@ def _statistics_by_batch(
             for batch in track(batches, "re-estimate BatchNorm"):
                 for norm in norms:
                     norm.reset_running_stats()
-                call_network(traced, batch)
+                _call(traced, batch)
                 for norm, statistics in zip(norms, found, strict=True):
                     statistics.append(_statistics(norm))
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
     return [torch.stack(statistics) for statistics in found]
+
+
+def _call(traced: fx.GraphModule, batch: Inputs) -> None:
+    try:
+        call_network(traced, batch)
+    except ValueError as error:  # PyTorch's, of a channel with one value
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise QatTricksError(
+            f"BatchNorm has one value a channel in a batch of {batch_size(batch)} image(s), and "
+            "needs more to re-estimate its statistics: give larger batches"
+        ) from error
 
 
 def _statistics(norm: Any) -> Tensor:

@@ -93,3 +93,22 @@ def test_learned_scales_are_settled_when_the_fit_ends():
     recipe = qat_tricks.recipe("int8_qat", ["stages.ptq.tricks.quantize.functions=float"])
     trainer([*recipe, Unsettle()], max_epochs=1).fit(lit, loader(32))
     assert avoid_rounding_ties(lit.backbone) == []
+
+
+def test_the_last_checkpoint_has_settled_scales(tmp_path):
+    lit = Lit().train()
+    lit.backbone = Function(nn.SiLU(), 1)
+    lit.backbone.head = nn.Conv2d(4, 4, 1)
+
+    class Unsettle(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            into_the_middle(pl_module.backbone, F.silu)
+
+    recipe = qat_tricks.recipe("int8_qat", ["stages.ptq.tricks.quantize.functions=float"])
+    checkpoint = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True)
+    callbacks = [Unsettle(), *recipe, checkpoint]
+    trainer(callbacks, max_epochs=1, enable_checkpointing=True).fit(lit, loader(32))
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    now = lit.state_dict()
+    assert all(torch.equal(saved[name], now[name]) for name in now if name.endswith("scale"))
+    assert avoid_rounding_ties(lit.backbone) == []

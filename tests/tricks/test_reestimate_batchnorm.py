@@ -105,6 +105,9 @@ def test_errors():
         reestimate_batchnorm(folded, [images()])
     with pytest.raises(QatTricksError, match="one image is too few to re-estimate BatchNorm on"):
         reestimate_batchnorm(trace(small_net()), [images(1)])
+    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(1), nn.Flatten()).eval()
+    with pytest.raises(QatTricksError, match=r"in a batch of 1 image\(s\).*give larger batches"):
+        reestimate_batchnorm(trace(pooled), [images(1), images(1)])
     with pytest.raises(QatTricksError, match="num_images=0 is not allowed"):
         ReestimateBatchnorm(num_images=0)
 
@@ -181,6 +184,13 @@ def test_running_statistics_that_chance_explains_are_kept_and_lagging_ones_are_n
             assert error(kept, truth) < 0.7 * error(plain, truth)
         else:
             assert error(kept, truth) < 0.3 * before
+
+
+def test_an_empty_batch_does_not_count():
+    traced, without = trace(small_net()), trace(small_net())
+    reestimate_batchnorm(traced, [images(8)[:0], images(8)], keep_certain=True)
+    reestimate_batchnorm(without, [images(8)], keep_certain=True)
+    assert torch.equal(norms(traced)["stem.1"].running_var, norms(without)["stem.1"].running_var)
 
 
 def settled(seeds):
