@@ -129,10 +129,9 @@ def _clip_hard_sigmoids(graph: onnx.GraphProto) -> None:
             next((a.f for a in function.attribute if a.name == name), default)
             for name, default in (("alpha", 0.2), ("beta", 0.5))
         )
-        scale, zero, scale_after, zero_after = (
-            values[name] for name in (*before.input[1:], *quantize.input[1:])
-        )
-        bounds = _clip_of(scale, zero, scale_after, zero_after, alpha, beta)
+        grids = [values.get(name) for name in (*before.input[1:], *quantize.input[1:])]
+        known = [value for value in grids if value is not None and value.size == 1]
+        bounds = _clip_of(*known, alpha=alpha, beta=beta) if len(known) == 4 else None
         if bounds is None:
             continue
         names = [f"{quantize.output[0]}_{end}" for end in ("least", "most")]
@@ -147,6 +146,7 @@ def _clip_of(
     zero: np.ndarray,
     scale_after: np.ndarray,
     zero_after: np.ndarray,
+    *,
     alpha: float,
     beta: float,
 ) -> tuple[np.ndarray, np.ndarray] | None:

@@ -3,8 +3,8 @@
 On x86 CPUs without VNNI, ONNX Runtime multiplies unsigned activations by signed weights with
 ``vpmaddubsw``, which adds two products into 16 bits and saturates: with weights of 127 and
 activations of 255, about half of a convolution's value is lost. ``session.x64quantprecision`` makes
-it store the weights as unsigned there, which is exact. With VNNI it changes no value, and on some
-processors int8 then takes up to twice as long: so it is set only where products saturate.
+it store the weights as unsigned there, which is exact. With VNNI it changes no value, and makes
+int8 slower on some processors: so it is set only where products saturate.
 
 Threads of an operator wait for the next one in a loop that keeps a core busy, also after a run. Of
 two sessions run in turn, each would wait for the other's core: at two threads the same network
