@@ -3,7 +3,9 @@
 Of an integer ``q`` with scale ``s`` and zero point ``z``, ``hardsigmoid(x) = clamp(x + 3, 0, 6) /
 6`` is the same ``q`` with scale ``s / 6`` and zero point ``z - 3 / s``, clamped. Where ``3 / s`` is
 whole, that is exact: no value is rounded, and the function leaves nothing to compute but a clamp.
-So the range of its input is made a little larger, until ``3 / s`` is whole and -3 is in it.
+So the range of its input is made larger, until ``3 / s`` is whole and -3 is in it. Where nothing
+else reads the input, as before the gate of squeeze-and-excite, that costs nothing: the function no
+longer rounds, and its steps are about as large as those of a grid of its own.
 """
 
 import math
@@ -15,6 +17,7 @@ from torch import fx
 
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.grids import input_grid_of, output_grid_of
+from qat_tricks.graph.trace import module_of
 from qat_tricks.numerics import ActivationQuantizer
 
 KNEE, SPAN = 3.0, 6.0  # hardsigmoid rises from 0 to 1 between -KNEE and KNEE
@@ -26,11 +29,17 @@ class HardSigmoid(NamedTuple):
 
     before: ActivationQuantizer
     after: ActivationQuantizer
+    is_only_reader: bool  # of the values before it
+
+    @property
+    def grids(self) -> tuple[ActivationQuantizer, ActivationQuantizer]:
+        """Those before and behind it."""
+        return self.before, self.after
 
     @property
     def is_aligned(self) -> bool:
         """Whether it only clips integers."""
-        x, y = self
+        x, y = self.grids
         if not (x.is_calibrated and y.is_calibrated):
             return False
         scale, knee = float(x.current_scale()), _knee(x)
@@ -49,10 +58,18 @@ def hard_sigmoid_at(node: fx.Node, traced: fx.GraphModule) -> HardSigmoid | None
     before, after = input_grid_of(node, traced), output_grid_of(node, traced)
     if before is None or after is None or before.activation is not None:
         return None
-    (quantizer,) = node.users
-    is_shared = len(traced.graph.find_nodes(op="call_module", target=quantizer.target)) > 1
+    (behind,) = node.users
+    (x,) = node.all_input_nodes
     fits = before.scheme == after.scheme and not before.scheme.symmetric
-    return HardSigmoid(before, after) if fits and not is_shared else None
+    if not fits or not _is_called_once(behind, traced):
+        return None
+    # Between a quantizer and the function others may read the values through what moves them.
+    is_direct = x.op == "call_module" and len(x.users) == 1 and _is_called_once(x, traced)
+    return HardSigmoid(before, after, is_direct and module_of(x, traced) is before)
+
+
+def _is_called_once(node: fx.Node, traced: fx.GraphModule) -> bool:
+    return len(traced.graph.find_nodes(op="call_module", target=node.target)) == 1
 
 
 def hard_sigmoids(traced: fx.GraphModule) -> Iterator[HardSigmoid]:
@@ -66,22 +83,23 @@ def hard_sigmoids(traced: fx.GraphModule) -> Iterator[HardSigmoid]:
 def aligned_scales(traced: fx.GraphModule) -> set[ActivationQuantizer]:
     """The quantizers whose scales must stay as they are, for a hardsigmoid to be a clamp."""
     aligned = [pair for pair in hard_sigmoids(traced) if pair.is_aligned]
-    return {quantizer for pair in aligned for quantizer in pair}
+    return {quantizer for pair in aligned for quantizer in pair.grids}
 
 
 @torch.no_grad()
 def align_hard_sigmoids(traced: fx.GraphModule) -> None:
     """Moves the ranges before and behind each hardsigmoid so that it only clips integers.
 
-    Left alone is one whose input's step would grow by more than ``COARSEST``, as where that never
+    Left alone is one that would round more coarsely, as where others read an input that never
     reaches -3, and one whose scales are learned.
     """
     for pair in hard_sigmoids(traced):
-        if not pair.is_aligned and not any(quantizer.scale.requires_grad for quantizer in pair):
-            _align(*pair)
+        if not pair.is_aligned and not any(grid.scale.requires_grad for grid in pair.grids):
+            _align(pair)
 
 
-def _align(x: ActivationQuantizer, y: ActivationQuantizer) -> None:
+def _align(pair: HardSigmoid) -> None:
+    x, y = pair.grids
     if not (x.is_calibrated and y.is_calibrated):
         return
     scheme, (low, high) = x.scheme, x.range
@@ -89,9 +107,16 @@ def _align(x: ActivationQuantizer, y: ActivationQuantizer) -> None:
     low = min(low, -KNEE)
     # Rounded down, so that no value is clipped that was not; a hair is what floats have lost.
     knee = math.floor(KNEE * levels / (high - low) + 1e-4)
-    if knee < 1 or KNEE / knee > COARSEST * before:
+    if knee < 1:
         return
     scale = KNEE / knee
+    if pair.is_only_reader:
+        # Of the gate: the noise of one rounding, against that of two.
+        is_coarser = scale**2 > before**2 + (SPAN * float(y.current_scale())) ** 2
+    else:
+        is_coarser = scale > COARSEST * before
+    if is_coarser:
+        return
     zero_point = min(scheme.qmin + round(-low / scale), scheme.qmax)
     for quantizer, step, zero in ((x, scale, zero_point), (y, scale / SPAN, zero_point - knee)):
         quantizer.set_range((scheme.qmin - zero) * step, (scheme.qmax - zero) * step)

@@ -171,7 +171,7 @@ def test_a_hardsigmoid_is_a_clamp_of_the_same_integers():
     assert len(pairs) == 2
     for pair in pairs:
         assert pair.is_aligned
-        x, y = pair
+        x, y = pair.grids
         integers = torch.arange(256) - x.offset
         values = F.hardsigmoid(integers * x.current_scale())
         steps = torch.round(values / y.current_scale()) + y.offset
@@ -202,6 +202,35 @@ def test_a_range_that_would_grow_coarse_stays_as_it_is():
                 # nothing is cut off that was not
                 assert now[0] <= quantizer.range[0] + float(quantizer.scale)
                 assert now[1] >= quantizer.range[1] - float(quantizer.scale)
+
+
+@pytest.mark.parametrize("gain", [0.01, 0.3, 1.0, 8.0])
+def test_a_gate_that_alone_reads_its_input_is_always_a_clamp_and_rounds_less(gain, tmp_path):
+    class Excites(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.g, self.fc = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
+            self.g.weight.data *= gain
+
+        def forward(self, x):
+            x = self.a(x).relu()
+            gate = F.hardsigmoid(self.g(x.mean((2, 3), keepdim=True)))
+            return self.fc((x * gate).mean((2, 3)))
+
+    net = Excites().eval()
+    expected = net(images(64)).detach()
+    error = {}
+    for clamps in (True, False):
+        traced = trace(copy.deepcopy(net))
+        quantize(traced)
+        with pytest.MonkeyPatch.context() as patch:
+            if not clamps:
+                patch.setattr("qat_tricks.graph.settle.align_hard_sigmoids", lambda _: None)
+            calibrate(traced, [images(64)], estimator="minmax")
+        assert len(aligned_scales(traced)) == 2 * clamps
+        error[clamps] = (traced(images(64)) - expected).square().mean()
+    assert error[True] < 1.2 * error[False]
 
 
 def test_scales_around_a_clamp_are_not_learned_and_a_fit_keeps_it(tmp_path):
