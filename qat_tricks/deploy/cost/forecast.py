@@ -69,8 +69,8 @@ class Forecast:
         shape = "x".join(map(str, self.image_shape))
         summary = (
             f"{self.coverage:.2%} of the {self.total_macs / 1e6:.1f} million MACs of convs and "
-            f"linears in integers, for images of {shape}; {self.conversions} conversions or more "
-            "between floats and integers"
+            f"linears in integers, for images of {shape}; conversions between floats and integers: "
+            f"{self.conversions} or more"
         )
         if not self.in_float:
             return Group(f"{summary}; nothing stays in float")
