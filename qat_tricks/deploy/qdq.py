@@ -19,7 +19,7 @@ from qat_tricks.graph import nodes as n
 from qat_tricks.graph.grids import grid_of, input_grid_of
 from qat_tricks.graph.integer_ops import Elementwise, Mean
 from qat_tricks.graph.layers import Layer, activation_quantizers
-from qat_tricks.graph.trace import module_of
+from qat_tricks.graph.submodules import module_of
 from qat_tricks.numerics import ActivationQuantizer
 
 WEIGHT = "weight"  # an integer layer's int8 weight is the initializer "<layer>.weight"

@@ -31,7 +31,7 @@ from torch import fx
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.layers import Layer
-from qat_tricks.graph.trace import module_of
+from qat_tricks.graph.submodules import module_of
 from qat_tricks.graph.two_modes import EVALUATION, graph_in
 
 GRANULARITIES = ("block", "layer", "mrecg")

@@ -16,6 +16,7 @@ from qat_tricks.graph import nodes as n
 from qat_tricks.graph.foldable import MATRIX, folds_into, is_supposed_matrix
 from qat_tricks.graph.layers import OWN_BATCHNORMS, Layer
 from qat_tricks.graph.spec import spec_of
+from qat_tricks.graph.submodules import layer_at, module_of
 from qat_tricks.graph.surgery import (
     attach_batchnorm,
     batchnorm_to_conv,
@@ -24,7 +25,6 @@ from qat_tricks.graph.surgery import (
     give_bias,
     note_folded,
 )
-from qat_tricks.graph.trace import layer_at, module_of
 
 
 def fold_batchnorm(traced: fx.GraphModule, skip: Sequence[str] = ()) -> list[tuple[str, str]]:

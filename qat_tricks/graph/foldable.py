@@ -6,7 +6,7 @@ from torch import fx, nn
 
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.ranks import rank_of
-from qat_tricks.graph.trace import layer_at, module_of
+from qat_tricks.graph.submodules import layer_at, module_of
 
 MATRIX = 2  # dimensions of rows ``[N, C]``, of which a BatchNorm's channels are a linear's
 

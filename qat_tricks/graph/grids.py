@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import fx
 
 from qat_tricks.graph import nodes as n
-from qat_tricks.graph.trace import module_of
+from qat_tricks.graph.submodules import module_of
 from qat_tricks.numerics import ActivationQuantizer
 
 Accepts = Callable[[ActivationQuantizer], bool]

@@ -17,7 +17,7 @@ from torch import fx
 
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.grids import input_grid_of, output_grid_of
-from qat_tricks.graph.trace import module_of
+from qat_tricks.graph.submodules import module_of
 from qat_tricks.numerics import ActivationQuantizer
 
 KNEE, SPAN = 3.0, 6.0  # hardsigmoid rises from 0 to 1 between -KNEE and KNEE

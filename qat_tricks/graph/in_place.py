@@ -5,16 +5,17 @@ import operator
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from qat_tricks.graph.operations import entries_for
+from qat_tricks.graph.submodules import module_of
 
 _OPERATORS = ("iadd", "isub", "imul", "itruediv", "ipow")
 
 
 def works_in_place(node: fx.Node, traced: fx.GraphModule) -> bool:
     """Whether ``node`` changes its first input in place."""
-    module = _module_of(node, traced)
+    module = module_of(node, traced)
     if module is not None:  # of others it is not known what their attribute means
         return bool(entries_for(type(module))) and getattr(module, "inplace", False) is True
     if node.op == "call_method":
@@ -42,7 +43,7 @@ def _inplace_argument(node: fx.Node) -> Any:
 
 def leave_input(node: fx.Node, traced: fx.GraphModule) -> None:
     """Lets an operation that works in place yield a new tensor; ``setitem`` stays as it is."""
-    module, name = _module_of(node, traced), str(node.target)
+    module, name = module_of(node, traced), str(node.target)
     if module is not None:
         module.inplace = False  # type: ignore[assignment]
     elif node.op == "call_method":
@@ -58,7 +59,3 @@ def leave_input(node: fx.Node, traced: fx.GraphModule) -> None:
             node.args, node.kwargs = (), {**given, **node.kwargs, "inplace": False}
         else:
             node.target = getattr(torch, name.removesuffix("_"))
-
-
-def _module_of(node: fx.Node, traced: fx.GraphModule) -> nn.Module | None:
-    return traced.get_submodule(str(node.target)) if node.op == "call_module" else None

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.grids import grids_of
-from qat_tricks.graph.trace import module_of
+from qat_tricks.graph.submodules import module_of
 from qat_tricks.numerics import ActivationQuantizer
 
 MARGIN = 2e-6  # of a value in steps, and of a step: some 16 units in the last place

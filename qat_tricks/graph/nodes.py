@@ -21,7 +21,7 @@ from qat_tricks.graph.operations import (
     Operation,
     entries_for,
 )
-from qat_tricks.graph.trace import layer_at, module_of
+from qat_tricks.graph.submodules import layer_at, module_of
 from qat_tricks.graph.two_modes import TRAINING, only_in
 
 # The key in a node's meta under which ``note_integers`` says that it yields integers.

@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.inputs import Inputs, as_tensors, first_images
 from qat_tricks.graph.modes import evaluating
-from qat_tricks.graph.trace import module_of
+from qat_tricks.graph.submodules import module_of
 from qat_tricks.graph.two_modes import EvaluationInterpreter
 
 # The key in a node's meta under which ``note_ranks`` says how many dimensions its value has.

@@ -20,7 +20,8 @@ from qat_tricks.graph.integer_ops import Kernel, Mean
 from qat_tricks.graph.layers import OWN_BATCHNORMS, Folded, Layer, as_layer, layers
 from qat_tricks.graph.spec import KERNELS, QUANTIZERS, spec_of
 from qat_tricks.graph.stand_in import BatchNormStandIn
-from qat_tricks.graph.trace import module_of, replace_with_module, trace
+from qat_tricks.graph.submodules import module_of
+from qat_tricks.graph.trace import replace_with_module, trace
 from qat_tricks.graph.traceable import TraceSettings
 from qat_tricks.numerics import ActivationQuantizer, Scheme, WeightQuantizer
 

@@ -19,6 +19,7 @@ from qat_tricks.graph.in_place import works_in_place
 from qat_tricks.graph.layers import as_layer
 from qat_tricks.graph.operations import entries_for
 from qat_tricks.graph.outside import has_steps
+from qat_tricks.graph.submodules import module_of
 from qat_tricks.graph.traceable import TraceSettings, check_traceable, take_over_masks
 from qat_tricks.graph.traced_network import (
     DEFAULTS,
@@ -358,13 +359,3 @@ def replace_with_module(
     node.replace_all_uses_with(call)
     traced.graph.erase_node(node)
     return call
-
-
-def module_of(node: fx.Node, traced: fx.GraphModule) -> nn.Module | None:
-    """The submodule that ``node`` calls, or None if it calls none."""
-    return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
-
-
-def layer_at(traced: fx.GraphModule, name: str) -> Any:
-    """The conv, linear or BatchNorm called ``name``; ``Any``, for attributes differ by kind."""
-    return traced.get_submodule(name)

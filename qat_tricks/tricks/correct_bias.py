@@ -27,7 +27,7 @@ from qat_tricks.graph.inputs import Inputs, check_batches
 from qat_tricks.graph.layers import Layer
 from qat_tricks.graph.modes import evaluating, unrounded_sums
 from qat_tricks.graph.streams import Stream
-from qat_tricks.graph.trace import module_of
+from qat_tricks.graph.submodules import module_of
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.numerics import ActivationQuantizer
 from qat_tricks.progress import track

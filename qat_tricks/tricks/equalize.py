@@ -35,8 +35,8 @@ from qat_tricks.graph.inputs import Inputs, as_tensors
 from qat_tricks.graph.layers import Equalized
 from qat_tricks.graph.modes import evaluating
 from qat_tricks.graph.spec import spec_of
+from qat_tricks.graph.submodules import layer_at
 from qat_tricks.graph.surgery import uncap as uncap_nodes
-from qat_tricks.graph.trace import layer_at
 from qat_tricks.graph.two_modes import EvaluationInterpreter
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.progress import track

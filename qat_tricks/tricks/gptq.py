@@ -24,7 +24,7 @@ from qat_tricks.graph.layers import Layer, as_layer, layers
 from qat_tricks.graph.modes import evaluating, unrounded_sums
 from qat_tricks.graph.patches import rows_of
 from qat_tricks.graph.streams import Stream
-from qat_tricks.graph.trace import layer_at, module_of
+from qat_tricks.graph.submodules import layer_at, module_of
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.numerics.least_squares import GridRounder, Moments, fitted_change
 from qat_tricks.progress import track

@@ -27,7 +27,7 @@ from qat_tricks.graph.integer_ops import Kernel
 from qat_tricks.graph.layers import Layer, activation_quantizers, is_calibrated, layers
 from qat_tricks.graph.settle import settle_grids
 from qat_tricks.graph.spec import QUANTIZERS, spec_of
-from qat_tricks.graph.trace import module_of
+from qat_tricks.graph.submodules import module_of
 from qat_tricks.graph.two_modes import EVALUATION, only_in
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.numerics import ActivationQuantizer

@@ -45,7 +45,7 @@ from qat_tricks.graph.reconstruct import (
 )
 from qat_tricks.graph.settle import settle_grids
 from qat_tricks.graph.spec import spec_of
-from qat_tricks.graph.trace import module_of
+from qat_tricks.graph.submodules import module_of
 from qat_tricks.graph.two_modes import EvaluationInterpreter
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.numerics import ActivationQuantizer
@@ -106,8 +106,8 @@ def learned_rounding(
             "rounding can be learned only with ranges: quantize and calibrate the network first"
         )
     check_batches(batches, "to learn the rounding on")
-    # Lightning tests and validates in inference mode, in which nothing has a gradient.
     split_gates(reference, spec_of(traced).get("gated", ()))  # the walk finds nodes by their names
+    # Lightning tests and validates in inference mode, in which nothing has a gradient.
     with evaluating(traced, reference), torch.inference_mode(False), torch.no_grad():
         _Walk(traced, reference, batches, settings, cache).run()
     settle_grids(traced)

@@ -13,7 +13,6 @@ from torch import fx
 
 from qat_tricks.graph.finite import check_finite
 from qat_tricks.graph.fold import attach_batchnorms
-from qat_tricks.graph.gates import split_gates
 from qat_tricks.graph.inputs import input_names
 from qat_tricks.graph.integers import note_integers
 from qat_tricks.graph.layers import layers
@@ -96,5 +95,4 @@ class Quantize(Trick):
         # Before the quantizers: bias correction compares with this float copy.
         work.keep_reference()
         self.restructure(work)
-        split_gates(work.reference, spec_of(work.network).get("gated", ()))
         work.check_function("quantizers placed")

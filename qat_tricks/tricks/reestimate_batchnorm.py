@@ -17,7 +17,7 @@ from qat_tricks.graph.inputs import Inputs, batch_size, call_network, check_batc
 from qat_tricks.graph.layers import BATCHNORMS, Layer
 from qat_tricks.graph.modes import evaluating
 from qat_tricks.graph.processes import from_rank_zero
-from qat_tricks.graph.trace import module_of
+from qat_tricks.graph.submodules import module_of
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.progress import track
 from qat_tricks.trainer.module import workbench_of

@@ -302,14 +302,13 @@ class RestoreBatchnorm(Trick):
         is_due, self._averages_are_due = self._averages_are_due, False
         work = workbench_of(pl_module)
         averages = averaged_networks(trainer, work.network_name) if is_due else []
-        for network in averages:
-            if not _has_batchnorm(network):
-                continue
+        networks = [network for network in averages if _has_batchnorm(network)]
+        batches = self._last_batches(work) if networks else []
+        for network in networks if batches else ():
             # The copy may be kept on another device.
             to_device = methodcaller("to", next(network.parameters()).device)
-            batches = [map_tensors(batch, to_device) for batch in self._last_batches(work)]
-            if batches:
-                reestimate_batchnorm(network, batches, keep_certain=True)
+            moved = [map_tensors(batch, to_device) for batch in batches]
+            reestimate_batchnorm(network, moved, keep_certain=True)
 
     def _last_batches(self, work: Workbench) -> list[Inputs]:
         """The images for the last statistics; none, with a warning, if there are no more."""

@@ -159,9 +159,9 @@ def test_splitting_again_changes_nothing():
     torch.testing.assert_close(traced(images()), Gated(nn.SiLU()).eval()(images()))
 
 
-def calibrated(net, values):
+def calibrated(net, values, **settings):
     traced = trace(net.eval())
-    quantize(traced)
+    quantize(traced, **settings)
     return calibrate(traced, [values], estimator="minmax")
 
 
@@ -181,18 +181,14 @@ def test_a_hardsigmoid_is_a_clamp_of_the_same_integers():
 
 def test_a_range_that_would_grow_coarse_stays_as_it_is():
     small = calibrated(Gated(nn.Hardswish(), gain=0.5), images(32))
-    whole = trace(Gated(nn.Hardswish(), gain=0.5).eval())
-    quantize(whole, functions="float")
-    calibrate(whole, [images(32)], estimator="minmax")
+    whole = calibrated(Gated(nn.Hardswish(), gain=0.5), images(32), functions="float")
     assert not aligned_scales(small)
     scales = {name: q.scale for name, q in activation_quantizers(small).items()}
     for name, quantizer in activation_quantizers(whole).items():
         torch.testing.assert_close(scales[name], quantizer.scale, rtol=1e-3, atol=0)
     for gain in (1.0, 2.0, 3.0, 8.0, 80.0):
         aligned = calibrated(Gated(nn.Hardswish(), gain=gain), images(32))
-        plain = trace(Gated(nn.Hardswish(), gain=gain).eval())
-        quantize(plain, functions="float")
-        calibrate(plain, [images(32)], estimator="minmax")
+        plain = calibrated(Gated(nn.Hardswish(), gain=gain), images(32), functions="float")
         for name, quantizer in activation_quantizers(plain).items():
             if not name.endswith("_gate"):
                 now = aligned.get_submodule(name).range
@@ -222,12 +218,10 @@ def test_a_gate_that_alone_reads_its_input_is_always_a_clamp_and_rounds_less(gai
     expected = net(images(64)).detach()
     error = {}
     for clamps in (True, False):
-        traced = trace(copy.deepcopy(net))
-        quantize(traced)
         with pytest.MonkeyPatch.context() as patch:
             if not clamps:
                 patch.setattr("qat_tricks.graph.settle.align_hard_sigmoids", lambda _: None)
-            calibrate(traced, [images(64)], estimator="minmax")
+            traced = calibrated(copy.deepcopy(net), images(64))
         assert len(aligned_scales(traced)) == 2 * clamps
         error[clamps] = (traced(images(64)) - expected).square().mean()
     assert error[True] < 1.2 * error[False]

@@ -29,7 +29,8 @@ from qat_tricks.graph.modes import float_mode
 from qat_tricks.graph.place import place_quantizers
 from qat_tricks.graph.quantize_settings import QuantizeSettings
 from qat_tricks.graph.ranks import note_ranks
-from qat_tricks.graph.trace import module_of, trace
+from qat_tricks.graph.submodules import module_of
+from qat_tricks.graph.trace import trace
 from qat_tricks.numerics import ActivationQuantizer
 
 

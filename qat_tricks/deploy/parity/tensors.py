@@ -18,7 +18,7 @@ from qat_tricks.deploy.runtimes.network import feed
 from qat_tricks.deploy.runtimes.session import input_specs, open_session, run_session
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.inputs import Inputs, as_tensors
-from qat_tricks.graph.trace import module_of
+from qat_tricks.graph.submodules import module_of
 from qat_tricks.graph.two_modes import EvaluationInterpreter
 from qat_tricks.numerics import ActivationQuantizer
 from qat_tricks.numerics.decibels import decibels

@@ -15,13 +15,18 @@ from tests.helpers.handmade import float_conv
 from tests.helpers.nets import images, small_net
 
 
-def exported(folder, *between):
+def network(*between):
     torch.manual_seed(0)
     layers = [nn.Conv2d(1, 8, 3), nn.ReLU(), *between, nn.Conv2d(8, 8, 3), nn.ReLU()]
     net = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(4)).eval()
     net(images(2))
+    return net
+
+
+def exported(folder, *between):
     path = folder / "m.onnx"
-    qat_tricks.export_onnx(qat_tricks.quantize(net, [images(16)]), path, images(2))
+    quantized = qat_tricks.quantize(network(*between), [images(16)])
+    qat_tricks.export_onnx(quantized, path, images(2))
     return path
 
 
@@ -75,11 +80,7 @@ def test_the_forecast_counts_no_more_conversions_than_run(tmp_path, between):
     path = exported(tmp_path, *between)
     by_type = profile_file(path, (1, 8, 8), threads=1, runs=1).conversions()["by_type"]
     ran = by_type.get("QuantizeLinear", 0) + by_type.get("DequantizeLinear", 0)
-    torch.manual_seed(0)
-    layers = [nn.Conv2d(1, 8, 3), nn.ReLU(), *between, nn.Conv2d(8, 8, 3), nn.ReLU()]
-    net = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(4)).eval()
-    net(images(2))
-    foreseen = forecast_network(net, images(1)).conversions
+    foreseen = forecast_network(network(*between), images(1)).conversions
     functions = sum(not isinstance(module, (nn.Conv2d, nn.SiLU)) for module in between)
     assert foreseen == 1 + 2 * functions  # the images, and each function's input and output
     assert foreseen <= ran
