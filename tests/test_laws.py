@@ -25,7 +25,7 @@ ROOMS = {
     "deploy": {"graph", "numerics"},
     "evidence": {"deploy", "graph", "numerics"},
     "trainer": {"graph", "numerics"},
-    "tricks": {"trainer", "graph", "numerics"},
+    "tricks": {"trainer", "deploy", "graph", "numerics"},
     "recipes": {"tricks", "trainer", "deploy", "graph", "numerics", "settings"},
 }
 ROOMS["jobs"] = set(ROOMS)
@@ -44,6 +44,7 @@ DEFERRED = {
     ("cli.command_line", "qat_tricks.cli.check_train"): "evaluate.py does without Lightning",
     ("jobs.artifact", "qat_tricks.jobs.checkpoint"): "an ONNX file is measured without Lightning",
     ("recipes.recipe", "qat_tricks.settings.compose"): "a recipe without overrides needs no Hydra",
+    ("tricks.prune_channels", "qat_tricks.deploy.*"): "only a budget of latency needs a runtime",
     ("numerics.choices", "scipy.optimize"): "it takes longer to load than quantizing takes",
     ("files", "torch"): "reading and writing JSON costs nothing",
     ("deploy.runtimes.openvino", "openvino"): "an extra",

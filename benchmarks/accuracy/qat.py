@@ -233,7 +233,8 @@ def _train_recipe(job: Job, network: nn.Module, data: Any) -> tuple[nn.Module, l
     name, *overrides = job.recipe
     staged = load_recipe(name, overrides)
     seconds: list[float] = []
-    if len(staged.training) > 1:  # such as pruning in float, and then fake-quant
+    # Such as pruning in float, and then quantizing: no one list of callbacks.
+    if any(stage.epochs > 0 for stage in staged.stages[:-1]):
         module = _Module(network, job.lr or 0.02)
         stages = [
             replace(

@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,7 +85,9 @@ class Gate:
         """Compares from here on with ``network`` as it is now."""
         self.reference = _run(network, self.inputs)
 
-    def measure(self, traced: nn.Module, name: str, *, thawed: bool = False) -> Step:
+    def measure(
+        self, traced: nn.Module, name: str, *, thawed: bool = False, in_training: bool = True
+    ) -> Step:
         """Measures the float function of ``traced`` against the reference.
 
         Args:
@@ -92,9 +95,12 @@ class Gate:
             name: of the step just made, a past participle such as ``folded``.
             thawed: whether training mode means BatchNorms too. Where they may be folded, they are
                 frozen in both networks.
+            in_training: whether to compare in training mode too.
         """
-        outputs = _run(traced, self.inputs, thawed=thawed, frozen=not thawed)
-        return self._compare(outputs, traced, name, thawed=thawed)
+        frozen = in_training and not thawed
+        outputs = _run(traced, self.inputs, thawed=thawed, frozen=frozen)
+        step = self._compare(outputs, traced, name, thawed=thawed)
+        return step if in_training else replace(step, training_db=None)
 
     def _compare(
         self, outputs: _Outputs, traced: nn.Module, name: str, *, thawed: bool = False
@@ -150,6 +156,8 @@ class Gate:
         name: str,
         traced: fx.GraphModule,
         step: Callable[[fx.GraphModule, Sequence[str]], Sequence[str]],
+        *,
+        in_training: bool = True,
     ) -> Sequence[str]:
         """Applies a step of several parts, without those that do not keep the function.
 
@@ -158,6 +166,7 @@ class Gate:
             traced: the network, changed in place.
             step: changes a network in place, without the parts of these names; returns the names of
                 the parts that it has changed.
+            in_training: whether to compare in training mode too.
 
         Returns:
             The parts that were left as they were.
@@ -170,16 +179,17 @@ class Gate:
         parts = step(trial, ())
         if not parts:
             return ()
-        measured, undone = self.measure(trial, name), []
+        measure = partial(self.measure, name=name, in_training=in_training)
+        measured, undone = measure(trial), []
         if not self.keeps(measured):
             for part in parts:
                 alone = copy.deepcopy(traced)
                 step(alone, [other for other in parts if other != part])
-                if not self.keeps(self.measure(alone, name)):
+                if not self.keeps(measure(alone)):
                     undone.append(part)
             trial = copy.deepcopy(traced)
             step(trial, undone)
-            measured = replace(self.measure(trial, name), undone=tuple(undone))
+            measured = replace(measure(trial), undone=tuple(undone))
         self.enter(measured)
         step(traced, undone)
         return undone

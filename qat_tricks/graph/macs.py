@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qat_tricks.graph.inputs import Inputs, call_network, first_images
-from qat_tricks.graph.layers import Layer, layers
+from qat_tricks.graph.layers import Layer, is_layer
 from qat_tricks.graph.modes import evaluating, float_mode
 from qat_tricks.graph.random_state import kept_random_state
 from qat_tricks.numerics import ActivationQuantizer
@@ -37,12 +37,13 @@ def macs_of_calls(traced: fx.GraphModule, inputs: Inputs) -> list[Call]:
         def see(module: Any, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
             # Each output value takes the weights of its channel.
             positions = output.numel() // module.weight.shape[0]
-            grid = module.calls[kwargs.get("call", 0)][0] if module.calls else None
+            of_calls = module.calls if isinstance(module, Layer) else ()
+            grid = of_calls[kwargs.get("call", 0)][0] if of_calls else None
             calls.append(Call(layer=name, macs=module.weight.numel() * positions, grid=grid))
 
         return see
 
-    found: dict[str, Layer] = layers(traced)
+    found = {name: module for name, module in traced.named_modules() if is_layer(module)}
     handles = [
         nn.Module.register_forward_hook(layer, note(name), with_kwargs=True)
         for name, layer in found.items()

@@ -6,6 +6,10 @@
     trace        {setting: bool}               how the network was traced (``TraceSettings``)
     code         {"torch", "sha256"}           the fingerprint of the code that was traced
     equivalence  [step, ...]                   what each step has left of the user's network
+    channels     {"macs": [before, after], "parameters": [before, after], "latency_ms"?: likewise,
+                  "groups": [{"name", "channels": [before, after]}, ...], "fixed": {layer: reason},
+                  "shapes": {tensor: [int, ...], "<conv>.groups": [int]}}
+                                               channels that were removed
     folded       [[layer, batchnorm], ...]     BatchNorms folded into the layer before them, or
                                                into the layers whose outputs are concatenated
     attached     [[layer, batchnorm], ...]     BatchNorms that their layer folds in evaluation

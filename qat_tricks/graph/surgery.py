@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import nodes as n
+from qat_tricks.graph.channel_removal import missing_tensors, resize
 from qat_tricks.graph.fingerprint import CODE, has_changed
 from qat_tricks.graph.functional import call_instead, install
 from qat_tricks.graph.gates import gate_of, split_gates
@@ -61,6 +62,7 @@ def rebuild(network: nn.Module, spec: dict[str, Any]) -> fx.GraphModule:
             f"{', '.join(missing[:3])}; build the network that was trained"
         )
     # In the order in which the tricks worked: each step finds the names that the last one left.
+    resize(traced, spec.get("channels", {}).get("shapes", {}))
     folded = spec.get("folded", [])
     for layer, batchnorm in folded:
         note_folded(traced.get_submodule(layer), traced.get_submodule(batchnorm))
@@ -94,8 +96,10 @@ def _missing_names(traced: fx.GraphModule, spec: Mapping[str, Any]) -> list[str]
     pairs = [*spec.get("folded", []), *spec.get("attached", [])]
     submodules = [name for pair in pairs for name in pair]
     submodules += [*spec.get("convs", []), *spec.get("layers", {})]
-    return [name for name in [*gated, *quantized] if name not in nodes] + [
-        name for name in submodules if name not in modules
+    return [
+        *(name for name in [*gated, *quantized] if name not in nodes),
+        *(name for name in submodules if name not in modules),
+        *missing_tensors(traced, spec.get("channels", {}).get("shapes", {})),
     ]
 
 

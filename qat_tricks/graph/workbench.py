@@ -228,18 +228,25 @@ class Workbench:
         self._held_out, self._remembered = 0, None
 
     def keep_function(
-        self, name: str, step: Callable[[fx.GraphModule, Sequence[str]], Sequence[str]]
+        self,
+        name: str,
+        step: Callable[[fx.GraphModule, Sequence[str]], Sequence[str]],
+        *,
+        in_training: bool = True,
     ) -> None:
         """Applies a step of several parts, but for parts that change the network's function.
 
         Args:
             name: of the step, such as ``folded``.
             step: see ``Gate.apply_kept``.
+            in_training: whether to compare in training mode too.
         """
         if self.gate is None:
             step(self.network, ())
             return
-        undone = self.gate.apply_kept(name, self.network, step)
+        undone = self.gate.apply_kept(name, self.network, step, in_training=in_training)
+        if not in_training:  # later steps are compared in training mode with what there is now
+            self.gate.rebase(self.network)
         self._record()
         if undone:
             warnings.warn(

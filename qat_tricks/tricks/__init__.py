@@ -17,6 +17,7 @@ from qat_tricks.tricks.learn_scales import LearnScales, learn_scales
 from qat_tricks.tricks.learned_rounding import LearnedRounding, learned_rounding
 from qat_tricks.tricks.mixed_precision import MixedPrecision, mixed_precision
 from qat_tricks.tricks.prune import Prune, prune
+from qat_tricks.tricks.prune_channels import PruneChannels, prune_channels
 from qat_tricks.tricks.quantize import Quantize, quantize
 from qat_tricks.tricks.reestimate_batchnorm import ReestimateBatchnorm, reestimate_batchnorm
 from qat_tricks.tricks.restore_batchnorm import RestoreBatchnorm, restore_batchnorm
@@ -36,6 +37,7 @@ __all__ = [
     "LearnedRounding",
     "MixedPrecision",
     "Prune",
+    "PruneChannels",
     "Quantize",
     "ReestimateBatchnorm",
     "RestoreBatchnorm",
@@ -55,6 +57,7 @@ __all__ = [
     "learned_rounding",
     "mixed_precision",
     "prune",
+    "prune_channels",
     "quantize",
     "reestimate_batchnorm",
     "restore_batchnorm",

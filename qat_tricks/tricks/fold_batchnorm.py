@@ -24,6 +24,8 @@ __all__ = ["FoldBatchnorm", "batchnorms_to_convs", "fold_batchnorm"]
 class FoldBatchnorm(Trick):
     """Callback of ``fold_batchnorm``."""
 
+    after = ("prune_channels",)
+
     def restructure(self, work: Workbench) -> None:
         """Folds: the structure does not depend on values."""
         self._fold(work)

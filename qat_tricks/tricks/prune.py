@@ -106,7 +106,7 @@ class Prune(Trick):
         QatTricksError: a setting that is not allowed.
     """
 
-    after = ("fold_batchnorm", "equalize")
+    after = ("prune_channels", "fold_batchnorm", "equalize")
 
     def __init__(
         self,

@@ -53,7 +53,7 @@ def quantize(
 class Quantize(Trick):
     """Callback of ``quantize``; its arguments are the fields of ``QuantizeSettings``."""
 
-    after = ("fold_batchnorm", "equalize")
+    after = ("prune_channels", "fold_batchnorm", "equalize")
     quantizes = True
 
     def __init__(

@@ -1,0 +1,478 @@
+"""Remove channels for real: layers become narrower, and run faster on any runtime.
+
+Which channels stand or fall together is read off the graph (``graph.channel_labels``). Those with
+the lowest score go (``graph.channel_scores``), from the groups where they are missed least
+(``graph.channel_plan``), until the network meets a budget of MACs, of parameters, or of latency as
+ONNX Runtime measures it. The weights that stay are fitted anew to what each layer computed before,
+by least squares on its inputs, as in He et al. 2017, "Channel Pruning for Accelerating Very Deep
+Neural Networks" (arXiv 1707.06168), equation 1.
+
+Where this differs: channels are first masked, which changes the network's function, and then
+removed, which must not: the equivalence gate compares the two. And the weights follow the output of
+the layer as it was, on its inputs as they were, so that one pass over the images serves all layers.
+"""
+
+import copy
+import math
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qat_tricks.errors import QatTricksError, did_you_mean
+from qat_tricks.graph.channel_errors import (
+    lowest_first,
+    mask_weights,
+    measured_errors,
+    summed_errors,
+)
+from qat_tricks.graph.channel_groups import ChannelGroup, Channels, find_channels
+from qat_tricks.graph.channel_plan import (
+    ChannelCosts,
+    Cost,
+    Kept,
+    Steps,
+    largest_share,
+    plan_alike,
+    plan_by_errors,
+)
+from qat_tricks.graph.channel_removal import read_masks, remove_channels
+from qat_tricks.graph.channel_scores import CRITERIA, score_channels
+from qat_tricks.graph.hessians import input_hessians
+from qat_tricks.graph.inputs import Inputs, as_tensors, check_batches, first_images, first_of_all
+from qat_tricks.graph.processes import from_rank_zero
+from qat_tricks.graph.spec import spec_of
+from qat_tricks.graph.submodules import layer_at
+from qat_tricks.graph.workbench import Workbench
+from qat_tricks.progress import Bar
+from qat_tricks.trainer.trick import Trick, check_num_images
+from qat_tricks.tricks.calibrate import Calibrate
+from qat_tricks.tricks.fold_batchnorm import FoldBatchnorm
+from qat_tricks.tricks.quantize import Quantize
+
+BUDGETS = ("macs", "parameters", "latency")
+SCOPES = ("layer", "global", "sensitivity")
+TRIAL_IMAGES = 64  # on which groups are measured, and files are calibrated for their latency
+TRIALS = 5  # networks that are timed to meet a latency
+NEAR = 0.03  # of the latency asked for: no need to come nearer
+SECONDS = 4.0  # for the timing of one network
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelSettings:
+    """How channels are chosen; the fields are described in ``conf/trick/prune_channels.yaml``."""
+
+    budget: str = "macs"
+    share: float = 0.5
+    latency_ms: float | None = None
+    criterion: str = "taylor"
+    scope: str = "global"
+    multiple: int = 8
+    least: float = 0.1
+    refit: bool = True
+    include: Sequence[str] = ("*",)
+    exclude: Sequence[str] = ()
+    batch_size: int = 1
+    threads: int = 2
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name}={value!r} is not allowed: {did_you_mean(str(value), allowed)}"
+            for name, value, allowed in (
+                ("budget", self.budget, BUDGETS),
+                ("criterion", self.criterion, CRITERIA),
+                ("scope", self.scope, SCOPES),
+            )
+            if value not in allowed
+        ]
+        if not 0 < self.share <= 1:
+            problems.append(f"share={self.share} is not allowed: give a share above 0 and up to 1")
+        if not 0 <= self.least < 1:
+            problems.append(f"least={self.least} is not allowed: give a share from 0 to below 1")
+        for name in ("multiple", "batch_size", "threads"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                problems.append(f"{name}={getattr(self, name)!r} is not allowed: give 1 or more")
+        if self.latency_ms is not None:
+            if not 0 < self.latency_ms < math.inf:
+                problems.append(f"latency_ms={self.latency_ms} is not allowed: give more than 0")
+            if self.budget != "latency":
+                problems.append(f"latency_ms is for budget=latency, and budget is {self.budget}")
+        if problems:
+            raise QatTricksError("; ".join(problems))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which channels go."""
+
+    channels: Channels
+    removed: frozenset[int]  # labels of units
+    hessians: Mapping[str, Tensor]  # of the inputs of the layers that are fitted anew
+    # For the spec: figures before and after, and the channels of each group.
+    entry: Mapping[str, Any]
+
+
+def prune_channels(
+    traced: fx.GraphModule, batches: Sequence[Inputs], **settings: Any
+) -> dict[str, Any]:
+    """Removes channels of ``traced``, in place.
+
+    Args:
+        traced: a traced float network, with its BatchNorms not folded.
+        batches: the network's inputs, a batch each.
+        settings: fields of ``ChannelSettings``.
+
+    Returns:
+        What was removed, as the spec has it under ``channels``.
+
+    Raises:
+        QatTricksError: a setting that is not allowed, a network that is folded or quantized, no
+            batches, no channels that can be removed, or a budget that cannot be met.
+    """
+    plan = plan_channels(traced, batches, ChannelSettings(**settings))
+    mask_weights(traced, read_masks(traced, plan.channels, plan.removed), plan.hessians)
+    remove_planned(traced, plan)
+    return dict(spec_of(traced)["channels"])
+
+
+@torch.no_grad()
+def plan_channels(
+    traced: fx.GraphModule, batches: Sequence[Inputs], settings: ChannelSettings
+) -> Plan:
+    """Chooses the channels that go; ``traced`` stays as it is. See ``prune_channels``."""
+    check_batches(batches, "to choose channels on")
+    _check_float(traced)
+    channels = find_channels(traced, batches[0])
+    groups = _chosen(channels, settings.include, settings.exclude)
+    channels = Channels(**{**vars(channels), "groups": groups})
+    costs = ChannelCosts(traced, channels, batches[0])
+
+    @cache
+    def hessians() -> Mapping[str, Tensor]:
+        read = read_masks(traced, channels, {unit for group in groups for unit in group.units})
+        return input_hessians(traced, {name: layer_at(traced, name) for name in read}, batches)
+
+    scores = score_channels(traced, channels, settings.criterion, batches, hessians)
+    order = [lowest_first(group, scores) for group in groups]
+    of_refit = hessians() if settings.refit else {}
+    errors = None
+    if settings.scope == "global":
+        errors = summed_errors(groups, scores)
+    elif settings.scope == "sensitivity":
+        few = first_of_all(batches, TRIAL_IMAGES)
+        errors = measured_errors(traced, channels, scores, few, of_refit)
+    steps = Steps(multiple=settings.multiple, least=settings.least)
+
+    def keep(cost: Cost, budget: float) -> Kept:
+        if errors is None:
+            return plan_alike(groups, steps, cost, budget)
+        return plan_by_errors(groups, errors, steps, cost, budget)
+
+    def goes(kept: Kept) -> frozenset[int]:
+        return frozenset(
+            unit
+            for units, count in zip(order, kept.tolist(), strict=True)
+            for unit in units[: len(units) - count]
+        )
+
+    before = spec_of(traced).get("channels", {})
+    timed: dict[str, Any] = {}
+    whole = costs.macs(costs.all)
+    if settings.budget == "latency":
+        with tempfile.TemporaryDirectory() as folder:
+            stopwatch = _Stopwatch(traced, channels, batches, settings, folder)
+            kept = _meet_latency(stopwatch, lambda share: keep(costs.macs, share * whole), goes)
+            stopwatch.excess(goes(kept))
+        timed["latency_ms"] = [stopwatch.times["dense"], stopwatch.times["pruned"]]
+    else:
+        cost: Cost = getattr(costs, settings.budget)
+        # Of the user's network, also where an earlier stage has removed channels.
+        first = before.get(settings.budget, [cost(costs.all)])[0]
+        kept = keep(cost, settings.share * first)
+    removed = from_rank_zero(goes(kept))
+    entry = {
+        "macs": [before.get("macs", [whole])[0], costs.macs(kept)],
+        "parameters": [
+            before.get("parameters", [costs.parameters(costs.all)])[0],
+            costs.parameters(kept),
+        ],
+        **timed,
+        "groups": [
+            {
+                "name": group.name,
+                "channels": [len(group.units) * group.channels, int(count) * group.channels],
+            }
+            for group, count in zip(groups, kept.tolist(), strict=True)
+        ],
+        "fixed": dict(channels.fixed),
+    }
+    return Plan(channels=channels, removed=removed, hessians=of_refit, entry=entry)
+
+
+def remove_planned(traced: fx.GraphModule, plan: Plan, skip: Collection[str] = ()) -> list[str]:
+    """Removes the channels of a plan, which are masked already, and enters them in the spec.
+
+    Args:
+        traced: changed in place.
+        plan: of it.
+        skip: names of groups whose channels stay, masked.
+
+    Returns:
+        The names of the groups that have lost channels.
+    """
+    groups = [group for group in plan.channels.groups if plan.removed & set(group.units)]
+    parts = [group for group in groups if group.name not in skip]
+    gone = plan.removed & {unit for group in parts for unit in group.units}
+    shapes = remove_channels(traced, plan.channels, gone)
+    earlier = spec_of(traced).get("channels", {})
+    spec_of(traced)["channels"] = {
+        **plan.entry,
+        "groups": _merged(earlier.get("groups", []), plan.entry["groups"]),
+        "shapes": {**earlier.get("shapes", {}), **shapes},
+    }
+    return [group.name for group in parts]
+
+
+def _merged(earlier: Sequence[Any], now: Sequence[Any]) -> list[dict[str, Any]]:
+    """The channels of each group, from the user's network on."""
+    first = {group["name"]: group["channels"][0] for group in earlier}
+    named = {group["name"] for group in now}
+    return [
+        *(group for group in earlier if group["name"] not in named),
+        *(
+            {
+                **group,
+                "channels": [first.get(group["name"], group["channels"][0]), group["channels"][1]],
+            }
+            for group in now
+        ),
+    ]
+
+
+def _check_float(traced: fx.GraphModule) -> None:
+    spec = spec_of(traced)
+    done = [key for key in ("folded", "convs", "attached", "activations", "gated") if spec.get(key)]
+    if done:
+        raise QatTricksError(
+            "channels can be removed from the float network only, and this one is folded or "
+            "quantized: put prune_channels into a stage before"
+        )
+
+
+def _chosen(
+    channels: Channels, include: Sequence[str], exclude: Sequence[str]
+) -> list[ChannelGroup]:
+    """The groups that the patterns leave; see ``ChannelSettings``.
+
+    Raises:
+        QatTricksError: a pattern matches no layer, or none whose channels can be removed.
+    """
+    members = {
+        group.name: [
+            name.removesuffix(".weight")
+            for name, units in channels.rows.items()
+            if set(group.units) & set(units.tolist())
+        ]
+        for group in channels.groups
+    }
+    names = sorted({*channels.columns, *(name for each in members.values() for name in each)})
+    for pattern in [*include, *exclude]:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise QatTricksError(
+                f'pattern "{pattern}" matches no conv or linear layer: '
+                f"{did_you_mean(pattern, names)}"
+            )
+
+    def matches(group: ChannelGroup, patterns: Sequence[str]) -> bool:
+        return any(fnmatchcase(name, p) for name in members[group.name] for p in patterns)
+
+    chosen = [g for g in channels.groups if matches(g, include) and not matches(g, exclude)]
+    if not chosen:
+        reasons = [
+            f"{name}: {reason}"
+            for name, reason in channels.fixed.items()
+            if any(fnmatchcase(name, pattern) for pattern in include)
+        ]
+        raise QatTricksError(
+            "no channels are left to remove"
+            + (f" ({'; '.join(reasons[:3])})" if reasons else "")
+            + ": widen include or narrow exclude, or leave prune_channels out"
+        )
+    return chosen
+
+
+# Latency -----------------------------------------------------------------------------------------
+
+
+class _Stopwatch:
+    """Times the int8 files of a network with all of its channels, and with some of them.
+
+    Args:
+        traced: the network with all of them.
+        channels: of it.
+        batches: of its inputs.
+        settings: the latency that is wanted.
+        folder: for the files.
+    """
+
+    def __init__(
+        self,
+        traced: fx.GraphModule,
+        channels: Channels,
+        batches: Sequence[Inputs],
+        settings: ChannelSettings,
+        folder: str,
+    ) -> None:
+        self.traced, self.channels, self.settings = traced, channels, settings
+        self.batches = first_of_all(batches, TRIAL_IMAGES)
+        self.dense, self.pruned = Path(folder) / "dense.onnx", Path(folder) / "pruned.onnx"
+        self.times: dict[str, float] = {}  # the last ones, milliseconds a batch
+        _write_int8(traced, self.batches, self.dense)
+
+    def excess(self, removed: Collection[int]) -> float:
+        """The latency without ``removed``, as a share of what is wanted."""
+        pruned = copy.deepcopy(self.traced)
+        mask_weights(pruned, read_masks(pruned, self.channels, removed), {})
+        remove_channels(pruned, self.channels, removed)
+        _write_int8(pruned, self.batches, self.pruned)
+        self.times = _milliseconds(
+            {"dense": self.dense, "pruned": self.pruned}, self.batches[0], self.settings
+        )
+        return self.times["pruned"] / self.wanted
+
+    @property
+    def wanted(self) -> float:
+        """Milliseconds a batch."""
+        return self.settings.latency_ms or self.settings.share * self.times["dense"]
+
+
+def _meet_latency(
+    stopwatch: _Stopwatch, keep: Callable[[float], Kept], goes: Callable[[Kept], Collection[int]]
+) -> Kept:
+    """Finds the share of MACs whose int8 file is as fast as is asked for, by timing files.
+
+    Args:
+        stopwatch: of the network.
+        keep: the channels that stay for a share of MACs; an error where it cannot be met.
+        goes: the units that go with these.
+
+    Raises:
+        QatTricksError: no share is fast enough.
+    """
+    settings = stopwatch.settings
+    bar = Bar("time networks", TRIALS)
+    try:
+
+        def excess(share: float) -> float:
+            bar.advance()
+            return stopwatch.excess(goes(keep(share)))
+
+        share = largest_share(excess, start=settings.share, trials=TRIALS, near=NEAR)
+    finally:
+        bar.close()
+    if share is None:
+        raise QatTricksError(
+            f"latency: the int8 network takes {stopwatch.times['pruned']:.3g} ms with the fewest "
+            f"channels that were tried, and {stopwatch.wanted:.3g} ms were asked for: allow more "
+            "time, or lower least or multiple"
+        )
+    return keep(share)
+
+
+def _write_int8(traced: fx.GraphModule, batches: Sequence[Inputs], path: Path) -> None:
+    """Writes the int8 file of a float network; how well it classifies does not matter."""
+    from qat_tricks.deploy.export import export_onnx
+
+    work = Workbench(copy.deepcopy(traced), lambda count: batches, compares=False)
+    for trick in (FoldBatchnorm(), Quantize(), Calibrate(estimator="minmax")):
+        trick.apply(work)
+    example = first_images(batches[0], 1)
+    export_onnx(work.network, path, example, min_top1_agreement=0.0, min_sqnr_db=-math.inf)
+
+
+def _milliseconds(
+    paths: Mapping[str, Path], inputs: Inputs, settings: ChannelSettings
+) -> dict[str, float]:
+    """The median latency of each file, timed in turn."""
+    from qat_tricks.deploy.cost.latency import measure_latency
+
+    times = measure_latency(
+        paths,
+        image_shape=[tuple(tensor.shape[1:]) for tensor in as_tensors(inputs)],
+        batch_size=settings.batch_size,
+        threads=settings.threads,
+        max_seconds=SECONDS,
+    )
+    return {name: of_file["p50"] for name, of_file in times.items()}
+
+
+class PruneChannels(Trick):
+    """Callback of ``prune_channels``.
+
+    Args:
+        num_images: on which channels are scored, and weights fitted anew.
+        settings: fields of ``ChannelSettings``.
+
+    Raises:
+        QatTricksError: a setting that is not allowed.
+    """
+
+    def __init__(
+        self,
+        budget: str = "macs",
+        share: float = 0.5,
+        latency_ms: float | None = None,
+        criterion: str = "taylor",
+        scope: str = "global",
+        multiple: int = 8,
+        least: float = 0.1,
+        refit: bool = True,
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+        batch_size: int = 1,
+        threads: int = 2,
+        num_images: int = 256,
+    ) -> None:
+        super().__init__()
+        self.num_images = check_num_images(num_images)
+        # Made now, so that wrong settings are refused before anything is trained.
+        self.settings = ChannelSettings(
+            budget=budget,
+            share=share,
+            latency_ms=latency_ms,
+            criterion=criterion,
+            scope=scope,
+            multiple=multiple,
+            least=least,
+            refit=refit,
+            include=include,
+            exclude=exclude,
+            batch_size=batch_size,
+            threads=threads,
+        )
+
+    def restructure(self, work: Workbench) -> None:
+        """Removes channels as many as there will be; which of them does not matter."""
+        plan = plan_channels(work.network, work.batches(2), self.settings)
+        remove_planned(work.network, plan)
+
+    def apply(self, work: Workbench) -> None:
+        """Masks channels, which changes the function, and removes them, which does not."""
+        batches = work.batches(self.num_images)
+        plan = plan_channels(work.network, batches, self.settings)
+        mask_weights(
+            work.network, read_masks(work.network, plan.channels, plan.removed), plan.hessians
+        )
+        work.note_change("channels masked")
+        # Dropout draws another pattern for fewer channels.
+        work.keep_function("channels removed", partial(_remove, plan), in_training=False)
+
+
+def _remove(plan: Plan, traced: fx.GraphModule, skip: Sequence[str]) -> Sequence[str]:
+    return remove_planned(traced, plan, skip)
