@@ -45,8 +45,9 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
         report: plain data with at least ``REQUIRED_KEYS``. ``packed_bytes`` is the size that the
             int8 file would have at its weights' own bits. ``compressed_bytes``, ``load_ms``,
             ``conversions``, ``profile``, ``throughput``, ``runtimes``, ``normalization``,
-            ``target``, ``sensitivity``, ``mixed_precision`` and ``preprocessing_change`` fill their
-            sections. ``environment`` defaults to ``environment()``.
+            ``target``, ``sensitivity``, ``channels``, ``mixed_precision`` and
+            ``preprocessing_change`` fill their sections. ``environment`` defaults to
+            ``environment()``.
 
     Raises:
         QatTricksError: a key is missing, or the folder cannot be written.
@@ -102,6 +103,7 @@ def render(report: dict[str, Any]) -> str:
         "runtimes": report.get("runtimes") or {},
         "preprocessing_change": report.get("preprocessing_change"),
         "sensitivity": report.get("sensitivity"),
+        "channels": report.get("channels"),
         "mixed_precision": report.get("mixed_precision"),
         "normalization": report.get("normalization"),
         "target": target,

@@ -7,7 +7,7 @@ are those that cost the least error for what they spare by then.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -66,6 +66,7 @@ class ChannelCosts:
         self._rows: list[NDArray[np.float64]] = []
         self._columns: list[NDArray[np.float64]] = []
         parameters, products = [], []
+        self._layers = list(channels.columns)
         for name, units in channels.columns.items():
             weight = layer_at(traced, name).weight
             rows = channels.rows.get(f"{name}.weight")
@@ -100,6 +101,18 @@ class ChannelCosts:
     def macs(self, kept: Kept) -> float:
         """The products with weights for one image."""
         return float(self._cells(kept) @ self._products) + self._other_macs
+
+    def times(self, milliseconds: Mapping[str, float]) -> "Cost":
+        """A cost that is the layers' time: it goes with their output times their input channels.
+
+        Args:
+            milliseconds: of each layer with all channels; of those that are not named, none.
+        """
+        names = [milliseconds.get(name, 0.0) for name in self._layers]
+        of_layers = np.zeros(len(self._products))
+        of_layers[: len(names)] = names
+        of_cells = of_layers / self._cells(self.all)
+        return lambda kept: float(self._cells(kept) @ of_cells)
 
     def _cells(self, kept: Kept) -> NDArray[np.float64]:
         """Output channels times input channels of each layer."""

@@ -55,6 +55,13 @@ def spec_of(traced: fx.GraphModule) -> dict[str, Any]:
     return traced.meta["qat_tricks"]
 
 
+def channels_of(network: nn.Module) -> dict[str, Any] | None:
+    """The channels removed from ``network``, as its spec has them, without the shapes."""
+    meta: Any = getattr(network, "meta", {})
+    entry = meta.get("qat_tricks", {}).get("channels")
+    return entry and {key: value for key, value in entry.items() if key != "shapes"}
+
+
 def mixed_precision_of(network: nn.Module) -> dict[str, Any] | None:
     """The bits that were chosen for ``network``, as its spec has them; None if none were."""
     meta: Any = getattr(network, "meta", {})

@@ -15,6 +15,7 @@ from qat_tricks.errors import QatTricksError, one_line
 from qat_tricks.graph.layers import LAYER_OF
 from qat_tricks.graph.outside import has_steps
 from qat_tricks.graph.spec import KERNELS, QUANTIZERS
+from qat_tricks.graph.traced_network import TracedNetwork
 
 # Old-style hooks of torch.nn.utils that make a weight anew at each call, with the function that
 # makes it a parameter again.
@@ -55,12 +56,14 @@ def check_traceable(network: nn.Module, untraced: Sequence[str] = ()) -> None:
     """Refuses networks that a tracer would follow wrong.
 
     Args:
-        network: the user's.
+        network: the user's; one that was traced here before is right.
         untraced: name patterns of submodules that stay whole, which may be anything.
 
     Raises:
         QatTricksError: one line with the part and the way out.
     """
+    if isinstance(network, TracedNetwork):
+        return
     if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise QatTricksError(
             f"{type(network).__name__} spreads a network over devices: hand over its .module"

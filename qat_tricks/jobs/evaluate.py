@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from torch import nn
 
 from qat_tricks.data import ImageData, build_data
 from qat_tricks.deploy.cost.coverage import integer_coverage
@@ -28,7 +29,7 @@ from qat_tricks.deploy.runtimes.registry import (
 from qat_tricks.evidence.ledger import Ledger, LedgerRow
 from qat_tricks.evidence.metrics import Metrics, agreement, evaluate_classifier
 from qat_tricks.evidence.report import write_report
-from qat_tricks.graph.spec import mixed_precision_of
+from qat_tricks.graph.spec import channels_of, mixed_precision_of
 from qat_tricks.jobs.artifact import (
     Artifact,
     export_artifact,
@@ -203,9 +204,7 @@ class _Evaluation:
                 else None
             ),
             "parity": compared,
-            "mixed_precision": (
-                None if artifact.simulated is None else mixed_precision_of(artifact.simulated)
-            ),
+            **_choices_in(artifact.simulated),
             **device,
             "preprocessing": artifact.preprocessing.described(),
             "normalization": BUILT_IN if deployed.normalizes else "outside",
@@ -294,3 +293,10 @@ def _measure(predict: Predict, artifact: Artifact, data: ImageData, name: str) -
     return evaluate_classifier(
         predict, artifact.batches(data), data.num_classes, description=f"measure {name}"
     )
+
+
+def _choices_in(network: nn.Module | None) -> dict[str, Any]:
+    """What tricks have chosen for a network; nothing is known of a file without one."""
+    if network is None:
+        return {}
+    return {"channels": channels_of(network), "mixed_precision": mixed_precision_of(network)}

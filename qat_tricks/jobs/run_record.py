@@ -32,7 +32,7 @@ from qat_tricks.deploy.targets import target_named
 from qat_tricks.evidence.ledger import Ledger, LedgerRow, check_drop
 from qat_tricks.evidence.metrics import Metrics, agreement, evaluate_classifier
 from qat_tricks.evidence.report import REQUIRED_KEYS, write_report
-from qat_tricks.graph.spec import mixed_precision_of, spec_of
+from qat_tricks.graph.spec import channels_of, mixed_precision_of, spec_of
 from qat_tricks.graph.traced_network import TracedNetwork
 from qat_tricks.jobs.classifier import Classifier
 from qat_tricks.jobs.config import timing
@@ -286,6 +286,7 @@ class RunRecord:
             "preprocessing": self.data.preprocessing.described(),
             "normalization": BUILT_IN if self.config.export.normalize else "outside",
             "target": self.config.target,
+            "channels": channels_of(self.module.network),
             "mixed_precision": mixed_precision_of(self.module.network),
         }
 

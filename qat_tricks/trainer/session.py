@@ -21,7 +21,7 @@ from qat_tricks.graph.outside import OUTSIDE
 from qat_tricks.graph.random_state import restore_random_state
 from qat_tricks.graph.surgery import rebuild
 from qat_tricks.graph.traceable import check_traceable, copy_of
-from qat_tricks.graph.traced_network import NO_TRAINING, TracedNetwork
+from qat_tricks.graph.traced_network import NO_TRAINING
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.trainer.averaging import is_averaging, keep_grids
 from qat_tricks.trainer.calibration_images import network_inputs
@@ -287,8 +287,7 @@ class Session(Callback):
                 f"{name} is compiled, and surgery needs the network itself: leave it as it is and "
                 "compile what is trained, trainer.fit(torch.compile(module))"
             )
-        if not isinstance(network, TracedNetwork):  # as one that was quantized beforehand
-            check_traceable(network, self.untraced)
+        check_traceable(network, self.untraced)
         spec = spec_to_restore(trainer, pl_module)
         # A float checkpoint is where the recipe begins.
         if self.report is not None and spec is None and trainer.state.fn == "fit":

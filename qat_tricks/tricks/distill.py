@@ -129,6 +129,12 @@ class _Features:
         self.tensors = chosen_tensors(self.tensors, names)
         self.teacher.tap(names)
 
+    def _alike(self, heard: dict[str, Tensor], args: Any, kwargs: Any) -> dict[str, Tensor]:
+        """Those of the maps that have as many channels in the teacher."""
+        self.teacher.tap(list(heard))
+        _, expected = self.teacher(*args, **kwargs)
+        return {n: tensor for n, tensor in heard.items() if tensor.shape == expected[n].shape}
+
     def listener(self) -> Listener:
         """What listens to the student during a step."""
         return Listener(self.student, self.tensors)
@@ -136,7 +142,8 @@ class _Features:
     def loss(self, heard: dict[str, Tensor], args: Any, kwargs: Any) -> tuple[Tensor, Any]:
         """The loss for a call of the student, and the teacher's output."""
         if not self.names:
-            self._choose(last_of_each_size(heard, self.teacher.order))
+            alike = self._alike(heard, args, kwargs)
+            self._choose(last_of_each_size(alike, self.teacher.order))
         missing = [name for name in self.names if name not in heard]
         if missing or not self.names:
             raise QatTricksError(
@@ -145,6 +152,12 @@ class _Features:
                 "of a compiled network they cannot be seen"
             )
         output, expected = self.teacher(*args, **kwargs)
+        narrower = [name for name in self.names if heard[name].shape != expected[name].shape]
+        if narrower:
+            raise QatTricksError(
+                f"distill cannot compare {', '.join(narrower)}: channels were removed there; give "
+                f"features={AUTO}, which leaves such maps out, or null"
+            )
         steps = {
             name: self.student.get_submodule(quantizer).current_scale()
             for quantizer, names in self.tensors.items()

@@ -16,7 +16,7 @@ import copy
 import math
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from qat_tricks.graph.channel_groups import ChannelGroup, Channels, find_channel
 from qat_tricks.graph.channel_plan import (
     ChannelCosts,
     Cost,
+    Errors,
     Kept,
     Steps,
     largest_share,
@@ -148,71 +149,104 @@ def plan_channels(
     """Chooses the channels that go; ``traced`` stays as it is. See ``prune_channels``."""
     check_batches(batches, "to choose channels on")
     _check_float(traced)
-    channels = find_channels(traced, batches[0])
-    groups = _chosen(channels, settings.include, settings.exclude)
-    channels = Channels(**{**vars(channels), "groups": groups})
-    costs = ChannelCosts(traced, channels, batches[0])
-
-    @cache
-    def hessians() -> Mapping[str, Tensor]:
-        read = read_masks(traced, channels, {unit for group in groups for unit in group.units})
-        return input_hessians(traced, {name: layer_at(traced, name) for name in read}, batches)
-
-    scores = score_channels(traced, channels, settings.criterion, batches, hessians)
-    order = [lowest_first(group, scores) for group in groups]
-    of_refit = hessians() if settings.refit else {}
-    errors = None
-    if settings.scope == "global":
-        errors = summed_errors(groups, scores)
-    elif settings.scope == "sensitivity":
-        few = first_of_all(batches, TRIAL_IMAGES)
-        errors = measured_errors(traced, channels, scores, few, of_refit)
-    steps = Steps(multiple=settings.multiple, least=settings.least)
-
-    def keep(cost: Cost, budget: float) -> Kept:
-        if errors is None:
-            return plan_alike(groups, steps, cost, budget)
-        return plan_by_errors(groups, errors, steps, cost, budget)
-
-    def goes(kept: Kept) -> frozenset[int]:
-        return frozenset(
-            unit
-            for units, count in zip(order, kept.tolist(), strict=True)
-            for unit in units[: len(units) - count]
-        )
-
-    before = spec_of(traced).get("channels", {})
+    chooser = _Chooser(traced, batches, settings)
+    costs, earlier = chooser.costs, spec_of(traced).get("channels", {})
     timed: dict[str, Any] = {}
-    whole = costs.macs(costs.all)
     if settings.budget == "latency":
-        with tempfile.TemporaryDirectory() as folder:
-            stopwatch = _Stopwatch(traced, channels, batches, settings, folder)
-            kept = _meet_latency(stopwatch, lambda share: keep(costs.macs, share * whole), goes)
-            stopwatch.excess(goes(kept))
-        timed["latency_ms"] = [stopwatch.times["dense"], stopwatch.times["pruned"]]
+        kept, milliseconds = chooser.meet_latency(batches)
+        timed["latency_ms"] = milliseconds
     else:
         cost: Cost = getattr(costs, settings.budget)
         # Of the user's network, also where an earlier stage has removed channels.
-        first = before.get(settings.budget, [cost(costs.all)])[0]
-        kept = keep(cost, settings.share * first)
-    removed = from_rank_zero(goes(kept))
+        whole = earlier.get(settings.budget, [cost(costs.all)])[0]
+        kept = chooser.keep(cost, settings.share * whole)
     entry = {
-        "macs": [before.get("macs", [whole])[0], costs.macs(kept)],
-        "parameters": [
-            before.get("parameters", [costs.parameters(costs.all)])[0],
-            costs.parameters(kept),
-        ],
+        **{
+            name: [earlier.get(name, [cost(costs.all)])[0], cost(kept)]
+            for name, cost in (("macs", costs.macs), ("parameters", costs.parameters))
+        },
         **timed,
         "groups": [
             {
                 "name": group.name,
-                "channels": [len(group.units) * group.channels, int(count) * group.channels],
+                "channels": [len(group.units) * group.channels, count * group.channels],
             }
-            for group, count in zip(groups, kept.tolist(), strict=True)
+            for group, count in zip(chooser.channels.groups, kept.tolist(), strict=True)
         ],
-        "fixed": dict(channels.fixed),
+        "fixed": dict(chooser.channels.fixed),
     }
-    return Plan(channels=channels, removed=removed, hessians=of_refit, entry=entry)
+    return Plan(
+        channels=chooser.channels,
+        removed=from_rank_zero(chooser.removed(kept)),
+        hessians=chooser.hessians() if settings.refit else {},
+        entry=entry,
+    )
+
+
+class _Chooser:
+    """Chooses channels for a budget.
+
+    Args:
+        traced: the network with all of them.
+        batches: of its inputs.
+        settings: by which to choose.
+    """
+
+    def __init__(
+        self, traced: fx.GraphModule, batches: Sequence[Inputs], settings: ChannelSettings
+    ) -> None:
+        self.traced, self.settings = traced, settings
+        channels = find_channels(traced, batches[0])
+        groups = _chosen(channels, settings.include, settings.exclude)
+        self.channels = replace(channels, groups=groups)
+        self.costs = ChannelCosts(traced, self.channels, batches[0])
+        self.hessians = cache(partial(_hessians, traced, self.channels, batches))
+        scores = score_channels(traced, self.channels, settings.criterion, batches, self.hessians)
+        self._order = [lowest_first(group, scores) for group in groups]
+        self._errors: Errors | None = None  # None: all groups are treated alike
+        if settings.scope == "global":
+            self._errors = summed_errors(groups, scores)
+        elif settings.scope == "sensitivity":
+            few = first_of_all(batches, TRIAL_IMAGES)
+            fitted = self.hessians() if settings.refit else {}
+            self._errors = measured_errors(traced, self.channels, scores, few, fitted)
+
+    def keep(self, cost: Cost, budget: float) -> Kept:
+        """How many units of each group stay, so that they cost no more than ``budget``."""
+        steps = Steps(multiple=self.settings.multiple, least=self.settings.least)
+        if self._errors is None:
+            return plan_alike(self.channels.groups, steps, cost, budget)
+        return plan_by_errors(self.channels.groups, self._errors, steps, cost, budget)
+
+    def removed(self, kept: Kept) -> frozenset[int]:
+        """The units that go: of each group those with the lowest scores."""
+        return frozenset(
+            unit
+            for units, count in zip(self._order, kept.tolist(), strict=True)
+            for unit in units[: len(units) - count]
+        )
+
+    def meet_latency(self, batches: Sequence[Inputs]) -> tuple[Kept, list[float]]:
+        """What stays, and the milliseconds of the int8 files with all channels and with those."""
+        with tempfile.TemporaryDirectory() as folder:
+            stopwatch = _Stopwatch(self.traced, self.channels, batches, self.settings, folder)
+            # Where the time goes is measured; what a narrower layer takes is thought, and tried.
+            cost = self.costs.times(stopwatch.layer_times())
+            whole = cost(self.costs.all)
+            kept = _meet_latency(
+                stopwatch, lambda share: self.keep(cost, share * whole), self.removed
+            )
+            stopwatch.excess(self.removed(kept))
+        return kept, [stopwatch.times["dense"], stopwatch.times["pruned"]]
+
+
+def _hessians(
+    traced: fx.GraphModule, channels: Channels, batches: Sequence[Inputs]
+) -> Mapping[str, Tensor]:
+    """Of the inputs of all layers that may lose some."""
+    units = {unit for group in channels.groups for unit in group.units}
+    read = read_masks(traced, channels, units)
+    return input_hessians(traced, {name: layer_at(traced, name) for name in read}, batches)
 
 
 def remove_planned(traced: fx.GraphModule, plan: Plan, skip: Collection[str] = ()) -> list[str]:
@@ -335,6 +369,18 @@ class _Stopwatch:
         self.times: dict[str, float] = {}  # the last ones, milliseconds a batch
         _write_int8(traced, self.batches, self.dense)
 
+    def layer_times(self) -> Mapping[str, float]:
+        """Milliseconds a batch of each layer with all of its channels."""
+        from qat_tricks.deploy.cost.profile import layer_times, profile_file
+
+        profile = profile_file(
+            self.dense,
+            _shapes(self.batches[0]),
+            batch_size=self.settings.batch_size,
+            threads=self.settings.threads,
+        )
+        return layer_times(self.dense, profile)
+
     def excess(self, removed: Collection[int]) -> float:
         """The latency without ``removed``, as a share of what is wanted."""
         pruned = copy.deepcopy(self.traced)
@@ -355,11 +401,11 @@ class _Stopwatch:
 def _meet_latency(
     stopwatch: _Stopwatch, keep: Callable[[float], Kept], goes: Callable[[Kept], Collection[int]]
 ) -> Kept:
-    """Finds the share of MACs whose int8 file is as fast as is asked for, by timing files.
+    """Finds the share of the layers' time with which the file is as fast as is asked for.
 
     Args:
         stopwatch: of the network.
-        keep: the channels that stay for a share of MACs; an error where it cannot be met.
+        keep: the channels that stay for a share; an error where it cannot be met.
         goes: the units that go with these.
 
     Raises:
@@ -404,12 +450,16 @@ def _milliseconds(
 
     times = measure_latency(
         paths,
-        image_shape=[tuple(tensor.shape[1:]) for tensor in as_tensors(inputs)],
+        image_shape=_shapes(inputs),
         batch_size=settings.batch_size,
         threads=settings.threads,
         max_seconds=SECONDS,
     )
     return {name: of_file["p50"] for name, of_file in times.items()}
+
+
+def _shapes(inputs: Inputs) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape[1:]) for tensor in as_tensors(inputs)]
 
 
 class PruneChannels(Trick):

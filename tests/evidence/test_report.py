@@ -171,3 +171,24 @@ def test_chosen_bits_stand_in_the_report(tmp_path):
     assert "50.00% of the bits of the weights with 8 bits everywhere; reached: 49.00%" in text
     assert "sum to 0.02" in text
     assert "| conv\\|1 | weights | 3 | 0.0125 |" in text
+
+
+def test_removed_channels_stand_in_the_report(tmp_path):
+    removed = {
+        "macs": [4e6, 1e6],
+        "parameters": [2e6, 5e5],
+        "latency_ms": [3.0, 1.5],
+        "groups": [{"name": "conv|1", "channels": [64, 24]}],
+        "fixed": {"fc": "it is an output of the network"},
+    }
+    write_report(tmp_path, report(channels=removed))
+    text = (tmp_path / "report.md").read_text()
+    assert "| million MACs an image | 4.0000 | 1.0000 | 25.00% |" in text
+    assert "| ms a batch in int8, when it was chosen | 3.00 ms | 1.50 ms | 50.00% |" in text
+    assert "| channels of conv\\|1 | 64 | 24 | 37.50% |" in text
+    assert "These keep all: fc (it is an output of the network)." in text
+    del removed["latency_ms"]
+    write_report(tmp_path, report(channels=removed))
+    assert "ms a batch" not in (tmp_path / "report.md").read_text()
+    write_report(tmp_path, report())
+    assert "Channels removed" not in (tmp_path / "report.md").read_text()

@@ -249,6 +249,11 @@ def test_the_recipe_gives_a_narrow_int8_network_that_runs_as_simulated(tmp_path)
     assert channels["macs"][1] <= 0.5 * channels["macs"][0]
     report = qat_tricks.export_onnx(lit.backbone, tmp_path / "narrow.onnx", images(32))
     assert report.max_abs_error == 0
+    # And so does one whose channels were removed by hand, before it is quantized.
+    traced = trace(small_net(num_classes=4))
+    prune_channels(traced, [images(32)], **SETTINGS)
+    by_hand = qat_tricks.quantize(traced, [images(32)])
+    assert qat_tricks.export_onnx(by_hand, tmp_path / "by_hand.onnx", images(32)).max_abs_error == 0
     dense = qat_tricks.quantize(small_net(num_classes=4), [images(32)])
     qat_tricks.export_onnx(dense, tmp_path / "dense.onnx", images(32))
     sizes = [(tmp_path / name).stat().st_size for name in ("narrow.onnx", "dense.onnx")]

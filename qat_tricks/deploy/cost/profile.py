@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from qat_tricks.deploy.onnx_graph import load_model
 from qat_tricks.deploy.runtimes.network import Shapes, feed, random_batch
 from qat_tricks.deploy.runtimes.session import input_specs, open_session, run_session
 from qat_tricks.errors import QatTricksError
@@ -24,7 +25,11 @@ CONVERSIONS = (
 )
 """Types of operators that compute nothing."""
 
+PREFIX = "node_"  # of operators' names, by PyTorch's exporter
 SUFFIX = "_kernel_time"  # of the profile's events that are an operator's run
+_WITH_WEIGHTS = ("Conv", "Gemm", "MatMul")
+_OF_WEIGHTS = ("DequantizeLinear", "Transpose")  # what may stand between a weight and its operator
+_WEIGHT = ".weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +69,31 @@ class Profile:
         """The operators that take longest: ``name``, ``op_type``, ``ms`` and ``share``."""
         order = sorted(self.operators, key=lambda operator: -operator.ms)
         return [asdict(o) | {"share": o.ms / self.ms if self.ms else 0.0} for o in order[:count]]
+
+
+def layer_times(path: str | PathLike[str], profile: Profile) -> dict[str, float]:
+    """The time of each conv and linear, in milliseconds a batch, all of its calls together.
+
+    Args:
+        path: an ONNX file that ``export_onnx`` wrote, in which weights have their layers' names.
+        profile: of this file.
+    """
+    graph = load_model(path).graph
+    # A weight may be stored in integers, and reach its operator through a DequantizeLinear.
+    source = {node.output[0]: node.input[0] for node in graph.node if node.op_type in _OF_WEIGHTS}
+    times = {operator.name: operator.ms for operator in profile.operators}
+    found: dict[str, float] = {}
+    for node in graph.node:
+        if node.op_type not in _WITH_WEIGHTS:
+            continue
+        weight = node.input[1]
+        while weight in source:
+            weight = source[weight]
+        name = node.name.removeprefix(PREFIX)
+        if weight.endswith(_WEIGHT) and name in times:
+            layer = weight.removesuffix(_WEIGHT)
+            found[layer] = found.get(layer, 0.0) + times[name]
+    return found
 
 
 def profile_file(
@@ -108,7 +138,7 @@ def profile_file(
     return Profile(
         operators=tuple(
             OperatorTime(
-                name=name.removeprefix("node_").split("_token_")[0],  # of a fused operator
+                name=name.removeprefix(PREFIX).split("_token_")[0],  # of a fused operator
                 op_type=op_type,
                 ms=float(np.median(times[index][warmup:])),
             )

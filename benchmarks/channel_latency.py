@@ -1,0 +1,117 @@
+# python benchmarks/channel_latency.py --calibration PATH --out docs/results/channel_latency.md
+"""ONNX Runtime's latency of int8 files with a part of the MACs removed, channel by channel, against
+the int8 file of the whole network and the float one, interleaved.
+
+Weights are random, as in ``latency.py``: which channels go does not change how long a kernel takes,
+how many of each layer does. The planner shares them out as it does for trained networks, by what
+it measures; so a trained network's layers may come out wider or narrower than here.
+"""
+
+import copy
+import tempfile
+from pathlib import Path
+
+import onnxruntime
+import torch
+from common import Report, argument_parser, command
+from images import batches, image_folder
+from latency import verdict, with_statistics
+from torch import Tensor
+
+import qat_tricks
+from qat_tricks.deploy.cost.latency import measure_latency
+from qat_tricks.graph import trace
+from qat_tricks.models.build import build_model
+from qat_tricks.tricks import prune_channels
+
+NETWORKS = ("resnet50", "mobilenet_v2")
+MOST_RATIO = 0.6  # of the int8 file of the whole network
+
+
+def files(
+    name: str, calibration: list[Tensor], share: float, multiples: list[int], folder: Path
+) -> tuple[dict[str, Path], dict[str, float]]:
+    """The files of a network by their kind, and the share of MACs of each."""
+    torch.manual_seed(0)
+    net = with_statistics(build_model(name, num_classes=1000), calibration)
+    name = name.replace("/", "_")
+    networks, left = {"float": net, "dense": net}, {"float": 1.0, "dense": 1.0}
+    for multiple in multiples:
+        narrow = trace(copy.deepcopy(net))
+        entry = prune_channels(narrow, calibration, share=share, multiple=multiple, refit=False)
+        kind = f"multiples of {multiple}"
+        networks[kind], left[kind] = narrow, entry["macs"][1] / entry["macs"][0]
+    paths = {}
+    for kind, network in networks.items():
+        paths[kind] = folder / f"{name}_{kind.replace(' ', '_')}.onnx"
+        if kind != "float":
+            network = qat_tricks.quantize(network, calibration, overrides=["prove=false"])
+        qat_tricks.export_onnx(network, paths[kind], calibration[0], min_top1_agreement=0.0)
+    return paths, left
+
+
+def main() -> None:
+    parser = argument_parser(__doc__, threads=1)
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
+    parser.add_argument("--share", type=float, default=0.5, help="of the MACs that stays")
+    parser.add_argument("--multiples", type=int, nargs="+", default=[8, 16])
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="for each network and batch size"
+    )
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    images = image_folder(args.calibration)
+    calibration = [batch for batch, _ in batches(images, 16, range(0, 1000, 32))]
+    report = Report(
+        "Latency with channels removed",
+        [
+            f"{command(args, 'threads', 'share', 'multiples', 'seconds')}, ONNX Runtime "
+            f"{onnxruntime.__version__}, 224 px; median milliseconds a batch, files in turn."
+        ],
+        (
+            "network",
+            "channels",
+            "MACs left:",
+            "batch:",
+            "float:",
+            "int8 dense:",
+            "int8:",
+            "int8 / int8 dense:",
+            "bar:",
+            "float / int8:",
+        ),
+        args.out,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.networks:
+            paths, left = files(name, calibration, args.share, args.multiples, Path(folder))
+            for size in (1, 16):
+                times = measure_latency(
+                    paths,
+                    image_shape=(3, 224, 224),
+                    batch_size=size,
+                    threads=args.threads,
+                    runs=2000,
+                    max_seconds=args.seconds,
+                )
+                plain, dense = times["float"]["p50"], times["dense"]["p50"]
+                for kind in list(paths)[2:]:
+                    narrow = times[kind]["p50"]
+                    report.add(
+                        name,
+                        kind,
+                        f"{left[kind]:.3f}",
+                        size,
+                        f"{plain:.2f}",
+                        f"{dense:.2f}",
+                        f"{narrow:.2f}",
+                        f"**{narrow / dense:.2f}**",
+                        verdict(narrow / dense <= MOST_RATIO, MOST_RATIO),
+                        f"{plain / narrow:.2f}",
+                    )
+    report.end()
+
+
+if __name__ == "__main__":
+    main()
