@@ -127,13 +127,17 @@ Cost = Callable[[Kept], float]
 class Steps:
     """Which numbers of units a group may keep."""
 
-    multiple: int = 8  # of channels, which kernels of a runtime like
+    # Of channels, which kernels of a runtime like; of a group with fewer than two times as many,
+    # its half, and so on.
+    multiple: int = 16
     least: float = 0.1  # share of a group's channels that stays at least
 
     def of(self, group: ChannelGroup) -> list[int]:
         """From the fewest to all."""
-        step = math.lcm(self.multiple, group.channels) // group.channels
-        everything = len(group.units)
+        everything, multiple = len(group.units), self.multiple
+        while multiple > 1 and everything * group.channels < 2 * multiple:
+            multiple //= 2
+        step = math.lcm(multiple, group.channels) // group.channels
         fewest = max(1, math.ceil(self.least * everything))
         return sorted({*range(step * math.ceil(fewest / step), everything, step), everything})
 

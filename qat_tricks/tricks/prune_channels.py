@@ -74,7 +74,7 @@ class ChannelSettings:
     latency_ms: float | None = None
     criterion: str = "taylor"
     scope: str = "global"
-    multiple: int = 8
+    multiple: int = 16
     least: float = 0.1
     refit: bool = True
     include: Sequence[str] = ("*",)
@@ -480,7 +480,7 @@ class PruneChannels(Trick):
         latency_ms: float | None = None,
         criterion: str = "taylor",
         scope: str = "global",
-        multiple: int = 8,
+        multiple: int = 16,
         least: float = 0.1,
         refit: bool = True,
         include: Sequence[str] = ("*",),
