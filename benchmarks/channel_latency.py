@@ -7,9 +7,11 @@ how many of each layer does. The planner shares them out as it does for trained 
 it measures; so a trained network's layers may come out wider or narrower than here.
 """
 
+import argparse
 import copy
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import torch
@@ -29,21 +31,34 @@ MOST_RATIO = 0.6  # of the int8 file of the whole network
 
 
 def files(
-    name: str, calibration: list[Tensor], share: float, multiples: list[int], folder: Path
+    name: str, calibration: list[Tensor], args: argparse.Namespace, folder: Path
 ) -> tuple[dict[str, Path], dict[str, float]]:
     """The files of a network by their kind, and the share of MACs of each."""
+    choices: dict[str, dict[str, Any]] = {
+        f"{args.share:g} of MACs, {scope}, multiples of {multiple}": {
+            "share": args.share,
+            "multiple": multiple,
+            "scope": scope,
+        }
+        for scope in ("global", "layer")
+        for multiple in args.multiples
+    }
+    choices[f"{args.latency_share:g} of latency"] = {
+        "budget": "latency",
+        "share": args.latency_share,
+        "threads": args.threads,
+    }
     torch.manual_seed(0)
     net = with_statistics(build_model(name, num_classes=1000), calibration)
     name = name.replace("/", "_")
     networks, left = {"float": net, "dense": net}, {"float": 1.0, "dense": 1.0}
-    for multiple in multiples:
+    for kind, settings in choices.items():
         narrow = trace(copy.deepcopy(net))
-        entry = prune_channels(narrow, calibration, share=share, multiple=multiple, refit=False)
-        kind = f"multiples of {multiple}"
+        entry = prune_channels(narrow, calibration, refit=False, **settings)
         networks[kind], left[kind] = narrow, entry["macs"][1] / entry["macs"][0]
     paths = {}
     for kind, network in networks.items():
-        paths[kind] = folder / f"{name}_{kind.replace(' ', '_')}.onnx"
+        paths[kind] = folder / f"{name}_{len(paths)}.onnx"
         if kind != "float":
             network = qat_tricks.quantize(network, calibration, overrides=["prove=false"])
         qat_tricks.export_onnx(network, paths[kind], calibration[0], min_top1_agreement=0.0)
@@ -55,6 +70,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
     parser.add_argument("--share", type=float, default=0.5, help="of the MACs that stays")
+    parser.add_argument("--latency-share", type=float, default=0.6, help="of int8 dense")
     parser.add_argument("--multiples", type=int, nargs="+", default=[8, 16])
     parser.add_argument(
         "--seconds", type=float, default=60.0, help="for each network and batch size"
@@ -66,12 +82,12 @@ def main() -> None:
     report = Report(
         "Latency with channels removed",
         [
-            f"{command(args, 'threads', 'share', 'multiples', 'seconds')}, ONNX Runtime "
+            f"{command(args, 'threads', 'share', 'latency_share', 'seconds')}, ONNX Runtime "
             f"{onnxruntime.__version__}, 224 px; median milliseconds a batch, files in turn."
         ],
         (
             "network",
-            "channels",
+            "what stays",
             "MACs left:",
             "batch:",
             "float:",
@@ -85,7 +101,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         for name in args.networks:
-            paths, left = files(name, calibration, args.share, args.multiples, Path(folder))
+            paths, left = files(name, calibration, args, Path(folder))
             for size in (1, 16):
                 times = measure_latency(
                     paths,
@@ -110,7 +126,6 @@ def main() -> None:
                         verdict(narrow / dense <= MOST_RATIO, MOST_RATIO),
                         f"{plain / narrow:.2f}",
                     )
-    report.end()
 
 
 if __name__ == "__main__":

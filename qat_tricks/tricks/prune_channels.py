@@ -175,9 +175,10 @@ def plan_channels(
         ],
         "fixed": dict(chooser.channels.fixed),
     }
+    removed, entry = from_rank_zero((chooser.removed(kept), entry))
     return Plan(
         channels=chooser.channels,
-        removed=from_rank_zero(chooser.removed(kept)),
+        removed=removed,
         hessians=chooser.hessians() if settings.refit else {},
         entry=entry,
     )

@@ -1,6 +1,7 @@
 """Two processes that Lightning starts: both train; the first measures, writes and tells."""
 
 import csv
+import json
 from functools import partial
 
 import pytest
@@ -56,6 +57,16 @@ def test_both_train_and_the_first_alone_measures_and_writes(tmp_path, train):
     with (tmp_path / "run" / "csv" / "metrics.csv").open() as file:
         steps = [int(row["step"]) for row in csv.DictReader(file) if row["val/loss"]]
     assert steps == [3, 7, 3]  # of 256 images: 32 for each process and step
+
+
+@pytest.mark.feature("DDP: both processes remove the same channels")
+def test_both_remove_the_same_channels(tmp_path, train):
+    done = train("recipe=int8_channels50", "recipe.prove=false")
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    before, after = report["channels"]["macs"]
+    assert after <= 0.5 * before
+    assert report["parity"]["max_abs_error"] == 0
 
 
 def test_a_failure_of_the_first_ends_the_other_in_silence(tmp_path, train):

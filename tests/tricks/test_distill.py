@@ -8,7 +8,7 @@ from torch.nn import functional as F
 import qat_tricks
 from qat_tricks.errors import QatTricksError
 from qat_tricks.trainer.module import workbench_of
-from qat_tricks.tricks import Distill, distill
+from qat_tricks.tricks import Calibrate, Distill, FoldBatchnorm, PruneChannels, Quantize, distill
 from qat_tricks.tricks.distill import distill_features
 from tests.helpers.lightning import pl
 from tests.helpers.lit import Data, Lit, OrderedData, differences, loader, trainer
@@ -356,6 +356,28 @@ def test_features_are_added_to_the_loss_and_pull_towards_the_float_network():
 def test_a_pattern_of_features_that_matches_nothing_is_told_before_the_training():
     with pytest.raises(QatTricksError, match='pattern "layer9" matches no quantized tensor'):
         fit_with_features("[layer9]")
+
+
+def test_maps_that_have_lost_channels_are_left_out_or_told():
+    # Only the residual stream keeps its channels: the map behind block.relu.1 does, others may not.
+    def narrowed(features):
+        lit = Silent("adam").train()
+        trainer(
+            [
+                PruneChannels(multiple=1, share=0.95, include=["left", "right"], num_images=16),
+                FoldBatchnorm(),
+                Quantize(),
+                Calibrate(num_images=16),
+                Distill(features=features),
+            ],
+            max_epochs=1,
+        ).fit(lit, datamodule=OrderedData())
+        return lit
+
+    lit = narrowed("auto")
+    assert lit.backbone.left.out_channels < 8
+    with pytest.raises(QatTricksError, match="cannot compare relu_1: channels were removed there"):
+        narrowed(["relu_1"])
 
 
 def test_the_logits_of_positions_are_compared_by_class():

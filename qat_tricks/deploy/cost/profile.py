@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from qat_tricks.deploy.onnx_graph import load_model
+from qat_tricks.deploy.passes import COPY
 from qat_tricks.deploy.runtimes.network import Shapes, feed, random_batch
 from qat_tricks.deploy.runtimes.session import input_specs, open_session, run_session
 from qat_tricks.errors import QatTricksError
@@ -75,7 +76,8 @@ def layer_times(path: str | PathLike[str], profile: Profile) -> dict[str, float]
     """The time of each conv and linear, in milliseconds a batch, all of its calls together.
 
     Args:
-        path: an ONNX file that ``export_onnx`` wrote, in which weights have their layers' names.
+        path: an int8 file that ``export_onnx`` wrote, in which weights have their layers' names; a
+            float one is laid out anew, with operators of other names.
         profile: of this file.
     """
     graph = load_model(path).graph
@@ -89,6 +91,7 @@ def layer_times(path: str | PathLike[str], profile: Profile) -> dict[str, float]
         weight = node.input[1]
         while weight in source:
             weight = source[weight]
+        weight = weight.partition(COPY)[0]  # each call has a copy of its own
         name = node.name.removeprefix(PREFIX)
         if weight.endswith(_WEIGHT) and name in times:
             layer = weight.removesuffix(_WEIGHT)

@@ -8,7 +8,7 @@ from torch import nn
 
 import qat_tricks
 from qat_tricks.deploy.cost.forecast import forecast_network
-from qat_tricks.deploy.cost.profile import CONVERSIONS, profile_file
+from qat_tricks.deploy.cost.profile import CONVERSIONS, layer_times, profile_file
 from qat_tricks.deploy.runtimes.session import open_session
 from qat_tricks.errors import QatTricksError
 from tests.helpers.handmade import float_conv
@@ -84,3 +84,31 @@ def test_the_forecast_counts_no_more_conversions_than_run(tmp_path, between):
     functions = sum(not isinstance(module, (nn.Conv2d, nn.SiLU)) for module in between)
     assert foreseen == 1 + 2 * functions  # the images, and each function's input and output
     assert foreseen <= ran
+
+
+def test_each_layer_has_a_time_of_its_own(tmp_path):
+    path = tmp_path / "m.onnx"
+    qat_tricks.export_onnx(qat_tricks.quantize(small_net(), [images(16)]), path, images(2))
+    profile = profile_file(path, (1, 8, 8), threads=1, runs=3)
+    times = layer_times(path, profile)
+    layers = {"stem.0", "block.conv1", "block.conv2", "depthwise.0", "left", "right", "head"}
+    assert times.keys() == layers
+    assert all(milliseconds >= 0 for milliseconds in times.values())
+    assert sum(times.values()) <= profile.ms
+
+
+def test_a_layer_called_twice_has_the_time_of_both(tmp_path):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(1, 1, 3, padding=1), nn.Linear(64, 4)
+
+        def forward(self, x):
+            return self.fc(self.conv(torch.sigmoid(self.conv(x))).flatten(1))
+
+    path = tmp_path / "m.onnx"
+    qat_tricks.export_onnx(qat_tricks.quantize(Twice().eval(), [images(16)]), path, images(2))
+    profile = profile_file(path, (1, 8, 8), threads=1, runs=3)
+    convs = [operator.ms for operator in profile.operators if "Conv" in operator.op_type]
+    assert len(convs) == 2
+    assert layer_times(path, profile)["conv"] == pytest.approx(sum(convs))
