@@ -103,7 +103,9 @@ def mask_weights(
         hessians: of the layers' inputs, where they are known.
     """
     for name, mask in masks.items():
-        weight = layer_at(traced, name).weight
-        keep = mask.expand_as(weight)
+        layer = layer_at(traced, name)
+        weight, keep = layer.weight, mask.expand_as(layer.weight)
+        if getattr(layer, "weight_mask", None) is not None:  # what was pruned stays 0
+            keep = keep * layer.weight_mask
         hessian = hessians.get(name)
         weight.copy_(weight * keep if hessian is None else refit(weight, keep, hessian, weight))

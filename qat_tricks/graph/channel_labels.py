@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qat_tricks.graph import nodes as n
-from qat_tricks.graph.inputs import Inputs, as_tensors, first_images
+from qat_tricks.graph.inputs import Inputs, as_tensors, batch_size, first_images, map_tensors
 from qat_tricks.graph.layers import BATCHNORMS, is_layer
 from qat_tricks.graph.modes import evaluating
 from qat_tricks.graph.random_state import kept_random_state
@@ -165,15 +165,26 @@ class Followed(EvaluationInterpreter):
         return self._of_operation(node, value)
 
     def _source(self, node: fx.Node) -> Tensor:
-        """The labels of a node's first input."""
-        return self.of_nodes[node.all_input_nodes[0]]
+        """The labels of a node's first input; of no channel where they were lost."""
+        source = node.all_input_nodes[0]
+        found = self.of_nodes.get(source)
+        return _without_channel(self.env[source]) if found is None else found
 
     # Parameters ----------------------------------------------------------------------------------
 
     def _of_attribute(self, name: str, value: Tensor) -> Tensor:
         """Labels for a parameter or buffer: of its one dimension, or of no channel."""
         dims = [dim for dim, size in enumerate(value.shape) if size > 1]
-        if len(dims) != 1:
+        path, _, last = name.rpartition(".")
+        owner = self.traced.get_submodule(path)
+        # Numbers that index; what a checkpoint does not hold; and what a layer computes with too.
+        is_apart = (
+            not value.is_floating_point()
+            or last in owner._non_persistent_buffers_set
+            or is_layer(owner)
+            or isinstance(owner, (*BATCHNORMS, nn.PReLU))
+        )
+        if len(dims) != 1 or is_apart:
             return _without_channel(value)
         if name not in self.attributes:
             self.attributes[name] = self.labels.new(value.numel())
@@ -234,6 +245,9 @@ class Followed(EvaluationInterpreter):
     def _of_operation(self, node: fx.Node, value: Any) -> Any:
         operation = n.operation_of(node, self.traced)
         sources: list[Any] = [self.of_nodes.get(source) for source in node.all_input_nodes]
+        if sources and sources[0] is None and not operation.is_arithmetic:
+            self._fix_inputs(node, f"{node.name} computes with all channels, or nobody knows how")
+            return _without_channel(value)
         if operation.is_arithmetic and isinstance(value, Tensor):
             return self._of_arithmetic(node, sources, value)
         if node.target is by_mode:
@@ -333,8 +347,10 @@ class Followed(EvaluationInterpreter):
     def _call_with_labels(self, node: fx.Node) -> Any:
         def labels_of(source: fx.Node) -> Any:
             found, value = self.of_nodes.get(source), self.env[source]
-            if found is None or (isinstance(value, Tensor) and not value.is_floating_point()):
-                return value  # a size, or numbers by which something is indexed
+            if isinstance(value, Tensor) and not value.is_floating_point():
+                return value  # numbers by which something is indexed
+            if found is None:  # a size, or what nothing is known of
+                return torch.zeros_like(value).double() if isinstance(value, Tensor) else value
             # As float64, which holds them and which every operation takes; and laid out, as a view
             # may need it.
             return _map(found, lambda t: t.double().contiguous())
@@ -351,8 +367,12 @@ class Followed(EvaluationInterpreter):
     # Rules ---------------------------------------------------------------------------------------
 
     def _keep_all(self, node: fx.Node, before: Tensor, after: Tensor) -> None:
-        """Fixes channels of which an index takes some."""
-        if not torch.equal(_in_order(before), _in_order(after)):
+        """Fixes channels of which an index takes some, or names each."""
+        index: Any = node.args[1]
+        parts = index if isinstance(index, tuple) else (index,)
+        by_number = any(isinstance(part, (list, fx.Node)) for part in parts)
+        kept = torch.equal(core_of(before).flatten(), core_of(after).flatten())
+        if by_number or not kept:
             self.labels.fix(before, f"{node.name} takes some channels by their number")
 
     def _keep_parts(self, node: fx.Node, parts: Sequence[Tensor]) -> None:
@@ -419,16 +439,18 @@ class Followed(EvaluationInterpreter):
 
 @torch.no_grad()
 def follow_channels(traced: fx.GraphModule, inputs: Inputs) -> Followed:
-    """Runs ``traced`` once, on one image in evaluation mode, and follows its channels.
+    """Runs ``traced`` once, on two images in evaluation mode, and follows its channels.
 
     Args:
         traced: a float network, which stays as it is.
         inputs: of one image or more.
     """
-    one = first_images(inputs, 1)
+    two = first_images(inputs, 2)
+    if batch_size(two) == 1:  # a dimension of size 1 may be squeezed away, and a batch never is
+        two = map_tensors(two, lambda tensor: torch.cat([tensor, tensor]))
     followed = Followed(traced)
     with evaluating(traced), kept_random_state():
-        followed.run(*as_tensors(one))
+        followed.run(*as_tensors(two))
     return followed
 
 
@@ -478,11 +500,6 @@ def _map(found: Any, change: Any) -> Any:
     if isinstance(found, (tuple, list)):
         return [_map(part, change) for part in found]
     return found
-
-
-def _in_order(labels: Tensor) -> Tensor:
-    """The labels along their one varying dimension, each once where neighbours are alike."""
-    return core_of(labels).flatten().unique_consecutive()
 
 
 def _literals(size: Any) -> Iterable[int]:

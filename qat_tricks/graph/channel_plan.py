@@ -23,6 +23,8 @@ from qat_tricks.graph.inputs import Inputs
 from qat_tricks.graph.macs import macs_of_calls
 from qat_tricks.graph.submodules import layer_at
 
+CHOICES = 64  # numbers of units to choose from, at most: more would only take time
+
 Kept = NDArray[np.int64]
 """How many units of each group stay."""
 
@@ -138,6 +140,7 @@ class Steps:
         while multiple > 1 and everything * group.channels < 2 * multiple:
             multiple //= 2
         step = math.lcm(multiple, group.channels) // group.channels
+        step *= math.ceil(everything / step / CHOICES)
         fewest = max(1, math.ceil(self.least * everything))
         return sorted({*range(step * math.ceil(fewest / step), everything, step), everything})
 

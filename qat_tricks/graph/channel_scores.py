@@ -72,7 +72,7 @@ def _taylor(
     places = {
         name: torch.tensor([index.get(unit, len(index)) for unit in units.tolist()])
         for name, units in channels.columns.items()
-        if name not in channels.grouped
+        if name not in channels.grouped and not set(units.tolist()).isdisjoint(index)
     }
     images = 0
     states = (evaluating(traced), kept_random_state(), torch.inference_mode(False))
@@ -106,6 +106,11 @@ def _effects(
         classes = torch.multinomial(flat.detach().softmax(1), 1)[:, 0]
         # Of positions, each is a class of its own; the divergence is their mean.
         loss = F.cross_entropy(flat, classes, reduction="sum") * len(logits) / len(flat)
+        if not loss.requires_grad:
+            raise QatTricksError(
+                "criterion=taylor needs gradients, and the network computes its output without: "
+                "take output_error or magnitude"
+            )
         tensors = [tensor for _, tensor in read.tensors if tensor.requires_grad]
         grads = torch.autograd.grad(loss, tensors, allow_unused=True)
     by_tensor = dict(zip(map(id, tensors), grads, strict=True))
@@ -115,8 +120,15 @@ def _effects(
         if grad is None:
             continue
         axis = tensor.dim() - 1 if isinstance(layer_at(traced, name), nn.Linear) else 1
-        products = (tensor.detach() * grad).movedim(axis, 1)
-        per_channel = products.reshape(*products.shape[:2], -1).sum(2).float()
+        products = (tensor.detach() * grad).movedim(axis, -1)
+        if len(products) % len(effects):
+            raise QatTricksError(
+                f"criterion=taylor cannot tell the images apart in what {name} reads: take "
+                "output_error or magnitude"
+            )
+        # An image may be several rows there, as of its tokens; they lie side by side.
+        rows = products.reshape(len(effects), -1, products.shape[-1])
+        per_channel = rows.sum(1).float()
         effects.index_add_(1, places[name].to(effects.device), per_channel)
     return effects
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, fx
 
 from qat_tricks.errors import QatTricksError, did_you_mean
+from qat_tricks.graph.channel_check import sound_channels
 from qat_tricks.graph.channel_errors import (
     lowest_first,
     mask_weights,
@@ -197,7 +198,7 @@ class _Chooser:
         self, traced: fx.GraphModule, batches: Sequence[Inputs], settings: ChannelSettings
     ) -> None:
         self.traced, self.settings = traced, settings
-        channels = find_channels(traced, batches[0])
+        channels = sound_channels(traced, find_channels(traced, batches[0]), batches[0])
         groups = _chosen(channels, settings.include, settings.exclude)
         self.channels = replace(channels, groups=groups)
         self.costs = ChannelCosts(traced, self.channels, batches[0])

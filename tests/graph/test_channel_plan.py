@@ -60,6 +60,7 @@ def test_steps_are_multiples_of_channels():
     assert Steps(multiple=8, least=0.1).of(_group("a", 64)) == [8, 16, 24, 32, 40, 48, 56, 64]
     assert Steps(multiple=8, least=0.5).of(_group("a", 20)) == [16, 20]
     assert Steps(multiple=8, least=0.0).of(_group("a", 12, channels=4)) == [2, 4, 6, 8, 10, 12]
+    assert Steps(multiple=1, least=0.0).of(_group("a", 960)) == list(range(15, 961, 15))
     # A narrow group takes half of the multiple, and so on.
     assert Steps(multiple=16, least=0.1).of(_group("a", 24)) == [8, 16, 24]
     assert Steps(multiple=16, least=0.1).of(_group("a", 6)) == [2, 4, 6]
