@@ -11,7 +11,6 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -156,8 +155,6 @@ class Gate:
         name: str,
         traced: fx.GraphModule,
         step: Callable[[fx.GraphModule, Sequence[str]], Sequence[str]],
-        *,
-        in_training: bool = True,
     ) -> Sequence[str]:
         """Applies a step of several parts, without those that do not keep the function.
 
@@ -166,7 +163,6 @@ class Gate:
             traced: the network, changed in place.
             step: changes a network in place, without the parts of these names; returns the names of
                 the parts that it has changed.
-            in_training: whether to compare in training mode too.
 
         Returns:
             The parts that were left as they were.
@@ -179,17 +175,16 @@ class Gate:
         parts = step(trial, ())
         if not parts:
             return ()
-        measure = partial(self.measure, name=name, in_training=in_training)
-        measured, undone = measure(trial), []
+        measured, undone = self.measure(trial, name), []
         if not self.keeps(measured):
             for part in parts:
                 alone = copy.deepcopy(traced)
                 step(alone, [other for other in parts if other != part])
-                if not self.keeps(measure(alone)):
+                if not self.keeps(self.measure(alone, name)):
                     undone.append(part)
             trial = copy.deepcopy(traced)
             step(trial, undone)
-            measured = replace(measure(trial), undone=tuple(undone))
+            measured = replace(self.measure(trial, name), undone=tuple(undone))
         self.enter(measured)
         step(traced, undone)
         return undone

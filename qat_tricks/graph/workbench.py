@@ -231,22 +231,17 @@ class Workbench:
         self,
         name: str,
         step: Callable[[fx.GraphModule, Sequence[str]], Sequence[str]],
-        *,
-        in_training: bool = True,
     ) -> None:
         """Applies a step of several parts, but for parts that change the network's function.
 
         Args:
             name: of the step, such as ``folded``.
             step: see ``Gate.apply_kept``.
-            in_training: whether to compare in training mode too.
         """
         if self.gate is None:
             step(self.network, ())
             return
-        undone = self.gate.apply_kept(name, self.network, step, in_training=in_training)
-        if not in_training:  # later steps are compared in training mode with what there is now
-            self.gate.rebase(self.network)
+        undone = self.gate.apply_kept(name, self.network, step)
         self._record()
         if undone:
             warnings.warn(
@@ -254,15 +249,22 @@ class Workbench:
                 stacklevel=2,
             )
 
-    def check_function(self, name: str) -> None:
+    def check_function(self, name: str, *, in_training: bool = True) -> None:
         """Checks that the step just made has kept the network's function.
+
+        Args:
+            name: of the step.
+            in_training: whether to compare in training mode too. If not, later steps are compared
+                there with what there is now.
 
         Raises:
             QatTricksError: it has not.
         """
         if self.gate is not None:
-            self.gate.enter(self.gate.measure(self.network, name))
+            self.gate.enter(self.gate.measure(self.network, name, in_training=in_training))
             self._record()
+            if not in_training:
+                self.gate.rebase(self.network)
 
     def note_change(self, name: str, *, in_training: bool = True) -> None:
         """Measures a step that changes the network's function by design.

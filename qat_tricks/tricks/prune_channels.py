@@ -251,28 +251,20 @@ def _hessians(
     return input_hessians(traced, {name: layer_at(traced, name) for name in read}, batches)
 
 
-def remove_planned(traced: fx.GraphModule, plan: Plan, skip: Collection[str] = ()) -> list[str]:
+def remove_planned(traced: fx.GraphModule, plan: Plan) -> None:
     """Removes the channels of a plan, which are masked already, and enters them in the spec.
 
     Args:
         traced: changed in place.
         plan: of it.
-        skip: names of groups whose channels stay, masked.
-
-    Returns:
-        The names of the groups that have lost channels.
     """
-    groups = [group for group in plan.channels.groups if plan.removed & set(group.units)]
-    parts = [group for group in groups if group.name not in skip]
-    gone = plan.removed & {unit for group in parts for unit in group.units}
-    shapes = remove_channels(traced, plan.channels, gone)
+    shapes = remove_channels(traced, plan.channels, plan.removed)
     earlier = spec_of(traced).get("channels", {})
     spec_of(traced)["channels"] = {
         **plan.entry,
         "groups": _merged(earlier.get("groups", []), plan.entry["groups"]),
         "shapes": {**earlier.get("shapes", {}), **shapes},
     }
-    return [group.name for group in parts]
 
 
 def _merged(earlier: Sequence[Any], now: Sequence[Any]) -> list[dict[str, Any]]:
@@ -522,9 +514,6 @@ class PruneChannels(Trick):
             work.network, read_masks(work.network, plan.channels, plan.removed), plan.hessians
         )
         work.note_change("channels masked")
+        remove_planned(work.network, plan)
         # Dropout draws another pattern for fewer channels.
-        work.keep_function("channels removed", partial(_remove, plan), in_training=False)
-
-
-def _remove(plan: Plan, traced: fx.GraphModule, skip: Sequence[str]) -> Sequence[str]:
-    return remove_planned(traced, plan, skip)
+        work.check_function("channels removed", in_training=False)
