@@ -50,7 +50,7 @@ def find_channels(traced: fx.GraphModule, inputs: Inputs) -> Channels:
     """The channels of ``traced`` that can be removed.
 
     Args:
-        traced: a float network, which stays as it is; it is run once, on one image.
+        traced: a float network, which stays as it is; it is run once, on two images.
         inputs: of one image or more.
     """
     followed = follow_channels(traced, inputs)

@@ -348,9 +348,11 @@ class Followed(EvaluationInterpreter):
         def labels_of(source: fx.Node) -> Any:
             found, value = self.of_nodes.get(source), self.env[source]
             if isinstance(value, Tensor) and not value.is_floating_point():
-                return value  # numbers by which something is indexed
-            if found is None:  # a size, or what nothing is known of
-                return torch.zeros_like(value).double() if isinstance(value, Tensor) else value
+                return value.cpu()  # numbers by which something is indexed; labels are there
+            if found is None and isinstance(value, Tensor):  # nothing is known of it
+                return torch.zeros(value.shape, dtype=torch.float64)
+            if found is None:  # a size
+                return value
             # As float64, which holds them and which every operation takes; and laid out, as a view
             # may need it.
             return _map(found, lambda t: t.double().contiguous())

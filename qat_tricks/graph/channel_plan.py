@@ -48,7 +48,6 @@ class ChannelCosts:
     def __init__(self, traced: fx.GraphModule, channels: Channels, inputs: Inputs) -> None:
         self.all: Kept = np.array([len(group.units) for group in channels.groups])
         group_of = {unit: i for i, group in enumerate(channels.groups) for unit in group.units}
-        tables: list[NDArray[np.float64]] = []
 
         def count(units: Tensor) -> NDArray[np.float64]:
             """How many channels stay in any case, and how many for a unit of each group."""
@@ -65,17 +64,17 @@ class ChannelCosts:
             macs[call.layer] = macs.get(call.layer, 0) + call.macs
         one = np.zeros(1 + len(channels.groups))
         one[0] = 1.0
-        self._rows: list[NDArray[np.float64]] = []
-        self._columns: list[NDArray[np.float64]] = []
+        rows_of: list[NDArray[np.float64]] = []
+        columns_of: list[NDArray[np.float64]] = []
         parameters, products = [], []
         self._layers = list(channels.columns)
         for name, units in channels.columns.items():
             weight = layer_at(traced, name).weight
             rows = channels.rows.get(f"{name}.weight")
             is_grouped = name in channels.grouped
-            self._rows.append(one * len(weight) if rows is None else count(rows))
+            rows_of.append(one * len(weight) if rows is None else count(rows))
             # Whole groups go, so that an output channel reads as many as before.
-            self._columns.append(one * weight.shape[1] if is_grouped else count(units))
+            columns_of.append(one * weight.shape[1] if is_grouped else count(units))
             parameters.append(weight[0, 0].numel())
             products.append(macs.get(name, 0) / weight.shape[0] / weight.shape[1])
         for name, units in channels.rows.items():
@@ -84,12 +83,12 @@ class ChannelCosts:
                 isinstance(tensor, nn.Parameter)
                 and name.removesuffix(".weight") not in channels.columns
             ):
-                self._rows.append(count(units))
-                self._columns.append(one)
+                rows_of.append(count(units))
+                columns_of.append(one)
                 parameters.append(1)
                 products.append(0.0)
-        tables = [np.array(self._rows), np.array(self._columns)]
-        self._row_table, self._column_table = tables
+        # Channels that stay in any case, and for a unit of each group, ``[tensors, 1 + groups]``.
+        self._row_table, self._column_table = np.array(rows_of), np.array(columns_of)
         self._parameters, self._products = np.array(parameters), np.array(products)
         total = sum(parameter.numel() for parameter in traced.parameters())
         self._other_parameters = 0.0
