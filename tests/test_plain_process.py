@@ -51,6 +51,8 @@ assert run(tricks.prune, traced, 0.5) >= 0.5
 run(tricks.distill, torch.randn(4, 10), torch.randn(4, 10))
 assert run(tricks.freeze_batchnorm, unfolded) > 0
 run(tricks.reestimate_batchnorm, unfolded, batches)
+narrowed = run(tricks.prune_channels, unfolded, batches, share=0.6)
+assert narrowed["macs"][1] <= 0.6 * narrowed["macs"][0]
 print(*sorted(set(done)))
 """
 
