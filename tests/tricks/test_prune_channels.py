@@ -13,6 +13,7 @@ from qat_tricks.graph.channel_scores import CRITERIA
 from qat_tricks.graph.macs import macs_of_calls
 from qat_tricks.graph.output_error import output_error
 from qat_tricks.graph.workbench import Workbench
+from qat_tricks.recipes.recipe import load_recipe
 from qat_tricks.tricks import Distill, PruneChannels, prune_channels
 from qat_tricks.tricks.fold_batchnorm import fold_batchnorm
 from tests.helpers.lightning import pl
@@ -239,11 +240,25 @@ def test_an_optimizer_made_before_goes_on_with_what_is_left(optimizer):
     assert not torch.equal(again, lit.backbone.head.weight)
 
 
+def test_the_recipe_of_a_latency_narrows_and_quantizes(monkeypatch):
+    monkeypatch.setattr(trick, "SECONDS", 0.05)
+    lit = Lit()
+    wish = "stages.channels.tricks.prune_channels"
+    settings = ["stages.channels.epochs=1", f"{wish}.latency_ms=1000", f"{wish}.threads=1"]
+    recipe = load_recipe("int8_latency", settings)
+    qat_tricks.run_stages(lit, Data(), recipe, trainer=QUIET)
+    dense, pruned = spec_of(lit.backbone)["channels"]["latency_ms"]
+    assert 0 < pruned < 1000
+    assert 0 < dense < 1000
+    assert spec_of(lit.backbone)["history"][0] == "prune_channels"
+    assert "calibrate" in spec_of(lit.backbone)["history"]
+
+
 @pytest.mark.feature("int8_channels50 in the user's own module, exported as it is simulated")
 def test_the_recipe_gives_a_narrow_int8_network_that_runs_as_simulated(tmp_path):
     lit = Lit()
     settings = ["stages.channels.epochs=1", "stages.channels.tricks.prune_channels.multiple=2"]
-    recipe = qat_tricks.recipes.recipe.load_recipe("int8_channels50", settings)
+    recipe = load_recipe("int8_channels50", settings)
     qat_tricks.run_stages(lit, Data(), recipe, trainer={**QUIET, "max_steps": -1})
     channels = spec_of(lit.backbone)["channels"]
     assert channels["macs"][1] <= 0.5 * channels["macs"][0]
