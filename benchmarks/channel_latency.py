@@ -15,9 +15,8 @@ from typing import Any
 
 import onnxruntime
 import torch
-from common import Report, argument_parser, command
-from images import batches, image_folder
-from latency import verdict, with_statistics
+from common import Report, command
+from latency import calibration_images, latency_parser, verdict, with_statistics
 from torch import Tensor
 
 import qat_tricks
@@ -66,19 +65,12 @@ def files(
 
 
 def main() -> None:
-    parser = argument_parser(__doc__, threads=1)
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
+    parser = latency_parser(__doc__, NETWORKS)
     parser.add_argument("--share", type=float, default=0.5, help="of the MACs that stays")
     parser.add_argument("--latency-share", type=float, default=0.6, help="of int8 dense")
     parser.add_argument("--multiples", type=int, nargs="+", default=[8, 16])
-    parser.add_argument(
-        "--seconds", type=float, default=60.0, help="for each network and batch size"
-    )
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    images = image_folder(args.calibration)
-    calibration = [batch for batch, _ in batches(images, 16, range(0, 1000, 32))]
+    calibration = calibration_images(args)
     report = Report(
         "Latency with channels removed",
         [

@@ -10,6 +10,7 @@ them (gains 0.5 to 1.5, biases of standard deviation 0.5). Networks of timm are 
 names them, ``timm/NAME``.
 """
 
+import argparse
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,17 +90,27 @@ def files(name: str, calibration: list[Tensor], folder: Path) -> dict[str, Path]
     return paths
 
 
-def main() -> None:
-    parser = argument_parser(__doc__, threads=1)
+def latency_parser(description: str | None, networks: tuple[str, ...]) -> argparse.ArgumentParser:
+    """A parser for the timing of several files of each network."""
+    parser = argument_parser(description, threads=1)
     parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
+    parser.add_argument("--networks", nargs="+", default=list(networks))
     parser.add_argument(
         "--seconds", type=float, default=60.0, help="for each network and batch size"
     )
-    args = parser.parse_args()
+    return parser
+
+
+def calibration_images(args: argparse.Namespace) -> list[Tensor]:
+    """Batches of 16; PyTorch computes with the threads asked for from here on."""
     torch.set_num_threads(args.threads)
     images = image_folder(args.calibration)
-    calibration = [batch for batch, _ in batches(images, 16, range(0, 1000, 32))]
+    return [batch for batch, _ in batches(images, 16, range(0, 1000, 32))]
+
+
+def main() -> None:
+    args = latency_parser(__doc__, NETWORKS).parse_args()
+    calibration = calibration_images(args)
     report = Report(
         "Latency against ONNX Runtime's own quantizer",
         [

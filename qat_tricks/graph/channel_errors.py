@@ -10,12 +10,11 @@ from torch import Tensor, fx
 from qat_tricks.graph.bit_options import LARGEST_ERROR
 from qat_tricks.graph.channel_groups import ChannelGroup, Channels
 from qat_tricks.graph.channel_plan import Errors
-from qat_tricks.graph.channel_removal import read_masks
+from qat_tricks.graph.channel_removal import mask_weights, read_masks
 from qat_tricks.graph.channel_scores import Scores
 from qat_tricks.graph.inputs import Inputs
 from qat_tricks.graph.sensitivity import Change, errors_alone
 from qat_tricks.graph.submodules import layer_at
-from qat_tricks.numerics.optimal_brain import refit
 
 LEVELS = (0.25, 0.5, 0.75, 0.9)  # shares of a group's channels that are removed for a trial
 
@@ -89,23 +88,3 @@ def _without(
                 layer_at(traced, name).weight.copy_(weight)
 
     return applied
-
-
-@torch.no_grad()
-def mask_weights(
-    traced: fx.GraphModule, masks: Mapping[str, Tensor], hessians: Mapping[str, Tensor]
-) -> None:
-    """Sets weights to 0 where ``masks`` do; with Hessians, those that stay follow the output.
-
-    Args:
-        traced: changed in place.
-        masks: of its layers, which broadcast to the weights.
-        hessians: of the layers' inputs, where they are known.
-    """
-    for name, mask in masks.items():
-        layer = layer_at(traced, name)
-        weight, keep = layer.weight, mask.expand_as(layer.weight)
-        if getattr(layer, "weight_mask", None) is not None:  # what was pruned stays 0
-            keep = keep * layer.weight_mask
-        hessian = hessians.get(name)
-        weight.copy_(weight * keep if hessian is None else refit(weight, keep, hessian, weight))

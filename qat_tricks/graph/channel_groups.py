@@ -45,6 +45,11 @@ class Channels:
     grouped: Collection[str]
     fixed: Mapping[str, str]
 
+    @property
+    def units(self) -> list[int]:
+        """Those of all groups."""
+        return [unit for group in self.groups for unit in group.units]
+
 
 def find_channels(traced: fx.GraphModule, inputs: Inputs) -> Channels:
     """The channels of ``traced`` that can be removed.

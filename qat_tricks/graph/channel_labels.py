@@ -24,7 +24,7 @@ from qat_tricks.graph.inputs import Inputs, as_tensors, batch_size, first_images
 from qat_tricks.graph.layers import BATCHNORMS, is_layer
 from qat_tricks.graph.modes import evaluating
 from qat_tricks.graph.random_state import kept_random_state
-from qat_tricks.graph.submodules import module_of
+from qat_tricks.graph.submodules import attribute_at, module_of
 from qat_tricks.graph.two_modes import EvaluationInterpreter, by_mode
 
 NO_CHANNEL = 0  # the label of values that come from no channel, such as those of the image
@@ -459,7 +459,7 @@ def follow_channels(traced: fx.GraphModule, inputs: Inputs) -> Followed:
 def _shared_parameters(traced: fx.GraphModule) -> set[int]:
     """The identities of parameters that several modules have, or that the graph reads itself."""
     read = [
-        id(_attribute(traced, str(node.target)))
+        id(attribute_at(traced, str(node.target)))
         for node in traced.graph.nodes
         if node.op == "get_attr"
     ]
@@ -470,13 +470,6 @@ def _shared_parameters(traced: fx.GraphModule) -> set[int]:
         if parameter is not None
     ]
     return {parameter for parameter, count in Counter(read + owned).items() if count > 1}
-
-
-def _attribute(traced: fx.GraphModule, name: str) -> Any:
-    value: Any = traced
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _without_channel(value: Any) -> Any:

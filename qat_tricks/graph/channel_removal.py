@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from qat_tricks.graph.channel_groups import Channels, kept_places
 from qat_tricks.graph.layers import is_layer
 from qat_tricks.graph.submodules import layer_at
+from qat_tricks.numerics.optimal_brain import refit
 
 Shapes = dict[str, list[int]]
 """Shapes of parameters and buffers by name, and the number of groups of grouped convs.
@@ -24,7 +25,12 @@ _GROUPS, _MASK = ".groups", "weight_mask"
 
 
 @torch.no_grad()
-def mask_channels(traced: fx.GraphModule, channels: Channels, removed: Collection[int]) -> None:
+def mask_channels(
+    traced: fx.GraphModule,
+    channels: Channels,
+    removed: Collection[int],
+    hessians: Mapping[str, Tensor] | None = None,
+) -> None:
     """Lets no conv or linear read the channels that are to be removed: their weights become 0.
 
     After that, removing them changes no other value of the network.
@@ -33,9 +39,29 @@ def mask_channels(traced: fx.GraphModule, channels: Channels, removed: Collectio
         traced: changed in place.
         channels: of it.
         removed: labels of units.
+        hessians: of the layers' inputs; given, the weights that stay are fitted anew.
     """
-    for name, keep in read_masks(traced, channels, removed).items():
-        layer_at(traced, name).weight.mul_(keep)
+    mask_weights(traced, read_masks(traced, channels, removed), hessians or {})
+
+
+@torch.no_grad()
+def mask_weights(
+    traced: fx.GraphModule, masks: Mapping[str, Tensor], hessians: Mapping[str, Tensor]
+) -> None:
+    """Sets weights to 0 where ``masks`` do; with Hessians, those that stay follow the output.
+
+    Args:
+        traced: changed in place.
+        masks: of its layers, which broadcast to the weights.
+        hessians: of the layers' inputs, where they are known.
+    """
+    for name, mask in masks.items():
+        layer = layer_at(traced, name)
+        weight, keep = layer.weight, mask.expand_as(layer.weight)
+        if getattr(layer, "weight_mask", None) is not None:  # what was pruned stays 0
+            keep = keep * layer.weight_mask
+        hessian = hessians.get(name)
+        weight.copy_(weight * keep if hessian is None else refit(weight, keep, hessian, weight))
 
 
 def read_masks(

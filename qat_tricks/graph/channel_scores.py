@@ -68,7 +68,7 @@ def _norms(weight: Tensor, dim: int) -> Tensor:
 def _taylor(
     traced: fx.GraphModule, channels: Channels, batches: Sequence[Inputs], hessians: Hessians
 ) -> Scores:
-    index = {unit: i for i, unit in enumerate(_units_of(channels))}
+    index = {unit: i for i, unit in enumerate(channels.units)}
     places = {
         name: torch.tensor([index.get(unit, len(index)) for unit in units.tolist()])
         for name, units in channels.columns.items()
@@ -200,10 +200,6 @@ class _Sums:
 
     def totals(self) -> Scores:
         return {unit: sum(each) for unit, each in self._figures.items()}
-
-
-def _units_of(channels: Channels) -> list[int]:
-    return [unit for group in channels.groups for unit in group.units]
 
 
 CRITERIA: Mapping[str, Callable[[fx.GraphModule, Channels, Sequence[Inputs], Hessians], Scores]] = {

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from qat_tricks.graph.submodules import attribute_at
 from qat_tricks.graph.two_modes import FOLLOWS_MODE, NO_GRAD
 
 _MODULE_OF: dict[Any, type[nn.Module]] = {
@@ -101,7 +102,7 @@ def _users_of_parameters(traced: fx.GraphModule) -> dict[int, list[fx.Node]]:
     users: dict[int, list[fx.Node]] = {}
     for node in traced.graph.nodes:
         if node.op == "get_attr":
-            values = users.setdefault(id(_attribute(traced, str(node.target))), [])
+            values = users.setdefault(id(attribute_at(traced, str(node.target))), [])
             values += [user for user in node.users if not _reads_shape(user)]
         elif node.op == "call_module":
             for parameter in traced.get_submodule(str(node.target)).parameters():
@@ -154,7 +155,7 @@ def _is_constant_for(node: fx.Node, calls: set[fx.Node]) -> bool:
 def _tensors_of(node: fx.Node, traced: fx.GraphModule) -> list[Tensor]:
     """The parameters and buffers that a node is computed from."""
     if node.op == "get_attr":
-        return [_attribute(traced, str(node.target))]
+        return [attribute_at(traced, str(node.target))]
     return [value for source in node.all_input_nodes for value in _tensors_of(source, traced)]
 
 
@@ -163,11 +164,6 @@ def _is_detached(node: fx.Node) -> bool:
     if node.target == "detach" or node.meta.get(NO_GRAD) or "data" in node.args[1:]:
         return True
     return any(_is_detached(source) for source in node.all_input_nodes)
-
-
-def _attribute(traced: fx.GraphModule, name: str) -> Any:
-    owner, _, last = name.rpartition(".")
-    return getattr(traced.get_submodule(owner), last)
 
 
 def _batchnorm_to_module(node: fx.Node, traced: fx.GraphModule, network: nn.Module) -> None:
@@ -310,7 +306,7 @@ def _parameter(node: fx.Node | None, traced: fx.GraphModule) -> nn.Parameter | N
 def _value(node: fx.Node, traced: fx.GraphModule) -> Tensor:
     """The value of a node that depends on nothing but parameters."""
     if node.op == "get_attr":
-        return _attribute(traced, str(node.target))
+        return attribute_at(traced, str(node.target))
 
     def value(source: fx.Node) -> Any:
         return _value(source, traced)

@@ -21,7 +21,7 @@ from qat_tricks.graph.operations import (
     Operation,
     entries_for,
 )
-from qat_tricks.graph.submodules import layer_at, module_of
+from qat_tricks.graph.submodules import attribute_at, layer_at, module_of
 from qat_tricks.graph.two_modes import TRAINING, only_in
 
 # The key in a node's meta under which ``note_integers`` says that it yields integers.
@@ -142,18 +142,11 @@ def uses_of_weights(traced: fx.GraphModule) -> Uses:
             for key in {*own[node], *map(id, module.parameters())}:
                 users.setdefault(key, []).append(node)
         elif node.op == "get_attr" and any(map(is_tensor, node.users)):
-            users.setdefault(id(_attribute(traced, str(node.target))), []).append(node)
+            users.setdefault(id(attribute_at(traced, str(node.target))), []).append(node)
     return {
         node: list(dict.fromkeys(user for key in keys for user in users[key]))
         for node, keys in own.items()
     }
-
-
-def _attribute(traced: fx.GraphModule, name: str) -> Any:
-    value: Any = traced
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def is_used_once(node: fx.Node, uses: Uses) -> bool:

@@ -14,12 +14,13 @@ from typing import Any
 
 from torch import fx, nn
 
-from qat_tricks.errors import QatTricksError, did_you_mean
+from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import nodes as n
 from qat_tricks.graph.foldable import folds_into
 from qat_tricks.graph.gates import gated_functions, split_gates
 from qat_tricks.graph.in_place import works_in_place
 from qat_tricks.graph.layers import as_layer
+from qat_tricks.graph.patterns import check_patterns, matches
 from qat_tricks.graph.quantize_settings import QuantizeSettings, settings_with
 from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.surgery import insert_quantizers
@@ -90,11 +91,11 @@ def _bits_of_layers(
             if node in from_images and n.calls_layer(node, traced)
         )
     )
-    _check_patterns([*settings.include, *settings.exclude, *settings.overrides], names)
+    check_patterns([*settings.include, *settings.exclude, *settings.overrides], names)
     included = [
         name
         for name in names
-        if _matches(name, settings.include) and not _matches(name, settings.exclude)
+        if matches(name, settings.include) and not matches(name, settings.exclude)
     ]
     if not included:
         raise QatTricksError(
@@ -150,19 +151,6 @@ def _last_layers(traced: fx.GraphModule, from_images: Collection[fx.Node]) -> It
                 yield str(node.target)
                 break
             behind.update(node.all_input_nodes)
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _check_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise QatTricksError(
-                f'pattern "{pattern}" matches no conv or linear layer: '
-                f"{did_you_mean(pattern, names)}"
-            )
 
 
 def _tensors_to_quantize(

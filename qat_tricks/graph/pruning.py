@@ -8,7 +8,6 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, fx
 from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.graph.calls_beside import is_inside
 from qat_tricks.graph.layers import Layer, as_layer, is_layer
+from qat_tricks.graph.patterns import check_patterns, matches
 from qat_tricks.graph.spec import spec_of
 from qat_tricks.numerics.optimal_brain import Curvature, saliencies
 from qat_tricks.numerics.sparsity import (
@@ -93,18 +93,13 @@ def prunable(
         for name, module in traced.named_modules()
         if is_layer(module) and is_inside(name, called) and name not in factors
     }
-    for pattern in [*include, *exclude]:
-        if not any(fnmatchcase(name, pattern) for name in modules):
-            raise QatTricksError(
-                f'pattern "{pattern}" matches no conv or linear layer: '
-                f"{did_you_mean(pattern, modules)}"
-            )
+    check_patterns([*include, *exclude], list(modules))
     fits = GRANULARITIES[granularity]
     pruned = {
         name: as_layer(module)
         for name, module in modules.items()
-        if any(fnmatchcase(name, pattern) for pattern in include)
-        and not any(fnmatchcase(name, pattern) for pattern in exclude)
+        if matches(name, include)
+        and not matches(name, exclude)
         and fits(module.weight.detach().abs()) is not None
     }
     if not pruned:

@@ -17,7 +17,6 @@ import math
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.graph.channel_check import sound_channels
 from qat_tricks.graph.channel_errors import (
     lowest_first,
-    mask_weights,
     measured_errors,
     summed_errors,
 )
@@ -44,10 +42,11 @@ from qat_tricks.graph.channel_plan import (
     plan_alike,
     plan_by_errors,
 )
-from qat_tricks.graph.channel_removal import read_masks, remove_channels
+from qat_tricks.graph.channel_removal import mask_channels, read_masks, remove_channels
 from qat_tricks.graph.channel_scores import CRITERIA, score_channels
 from qat_tricks.graph.hessians import input_hessians
 from qat_tricks.graph.inputs import Inputs, as_tensors, check_batches, first_images, first_of_all
+from qat_tricks.graph.patterns import check_patterns, matches
 from qat_tricks.graph.processes import from_rank_zero
 from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.submodules import layer_at
@@ -138,7 +137,7 @@ def prune_channels(
             batches, no channels that can be removed, or a budget that cannot be met.
     """
     plan = plan_channels(traced, batches, ChannelSettings(**settings))
-    mask_weights(traced, read_masks(traced, plan.channels, plan.removed), plan.hessians)
+    mask_channels(traced, plan.channels, plan.removed, plan.hessians)
     remove_planned(traced, plan)
     return dict(spec_of(traced)["channels"])
 
@@ -246,8 +245,7 @@ def _hessians(
     traced: fx.GraphModule, channels: Channels, batches: Sequence[Inputs]
 ) -> Mapping[str, Tensor]:
     """Of the inputs of all layers that may lose some."""
-    units = {unit for group in channels.groups for unit in group.units}
-    read = read_masks(traced, channels, units)
+    read = read_masks(traced, channels, channels.units)
     return input_hessians(traced, {name: layer_at(traced, name) for name in read}, batches)
 
 
@@ -310,22 +308,19 @@ def _chosen(
         for group in channels.groups
     }
     names = sorted({*channels.columns, *(name for each in members.values() for name in each)})
-    for pattern in [*include, *exclude]:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise QatTricksError(
-                f'pattern "{pattern}" matches no conv or linear layer: '
-                f"{did_you_mean(pattern, names)}"
-            )
+    check_patterns([*include, *exclude], names)
 
-    def matches(group: ChannelGroup, patterns: Sequence[str]) -> bool:
-        return any(fnmatchcase(name, p) for name in members[group.name] for p in patterns)
+    def one_matches(group: ChannelGroup, patterns: Sequence[str]) -> bool:
+        return any(matches(name, patterns) for name in members[group.name])
 
-    chosen = [g for g in channels.groups if matches(g, include) and not matches(g, exclude)]
+    chosen = [
+        group
+        for group in channels.groups
+        if one_matches(group, include) and not one_matches(group, exclude)
+    ]
     if not chosen:
         reasons = [
-            f"{name}: {reason}"
-            for name, reason in channels.fixed.items()
-            if any(fnmatchcase(name, pattern) for pattern in include)
+            f"{name}: {reason}" for name, reason in channels.fixed.items() if matches(name, include)
         ]
         raise QatTricksError(
             "no channels are left to remove"
@@ -361,6 +356,7 @@ class _Stopwatch:
         self.batches = first_of_all(batches, TRIAL_IMAGES)
         self.dense, self.pruned = Path(folder) / "dense.onnx", Path(folder) / "pruned.onnx"
         self.times: dict[str, float] = {}  # the last ones, milliseconds a batch
+        self._measured: dict[frozenset[int], dict[str, float]] = {}
         _write_int8(traced, self.batches, self.dense)
 
     def layer_times(self) -> Mapping[str, float]:
@@ -377,13 +373,16 @@ class _Stopwatch:
 
     def excess(self, removed: Collection[int]) -> float:
         """The latency without ``removed``, as a share of what is wanted."""
-        pruned = copy.deepcopy(self.traced)
-        mask_weights(pruned, read_masks(pruned, self.channels, removed), {})
-        remove_channels(pruned, self.channels, removed)
-        _write_int8(pruned, self.batches, self.pruned)
-        self.times = _milliseconds(
-            {"dense": self.dense, "pruned": self.pruned}, self.batches[0], self.settings
-        )
+        key = frozenset(removed)
+        if key not in self._measured:  # what was tried is not written and timed once more
+            pruned = copy.deepcopy(self.traced)
+            mask_channels(pruned, self.channels, removed)
+            remove_channels(pruned, self.channels, removed)
+            _write_int8(pruned, self.batches, self.pruned)
+            self._measured[key] = _milliseconds(
+                {"dense": self.dense, "pruned": self.pruned}, self.batches[0], self.settings
+            )
+        self.times = self._measured[key]
         return self.times["pruned"] / self.wanted
 
     @property
@@ -510,9 +509,7 @@ class PruneChannels(Trick):
         """Masks channels, which changes the function, and removes them, which does not."""
         batches = work.batches(self.num_images)
         plan = plan_channels(work.network, batches, self.settings)
-        mask_weights(
-            work.network, read_masks(work.network, plan.channels, plan.removed), plan.hessians
-        )
+        mask_channels(work.network, plan.channels, plan.removed, plan.hessians)
         work.note_change("channels masked")
         remove_planned(work.network, plan)
         # Dropout draws another pattern for fewer channels.

@@ -8,12 +8,11 @@ import torch
 from qat_tricks.graph import trace
 from qat_tricks.graph.channel_errors import (
     lowest_first,
-    mask_weights,
     measured_errors,
     summed_errors,
 )
 from qat_tricks.graph.channel_groups import find_channels
-from qat_tricks.graph.channel_removal import read_masks
+from qat_tricks.graph.channel_removal import mask_weights, read_masks
 from qat_tricks.graph.hessians import input_hessians
 from qat_tricks.graph.output_error import output_error
 from qat_tricks.graph.submodules import layer_at
