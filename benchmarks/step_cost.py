@@ -1,6 +1,7 @@
 # python benchmarks/step_cost.py --out docs/results/step_cost.md
 """The cost of a QAT step: one training step of ``int8_qat``'s network against one of the untouched
-float network; and one of the folded network, without ``restore_batchnorm``.
+float network; one of the folded network, without ``restore_batchnorm``; and one of
+``int8_prune50``, with its masks and its teacher. And the bytes that autograd keeps.
 
 All run in one process, interleaved step by step, so that a machine that speeds up or slows down
 does so for all.
@@ -18,25 +19,25 @@ from common import Report, argument_parser, command
 from torch import nn
 from torch.nn import functional as F
 
+from qat_tricks.graph.features import TracedTeacher
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.recipes.recipe import load_recipe
+from qat_tricks.tricks.distill import distill
 
-BARS = {"mobilenet_v2": 1.3, "resnet18": 1.4}  # on the CPU, eager
+MODELS = ("mobilenet_v2", "resnet18")
 PRECISIONS = {"32-true": None, "16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
 
 RESTORE = "~stages.qat.tricks.restore_batchnorm"
 
 
-def quantized(net: nn.Module, images: torch.Tensor, *overrides: str) -> nn.Module:
-    """The network as the training stage of ``int8_qat`` trains it."""
-    recipe = load_recipe("int8_qat", overrides)
+def quantized(
+    net: nn.Module, images: torch.Tensor, *overrides: str, recipe: str = "int8_qat"
+) -> nn.Module:
+    """The network as the training stage of a recipe trains it."""
     work = Workbench(copy.deepcopy(net).eval(), lambda count: [images])
     work.trains = True
-    for stage in recipe.stages:
-        assert not any(trick.needs_teacher for trick in stage.tricks), (
-            "a teacher's forward pass would belong to the step"
-        )
+    for stage in load_recipe(recipe, overrides).stages:
         stage.apply(work)
     return work.network.train()
 
@@ -44,7 +45,11 @@ def quantized(net: nn.Module, images: torch.Tensor, *overrides: str) -> nn.Modul
 class Contender:
     """A network, its optimizer, and the seconds of its training steps."""
 
-    def __init__(self, net: nn.Module, precision: str, compiled: bool) -> None:
+    def __init__(
+        self, net: nn.Module, precision: str, compiled: bool, teacher: TracedTeacher | None = None
+    ) -> None:
+        self.teacher = teacher
+        self.own = {t.untyped_storage().data_ptr() for t in [*net.parameters(), *net.buffers()]}
         self.optimizer = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9)
         self.net = torch.compile(net) if compiled else net
         self.precision = precision
@@ -60,12 +65,36 @@ class Contender:
         with torch.autocast(
             device, PRECISIONS[self.precision], enabled=self.precision != "32-true"
         ):
-            loss = F.cross_entropy(self.net(images), labels)
+            loss = self.loss(images, labels)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         _wait(device)
         self.seconds.append(time.perf_counter() - started)
+
+    def loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The loss of a step; a teacher has half of it, as in ``int8_prune50``."""
+        logits = self.net(images)
+        loss = F.cross_entropy(logits, labels)
+        if self.teacher is None:
+            return loss
+        expected, _ = self.teacher(images)
+        return loss / 2 + distill(logits, expected) / 2
+
+    def kept_bytes(self, images: torch.Tensor, labels: torch.Tensor) -> int:
+        """The bytes that autograd keeps for the backward, without parameters and buffers."""
+        kept: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self.own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = self.loss(images, labels)
+        loss.backward()
+        return sum(kept.values())
 
 
 def _wait(device: str) -> None:
@@ -73,36 +102,40 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def measure(name: str, args: argparse.Namespace) -> list[tuple[float, float, float]]:
-    """Measures the float network, the QAT network, and the folded one.
+def measure(name: str, args: argparse.Namespace) -> list[tuple[float, float, float, float]]:
+    """Measures the float network, the QAT network, the folded one, and the pruned one.
 
     Returns:
         For each: the median seconds of a step; the median of their ratio to the float step in the
-        same round; and the width of the ratios' middle half.
+        same round; the width of the ratios' middle half; and the MiB that autograd keeps.
     """
     torch.manual_seed(0)
     torch._dynamo.reset()
     images = torch.randn(args.batch, 3, args.size, args.size, device=args.device)
     labels = torch.randint(0, 1000, (args.batch,), device=args.device)
     plain = getattr(torchvision.models, name)().to(args.device).train()
+    pruned = quantized(plain, images, recipe="int8_prune50")
+    teacher = TracedTeacher(copy.deepcopy(plain), pruned)
     networks = (plain, quantized(plain, images), quantized(plain, images, RESTORE))
     contenders = [Contender(net, args.precision, args.compile) for net in networks]
+    contenders.append(Contender(pruned, args.precision, args.compile, teacher))
     for _ in range(args.warmup + args.steps):
         for contender in contenders:
             contender.step(images, labels)
     seconds = [contender.seconds[args.warmup :] for contender in contenders]
     figures = []
-    for own in seconds:
+    for own, contender in zip(seconds, contenders, strict=True):
         ratios = sorted(b / a for a, b in zip(seconds[0], own, strict=True))
         quarter = len(ratios) // 4
         spread = ratios[-1 - quarter] - ratios[quarter]
-        figures.append((statistics.median(own), statistics.median(ratios), spread))
+        kept = contender.kept_bytes(images, labels) / 2**20
+        figures.append((statistics.median(own), statistics.median(ratios), spread, kept))
     return figures
 
 
 def main() -> None:
     parser = argument_parser(__doc__, threads=2)
-    parser.add_argument("--models", nargs="+", default=list(BARS))
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=30)
@@ -119,33 +152,34 @@ def main() -> None:
     report = Report(
         "Cost of a QAT step",
         [
-            command(args, "batch", "size", "threads", "steps", "device", "precision"),
+            command(args, "batch", "size", "threads", "steps", "device", "precision")
+            + (" (with --compile)" if args.compile else ""),
             f"on {processor}, torch {torch.__version__}, {how}, {args.precision}.",
         ],
         (
             "network",
-            "float step ms",
-            "QAT step ms",
-            "ratio (median of pairs)",
+            "step",
+            "ms",
+            "to float (median of pairs)",
             "middle half of the ratios",
-            "bar",
-            "folded ms",
-            "ratio",
+            "MiB kept",
+            "to float",
         ),
         args.out,
     )
     for name in args.models:
-        (plain, _, _), (qat, ratio, spread), (folded, of_folded, _) = measure(name, args)
-        report.add(
-            name,
-            f"{plain * 1e3:.1f}",
-            f"{qat * 1e3:.1f}",
-            f"**{ratio:.2f}**",
-            f"{spread:.2f} wide",
-            BARS.get(name, "") if args.device == "cpu" else "",
-            f"{folded * 1e3:.1f}",
-            f"{of_folded:.2f}",
-        )
+        kinds = ("float", "int8_qat", "int8_qat, folded", "int8_prune50, with teacher")
+        figures = measure(name, args)
+        for kind, (seconds, ratio, spread, kept) in zip(kinds, figures, strict=True):
+            report.add(
+                name,
+                kind,
+                f"{seconds * 1e3:.1f}",
+                f"**{ratio:.2f}**",
+                f"{spread:.2f} wide",
+                f"{kept:.0f}",
+                f"{kept / figures[0][3]:.2f}",
+            )
 
 
 if __name__ == "__main__":

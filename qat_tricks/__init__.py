@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from qat_tricks.recipes.ptq import quantize
     from qat_tricks.recipes.stages import run_stages
     from qat_tricks.trainer.checkpoints import load_from_checkpoint
+    from qat_tricks.trainer.compiling import CompileNetwork
 
 
 __all__ = [
+    "CompileNetwork",
     "QatTricksError",
     "Recipe",
     "__version__",
@@ -31,6 +33,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "CompileNetwork": "trainer.compiling",
     "QatTricksError": "errors",
     "Recipe": "recipes.callbacks",
     "evaluate": "jobs.evaluation",

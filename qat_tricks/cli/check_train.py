@@ -15,9 +15,9 @@ from qat_tricks.jobs.fitted_recipe import fitted_recipe
 from qat_tricks.jobs.isolation import isolated
 from qat_tricks.jobs.loggers import LoggerOptions
 from qat_tricks.models.build import build_model, model_names, register_models
-from qat_tricks.recipes.registry import options
 from qat_tricks.settings.binding import Problems, bind, make
 from qat_tricks.settings.compose import one_line
+from qat_tricks.settings.config_dir import options
 from qat_tricks.trainer.framework import default_package
 
 OF_THE_JOB = (
@@ -113,14 +113,20 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
         for key in trainer
         if key in OF_THE_JOB
     ]
-    others = {key: value for key, value in trainer.items() if key not in OF_THE_JOB}
+    if not isinstance(trainer.get("compile"), bool):
+        problems.append(
+            f"trainer.compile={trainer.get('compile')!r} is not allowed: give true or false"
+        )
+    others = {
+        key: value for key, value in trainer.items() if key not in OF_THE_JOB and key != "compile"
+    }
     problems += bind("trainer", package.Trainer.__init__, others, without=OF_THE_JOB)
     if problems:
         raise QatTricksError("; ".join(problems))
     try:
         with isolated():  # a trainer may set torch's precision and determinism
             launcher = package.Trainer(
-                **trainer, logger=False, enable_checkpointing=False, max_epochs=1
+                **others, logger=False, enable_checkpointing=False, max_epochs=1
             ).strategy.launcher
     except Exception as error:  # Lightning raises many kinds of errors for bad arguments
         raise QatTricksError(f"trainer: {one_line(error)}") from error

@@ -17,8 +17,10 @@ from omegaconf import DictConfig
 
 from qat_tricks.cli.quiet import quiet
 from qat_tricks.errors import QatTricksError
+from qat_tricks.settings.config_dir import check_option, config_dir
 
 BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses
+_LISTED = ("recipe", "data", "trainer", "logger")  # groups of train.yaml whose names are all files
 
 
 def train(arguments: Sequence[str] | None = None) -> None:
@@ -44,10 +46,11 @@ def _run(name: str, job: Callable[[DictConfig], None], arguments: Sequence[str] 
     try:
         if arguments is not None:
             sys.argv = [f"{name}.py", *arguments]
+        if name == "train":
+            _refuse_at_once(sys.argv[1:])
         _say_at_once(name, sys.argv[1:])
         # slow: they load torch
         from qat_tricks.cli.command_line import checked_arguments
-        from qat_tricks.settings.config_dir import config_dir
 
         if name == "train":
             # slow: loads Lightning, which sets up the loggers that quiet() silences
@@ -156,6 +159,18 @@ def _tell(error: QatTricksError, where: str = "") -> None:
 # Flags whose output is read by other programs, or is no run.
 _SHOWING = {"-h", "--help", "--hydra-help", "-c", "--cfg", "-i", "--info", "--version"}
 _SHOWING |= {"-sc", "--shell-completion"}
+
+
+def _refuse_at_once(arguments: Sequence[str]) -> None:
+    """Refuses a misspelt name in a config group where that is all that was given.
+
+    Beside other arguments, every error is told together; for that torch and Lightning are loaded,
+    which takes seconds.
+    """
+    if len(arguments) == 1:
+        group, _, name = arguments[0].partition("=")
+        if group in _LISTED and name.isidentifier():
+            check_option(group, name)
 
 
 def _say_at_once(name: str, arguments: Sequence[str]) -> None:

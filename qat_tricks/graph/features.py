@@ -1,7 +1,8 @@
 """Feature maps that a quantized network and its float network have in common.
 
 The quantized network is listened to behind its quantizers; a traced copy of the float network
-yields the tensors of the same names beside its output.
+yields the tensors of the same names beside its output. It only evaluates, so its BatchNorms are
+folded.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qat_tricks.errors import QatTricksError, did_you_mean
+from qat_tricks.graph.fold import fold_batchnorm
 from qat_tricks.graph.layers import activation_quantizers
 from qat_tricks.graph.spec import QUANTIZERS, spec_of
 from qat_tricks.graph.trace import trace
@@ -20,7 +22,7 @@ from qat_tricks.graph.two_modes import EVALUATION, TRAINING, only_in
 
 
 class TracedTeacher:
-    """A traced copy of a float network, which can yield what is inside.
+    """A traced and folded copy of a float network, which can yield what is inside.
 
     Args:
         network: the float network.
@@ -32,12 +34,16 @@ class TracedTeacher:
         untraced = spec.get("untraced", ())
         settings = TraceSettings.of_spec(spec)
         self.network = trace(copy_of(network), untraced, settings=settings).eval()
+        # BatchNorms take a part of its time that nobody needs to pay: values differ by rounding
+        # only. Those that the student calls too stay, for its tensors may have their names.
+        kept = [str(node.target) for node in student.graph.nodes if node.op == "call_module"]
+        fold_batchnorm(self.network, skip=kept)
         self.network.requires_grad_(False)
         self.output = self.network.graph.output_node()
         self.own_output = self.output.args[0]
-        self.names: tuple[str, ...] = ()
+        self.names: tuple[str, ...] | None = None
         nodes = {node.name: node for node in self.network.graph.nodes}
-        # Behind a BatchNorm that was folded into the layer which makes the tensor.
+        # Behind a BatchNorm of its own that the layer which makes the tensor has in the student.
         folded = dict(spec.get("folded", []))
         of_module = {str(n.target): n for n in nodes.values() if n.op == "call_module"}
         self.order = {name: place for place, name in enumerate(nodes)}
@@ -45,6 +51,7 @@ class TracedTeacher:
             name: of_module.get(folded.get(str(node.target), ""), node)
             for name, node in nodes.items()
         }
+        self.tap(())
 
     def tap(self, names: Sequence[str]) -> None:
         """Lets a call yield the tensors of these names too."""

@@ -20,6 +20,7 @@ from qat_tricks.jobs.fitted_recipe import fitted_recipe
 from qat_tricks.jobs.run_record import RunRecord
 from qat_tricks.recipes.recipe import Stage
 from qat_tricks.recipes.stages import run_stages
+from qat_tricks.trainer.compiling import CompileNetwork
 from qat_tricks.trainer.framework import default_package
 from qat_tricks.trainer.ranks import Ranks
 
@@ -54,7 +55,12 @@ def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[st
     recipe = fitted_recipe(config)
     data = load_data(config.data)
     module = make_classifier(config, data)
-    trainer = {**OmegaConf.to_container(config.trainer, resolve=True), "logger": logger}  # type: ignore[dict-item]
+    trainer: dict[str, Any] = {
+        **OmegaConf.to_container(config.trainer, resolve=True),  # type: ignore[dict-item]
+        "logger": logger,
+    }
+    if trainer.pop("compile"):
+        trainer["callbacks"] = [CompileNetwork()]
     # Checked now: training would fail only at its first loss.
     _check_classes(module.network, data)
     check_untraced(module.network, recipe.untraced)  # before the baseline is trained

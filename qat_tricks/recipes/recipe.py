@@ -6,11 +6,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from qat_tricks.errors import QatTricksError, did_you_mean
+from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.workbench import Workbench
-from qat_tricks.recipes.registry import make_trick, options
+from qat_tricks.recipes.registry import make_trick
 from qat_tricks.settings.binding import Problems, make, unknown_keys
-from qat_tricks.settings.config_dir import config_dir
+from qat_tricks.settings.config_dir import check_option, config_dir
 from qat_tricks.settings.plain import as_plain
 from qat_tricks.settings.ranges import EPOCHS, LEARNING_RATE, MAX_DROP, check_ranges
 from qat_tricks.settings.renamed import rename_keys, rename_overrides
@@ -90,8 +90,7 @@ def load_recipe(name: str, overrides: Sequence[str] | None = None) -> StagedReci
     overrides = _checked_overrides(overrides)
     if not isinstance(name, str):
         raise QatTricksError(f"recipe={name!r} is not allowed: give the name of a recipe")
-    if name not in options("recipe"):
-        raise QatTricksError(f'unknown recipe "{name}": {did_you_mean(name, options("recipe"))}')
+    check_option("recipe", name)
     problems = Problems()
     config = _compose(name, overrides, problems)
     recipe = problems.of(lambda: build_recipe(config))

@@ -6,15 +6,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from qat_tricks.errors import QatTricksError, did_you_mean
+from qat_tricks.errors import QatTricksError
 from qat_tricks.settings.binding import make
-from qat_tricks.settings.config_dir import config_dir
+from qat_tricks.settings.config_dir import check_option, config_dir, options
 from qat_tricks.trainer.trick import Trick
-
-
-def options(group: str) -> list[str]:
-    """The names in a config group, such as ``recipe`` or ``trick``."""
-    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
 
 
 def trick_config(name: str) -> dict[str, Any]:
@@ -23,8 +18,7 @@ def trick_config(name: str) -> dict[str, Any]:
     Raises:
         QatTricksError: an unknown trick.
     """
-    if name not in options("trick"):
-        raise QatTricksError(f'unknown trick "{name}": {did_you_mean(name, options("trick"))}')
+    check_option("trick", name)
     # The file has the trick's name as its one key, so that recipes merge it in place.
     settings: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / "trick" / f"{name}.yaml"))
     return settings[name]

@@ -163,7 +163,9 @@ class Session(Callback):
                 "two recipes are in one trainer: give it one, or run them one after the other"
             )
         self._add_tricks(callbacks)
-        tricks: list[Any] = [c for c in callbacks if isinstance(c, Callback) and c is not self]
+        # CompileNetwork is a callback of ours too, and no trick.
+        ours = [c for c in callbacks if isinstance(c, Callback)]
+        tricks: list[Any] = [c for c in ours if hasattr(c, "apply_once")]
         self._check_trainer(trainer)
         self._random_state = self._frozen = None
         if trainer.state.fn == "fit":

@@ -30,7 +30,7 @@ from qat_tricks.graph.features import (
 from qat_tricks.graph.logits import class_logits, logits_of
 from qat_tricks.graph.two_modes import yields_by_mode
 from qat_tricks.graph.workbench import Workbench
-from qat_tricks.trainer.module import workbench_of
+from qat_tricks.trainer.module import is_whole, workbench_of
 from qat_tricks.trainer.schedule import check_fraction
 from qat_tricks.trainer.trick import Trick
 
@@ -109,14 +109,15 @@ class _Features:
     """Compares the feature maps of the two networks.
 
     Args:
-        work: the workbench of the fit, with the teacher on its device.
+        work: the workbench of the fit.
+        teacher: on the device of the fit.
         patterns: of names; None: the last map of each size, which the first step tells.
     """
 
-    def __init__(self, work: Workbench, patterns: Sequence[str] | None) -> None:
-        assert work.teacher is not None
-        self.student, self.patterns = work.network, patterns
-        self.teacher = TracedTeacher(work.teacher, work.network)
+    def __init__(
+        self, work: Workbench, teacher: TracedTeacher, patterns: Sequence[str] | None
+    ) -> None:
+        self.student, self.patterns, self.teacher = work.network, patterns, teacher
         self.tensors = quantized_tensors(work.network, self.teacher)
         self.names: list[str] = []
         if patterns is not None:
@@ -170,19 +171,31 @@ class _Features:
 class _Step:
     """A ``training_step`` that adds the distillation loss to the module's own."""
 
-    def __init__(
-        self, trick: "Distill", pl_module: "LightningModule", features: _Features | None
-    ) -> None:
-        self.trick, self.pl_module, self.features = trick, pl_module, features
-        self.yields_by_mode = yields_by_mode(workbench_of(pl_module).network.graph)
+    def __init__(self, trick: "Distill", pl_module: "LightningModule") -> None:
+        self.trick, self.pl_module = trick, pl_module
+        work = workbench_of(pl_module)
+        assert work.teacher is not None
+        # What the network yields in training may be other than in evaluation, where alone a folded
+        # teacher is the network; and a module that is the network itself is not traced by itself.
+        is_plain = not yields_by_mode(work.network.graph) and not is_whole(
+            pl_module, work.network_name
+        )
+        self.teacher: nn.Module | TracedTeacher = work.teacher
+        self.features: _Features | None = None
+        if is_plain or trick.features is not None:
+            traced = TracedTeacher(work.teacher, work.network)
+            if is_plain:
+                self.teacher = traced
+            if trick.features is not None:
+                patterns = None if trick.features == AUTO else trick.features
+                self.features = _Features(work, traced, patterns)
         # The module's own step, whose signature Lightning reads through this name, as of any
         # decorated function.
         self.__wrapped__ = pl_module.training_step
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         work = workbench_of(self.pl_module)
-        assert work.teacher is not None
-        trick, features = self.trick, self.features
+        trick, features, teacher = self.trick, self.features, self.teacher
         # A module may call its network several times in a step, as for two views of an image.
         losses: list[Tensor] = []
         of_features: list[Tensor] = []
@@ -191,13 +204,15 @@ class _Step:
         def listen(
             _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> None:
-            expected = None
+            expected: Any = None
             if features is not None and isinstance(listener, Listener):
                 of_maps, expected = features.loss(listener.take(), args, kwargs)
                 of_features.append(of_maps)
-            if features is None or self.yields_by_mode:
+            if isinstance(teacher, nn.Module):
                 with torch.no_grad():
-                    expected = work.teacher(*args, **kwargs)  # type: ignore[misc]
+                    expected = teacher(*args, **kwargs)
+            elif features is None:
+                expected = teacher(*args, **kwargs)[0]
             losses.append(
                 distill(logits_of(output), logits_of(expected), temperature=trick.temperature)
             )
@@ -286,11 +301,7 @@ class Distill(Trick):
         if yields_by_mode(work.network.graph):
             _yield_as_in_training(work.teacher)
         self._teacher_state = work.teacher.state_dict()
-        features = None
-        if self.features is not None:
-            patterns = None if self.features == AUTO else self.features
-            features = _Features(work, patterns)
-        pl_module.training_step = _Step(self, pl_module, features)  # type: ignore[method-assign]
+        pl_module.training_step = _Step(self, pl_module)  # type: ignore[method-assign]
 
     def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Gives the module its own ``training_step`` back."""

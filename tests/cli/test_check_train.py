@@ -27,6 +27,7 @@ def refusal(*settings, check=check_train):
         ("data.batch_size=many", "data.batch_size='many' is not allowed: give a whole number"),
         ("data.batch_size=true", "data.batch_size=True is not allowed"),
         ("trainer.devices=many", "trainer: "),
+        ("trainer.compile=yes_please", "trainer.compile='yes_please' is not allowed: give true or"),
         ("trainer.precision=17", "trainer.precision=17 is not allowed"),
         ("trainer.accelerator=abacus", "trainer: "),
         ("baseline.lr=0", "baseline: lr=0 is not allowed: give a number above 0"),

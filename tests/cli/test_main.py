@@ -263,12 +263,17 @@ def test_a_bug_keeps_its_traceback(ran, monkeypatch, capsys):
 
 
 def test_the_script_works_from_any_folder(tmp_path):
-    command = [sys.executable, str(ROOT / "train.py"), "recipe=int8_prun50"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert 'did you mean "int8_prune50"' in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert done.stdout == "train.py: loading PyTorch and Lightning\n"
+    # A misspelt recipe alone is told before torch is loaded; beside other errors, with them.
+    alone, with_others = ["recipe=int8_prun50"], ["recipe=int8_prun50", "seed=-1"]
+    loading = "train.py: loading PyTorch and Lightning\n"
+    for arguments, said in ((alone, ""), (with_others, loading)):
+        command = [sys.executable, str(ROOT / "train.py"), *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2
+        assert 'did you mean "int8_prune50"' in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert ("seed=-1" in done.stderr) == bool(said)
+        assert done.stdout == said
     assert not list(tmp_path.iterdir())
 
 

@@ -17,8 +17,7 @@ from qat_tricks.jobs.config import (
     StageOverride,
 )
 from qat_tricks.models.build import register_models
-from qat_tricks.recipes.registry import options
-from qat_tricks.settings.config_dir import config_dir
+from qat_tricks.settings.config_dir import config_dir, options
 from tests.helpers.configs import composed
 
 SHIPPED = sorted(config_dir().rglob("*.yaml"))

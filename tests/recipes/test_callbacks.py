@@ -8,7 +8,8 @@ import qat_tricks
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import layers
 from qat_tricks.recipes.callbacks import recipe
-from qat_tricks.recipes.registry import options, trick_config
+from qat_tricks.recipes.registry import trick_config
+from qat_tricks.settings.config_dir import options
 from tests.helpers.lightning import pl
 from tests.helpers.lit import Data, Lit, trainer
 from tests.helpers.weights import zeros

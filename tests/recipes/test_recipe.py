@@ -4,8 +4,7 @@ from omegaconf import OmegaConf
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.recipes.recipe import build_recipe, load_recipe
-from qat_tricks.recipes.registry import options
-from qat_tricks.settings.config_dir import config_dir
+from qat_tricks.settings.config_dir import config_dir, options
 
 TRICKS = options("trick")
 RECIPES = options("recipe")

@@ -5,7 +5,8 @@ import inspect
 import pytest
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.recipes.registry import make_trick, options, trick_class, trick_config
+from qat_tricks.recipes.registry import make_trick, trick_class, trick_config
+from qat_tricks.settings.config_dir import options
 from qat_tricks.tricks import Prune
 
 TRICKS = options("trick")

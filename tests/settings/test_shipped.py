@@ -5,9 +5,8 @@ from shutil import copytree
 import pytest
 from omegaconf import OmegaConf
 
-from qat_tricks.recipes.registry import options
 from qat_tricks.settings.compose import Composer
-from qat_tricks.settings.config_dir import config_dir
+from qat_tricks.settings.config_dir import config_dir, options
 from qat_tricks.settings.shipped import NeedsHydraError, compose_recipe
 
 RECIPES = options("recipe")
