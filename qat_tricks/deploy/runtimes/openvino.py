@@ -5,7 +5,7 @@ values to the neighbouring step. Everything else is set to stay float32: by defa
 bfloat16 where the processor has it, and then runs another network than the one that was measured.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,28 @@ _INTEGERS = ("u8", "i8")
 
 
 class OpenvinoNetwork(Network):
-    """An ONNX file compiled for the CPU; ``integer_layers`` is read from the compiled graph."""
+    """An ONNX file compiled for the CPU; ``integer_layers`` is read from the compiled graph.
 
-    def __init__(self, path: str | PathLike[str], *, threads: int) -> None:
+    Args:
+        path: of the file.
+        threads: of one run.
+        settings: properties of OpenVINO's CPU plugin, beside those that are set here.
+    """
+
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        *,
+        threads: int,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         if not Path(path).is_file():
             raise QatTricksError(
                 f'no ONNX file at "{path}": give the path of a model.onnx that an export wrote'
             )
         # For one run at a time; layers that are not quantized stay float32.
-        settings = {
+        properties = {
+            **(settings or {}),
             "INFERENCE_NUM_THREADS": threads,
             "INFERENCE_PRECISION_HINT": "f32",
             "PERFORMANCE_HINT": "LATENCY",
@@ -36,7 +49,7 @@ class OpenvinoNetwork(Network):
         import openvino  # an optional dependency
 
         try:
-            compiled = openvino.Core().compile_model(str(path), "CPU", settings)
+            compiled = openvino.Core().compile_model(str(path), "CPU", properties)
         except Exception as error:  # OpenVINO's exceptions share no narrower base class
             raise QatTricksError(
                 f'OpenVINO cannot open "{path}" ({one_line(error)}): give a file that an export '
