@@ -47,13 +47,19 @@ class _FakeQuantize(torch.autograd.Function):
         # d out / d scale is round(x / s) - x / s inside the range and the bound outside: the sum of
         # both is out / s everywhere, less x / s inside.
         if scale.dim() == 0:
-            grad_scale = torch.dot(grad.flatten(), out.flatten()) / scale - torch.dot(
-                grad_x.flatten(), steps.flatten()
-            )
+            grad_scale = _dot(grad, out) / scale - _dot(grad_x, steps)
         else:
             dims = [d for d in range(scale.dim()) if scale.shape[d] == 1]
             grad_scale = (grad * out / scale - grad_x * steps).sum(dims, keepdim=True)
         return grad_x, _lsq_scaled(grad_scale, grad, ctx), None, None
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of ``a * b``, in one pass; shape ``[]``."""
+    # In channels-last memory a flat tensor in the order of dimensions would be a copy.
+    if all(t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) for t in (a, b)):
+        a, b = a.movedim(1, 3), b.movedim(1, 3)
+    return torch.dot(a.flatten(), b.flatten())
 
 
 def _lsq_scaled(grad_scale: Tensor, grad: Tensor, ctx: Any) -> Tensor:
