@@ -128,6 +128,8 @@ class Listener:
     def take(self) -> dict[str, Tensor]:
         """What was heard in the last call of the network, which is then forgotten."""
         heard, self.heard = self.heard, {}
+        # The next call begins anew: a number that grew with each would be compiled each time.
+        self._calls = dict.fromkeys(self.tensors, 0)
         return heard
 
 

@@ -45,7 +45,7 @@ def fold_batchnorm(traced: fx.GraphModule, skip: Sequence[str] = ()) -> list[tup
         The pairs ``(layer, batchnorm)`` folded.
     """
     uses = n.uses_of_weights(traced)
-    supposed = _supposed(traced, uses)
+    supposed = _supposed(traced, uses, skip)
     own = fold_own_batchnorms(traced, skip)
     # By name, so that a BatchNorm that is called twice is folded once.
     layers_of = {str(node.target): folds_into(node, traced, uses) for node in traced.graph.nodes}
@@ -110,8 +110,10 @@ def needs_ranks(traced: fx.GraphModule) -> bool:
     return bool(_supposed(traced, n.uses_of_weights(traced)))
 
 
-def _supposed(traced: fx.GraphModule, uses: n.Uses) -> list[tuple[nn.Module, int]]:
-    """The linears whose BatchNorm takes a matrix only by supposition.
+def _supposed(
+    traced: fx.GraphModule, uses: n.Uses, skip: Sequence[str] = ()
+) -> list[tuple[nn.Module, int]]:
+    """The linears whose BatchNorm, none of ``skip``, takes a matrix only by supposition.
 
     Returns:
         Each with the number of dimensions that its input then has.
@@ -119,7 +121,9 @@ def _supposed(traced: fx.GraphModule, uses: n.Uses) -> list[tuple[nn.Module, int
     return [
         (layer_at(traced, str(linear.target)), MATRIX + (linear is not node.all_input_nodes[0]))
         for node in traced.graph.nodes
-        if folds_into(node, traced, uses) and is_supposed_matrix(node, traced)
+        if str(node.target) not in skip
+        and folds_into(node, traced, uses)
+        and is_supposed_matrix(node, traced)
         for linear in folds_into(node, traced, uses)
     ]
 

@@ -90,6 +90,7 @@ class TracedNetwork(fx.GraphModule):
     def __copy__(self) -> "TracedNetwork":
         twin = object.__new__(_class_for(self._user_class))
         vars(twin).update(vars(self))
+        vars(twin).pop("_compiled_call_impl", None)
         twin.graph = copy.deepcopy(self.graph)
         return twin
 
@@ -409,7 +410,12 @@ def _state_of(traced: TracedNetwork) -> dict[str, Any]:
     # A module of training steps leaves its trainer behind.
     own: Any = traced
     state = own.__getstate__() if has_steps(traced) else vars(traced)
-    return {key: value for key, value in state.items() if not is_stand_in(value)}
+    # What was compiled computes with this network, also in a copy; torch leaves it out too.
+    return {
+        key: value
+        for key, value in state.items()
+        if key != "_compiled_call_impl" and not is_stand_in(value)
+    }
 
 
 def _unpickle(

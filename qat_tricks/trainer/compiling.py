@@ -27,7 +27,8 @@ class CompileNetwork(Callback):
     """Callback that compiles the network for the training steps of a fit.
 
     Give it after the recipe, which changes the network first. The first step of each fit compiles,
-    which takes a minute or two; so does one in which a trick changes what is computed.
+    which takes a minute or two; so does one in which a trick changes what is computed, and the
+    first batch of another size. Of more than eight sizes, torch computes the others eagerly.
 
     Args:
         network: attribute of the LightningModule that holds the network; None finds it.
@@ -68,6 +69,10 @@ class CompileNetwork(Callback):
         """Leaves the network as it was."""
         if self._compiled is not None:
             self._compiled._compiled_call_impl = None
+            # torch compiles the same code eight times at most: a sweep's next fit begins anew.
+            code = getattr(self._compiled.forward, "__code__", None)
+            if code is not None:
+                torch._dynamo.reset_code(code)
             self._compiled = None
 
     def on_exception(
@@ -85,15 +90,18 @@ class _CompiledSteps:
 
     def __init__(self, network: nn.Module, backend: str) -> None:
         self.network = network
-        # Sizes are compiled one by one: which kernels a batch meets then depends on no batch
-        # before, and a resumed fit meets the same ones.
+        # Sizes are compiled one by one: the kernels that a batch meets then do not depend on the
+        # size of the first one, and a resumed fit meets the same ones.
         self.forward = torch.compile(network.forward, backend=backend, dynamic=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         network = self.network
         if not network.training:
             return network._call_impl(*args, **kwargs)
-        vars(network)["forward"] = self.forward
+        # The class's forward has nothing on the object; a patched one has, and so has a call of the
+        # network within its own call.
+        own, before = vars(network), vars(network).get("forward")
+        own["forward"] = self.forward
         try:
             return network._call_impl(*args, **kwargs)
         # loaded by torch.compile, and slow to load without it
@@ -104,4 +112,7 @@ class _CompiledSteps:
                 "for, a C++ compiler in most cases, or train without (trainer.compile=false)"
             ) from error
         finally:
-            del vars(network)["forward"]
+            if before is None:
+                del own["forward"]
+            else:
+                own["forward"] = before

@@ -127,3 +127,26 @@ def test_the_last_map_of_each_size_is_chosen_and_no_vector():
     }
     heard = {name: torch.zeros(size) for name, size in reversed(sizes.items())}
     assert last_of_each_size(heard, {name: i for i, name in enumerate(sizes)}) == ["c", "b"]
+
+
+class Tokens(torch.nn.Module):
+    """A BatchNorm1d behind a linear that takes tokens, as many as they have channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(1, 8, 3, padding=1)
+        self.linear, self.norm = torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8)
+        self.head = torch.nn.Linear(8, 10)
+
+    def forward(self, x):
+        tokens = torch.relu(self.conv(x)).flatten(2).transpose(1, 2)[:, :8]
+        return self.head(torch.relu(self.norm(self.linear(tokens))).mean(1))
+
+
+def test_a_batchnorm_that_the_student_keeps_stays_in_the_teacher():
+    torch.manual_seed(0)
+    net = Tokens().eval()
+    student = qat_tricks.quantize(net, [images(64)])
+    teacher = TracedTeacher(net, student)
+    assert any(isinstance(m, torch.nn.BatchNorm1d) for m in student.modules())
+    assert torch.allclose(teacher(images(16))[0], net(images(16)), atol=1e-5)

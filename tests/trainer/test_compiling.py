@@ -1,5 +1,7 @@
 """Training steps run compiled, and nothing else does."""
 
+import copy
+import pickle
 import shutil
 
 import pytest
@@ -142,3 +144,75 @@ def test_compiled_kernels_compute_what_eager_ones_do():
     for a, b in zip(expected, found, strict=True):
         # a value at the middle between two steps may fall to the other side
         assert (a - b).norm() < 0.02 * a.norm()
+
+
+class Copies(pl.Callback):
+    """Copies the network in every way, after each step."""
+
+    def on_train_batch_end(self, trainer, module, *_):
+        network = module.backbone
+        network.zero_grad()
+        for twin in (
+            copy.deepcopy(network),
+            copy.copy(network),
+            pickle.loads(pickle.dumps(network)),
+            copy.deepcopy(module).backbone,
+        ):
+            assert twin._compiled_call_impl is None
+            twin.train()(torch.ones(2, 1, 8, 8)).sum().backward()
+        # of the copies, only the shallow one has the network's own parameters
+        self.own = [p.grad.abs().sum() for p in network.parameters() if p.grad is not None]
+        network.zero_grad()
+
+
+@pytest.mark.feature("CompileNetwork: copies made during a fit compute with their own weights")
+@pytest.mark.parametrize("recipe", [None, "int8_qat"])
+def test_copies_are_not_compiled(recipe):
+    fit(recipe, CompileNetwork(backend="eager"), Copies(), max_epochs=1)
+
+
+@pytest.mark.feature("CompileNetwork: a patched forward stays, and a call within a call works")
+def test_a_forward_of_the_object_stays():
+    lit = Lit().train()
+    network, inner = lit.backbone, lit.backbone.forward
+    network.forward = patched = lambda x: inner(x) + 7.0
+    nested = []
+
+    def again(network, args, _):
+        if not nested:
+            nested.append(True)
+            network(args[0] + 0.1)
+            nested.clear()
+
+    network.register_forward_hook(again)
+    spy = Spy()
+    fit(None, CompileNetwork(backend=spy), lit=lit, max_epochs=1)
+    assert vars(network)["forward"] is patched
+    assert spy.calls == 2 * 4
+
+
+@pytest.mark.feature("CompileNetwork: the tenth fit of one class is compiled as the first")
+def test_many_fits_of_one_class_are_all_compiled():
+    torch._dynamo.reset()
+    for _ in range(10):
+        spy = Spy()
+        run = trainer([CompileNetwork(backend=spy)], max_epochs=1)
+        run.fit(Lit().train(), datamodule=Data())
+        assert spy.calls == 4
+
+
+class Views(Lit):
+    """Several views of the images in one step."""
+
+    def training_step(self, batch, _):
+        views = [self(batch[0].roll(k, 2)) for k in range(4)]
+        return sum(torch.nn.functional.cross_entropy(view, batch[1]) for view in views)
+
+
+@pytest.mark.feature("CompileNetwork: several calls a step compile once, feature maps included")
+def test_several_calls_in_a_step_compile_once():
+    spy = Spy()
+    features = ["stages.prune_qat.tricks.distill.features=auto"]
+    fit("int8_prune50", CompileNetwork(backend=spy), overrides=features, lit=Views().train())
+    assert spy.calls == 2 * 4 * 4
+    assert spy.graphs <= 2  # the first call learns which maps there are
