@@ -31,6 +31,8 @@ class Target:
     because: str = ""  # the reason for these activations
     layout: str = DEFAULT_LAYOUT  # of the ONNX file: a name of ``deploy.layouts.LAYOUTS``
     newest_opset: int | None = None  # that it reads; None: all that ONNX Runtime reads
+    # what zeros among the weights bring there; docs/results/sparsity.md has the measurements
+    sparsity: str = "no kernel of ONNX Runtime's on CPUs gets faster by them"
 
 
 _SLOW_ON_X86 = (
@@ -62,6 +64,7 @@ TARGETS: Mapping[str, Target] = {
         runtime="openvino",
         functions="float",  # it computes SiLU and Hardswish within the conv before
         activations=tuple(ACTIVATIONS),
+        sparsity="neither its kernels nor its sparse weights got faster by them where we measured",
     ),
     "tensorrt": Target(
         about="NVIDIA's TensorRT 10, not measured: the file is checked, and run in ONNX Runtime, "
@@ -72,6 +75,8 @@ TARGETS: Mapping[str, Target] = {
         because="TensorRT takes int8 activations with zero point 0 only",
         layout="tensorrt",
         newest_opset=24,  # of TensorRT 10.15, says its parser's list of operators
+        sparsity="TensorRT has kernels for two zeros in each four weights (prune.granularity=2:4; "
+        "GPUs since Ampere, if its builder may use them), and none for others; not measured here",
     ),
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from qat_tricks.deploy.targets import TARGETS
+from qat_tricks.deploy.targets import TARGETS, Target
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.show import ratio, show
 from qat_tricks.files import finite, read_json, write_json, write_text
@@ -86,7 +86,9 @@ def render(report: dict[str, Any]) -> str:
     templates.filters.update(show=show, cell=_cell, pretty=_pretty)
     preprocessing, target = report["preprocessing"], report.get("target")
     # a report may come from a file that somebody else wrote: other types are shown as missing
-    needs = TARGETS[target].about if isinstance(target, str) and target in TARGETS else None
+    known = TARGETS.get(target) if isinstance(target, str) else None
+    # a report without a target was measured in ONNX Runtime
+    brings = (known or Target(about="")).sparsity
     preprocessing_hash = preprocessing.get("hash") if isinstance(preprocessing, dict) else None
     steps = [step for stage in report["stages"] for step in stage.get("equivalence") or ()]
     proofs = [p for stage in report["stages"] for p in (stage.get("proofs") or {}).values()]
@@ -107,7 +109,8 @@ def render(report: dict[str, Any]) -> str:
         "mixed_precision": report.get("mixed_precision"),
         "normalization": report.get("normalization"),
         "target": target,
-        "target_needs": needs,
+        "target_needs": known.about if known else None,
+        "sparsity_brings": brings[0].upper() + brings[1:],
         "packed_bytes": report.get("packed_bytes"),
         "compressed_bytes": report.get("compressed_bytes") or {},
         "preprocessing_hash": preprocessing_hash,

@@ -192,3 +192,19 @@ def test_removed_channels_stand_in_the_report(tmp_path):
     assert "ms a batch" not in (tmp_path / "report.md").read_text()
     write_report(tmp_path, report())
     assert "Channels removed" not in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("target", "told"),
+    [
+        (None, "No kernel of ONNX Runtime's on CPUs gets faster by them"),
+        ("onnxruntime_cpu", "No kernel of ONNX Runtime's on CPUs gets faster by them"),
+        ("openvino_cpu", "Neither its kernels nor its sparse weights got faster"),
+        ("tensorrt", "TensorRT has kernels for two zeros in each four weights"),
+    ],
+)
+def test_what_sparsity_brings_is_told_of_the_target(tmp_path, target, told):
+    write_report(tmp_path, report(target=target))
+    (line,) = [x for x in (tmp_path / "report.md").read_text().splitlines() if "Zeros among" in x]
+    assert told in line
+    assert line.endswith("the compressed file gets smaller.")
