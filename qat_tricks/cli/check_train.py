@@ -113,10 +113,9 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
         for key in trainer
         if key in OF_THE_JOB
     ]
-    if not isinstance(trainer.get("compile"), bool):
-        problems.append(
-            f"trainer.compile={trainer.get('compile')!r} is not allowed: give true or false"
-        )
+    compiles = trainer.get("compile", False)
+    if not isinstance(compiles, bool):
+        problems.append(f"trainer.compile={compiles!r} is not allowed: give true or false")
     others = {
         key: value for key, value in trainer.items() if key not in OF_THE_JOB and key != "compile"
     }

@@ -59,7 +59,7 @@ def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[st
         **OmegaConf.to_container(config.trainer, resolve=True),  # type: ignore[dict-item]
         "logger": logger,
     }
-    if trainer.pop("compile"):
+    if trainer.pop("compile", False):  # a user's own trainer config may lack it
         trainer["callbacks"] = [CompileNetwork()]
     # Checked now: training would fail only at its first loss.
     _check_classes(module.network, data)
