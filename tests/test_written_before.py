@@ -8,7 +8,7 @@ import torch
 
 import qat_tricks
 from qat_tricks.cli import main as cli
-from qat_tricks.graph import activation_quantizers, layers
+from qat_tricks.graph import activation_quantizers, features, layers
 from qat_tricks.tricks import Calibrate
 from tests.helpers.lit import Data, Lit, differences, trainer
 from tests.helpers.mid_epoch import ARTIFACTS, arithmetic, fit
@@ -48,7 +48,11 @@ def test_a_runs_files_are_evaluated_as_they_were(artifact, stages, tmp_path, mon
 
 
 @pytest.mark.usefixtures("never_calibrated_again")
-def test_a_fit_goes_on_from_the_middle_of_an_epoch_to_the_same_end():
+@pytest.mark.parametrize("folds_teacher", [False, True])
+def test_a_fit_goes_on_from_the_middle_of_an_epoch_to_the_same_end(folds_teacher, monkeypatch):
+    """To the last bit, but for the teacher: it is folded since, and differs by rounding."""
+    if not folds_teacher:
+        monkeypatch.setattr(features, "fold_batchnorm", lambda traced, skip: [])
     expected = torch.load(ARTIFACTS / "mid_epoch_end.pt", weights_only=True)
     exact = expected.pop("made_with") == arithmetic()
     # other weights, which the checkpoint replaces
@@ -57,7 +61,7 @@ def test_a_fit_goes_on_from_the_middle_of_an_epoch_to_the_same_end():
     assert list(reached) == list(expected)
     assert any(key.endswith("weight_mask") for key in reached)
     assert any(key.endswith("scale") for key in reached)
-    if exact:
+    if exact and not folds_teacher:
         assert differences(expected, dict(reached)) == []
     for key, value in reached.items():
         torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-4, msg=key)
