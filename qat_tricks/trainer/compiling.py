@@ -45,10 +45,9 @@ class CompileNetwork(Callback):
         Raises:
             QatTricksError: the network is the module itself, or is compiled already.
         """
-        quantized = has_workbench(pl_module)
         name = (
             workbench_of(pl_module).network_name
-            if quantized
+            if has_workbench(pl_module)
             else find_network(pl_module, self.network)
         )
         if is_whole(pl_module, name):

@@ -175,17 +175,16 @@ class _Step:
         self.trick, self.pl_module = trick, pl_module
         work = workbench_of(pl_module)
         assert work.teacher is not None
-        # What the network yields in training may be other than in evaluation, where alone a folded
-        # teacher is the network; and a module that is the network itself is not traced by itself.
-        is_plain = not yields_by_mode(work.network.graph) and not is_whole(
-            pl_module, work.network_name
-        )
         self.teacher: nn.Module | TracedTeacher = work.teacher
         self.features: _Features | None = None
-        if is_plain or trick.features is not None:
+        # What the network yields in training may be other than in evaluation, where alone a folded
+        # teacher is the network.
+        by_mode = yields_by_mode(work.network.graph)
+        # A module that is the network itself is traced only where its maps are asked for.
+        by_itself = by_mode or is_whole(pl_module, work.network_name)
+        if trick.features is not None or not by_itself:
             traced = TracedTeacher(work.teacher, work.network)
-            if is_plain:
-                self.teacher = traced
+            self.teacher = work.teacher if by_mode else traced
             if trick.features is not None:
                 patterns = None if trick.features == AUTO else trick.features
                 self.features = _Features(work, traced, patterns)
