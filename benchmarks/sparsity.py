@@ -11,10 +11,8 @@ import copy
 import platform
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
-import numpy as np
 import onnxruntime
 import openvino
 import torch
@@ -24,8 +22,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 import qat_tricks
+from qat_tricks.deploy.cost.latency import time_in_turn
 from qat_tricks.deploy.cost.weights import compressed_bytes
-from qat_tricks.deploy.runtimes.network import Network
 from qat_tricks.deploy.runtimes.openvino import OpenvinoNetwork
 from qat_tricks.deploy.runtimes.registry import open_network
 
@@ -48,28 +46,14 @@ def files(name: str, folder: Path) -> dict[float, Path]:
                 prune.l1_unstructured(module, "weight", sparsity)
                 prune.remove(module, "weight")
         # Placing and calibrating is enough here; the other tricks move weights, zeros excepted.
-        overrides = [
-            "prove=false",
-            "~stages.ptq.tricks.equalize",
-            "~stages.ptq.tricks.correct_bias",
+        without = [
+            f"~stages.ptq.tricks.{trick}"
+            for trick in ("equalize", "correct_weights", "correct_bias")
         ]
-        overrides += ["~stages.ptq.tricks.correct_weights"]
-        quantized = qat_tricks.quantize(pruned, [images], overrides=overrides)
+        quantized = qat_tricks.quantize(pruned, [images], overrides=["prove=false", *without])
         paths[sparsity] = folder / f"{name}_{sparsity}.onnx"
         qat_tricks.export_onnx(quantized, paths[sparsity], images, min_top1_agreement=0.0)
     return paths
-
-
-def milliseconds(networks: dict[str, Network], batch: np.ndarray, rounds: int) -> dict[str, float]:
-    """The median time of each network, all of them run in turn."""
-    runs = {name: network.prepare(batch) for name, network in networks.items()}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds + 2):
-        for name, run in runs.items():
-            started = time.perf_counter()
-            run()
-            times[name].append((time.perf_counter() - started) * 1e3)
-    return {name: statistics.median(spent[2:]) for name, spent in times.items()}
 
 
 def main() -> None:
@@ -100,28 +84,28 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             paths = files(name, Path(folder))
             for size in (1, 16):
-                batch = np.random.default_rng(0).standard_normal((size, 3, 224, 224))
-                add_rows(report, name, paths, batch.astype(np.float32), args)
+                add_rows(report, name, paths, size, args)
 
 
 def add_rows(
-    report: Report, name: str, paths: dict[float, Path], batch: np.ndarray, args: argparse.Namespace
+    report: Report, name: str, paths: dict[float, Path], size: int, args: argparse.Namespace
 ) -> None:
-    """Adds the rows of one network and batch."""
+    """Adds the rows of one network and batch size."""
     kinds = {
         "ort": lambda path: open_network(path, threads=args.threads),
         "ov": lambda path: OpenvinoNetwork(path, threads=args.threads),
         "sparse": lambda path: OpenvinoNetwork(path, threads=args.threads, settings=SPARSE),
     }
     networks = {f"{k} {s}": make(path) for s, path in paths.items() for k, make in kinds.items()}
-    times = milliseconds(networks, batch, args.rounds)
+    spent = time_in_turn(networks, (3, 224, 224), size, 2, args.rounds, float("inf"), seed=0)
+    times = {key: statistics.median(runs) for key, runs in spent.items()}
     for sparsity, path in paths.items():
         cells = [
             f"{times[f'{k} {sparsity}']:.1f} ({times[f'{k} {sparsity}'] / times[f'{k} 0.0']:.2f})"
             for k in kinds
         ]
         sizes = [f"{count / 1e6:.1f}" for count in (path.stat().st_size, compressed_bytes(path))]
-        report.add(name, len(batch), f"{sparsity:.0%}", *sizes, *cells)
+        report.add(name, size, f"{sparsity:.0%}", *sizes, *cells)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def measure_latency(
     if runs < MIN_RUNS:
         raise QatTricksError(f"runs is {runs}, allowed: {MIN_RUNS} or more")
     networks = _open(paths, threads, runtime)
-    times = _time_in_turn(networks, image_shape, batch_size, warmup, runs, max_seconds, seed)
+    times = time_in_turn(networks, image_shape, batch_size, warmup, runs, max_seconds, seed)
     return {
         name: {
             f"p{percent}": float(np.percentile(milliseconds, percent)) for percent in (50, 95, 99)
@@ -93,7 +93,7 @@ def measure_throughput(
         networks = _open(paths, threads, runtime)
         for batch_size in batch_sizes:
             # The time is the limit here, and not the number of runs.
-            times = _time_in_turn(networks, image_shape, batch_size, warmup, 10**6, seconds, seed)
+            times = time_in_turn(networks, image_shape, batch_size, warmup, 10**6, seconds, seed)
             rates = {
                 name: 1e3 * batch_size * len(spent) / sum(spent) for name, spent in times.items()
             }
@@ -134,7 +134,7 @@ def _open(paths: Paths, threads: int, runtime: str) -> dict[str, Network]:
     }
 
 
-def _time_in_turn(
+def time_in_turn(
     networks: Mapping[str, Network],
     image_shape: Shapes,
     batch_size: int,
