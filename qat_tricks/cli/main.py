@@ -43,6 +43,7 @@ def evaluate(arguments: Sequence[str] | None = None) -> None:
 
 def _run(name: str, job: Callable[[DictConfig], None], arguments: Sequence[str] | None) -> None:
     before = sys.argv
+    _ask_for_large_pages()
     try:
         if arguments is not None:
             sys.argv = [f"{name}.py", *arguments]
@@ -76,6 +77,15 @@ def _run(name: str, job: Callable[[DictConfig], None], arguments: Sequence[str] 
         raise
     finally:
         sys.argv = before
+
+
+def _ask_for_large_pages() -> None:
+    """Lets PyTorch ask the system for large pages, unless the user has decided.
+
+    Activations of some MB get fresh memory in each layer. In pages of 4 KiB, that took half of the
+    processor's time of a pass of MobileNetV2 at 224 px. PyTorch reads this at its first allocation.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def _train_job(config: DictConfig) -> None:

@@ -180,6 +180,18 @@ def test_a_run_says_what_and_where_and_keeps_its_config(tmp_path, ran, capsys):
     assert json.loads((tmp_path / "run" / "report.json").read_text())["recipe"] == "int8_ptq"
 
 
+@pytest.mark.parametrize(("set_before", "expected"), [(None, "1"), ("0", "0")])
+def test_memory_comes_in_large_pages_unless_the_user_has_decided(
+    ran, monkeypatch, set_before, expected
+):
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "")  # so that the test's own change is undone
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+    if set_before is not None:
+        monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", set_before)
+    assert status(cli.train, "recipe=int8_ptq", "hydra.run.dir=run", "logger=none") == 0
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == expected
+
+
 def test_a_recipe_of_ones_own_is_found_and_checked(tmp_path, ran, capsys):
     mine = tmp_path / "mine" / "recipe"
     mine.mkdir(parents=True)
