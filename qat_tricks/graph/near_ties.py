@@ -114,6 +114,6 @@ def _move_off_ties(quantizer: ActivationQuantizer, tables: Sequence[Table]) -> b
         distance = (steps - steps.floor() - 0.5).abs()
         if not (distance < MARGIN * (steps.abs() + 1)).any():
             if attempt > 0:
-                quantizer.scale.copy_(changed)
+                quantizer.move_scale(changed)
             return attempt > 0
     return False

@@ -5,6 +5,7 @@ weight. Below that, rounding is so coarse that clipping pays: each channel takes
 squared error.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -73,7 +74,7 @@ def activation_on_grid(
 
     @contextmanager
     def applied() -> Iterator[None]:
-        scheme, scale, zero_point = quantizer.scheme, float(quantizer.scale), quantizer.offset
+        scheme, before = quantizer.scheme, copy.deepcopy(quantizer.state_dict())
         set_activation_bits(quantizer, bits, observer)
         quantizer.enabled = True
         try:
@@ -81,9 +82,7 @@ def activation_on_grid(
         finally:
             quantizer.enabled = False
             quantizer.scheme = scheme
-            quantizer.scale.fill_(scale)
-            quantizer.zero_point.fill_(zero_point)
-            quantizer.refresh()
+            quantizer.load_state_dict(before)
 
     return Change(module=name, applied=applied)
 

@@ -20,7 +20,7 @@
                          "batchnorm": {"eps": float, "momentum": float | None},
                          "factors": bool}}
     activations  {name: {"scheme": scheme, "activation": "relu" | "relu6" | None,
-                         "nodes": [node, ...], "learned": bool}}
+                         "nodes": [node, ...], "learned": bool, "low": bool}}
     proofs       [proof, ...]                  what each trick did to the output (``graph.proof``)
     mixed_precision {"budget", "share", "reached", "parts": [{"name", "kind", "bits", "kl"}, ...]}
                                                bits that were chosen, and the error of each part

@@ -333,6 +333,8 @@ def _insert_activation_quantizer(
     """Adds one quantizer and calls it behind, or in the place of, each node in ``quantized``."""
     quantizer = ActivationQuantizer(Scheme(**entry["scheme"]), activation=entry["activation"])
     quantizer.to(device).scale.requires_grad_(entry.get("learned", False))
+    if entry.get("low"):
+        quantizer.own_low().requires_grad_(entry.get("learned", False))
     target = f"{QUANTIZERS}.{name}"
     traced.add_submodule(target, quantizer)
     for node in quantized:

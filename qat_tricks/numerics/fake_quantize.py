@@ -2,7 +2,7 @@
 
 Sources: Bengio et al. 2013 (arXiv 1308.3432), the straight-through estimator; Esser et al. 2020,
 "Learned Step Size Quantization" (arXiv 1902.08153), equations 1 to 3 and the gradient scale of
-section 2.2.
+section 2.2; Bhalgat et al. 2020, "LSQ+" (arXiv 2004.09576), equations 3 to 5, the learned offset.
 
 Where this differs: the whole chain is a few vectorised in-place passes and the backward keeps ``x /
 scale`` rather than a mask, because core PyTorch's ``fake_quantize_*_cachemask`` kernels are not
@@ -103,6 +103,38 @@ class _FakeQuantizeCompiled(torch.autograd.Function):
         return grad_x, _lsq_scaled((grad * slope).sum(), grad, ctx), None, None
 
 
+class _FakeQuantizeFrom(torch.autograd.Function):
+    """``_FakeQuantize`` of an activation whose smallest value is learned too (LSQ+).
+
+    Where LSQ+ shifts the grid by any number, here it is shifted by whole steps: 0.0 stays on it,
+    as integer kernels and zero padding need. So the smallest value is rounded to the grid, with a
+    straight-through gradient, and a value clamped below is that.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, low: Tensor, first: Tensor, count: int
+    ) -> Tensor:
+        steps = x / scale
+        ctx.save_for_backward(steps, first)
+        ctx.low, ctx.high = 0, count  # steps of the range, for LSQ's factor
+        return torch.round(steps).clamp(first, first + count) * scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        steps, first = ctx.saved_tensors
+        above = steps >= first + ctx.high
+        inside = (steps > first) & ~above
+        grad_x = torch.where(inside, grad, 0.0)
+        # d out / d scale: the rounding inside; all steps above, counted from the smallest value.
+        outside = torch.where(above, float(ctx.high), 0.0)
+        slope = torch.where(inside, torch.round(steps) - steps, outside)
+        grad_scale = _lsq_scaled((grad * slope).sum(), grad, ctx)
+        grad_low = _lsq_scaled((grad - grad_x).sum(), grad, ctx)
+        return grad_x, grad_scale, grad_low, None, None
+
+
 class _RoundToGrid(torch.autograd.Function):
     """``round(x / scale) * scale`` for values that never clip.
 
@@ -180,6 +212,33 @@ def fake_quantize_between(x: Tensor, scale: Tensor, low: int, high: int) -> Tens
     if is_activation and torch.compiler.is_compiling():
         return _FakeQuantizeCompiled.apply(x.float(), scale, low, high)
     return _FakeQuantize.apply(x.float(), scale, low, high)
+
+
+def fake_quantize_from(
+    x: Tensor, scale: Tensor, low: Tensor, zero_point: Tensor, scheme: Scheme
+) -> Tensor:
+    """``fake_quantize``, differentiable also in the smallest value of the range (LSQ+).
+
+    Args:
+        x: as in ``fake_quantize``.
+        scale: of shape ``[]``.
+        low: the smallest value, of shape ``[]``; it gets a gradient, and ``zero_point`` says which
+            value of the grid it is.
+        zero_point: ``zero_point_from(low, scale, scheme)``.
+        scheme: affine.
+
+    Returns:
+        float32 of the shape of ``x``.
+    """
+    first = (scheme.qmin - zero_point).float()
+    return _FakeQuantizeFrom.apply(x.float(), scale, low, first, scheme.qmax - scheme.qmin)
+
+
+@torch.no_grad()
+def zero_point_from(low: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
+    """The zero point with which the grid begins closest to ``low``: int32 of shape ``[]``."""
+    zero_point = scheme.qmin - torch.round(low / scale)
+    return zero_point.clamp(scheme.qmin, scheme.qmax).to(torch.int32)
 
 
 def max_abs_scale(weight: Tensor, scheme: Scheme, channel_axis: int) -> Tensor:

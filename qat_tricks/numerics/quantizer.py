@@ -9,8 +9,10 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.numerics.fake_quantize import (
     fake_quantize,
     fake_quantize_between,
+    fake_quantize_from,
     max_abs_scale,
     quantize_weight,
+    zero_point_from,
 )
 from qat_tricks.numerics.range_estimators import RangeEstimator
 from qat_tricks.numerics.scheme import SMALLEST_SCALE, Scheme
@@ -26,7 +28,8 @@ class ActivationQuantizer(nn.Module):
 
     Attributes:
         scale: parameter of shape ``[]``, float32; trained only after ``learn_scales``.
-        zero_point: buffer of shape ``[]``, int32; fixed by calibration.
+        zero_point: buffer of shape ``[]``, int32; fixed by calibration, or following ``low``.
+        low: None; or, once it is learned too, the smallest value: a parameter of shape ``[]``.
         enabled: when False, only the activation function is computed.
         observer: while it is set, it sees every value that passes while ``enabled`` is False.
     """
@@ -41,6 +44,8 @@ class ActivationQuantizer(nn.Module):
         self.scale = nn.Parameter(torch.tensor(float("nan")), requires_grad=False)
         self.register_buffer("zero_point", torch.tensor(0, dtype=torch.int32))
         self.zero_point: Tensor
+        self.register_parameter("low", None)
+        self.low: nn.Parameter | None
         # the buffer's value on the host, so that a step never waits for the device
         self._zero_point: int | None = None
 
@@ -67,10 +72,11 @@ class ActivationQuantizer(nn.Module):
     def offset(self) -> int:
         """The zero point as a number.
 
-        Reading the buffer instead would wait for the device, and break a compiled graph.
+        Reading the buffer instead would wait for the device, and break a compiled graph. Only one
+        that is learned is read there.
         """
         assert self._zero_point is not None
-        return self._zero_point
+        return self._zero_point if self.low is None else int(self.zero_point)
 
     @property
     def integers(self) -> tuple[int, int]:
@@ -98,7 +104,23 @@ class ActivationQuantizer(nn.Module):
         with torch.no_grad():
             self.scale.fill_(scale)
             self.zero_point.fill_(zero_point)
+            if self.low is not None:
+                self.low.fill_(scale * (self.scheme.qmin - zero_point))
         self._zero_point = zero_point
+
+    @torch.no_grad()
+    def move_scale(self, scale: Tensor) -> None:
+        """Sets the scale and leaves the zero point as it is."""
+        self.scale.copy_(scale)
+        if self.low is not None:
+            self.low.copy_(scale * (self.scheme.qmin - self.zero_point))
+
+    def own_low(self) -> nn.Parameter:
+        """Makes the smallest value a parameter, begun at the one in use, and returns it."""
+        if self.low is None:
+            low = self.current_scale().detach() * (self.scheme.qmin - self.zero_point)
+            self.low = nn.Parameter(low, requires_grad=False)
+        return self.low
 
     def current_scale(self) -> Tensor:
         """The scale in use: positive, and within the cap. Shape ``[]``."""
@@ -120,7 +142,24 @@ class ActivationQuantizer(nn.Module):
             raise QatTricksError(
                 "a quantizer has no range yet: calibrate the network before it is run quantized"
             )
-        return fake_quantize_between(x, self.current_scale(), *self.steps)
+        if self.low is None:
+            return fake_quantize_between(x, self.current_scale(), *self.steps)
+        self._follow_low()
+        return fake_quantize_from(x, self.current_scale(), self.low, self.zero_point, self.scheme)
+
+    def train(self, mode: bool = True) -> "ActivationQuantizer":
+        """Sets the mode; the last step of a training has moved ``low``, and the zero point follows.
+
+        So what is exported or saved after it is what the next forward computes.
+        """
+        if not mode and self.is_calibrated:
+            self._follow_low()
+        return super().train(mode)
+
+    @torch.no_grad()
+    def _follow_low(self) -> None:
+        if self.low is not None and not self.low.is_meta:
+            self.zero_point.copy_(zero_point_from(self.low, self.current_scale(), self.scheme))
 
     @torch.no_grad()
     def preimage(self, exact: Tensor, simulated: Tensor) -> Tensor:
@@ -146,7 +185,11 @@ class ActivationQuantizer(nn.Module):
 
     def refresh(self) -> None:
         """Reads ``zero_point`` again after a checkpoint or a broadcast wrote the buffers."""
-        self._zero_point = None if bool(torch.isnan(self.scale)) else int(self.zero_point)
+        if bool(torch.isnan(self.scale)):
+            self._zero_point = None
+            return
+        self._follow_low()
+        self._zero_point = int(self.zero_point)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -129,12 +129,13 @@ def follow_unfrozen(
 
 
 def learned_scales(network: fx.GraphModule) -> list[nn.Parameter]:
-    """The scales of ``network`` that train now and that its spec calls learned."""
+    """The scales of ``network``, and offsets, that train now and that its spec calls learned."""
     spec = spec_of(network)
     scales = [
-        quantizer.scale
+        parameter
         for name, quantizer in activation_quantizers(network).items()
         if spec["activations"][name.removeprefix(f"{QUANTIZERS}.")].get("learned")
+        for parameter in quantizer.parameters()
     ]
     for name, layer in layers(network).items():
         scale = None if layer.weight_quantizer is None else layer.weight_quantizer.scale

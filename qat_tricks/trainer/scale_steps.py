@@ -27,13 +27,14 @@ class ScaleSteps:
         scales: see ``watch``.
 
     Attributes:
-        holds: whether steps leave the scales as they are.
+        holds: whether steps leave scales and offsets as they are.
     """
 
     def __init__(
         self, optimizers: Iterable[Optimizer], scales: Mapping[str, nn.Parameter] | None = None
     ) -> None:
         self.scales: dict[str, nn.Parameter] = {}
+        self.lows: list[nn.Parameter] = []
         self.at_first: dict[str, Tensor] = {}
         self.holds = False
         self.named: set[str] = set()
@@ -46,8 +47,13 @@ class ScaleSteps:
                 optimizer.register_step_post_hook(self._limit),
             ]
 
-    def watch(self, scales: Mapping[str, nn.Parameter]) -> None:
-        """Watches these learned scales too, given by the name of what they belong to."""
+    def watch(self, scales: Mapping[str, nn.Parameter], lows: Iterable[nn.Parameter] = ()) -> None:
+        """Watches these learned scales too, given by the name of what they belong to.
+
+        Of ``lows``, the smallest values that learn, no step is too long: each is rounded to the
+        grid that its scale makes. Only ``holds`` concerns them.
+        """
+        self.lows += [low for low in lows if all(low is not known for known in self.lows)]
         self.scales |= scales
         for name, scale in scales.items():
             self.at_first.setdefault(name, scale.detach().clone())
@@ -83,7 +89,8 @@ class ScaleSteps:
             # A schedule that sets one rate for all groups knows nothing of the scales' share.
             if "lr_factor" in group:
                 _set_rate(group, groups[group["of_group"]]["lr"] * group["lr_factor"])
-        own = {id(scale) for scale in self.scales.values()}
+        held = self.lows if self.holds else ()
+        own = {id(scale) for scale in (*self.scales.values(), *held)}
         scales = [p for group in groups for p in group["params"] if id(p) in own]
         if scales:
             self._before[id(optimizer)] = (scales, [scale.detach().clone() for scale in scales])

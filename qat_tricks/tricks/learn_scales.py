@@ -11,6 +11,10 @@ froze: those of frozen weights, and those of activations that come from layers, 
 which no parameter trains. So do those around a hardsigmoid that only clips integers, which other
 scales would make a function to compute. With ``stop`` scales hold still in the last part of the
 training, so that weights settle on grids that move no more.
+
+Bhalgat et al. 2020, "LSQ+" (arXiv 2004.09576): with ``offsets`` the smallest value of a range below
+8 bits is learned too, where no ReLU sets it to 0, as behind SiLU or a bottleneck. Where this
+differs: it is rounded to the grid, so that 0.0 stays exact and the grid has an integer zero point.
 """
 
 import operator
@@ -31,6 +35,7 @@ from qat_tricks.graph.submodules import module_of
 from qat_tricks.graph.two_modes import EVALUATION, only_in
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.numerics import ActivationQuantizer
+from qat_tricks.numerics.scheme import MAX_BITS
 from qat_tricks.trainer.finetuning import finetuning_in, follow_unfrozen, restores_groups
 from qat_tricks.trainer.framework import package_of
 from qat_tricks.trainer.module import workbench_of
@@ -45,8 +50,12 @@ if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
 
-def learn_scales(traced: fx.GraphModule) -> list[nn.Parameter]:
+def learn_scales(traced: fx.GraphModule, offsets: bool = False) -> list[nn.Parameter]:
     """Makes the scales of ``traced`` trainable and returns them.
+
+    Args:
+        traced: quantized and calibrated.
+        offsets: whether the smallest values of ranges below 8 bits learn as well, and are returned.
 
     Raises:
         QatTricksError: there are no quantizers, or they have no range yet.
@@ -70,9 +79,15 @@ def learn_scales(traced: fx.GraphModule) -> list[nn.Parameter]:
     aligned = aligned_scales(traced)
     for name, quantizer in quantizers.items():
         if name not in stay and quantizer not in aligned:
-            spec["activations"][name.removeprefix(f"{QUANTIZERS}.")]["learned"] = True
-            quantizer.scale.requires_grad_()
-            scales.append(quantizer.scale)
+            entry = spec["activations"][name.removeprefix(f"{QUANTIZERS}.")]
+            entry["learned"] = True
+            learned = [quantizer.scale]
+            if offsets and _has_offset(quantizer):
+                entry["low"] = True
+                learned.append(quantizer.own_low())
+            for parameter in learned:
+                parameter.requires_grad_()
+            scales += learned
     for name, layer in layers(traced).items():
         scale = None if layer.weight_quantizer is None else layer.weight_quantizer.scale
         if scale is not None and layer.weight.requires_grad:
@@ -80,6 +95,12 @@ def learn_scales(traced: fx.GraphModule) -> list[nn.Parameter]:
             scale.requires_grad_()
             scales.append(scale)
     return scales
+
+
+def _has_offset(quantizer: ActivationQuantizer) -> bool:
+    """Whether there is a zero point to learn: coarse enough to matter, and free to move."""
+    scheme = quantizer.scheme
+    return quantizer.activation is None and not scheme.symmetric and scheme.bits < MAX_BITS
 
 
 def _of_frozen_parts(traced: fx.GraphModule) -> set[str]:
@@ -152,6 +173,12 @@ def _learned(network: fx.GraphModule) -> dict[str, nn.Parameter]:
     return {name: scale for name, scale in both.items() if scale.requires_grad}
 
 
+def _learned_lows(network: fx.GraphModule) -> list[nn.Parameter]:
+    """The smallest values of ranges that learn."""
+    lows = [quantizer.low for quantizer in activation_quantizers(network).values()]
+    return [low for low in lows if low is not None and low.requires_grad]
+
+
 def _rates(trainer: "Trainer") -> str:
     """The learning rates of all groups, as text."""
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
@@ -165,6 +192,7 @@ class LearnScales(Trick):
         lr_factor: learning rate of the scales over that of the weights; None: 0.1 for SGD, 0.01 for
             adaptive optimizers.
         stop: the fraction of the fit from which the scales hold still.
+        offsets: see ``learn_scales``.
 
     Raises:
         QatTricksError: a setting that is not allowed.
@@ -173,7 +201,9 @@ class LearnScales(Trick):
     requires = (Calibrate,)
     after = ("correct_weights", "correct_bias")
 
-    def __init__(self, lr_factor: float | None = None, stop: float = 1.0) -> None:
+    def __init__(
+        self, lr_factor: float | None = None, stop: float = 1.0, offsets: bool = False
+    ) -> None:
         super().__init__()
         if lr_factor is not None and not 0 < lr_factor < float("inf"):
             raise QatTricksError(
@@ -181,19 +211,21 @@ class LearnScales(Trick):
                 "default"
             )
         self.lr_factor, self.stop = lr_factor, check_fraction("stop", stop)
+        self.offsets = offsets
         self._handles: list[Any] = []
         self._steps: ScaleSteps | None = None
 
     def apply(self, work: Workbench) -> None:
         """Makes the scales trainable."""
-        learn_scales(work.network)
+        learn_scales(work.network, self.offsets)
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Gives the scales groups of their own, adjusts their gradients and limits their steps."""
         network = workbench_of(pl_module).network
         self._let_go()
         if not restores_groups(trainer):
-            self._give_group(trainer, network, list(_learned(network).values()))
+            learned = [*_learned(network).values(), *_learned_lows(network)]
+            self._give_group(trainer, network, learned)
         self._steps = ScaleSteps(trainer.optimizers)
         self._watch(trainer, network)
 
@@ -221,12 +253,13 @@ class LearnScales(Trick):
             handle.remove()
         # LSQ's factor of a weight's scale does not depend on the batch.
         self._handles = [
-            quantizer.scale.register_hook(as_of_one_batch)
+            parameter.register_hook(as_of_one_batch)
             for quantizer in activation_quantizers(network).values()
-            if quantizer.scale.requires_grad
+            for parameter in quantizer.parameters()
+            if parameter.requires_grad
         ]
         assert self._steps is not None
-        self._steps.watch(_learned(network))
+        self._steps.watch(_learned(network), _learned_lows(network))
 
     def on_train_batch_start(
         self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
@@ -237,7 +270,7 @@ class LearnScales(Trick):
         if batch_idx > 0 or not finetuning_in(trainer):
             return
         network = workbench_of(pl_module).network
-        scales = learn_scales(network)
+        scales = learn_scales(network, self.offsets)
         make_group = partial(self._give_group, trainer, network, scales)
         follow_unfrozen(trainer, pl_module, scales, make_group)
         self._watch(trainer, network)

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from qat_tricks.numerics import Scheme, fake_quantize, quantize_weight
+from qat_tricks.numerics.fake_quantize import fake_quantize_from, zero_point_from
 from qat_tricks.numerics.scheme import weight_scheme
 
 
@@ -44,6 +45,42 @@ def test_gradients_are_lsqs(scheme, zero_point, shape):
     ).sum().backward()
     for mine, reference in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine.grad, reference.grad, rtol=1e-3, atol=1e-4)
+
+
+def _lsq_plus_reference(x, scale, low, count):
+    """LSQ+'s equations by autograd, with its offset where the range begins."""
+    factor = 1 / (x.numel() * count) ** 0.5
+    scale, low = ((p - p * factor).detach() + p * factor for p in (scale, low))
+    steps = ((x - low) / scale).clamp(0, count)
+    return ((steps.round() - steps).detach() + steps) * scale + low
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("signed", [False, True])
+def test_gradients_with_an_offset_are_lsq_pluss(bits, signed):
+    scheme = Scheme(bits=bits, signed=signed)
+    x = torch.randn(6, 20, 7)
+    # of a grid whose smallest value is a whole number of steps, as LSQ+'s need not be
+    start = (torch.tensor(0.26), torch.tensor(-0.52))
+    ours = [tensor.clone().requires_grad_() for tensor in (x, *start)]
+    theirs = [tensor.clone().requires_grad_() for tensor in (x, *start)]
+    weights = torch.randn_like(x)
+    zero_point = zero_point_from(*reversed(start), scheme)
+    found = fake_quantize_from(*ours, zero_point, scheme)
+    expected = _lsq_plus_reference(*theirs, scheme.qmax - scheme.qmin)
+    assert int(zero_point) == scheme.qmin + 2
+    assert torch.equal(found, fake_quantize(x, start[0], int(zero_point), scheme))
+    torch.testing.assert_close(found, expected)
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for mine, reference in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, reference.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_an_offset_leaves_zero_on_the_grid():
+    scheme, scale = Scheme(bits=4), torch.tensor(0.1)
+    for low, expected in ((0.3, 0), (-0.04, 0), (-0.06, 1), (-9.0, 15)):
+        assert int(zero_point_from(torch.tensor(low), scale, scheme)) == expected
 
 
 def test_a_scale_that_is_not_learned_costs_and_gets_no_gradient():

@@ -87,3 +87,46 @@ def test_least_squares_scale_beats_the_maximum_at_low_bits():
     assert (fitted <= largest).all()
     assert fitted.sum() < 0.9 * largest.sum()
     assert quantizer.scale.shape == (8, 1, 1, 1)
+
+
+def learning():
+    """A quantizer of ``[-0.4, 1.1]`` in steps of 0.1 whose smallest value learns."""
+    quantizer = ActivationQuantizer(Scheme(bits=4))
+    quantizer.set_range(-0.4, 1.1)
+    quantizer.own_low().requires_grad_()
+    return quantizer
+
+
+def test_a_smallest_value_of_ones_own_changes_no_value():
+    x = torch.randn(1000)
+    plain = ActivationQuantizer(Scheme(bits=4))
+    plain.set_range(-0.4, 1.1)
+    assert torch.equal(learning()(x), plain(x))
+
+
+def test_the_zero_point_follows_the_smallest_value():
+    quantizer, x = learning(), torch.randn(1000)
+    with torch.no_grad():
+        quantizer.low.fill_(-0.72)
+    assert float(quantizer(x).min()) == pytest.approx(-0.7)
+    assert (quantizer.offset, quantizer.zero_point.item()) == (7, 7)
+    with torch.no_grad():
+        quantizer.low.fill_(-0.2)
+    quantizer.eval()  # before anything else has run
+    assert quantizer.offset == 2
+    assert quantizer.range == pytest.approx((-0.2, 1.3))
+
+
+def test_a_smallest_value_comes_back_with_the_state_and_goes_with_a_range():
+    quantizer, x = learning(), torch.randn(1000)
+    with torch.no_grad():
+        quantizer.low.fill_(-0.72)
+    other = learning()
+    other.load_state_dict(quantizer.state_dict())
+    assert other.offset == 7
+    assert torch.equal(other(x), quantizer(x))
+    other.set_range(-0.4, 1.1)
+    assert torch.equal(other(x), learning()(x))
+    assert other.low.item() == pytest.approx(-0.4)
+    other.move_scale(torch.tensor(0.11))
+    assert other.eval().offset == 4
