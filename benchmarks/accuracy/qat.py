@@ -42,6 +42,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the benchmarks' common parts
 
 from common import table_row
+from networks import NETWORKS
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SHIFT = 4  # pixels, each way
@@ -301,7 +302,7 @@ def _epoch_clock(seconds: list[float]) -> Any:
 def _build(name: str, weights: dict[str, Tensor]) -> nn.Module:
     from qat_tricks.models.build import build_model
 
-    network = build_model(name, num_classes=10)
+    network = NETWORKS[name].build() if name in NETWORKS else build_model(name, num_classes=10)
     counters = {k: v for k, v in network.state_dict().items() if k.endswith("num_batches_tracked")}
     network.load_state_dict(counters | weights)
     return network.eval()
