@@ -128,7 +128,7 @@ def _train_job(config: DictConfig) -> None:
     if is_sweep:
         free_memory()
     if done:
-        _say(f"the run is in {_short(folder)}: report.md, report.json, model.onnx")
+        _say(f"the run is in {_short(folder)}: report.html, report.md, report.json, model.onnx")
 
 
 def _forecast(config: DictConfig) -> None:
@@ -154,7 +154,7 @@ def _evaluate_job(config: DictConfig) -> None:
     except QatTricksError as error:
         _tell(error)
         sys.exit(BAD_INPUT)
-    _say(f"the evaluation is in {_short(folder)}: report.md, report.json")
+    _say(f"the evaluation is in {_short(folder)}: report.html, report.md, report.json")
 
 
 def _tell(error: QatTricksError, where: str = "") -> None:

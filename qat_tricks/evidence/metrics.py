@@ -31,13 +31,14 @@ class Metrics:
     ece: float  # expected calibration error in 15 bins, 0..1
     nll: float  # mean cross entropy, nats
     seconds: float  # of the whole pass, loading included
-    predictions: Tensor = field(
-        repr=False, compare=False
-    )  # int64 [N], the most likely classes in loader order
+    # of each image, in loader order
+    predictions: Tensor = field(repr=False, compare=False)  # int64 [N], the most likely classes
+    confidences: Tensor = field(repr=False, compare=False)  # float32 [N], their probabilities
+    labels: Tensor = field(repr=False, compare=False)  # int64 [N]
 
     def as_dict(self) -> dict[str, float]:
-        """Returns the figures as plain data, without the predictions."""
-        return {key: value for key, value in asdict(self).items() if key != "predictions"}
+        """Returns the figures as plain data, without what is of single images."""
+        return {key: value for key, value in asdict(self).items() if not isinstance(value, Tensor)}
 
 
 def evaluate_classifier(
@@ -67,7 +68,7 @@ def evaluate_classifier(
     metrics = _torchmetrics(classes)
     nll = torch.zeros((), dtype=torch.float64)
     support = torch.zeros(classes, dtype=torch.int64)
-    predictions: list[Tensor] = []
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
     for index, (inputs, given) in enumerate(_batches(loader, description)):
         labels = _as_classes(given.cpu(), classes)
         _check_labels(labels, classes, index)
@@ -75,13 +76,15 @@ def evaluate_classifier(
             logits = call_network(predict, inputs).detach().float().cpu()
         _check_logits(logits, len(labels), num_classes, index)
         logits = class_logits(logits)
-        metrics.update(logits.softmax(dim=1), labels)
+        probabilities = logits.softmax(dim=1)
+        metrics.update(probabilities, labels)
         nll += F.cross_entropy(logits.double(), labels, reduction="sum")
         support += torch.bincount(labels, minlength=classes)
-        predictions.append(logits.argmax(dim=1))
-    if not predictions:
+        seen.append((logits.argmax(dim=1), probabilities.amax(dim=1), labels))
+    if not seen:
         raise QatTricksError("the loader to evaluate on is empty: give it at least one batch")
     values = metrics.compute()
+    predictions, confidences, labels = map(torch.cat, zip(*seen, strict=True))
     return Metrics(
         accuracy=values["accuracy"].item(),
         top5=values["top5"].item(),
@@ -90,7 +93,9 @@ def evaluate_classifier(
         ece=values["ece"].item(),
         nll=(nll / support.sum()).item(),
         seconds=time.perf_counter() - start,
-        predictions=torch.cat(predictions),
+        predictions=predictions,
+        confidences=confidences,
+        labels=labels,
     )
 
 

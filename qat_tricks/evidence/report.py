@@ -1,8 +1,9 @@
-"""The report of a run: ``report.json`` for programs, ``report.md`` for people."""
+"""The report of a run: ``report.json`` for programs, ``report.md`` and a page for people."""
 
 import json
 import os
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from qat_tricks.deploy.targets import TARGETS, Target
 from qat_tricks.errors import QatTricksError
+from qat_tricks.evidence.page import write_page
 from qat_tricks.evidence.show import ratio, show
 from qat_tricks.files import finite, read_json, write_json, write_text
 from qat_tricks.graph.equivalence import summary
@@ -33,31 +35,40 @@ REQUIRED_KEYS = (
 )
 """Keys that every report has; None is the value of a figure that was not measured."""
 
+SCHEMA = 2
+"""Version of the keys of ``report.json``: 2 has ``schema``, ``command`` and ``comparison``."""
+
 _STAGE_KEYS = ("name", "accuracy", "top5", "f1", "ece", "nll", "seconds")
 _PACKAGES = ("qat_tricks", "torch", "onnx", "onnxruntime", "numpy")
 
 
-def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """Writes ``report.json`` and ``report.md`` into a folder, each of them whole or not at all.
+def write_report(
+    folder: Path, report: dict[str, Any], pictures: Mapping[int, str] | None = None
+) -> None:
+    """Writes ``report.json``, ``report.md`` and ``report.html`` into a folder.
+
+    Each of them is written whole or not at all.
 
     Args:
         folder: the run's folder, made when it is missing.
         report: plain data with at least ``REQUIRED_KEYS``. ``packed_bytes`` is the size that the
             int8 file would have at its weights' own bits. ``compressed_bytes``, ``load_ms``,
             ``conversions``, ``profile``, ``throughput``, ``runtimes``, ``normalization``,
-            ``target``, ``sensitivity``, ``channels``, ``mixed_precision`` and
-            ``preprocessing_change`` fill their sections. ``environment`` defaults to
-            ``environment()``.
+            ``target``, ``sensitivity``, ``channels``, ``mixed_precision``, ``comparison``,
+            ``command`` and ``preprocessing_change`` fill their sections. ``environment`` defaults
+            to ``environment()``.
+        pictures: of test images, for the page; see ``write_page``.
 
     Raises:
         QatTricksError: a key is missing, or the folder cannot be written.
     """
     _check(report, "report")
     # The report's own environment wins: it may be of another machine.
-    report = finite({"environment": environment(), **report})
+    report = finite({"schema": SCHEMA, "environment": environment(), **report})
     folder = Path(folder)
     write_json(folder / "report.json", report)
     write_text(folder / "report.md", render(report))
+    write_page(folder, report, pictures or {})
 
 
 def read_report(path: Path) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """The settings of ``conf/train.yaml`` and ``conf/evaluate.yaml``: their defaults and ranges."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from qat_tricks.deploy.cost.latency import MIN_RUNS
@@ -140,3 +142,14 @@ def evaluation_folder(config: DictConfig) -> Path:
     first = Path(config.artifact).parent / "evaluation"
     others = (first.with_name(f"{first.name}_{number}") for number in count(2))
     return next(folder for folder in chain([first], others) if not (folder / REPORT).exists())
+
+
+def command(name: str) -> str | None:
+    """The command line that repeats this job, of a sweep this one job; None without a command line.
+
+    Args:
+        name: of the program, ``train`` or ``evaluate``.
+    """
+    if not HydraConfig.initialized():
+        return None
+    return shlex.join(["python", f"{name}.py", *HydraConfig.get().overrides.task])

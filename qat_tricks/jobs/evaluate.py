@@ -28,16 +28,19 @@ from qat_tricks.deploy.runtimes.registry import (
 )
 from qat_tricks.evidence.ledger import Ledger, LedgerRow
 from qat_tricks.evidence.metrics import Metrics, agreement, evaluate_classifier
+from qat_tricks.evidence.paired import compare
 from qat_tricks.evidence.report import write_report
 from qat_tricks.graph.spec import channels_of, mixed_precision_of
+from qat_tricks.graph.tensor_figures import layer_figures
 from qat_tricks.jobs.artifact import (
     Artifact,
     export_artifact,
     load_artifact,
     preprocessing_changes,
 )
-from qat_tricks.jobs.config import evaluation_folder, timing
+from qat_tricks.jobs.config import command, evaluation_folder, timing
 from qat_tricks.jobs.isolation import torch_threads
+from qat_tricks.jobs.pictures import disagreement_pictures
 from qat_tricks.jobs.sensitivity import check_sensitivity, measure_artifact
 
 
@@ -106,7 +109,7 @@ def _evaluate_artifact(config: DictConfig) -> dict[str, Any]:
     Console().print(evaluation.ledger.as_table())
     if config.sensitivity:
         report["sensitivity"] = measure_artifact(artifact, data, folder)
-    write_report(folder, report)
+    write_report(folder, report, disagreement_pictures(data, report))
     return report
 
 
@@ -194,14 +197,14 @@ class _Evaluation:
                 predict, self.simulated, deployed.batches(self.data), against="simulated"
             )
         return {
+            "command": command("evaluate"),
             "recipe": artifact.recipe,
             "model": artifact.model["name"],
             "data": _data_options(self.config, artifact)["name"],
             "stages": self.ledger.rows(),
-            "agreement": (
-                agreement(metrics.predictions, float_metrics.predictions)
-                if float_metrics is not None
-                else None
+            **self._compared(float_metrics, metrics),
+            "layers": layer_figures(
+                artifact.simulated, (x for x, _ in artifact.batches(self.data))
             ),
             "parity": compared,
             **_choices_in(artifact.simulated),
@@ -217,6 +220,12 @@ class _Evaluation:
             },
             "throughput": [row for name in runtimes for row in self._throughput(name, paths)],
         }
+
+    def _compared(self, original: Metrics | None, metrics: Metrics) -> dict[str, Any]:
+        if original is None:
+            return {"agreement": None, "comparison": None}
+        compared = compare(original, metrics, self.data.class_names)
+        return {"agreement": compared["agreement"], "comparison": compared}
 
     def _enter_costs(self, device: dict[str, Any], paths: dict[str, Path]) -> None:
         """Enters the figures of the files in the ledger's rows."""

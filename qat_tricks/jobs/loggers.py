@@ -24,7 +24,7 @@ else:
     )
 
 NAMES = ("wandb", "csv", "none")
-FILES = ("report.json", "report.md", "model.onnx")
+FILES = ("report.json", "report.md", "report.html", "model.onnx")
 LOGIN_SECONDS = 20  # how long a server may take to answer before the run goes on offline
 
 

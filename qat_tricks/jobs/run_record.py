@@ -30,15 +30,18 @@ from qat_tricks.deploy.parity.runtimes import (
 from qat_tricks.deploy.runtimes.registry import REFERENCE
 from qat_tricks.deploy.targets import target_named
 from qat_tricks.evidence.ledger import Ledger, LedgerRow, check_drop
-from qat_tricks.evidence.metrics import Metrics, agreement, evaluate_classifier
+from qat_tricks.evidence.metrics import Metrics, evaluate_classifier
+from qat_tricks.evidence.paired import compare
 from qat_tricks.evidence.report import REQUIRED_KEYS, write_report
 from qat_tricks.graph.spec import channels_of, mixed_precision_of, spec_of
+from qat_tricks.graph.tensor_figures import layer_figures
 from qat_tricks.graph.traced_network import TracedNetwork
 from qat_tricks.jobs.classifier import Classifier
-from qat_tricks.jobs.config import timing
+from qat_tricks.jobs.config import command, timing
 from qat_tricks.jobs.description import to_metadata
 from qat_tricks.jobs.isolation import torch_threads
 from qat_tricks.jobs.loggers import log_report
+from qat_tricks.jobs.pictures import disagreement_pictures
 from qat_tricks.recipes.recipe import Stage, StagedRecipe
 from qat_tricks.trainer.checkpoints import save_checkpoint
 
@@ -121,7 +124,7 @@ class RunRecord:
         save_checkpoint(self.module, self.folder / "model.ckpt")
         with torch_threads(self.config.measure.threads):
             report = self._report()
-        write_report(self.folder, report)
+        write_report(self.folder, report, disagreement_pictures(self.data, report))
         Console().print(self.ledger.as_table())
         log_report(logger, report, self.folder)
         return report
@@ -133,7 +136,7 @@ class RunRecord:
             # A report has all its keys; those that were not measured are None.
             report = dict.fromkeys(REQUIRED_KEYS) | self._identity()
             write_report(self.folder, {**report, "parity": self.parity, "interrupted": True})
-        print(f"the state so far is in {self.folder}: interrupted.ckpt, report.md", flush=True)
+        print(f"the state so far is in {self.folder}: interrupted.ckpt, report.html", flush=True)
 
     def _measure_stage(self, name: str, network: nn.Module, path: Path) -> Metrics:
         """Measures ``network`` as it is simulated and exports it; the ledger gets both."""
@@ -247,9 +250,14 @@ class RunRecord:
             )
         )
         self._write_ledger()
+        compared = compare(self.ledger.stages[0].after, metrics, self.data.class_names)
         return {
             **self._identity(),
-            "agreement": agreement(metrics.predictions, self.ledger.stages[0].after.predictions),
+            "agreement": compared["agreement"],
+            "comparison": compared,
+            "layers": layer_figures(
+                self.module.network, (x for x, _ in self.data.test_dataloader())
+            ),
             "parity": self.parity,
             **device,
             "runtimes": self._measure_target_runtime(paths),
@@ -279,6 +287,7 @@ class RunRecord:
 
     def _identity(self) -> dict[str, Any]:
         return {
+            "command": command("train"),
             "recipe": self.recipe.name,
             "model": self.config.model.name,
             "data": self.config.data.name,

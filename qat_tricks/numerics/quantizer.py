@@ -142,6 +142,10 @@ class ActivationQuantizer(nn.Module):
             raise QatTricksError(
                 "a quantizer has no range yet: calibrate the network before it is run quantized"
             )
+        return self.on_grid(x)
+
+    def on_grid(self, x: Tensor) -> Tensor:
+        """Returns ``x`` on the grid, whether or not the quantizer is enabled; it has a range."""
         if self.low is None:
             return fake_quantize_between(x, self.current_scale(), *self.steps)
         self._follow_low()

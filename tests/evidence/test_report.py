@@ -6,7 +6,7 @@ import math
 import pytest
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.evidence.report import REQUIRED_KEYS, environment, read_report, write_report
+from qat_tricks.evidence.report import REQUIRED_KEYS, SCHEMA, environment, read_report, write_report
 from tests.helpers.samples import report
 
 
@@ -16,9 +16,10 @@ def test_what_is_written_reads_back_with_the_environment(tmp_path):
     assert (
         read_report(folder)
         == read_report(folder / "report.json")
-        == report() | {"environment": environment()}
+        == report() | {"environment": environment(), "schema": SCHEMA}
     )
-    assert sorted(path.name for path in folder.iterdir()) == ["report.json", "report.md"]
+    names = ["report.html", "report.json", "report.md"]
+    assert sorted(path.name for path in folder.iterdir()) == names
 
 
 def test_every_figure_reaches_the_reader(tmp_path):
@@ -115,7 +116,7 @@ def test_a_failed_write_keeps_the_old_report(tmp_path, monkeypatch):
     with pytest.raises(QatTricksError, match="No space left"):
         write_report(tmp_path, report("other"))
     assert (tmp_path / "report.json").read_text() == before
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_an_unwritable_folder_is_one_line(tmp_path):

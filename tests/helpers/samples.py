@@ -18,6 +18,8 @@ def metrics(accuracy: float) -> Metrics:
         nll=0.1,
         seconds=1.5,
         predictions=predictions,
+        confidences=torch.ones(4),
+        labels=predictions,
     )
 
 

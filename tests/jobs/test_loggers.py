@@ -86,6 +86,7 @@ def test_an_offline_run_holds_metrics_config_table_and_artifact(tmp_path, capfd)
     assert {entry.path for entry in model.manifest.contents} == {
         "report.json",
         "report.md",
+        "report.html",
         "model.onnx",
     }
 

@@ -56,7 +56,14 @@ def files(folder):
 
 def test_the_float_recipe_hands_out_its_network_as_the_result(tmp_path):
     report = run_job(job_config("recipe=fp32", *QUICK), tmp_path / "run")
-    written = ["report.json", "report.md", "ledger.json", "model.ckpt", "config.yaml"]
+    written = [
+        "report.json",
+        "report.md",
+        "report.html",
+        "ledger.json",
+        "model.ckpt",
+        "config.yaml",
+    ]
     assert files(tmp_path / "run") >= {*written, "model.onnx", "model_fp32.onnx"}
     assert [stage["name"] for stage in report["stages"]] == ["fp32", "onnx"]
     assert report["agreement"] == 1
