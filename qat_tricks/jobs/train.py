@@ -33,9 +33,9 @@ def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[st
     All processes of ``config.trainer`` train; only the first measures, exports, writes, prints and
     logs.
 
-    The folder holds ``report.json``, ``report.md``, ``report.html``, ``ledger.json``, ``model.onnx``,
-    ``model_fp32.onnx``, ``model.ckpt``, ``config.yaml`` and, of every stage but the last,
-    ``stages/NAME.onnx``. An interrupted run leaves its measurements so far, and
+    The folder holds ``report.html``, ``report.md``, ``report.json``, ``ledger.json``,
+    ``model.onnx``, ``model_fp32.onnx``, ``model.ckpt``, ``config.yaml`` and, of every stage but the
+    last, ``stages/NAME.onnx``. An interrupted run leaves its measurements so far, and
     ``interrupted.ckpt``.
 
     Args:
