@@ -45,7 +45,7 @@ def render_page(report: Mapping[str, Any], pictures: Mapping[int, str]) -> str:
     steps = [step for stage in stages for step in stage.get("equivalence") or ()]
     proofs = [p for stage in stages for p in (stage.get("proofs") or {}).values()]
     # the template is strict: keys that a report may lack get a value here
-    optional = ("comparison", "profile", "command", "packed_bytes", "layers")
+    optional = ("comparison", "profile", "command", "packed_bytes", "layers", "checklist")
     mappings = ("size_bytes", "latency_ms", "memory_mib", "parity", "load_ms", "compressed_bytes")
     fields: dict[str, Any] = {key: report.get(key) for key in optional}
     fields |= {key: report.get(key) or {} for key in mappings}

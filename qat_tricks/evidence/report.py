@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from qat_tricks.deploy.targets import TARGETS, Target
 from qat_tricks.errors import QatTricksError
+from qat_tricks.evidence.checklist import checklist
 from qat_tricks.evidence.page import write_page
 from qat_tricks.evidence.show import ratio, show
 from qat_tricks.files import finite, read_json, write_json, write_text
@@ -36,7 +37,7 @@ REQUIRED_KEYS = (
 """Keys that every report has; None is the value of a figure that was not measured."""
 
 SCHEMA = 2
-"""Version of the keys of ``report.json``: 2 has ``schema``, ``command`` and ``comparison``."""
+"""Version of the keys of ``report.json``, which ``docs/report.md`` lists."""
 
 _STAGE_KEYS = ("name", "accuracy", "top5", "f1", "ece", "nll", "seconds")
 _PACKAGES = ("qat_tricks", "torch", "onnx", "onnxruntime", "numpy")
@@ -65,6 +66,7 @@ def write_report(
     _check(report, "report")
     # The report's own environment wins: it may be of another machine.
     report = finite({"schema": SCHEMA, "environment": environment(), **report})
+    report["checklist"] = checklist(report)
     folder = Path(folder)
     write_json(folder / "report.json", report)
     write_text(folder / "report.md", render(report))

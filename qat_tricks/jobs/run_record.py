@@ -253,6 +253,7 @@ class RunRecord:
         compared = compare(self.ledger.stages[0].after, metrics, self.data.class_names)
         return {
             **self._identity(),
+            "stage_budgets": {stage.name: stage.max_drop for stage in self.recipe.stages},
             "agreement": compared["agreement"],
             "comparison": compared,
             "layers": layer_figures(

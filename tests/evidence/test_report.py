@@ -6,18 +6,19 @@ import math
 import pytest
 
 from qat_tricks.errors import QatTricksError
+from qat_tricks.evidence.checklist import checklist
 from qat_tricks.evidence.report import REQUIRED_KEYS, SCHEMA, environment, read_report, write_report
+from tests.evidence.test_page import whole
+from tests.helpers import ROOT
 from tests.helpers.samples import report
 
 
 def test_what_is_written_reads_back_with_the_environment(tmp_path):
     folder = tmp_path / "run"
     write_report(folder, report())
-    assert (
-        read_report(folder)
-        == read_report(folder / "report.json")
-        == report() | {"environment": environment(), "schema": SCHEMA}
-    )
+    made = {"environment": environment(), "schema": SCHEMA}
+    expected = report() | made | {"checklist": checklist(report() | made)}
+    assert read_report(folder) == read_report(folder / "report.json") == expected
     names = ["report.html", "report.json", "report.md"]
     assert sorted(path.name for path in folder.iterdir()) == names
 
@@ -209,3 +210,11 @@ def test_what_sparsity_brings_is_told_of_the_target(tmp_path, target, told):
     (line,) = [x for x in (tmp_path / "report.md").read_text().splitlines() if "Zeros among" in x]
     assert told in line
     assert line.endswith("the compressed file gets smaller.")
+
+
+def test_the_docs_list_every_key(tmp_path):
+    """Of every report that the samples and the jobs' code can make."""
+    text = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+    write_report(tmp_path, whole())
+    for key in (*read_report(tmp_path), *REQUIRED_KEYS):
+        assert f"`{key}`" in text, key
