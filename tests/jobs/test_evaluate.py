@@ -364,7 +364,7 @@ def test_a_report_is_never_overwritten(own, tmp_path, monkeypatch, capfd):
     for name in ("evaluation", "evaluation_2"):
         cli.evaluate([f"artifact={folder / 'own.onnx'}", "data=fake", *EVALUATE])
         assert (folder / name / "report.json").is_file()
-        assert f"{name}: report.md" in capfd.readouterr().out
+        assert f"{name}: report.html" in capfd.readouterr().out
     with pytest.raises(SystemExit):
         cli.evaluate([f"artifact={folder / 'own.onnx'}", "data=fake", f"folder={folder / name}"])
     assert "has a report already: give another folder" in capfd.readouterr().err
