@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from qat_tricks.deploy.export import export_onnx
     from qat_tricks.errors import QatTricksError
     from qat_tricks.jobs.evaluation import evaluate
+    from qat_tricks.jobs.validate_deployed import ValidateDeployed
     from qat_tricks.recipes.callbacks import Recipe, recipe
     from qat_tricks.recipes.ptq import quantize
     from qat_tricks.recipes.stages import run_stages
@@ -23,6 +24,7 @@ __all__ = [
     "CompileNetwork",
     "QatTricksError",
     "Recipe",
+    "ValidateDeployed",
     "__version__",
     "evaluate",
     "export_onnx",
@@ -36,6 +38,7 @@ _HOME = {
     "CompileNetwork": "trainer.compiling",
     "QatTricksError": "errors",
     "Recipe": "recipes.callbacks",
+    "ValidateDeployed": "jobs.validate_deployed",
     "evaluate": "jobs.evaluation",
     "export_onnx": "deploy.export",
     "load_from_checkpoint": "trainer.checkpoints",

@@ -100,7 +100,8 @@ def export_onnx(
     simulated = copy.deepcopy(network).cpu().float().eval()
     batches = [example] if images is None else list(images)
     file_inputs = names if len(names) > 1 else [INPUT]
-    with replacing(path) as draft:
+    # Under a trainer's autocast the file would hold bfloat16, which ONNX Runtime does not run.
+    with replacing(path) as draft, torch.autocast("cpu", enabled=False):
         model = _to_onnx(copy.deepcopy(simulated), on_cpu(example), file_inputs, opset, layout)
         _save(model, draft, metadata or {})
         report = _compare(draft, simulated, batches)

@@ -246,7 +246,17 @@ def _is_loader(value: Any) -> bool:
     return isinstance(value, Iterable) and not isinstance(value, (list, tuple, Mapping, Tensor))
 
 
-def _labels_of(batch: Any, names: Sequence[str], index: int) -> Tensor:
+def labels_of(batch: Any, names: Sequence[str], index: int) -> Tensor:
+    """The labels of a batch of a loader.
+
+    Args:
+        batch: a mapping, or a tuple that begins with the inputs.
+        names: of the network's inputs.
+        index: of the batch, for the error.
+
+    Raises:
+        QatTricksError: it has none.
+    """
     labels: Any = None
     if isinstance(batch, Mapping):
         labels = next((batch[name] for name in LABEL_NAMES if name in batch), None)
@@ -275,7 +285,7 @@ def _pairs(
         batches: of a loader.
     """
     for index, batch in enumerate(batches):
-        labels = _labels_of(batch, measured.names, index)
+        labels = labels_of(batch, measured.names, index)
         if other is not None:
             theirs += [other.logits(batch), labels]
         yield measured.logits(batch), labels

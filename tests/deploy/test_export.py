@@ -101,6 +101,17 @@ def test_padding_on_one_side_becomes_the_convs_own(exported):
     assert "Pad" not in {node.op_type for node in nodes}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_trainers_autocast_does_not_reach_the_file(tmp_path, dtype):
+    network = quantized(networks.Residual)
+    export_onnx(network, tmp_path / "expected.onnx", images())
+    with torch.autocast("cpu", dtype):
+        export_onnx(network, tmp_path / "found.onnx", images())
+    expected, found = (initializers(tmp_path / f"{n}.onnx") for n in ("expected", "found"))
+    assert expected.keys() == found.keys()
+    assert all(np.array_equal(found[name], value) for name, value in expected.items())
+
+
 def test_metadata_travels_and_paths_do_not(exported):
     path, _ = exported(networks.Flat)
     assert properties(path)["preprocessing"] == '{"mean": 0.5}'
