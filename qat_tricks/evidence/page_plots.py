@@ -7,6 +7,7 @@ their markers.
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", FLOAT: "float", INT8: "i
 _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "qat_tricks",  # the same report, the same file
+    "text.parse_math": False,  # a class may be called $5
     "font.family": "sans-serif",
     "font.size": 9.0,
     "text.color": INK,
@@ -296,7 +298,10 @@ def _figure(draw: Callable[..., None], height: float, panels: int = 1) -> Markup
             axes.set_axisbelow(True)
         draw(*found)
         file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        with warnings.catch_warnings():
+            # Of letters that only the reader's browser has, whose width is guessed.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")
+            figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     return Markup(_inline(file.getvalue()))  # matplotlib escapes the text
 
 
@@ -313,4 +318,5 @@ def _inline(svg: str) -> str:
 
 
 def _short(text: str, most: int = 22) -> str:
+    text = " ".join(text.split())  # on one line
     return text if len(text) <= most else f"{text[: most - 1]}…"

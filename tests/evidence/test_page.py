@@ -113,6 +113,16 @@ def test_what_comes_from_outside_is_escaped():
     assert "model.name=<x>" in page.text
 
 
+def test_names_may_be_of_any_letters(recwarn):
+    names = ["猫", "$5 and $6", "a_b^c", "{x}", "50 %", "two\nlines", "x" * 300, "Ж", "", "\\frac"]
+    comparison = compare(answered(585), answered(500, seed=1), names)
+    page = Page(render_page(whole() | {"comparison": comparison}, {}))
+    assert "猫" in page.text
+    assert "$5 and $6" in page.text
+    assert "two lines" in page.text
+    assert not recwarn.list
+
+
 def test_the_same_report_gives_the_same_page():
     assert render_page(whole(), {0: PICTURE}) == render_page(whole(), {0: PICTURE})
 
