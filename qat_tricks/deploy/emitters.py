@@ -34,7 +34,7 @@ class EmitActivation(nn.Module):
         # Integers of fewer bits are stored in 8, which saturate later.
         self.clips = layout.clips and (qmin, qmax) != (saturated.min, saturated.max)
         self.register_buffer("scale", quantizer.current_scale().detach().clone())
-        integers = {"zero_point": int(quantizer.zero_point), "qmin": qmin, "qmax": qmax}
+        integers = {"zero_point": quantizer.offset, "qmin": qmin, "qmax": qmax}
         for key, value in integers.items():
             self.register_buffer(key, torch.tensor(value, dtype=self.dtype))
 

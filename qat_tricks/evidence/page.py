@@ -33,6 +33,7 @@ def write_page(folder: Path, report: Mapping[str, Any], pictures: Mapping[int, s
 
 def render_page(report: Mapping[str, Any], pictures: Mapping[int, str]) -> str:
     """Returns the page as HTML."""
+    report = _printable(report)
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,
@@ -53,6 +54,21 @@ def render_page(report: Mapping[str, Any], pictures: Mapping[int, str]) -> str:
     fields["answers"] = answers(report)
     fields["figures"] = _figures(report, steps, proofs)
     return templates.get_template("report.html.j2").render({**report, **fields})
+
+
+def _printable(value: Any) -> Any:
+    """Plain data without what no page may hold: control characters, and halves of letters.
+
+    A folder of images, which names a class, may have any bytes in its name.
+    """
+    if isinstance(value, str):
+        text = value.encode("utf-8", "replace").decode("utf-8")
+        return "".join(c if c.isprintable() or c in "\n\t" else " " for c in text)
+    if isinstance(value, Mapping):
+        return {_printable(key): _printable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_printable(item) for item in value]
+    return value
 
 
 def answers(report: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from unicodedata import east_asian_width
 
 import matplotlib as mpl
 from markupsafe import Markup
@@ -25,7 +26,6 @@ INK, MUTED, GRID, FLOAT, INT8 = "#010101", "#020202", "#030303", "#040404", "#05
 _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", FLOAT: "float", INT8: "int8"}
 _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "qat_tricks",  # the same report, the same file
     "text.parse_math": False,  # a class may be called $5
     "font.family": "sans-serif",
     "font.size": 9.0,
@@ -60,11 +60,11 @@ def stages_plot(stages: Sequence[Mapping[str, Any]]) -> Markup:
             axes.annotate(
                 f"{value:.2f}", (place, value), (0, 8), textcoords="offset points", ha="center"
             )
-        axes.set_xticks(places, [stage["name"] for stage in stages])
+        axes.set_xticks(places, [_short(stage["name"], 14) for stage in stages])
         axes.margins(x=0.1)
         _accuracy_axis(axes, values)
 
-    return _figure(draw, height=2.6)
+    return _figure("stages", draw, height=2.6)
 
 
 def tradeoff_plot(stages: Sequence[Mapping[str, Any]]) -> Markup | None:
@@ -82,7 +82,7 @@ def tradeoff_plot(stages: Sequence[Mapping[str, Any]]) -> Markup | None:
             axes.plot(value, y, _MARKERS[kind], color=_COLOURS[kind], ms=7)
             # by turns above and below, for stages often lie close
             axes.annotate(
-                stage["name"],
+                _short(stage["name"], 14),
                 (value, y),
                 (0, 8 if index % 2 else -15),
                 textcoords="offset points",
@@ -97,7 +97,7 @@ def tradeoff_plot(stages: Sequence[Mapping[str, Any]]) -> Markup | None:
         panel(right, times, "latency, ms a batch")
         right.set_ylabel("")
 
-    return _figure(draw, height=2.6, panels=2)
+    return _figure("tradeoff", draw, height=2.6, panels=2)
 
 
 def classes_plot(classes: Sequence[Mapping[str, Any]]) -> Markup:
@@ -115,7 +115,7 @@ def classes_plot(classes: Sequence[Mapping[str, Any]]) -> Markup:
         axes.invert_yaxis()
         axes.set_xlabel("change of the class's accuracy, points (95 % interval)")
 
-    return _figure(draw, height=0.9 + 0.24 * len(few))
+    return _figure("classes", draw, height=0.9 + 0.24 * len(few))
 
 
 def confusions_plot(confusions: Sequence[Mapping[str, Any]]) -> Markup:
@@ -133,7 +133,7 @@ def confusions_plot(confusions: Sequence[Mapping[str, Any]]) -> Markup:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("images more (right) or fewer (left) than in float")
 
-    return _figure(draw, height=0.9 + 0.24 * len(few))
+    return _figure("confusions", draw, height=0.9 + 0.24 * len(few))
 
 
 def reliability_plot(reliability: Mapping[str, Sequence[Mapping[str, float]]]) -> Markup:
@@ -162,7 +162,7 @@ def reliability_plot(reliability: Mapping[str, Sequence[Mapping[str, float]]]) -
         axes.set_ylabel("share that is right (95 % interval)")
         axes.legend(frameon=False)
 
-    return _figure(draw, height=3.2)
+    return _figure("reliability", draw, height=3.2)
 
 
 def latency_plot(latency: Mapping[str, Mapping[str, float] | None]) -> Markup | None:
@@ -170,7 +170,13 @@ def latency_plot(latency: Mapping[str, Mapping[str, float] | None]) -> Markup | 
     known = {kind: latency.get(kind) for kind in ("fp32", "int8")}
     if not all(known.values()):
         return None
-    percentiles = [p for p in ("p50", "p95", "p99") if all(p in (v or {}) for v in known.values())]
+    percentiles = [
+        percentile
+        for percentile in ("p50", "p95", "p99")
+        if all((values or {}).get(percentile) is not None for values in known.values())
+    ]
+    if not percentiles:
+        return None
 
     def draw(axes: Axes) -> None:
         for shift, (kind, values) in zip((-0.2, 0.2), known.items(), strict=True):
@@ -189,7 +195,7 @@ def latency_plot(latency: Mapping[str, Mapping[str, float] | None]) -> Markup | 
         axes.set_xlabel("ms a batch")
         axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
 
-    return _figure(draw, height=0.9 + 0.5 * len(percentiles))
+    return _figure("latency", draw, height=0.9 + 0.5 * len(percentiles))
 
 
 def steps_plot(steps: Sequence[Mapping[str, Any]]) -> Markup | None:
@@ -206,12 +212,12 @@ def steps_plot(steps: Sequence[Mapping[str, Any]]) -> Markup | None:
             axes.annotate(
                 f"{value:.0f} dB", (value, place), (4, 0), textcoords="offset points", va="center"
             )
-        axes.set_yticks(range(len(known)), [step["name"] for step in known])
+        axes.set_yticks(range(len(known)), [_short(step["name"], 34) for step in known])
         axes.invert_yaxis()
         axes.margins(x=0.15)
         axes.set_xlabel("signal to error, dB; grey: changes the function by design")
 
-    return _figure(draw, height=0.9 + 0.26 * len(known))
+    return _figure("steps", draw, height=0.9 + 0.26 * len(known))
 
 
 def proofs_plot(proofs: Sequence[Mapping[str, Any]]) -> Markup | None:
@@ -228,11 +234,11 @@ def proofs_plot(proofs: Sequence[Mapping[str, Any]]) -> Markup | None:
             axes.plot(proof["kl_before"], place, "|", color=INK, ms=10)
             axes.plot(proof["kl_after"], place, "o", color=colour, ms=6)
         axes.set_xscale("log")
-        axes.set_yticks(range(len(known)), [proof["trick"] for proof in known])
+        axes.set_yticks(range(len(known)), [_short(proof["trick"]) for proof in known])
         axes.invert_yaxis()
         axes.set_xlabel("KL divergence from float, nats: | before, dot after; grey: rolled back")
 
-    return _figure(draw, height=0.9 + 0.3 * len(known))
+    return _figure("proofs", draw, height=0.9 + 0.3 * len(known))
 
 
 def operators_plot(profile: Mapping[str, Any]) -> Markup | None:
@@ -253,11 +259,13 @@ def operators_plot(profile: Mapping[str, Any]) -> Markup | None:
         axes.invert_yaxis()
         axes.set_xlabel("ms a batch")
 
-    return _figure(draw, height=0.9 + 0.22 * len(rows))
+    return _figure("operators", draw, height=0.9 + 0.22 * len(rows))
 
 
-def layers_plot(layers: Sequence[Mapping[str, Any]]) -> Markup:
+def layers_plot(layers: Sequence[Mapping[str, Any]]) -> Markup | None:
     """Signal to error of each quantized tensor alone, in the order of the network, in dB."""
+    if all(row["sqnr_db"] is None for row in layers):
+        return None
 
     def draw(axes: Axes) -> None:
         for kind, colour, marker in (("weight", FLOAT, "s"), ("activation", INT8, "o")):
@@ -270,7 +278,7 @@ def layers_plot(layers: Sequence[Mapping[str, Any]]) -> Markup:
         axes.set_ylabel("signal to rounding error, dB")
         axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
 
-    return _figure(draw, height=2.8)
+    return _figure("layers", draw, height=2.8)
 
 
 def _accuracy_axis(axes: Axes, percents: Sequence[float]) -> None:
@@ -281,15 +289,17 @@ def _accuracy_axis(axes: Axes, percents: Sequence[float]) -> None:
     axes.set_ylabel("accuracy, %")
 
 
-def _figure(draw: Callable[..., None], height: float, panels: int = 1) -> Markup:
+def _figure(name: str, draw: Callable[..., None], height: float, panels: int = 1) -> Markup:
     """Draws on the axes of a new figure and returns it as SVG.
 
     Args:
+        name: of the figure, which makes its ids other than those of the page's other figures.
         draw: gets the axes.
         height: inches.
         panels: axes beside each other.
     """
-    with mpl.rc_context(_STYLE):
+    # With a salt the same report gives the same file.
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         FigureCanvasSVG(figure)  # without pyplot, which would keep the figure
         found = figure.subplots(1, panels, squeeze=False)[0]
@@ -318,5 +328,14 @@ def _inline(svg: str) -> str:
 
 
 def _short(text: str, most: int = 22) -> str:
-    text = " ".join(text.split())  # on one line
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    """``text`` on one line, as wide as so many letters; a Chinese one is as wide as two."""
+    text = " ".join(text.split())
+    widths = [2 if east_asian_width(letter) in "WF" else 1 for letter in text]
+    if sum(widths) <= most:
+        return text
+    room = most - 1
+    for place, width in enumerate(widths):
+        room -= width
+        if room < 0:
+            return f"{text[:place]}…"
+    return text

@@ -171,7 +171,7 @@ class _LearnedScale:
     @torch.no_grad()
     def write(self) -> None:
         """Writes the scale to the quantizer."""
-        self.quantizer.scale.copy_(self.current())
+        self.quantizer.move_scale(self.current())
 
 
 class _Drop:

@@ -1,10 +1,11 @@
-"""The loggers of a run: Weights & Biases, offline unless you are logged in; a CSV file; or none."""
+"""The loggers of a run: Weights & Biases, offline unless you are logged in, or another."""
 
 import os
 import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +18,22 @@ from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.trainer.framework import default_package
 
 if TYPE_CHECKING:
-    from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
+    from pytorch_lightning.loggers import (
+        CSVLogger,
+        Logger,
+        MLFlowLogger,
+        TensorBoardLogger,
+        WandbLogger,
+    )
 else:
-    CSVLogger, Logger, WandbLogger = (
-        getattr(default_package().loggers, name) for name in ("CSVLogger", "Logger", "WandbLogger")
+    CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger = (
+        getattr(default_package().loggers, f"{name}Logger")
+        for name in ("CSV", "", "MLFlow", "TensorBoard", "Wandb")
     )
 
-NAMES = ("wandb", "csv", "none")
+NAMES = ("wandb", "tensorboard", "mlflow", "csv", "none")
+# What Lightning's loggers ask for beside it.
+_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "mlflow": ("mlflow",)}
 FILES = ("report.json", "report.md", "report.html", "model.onnx")
 LOGIN_SECONDS = 20  # how long a server may take to answer before the run goes on offline
 
@@ -40,6 +50,12 @@ class LoggerOptions:
     def __post_init__(self) -> None:
         if self.name not in NAMES:
             raise QatTricksError(f'unknown logger "{self.name}": {did_you_mean(self.name, NAMES)}')
+        packages = _PACKAGES.get(self.name)
+        if packages and not any(map(find_spec, packages)):
+            raise QatTricksError(
+                f"logger={self.name} needs the package {packages[0]}: pip install {packages[0]}, "
+                "or give logger=csv"
+            )
 
 
 def make_logger(
@@ -69,7 +85,28 @@ def make_logger(
         run = _start(config, options, folder, mode, group, job_name)
         if run is not None:
             return WandbLogger(experiment=run, project=options.project, save_dir=folder)
+    if options.name == "tensorboard":
+        return TensorBoardLogger(folder, name="tensorboard", version="")
+    if options.name == "mlflow":
+        return _mlflow_logger(config, options, folder, job_name)
     return CSVLogger(folder, name="csv", version="")
+
+
+def _mlflow_logger(
+    config: DictConfig, options: LoggerOptions, folder: Path, job_name: str | None
+) -> Logger:
+    """MLflow's, into the run's folder or where MLFLOW_TRACKING_URI says."""
+    # MLflow refuses to write into a folder, by default, for its own server has left that behind.
+    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+    logger = MLFlowLogger(
+        experiment_name=options.project,
+        run_name=job_name,
+        tracking_uri=os.environ.get("MLFLOW_TRACKING_URI")
+        or (folder.resolve() / "mlruns").as_uri(),
+        tags=dict.fromkeys(options.tags or (), ""),
+    )
+    logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+    return logger
 
 
 def finish_logger(logger: Logger | bool, *, failed: bool = False) -> None:
@@ -77,6 +114,8 @@ def finish_logger(logger: Logger | bool, *, failed: bool = False) -> None:
     try:
         if isinstance(logger, WandbLogger) and _rank() == 0:
             logger.experiment.finish(exit_code=int(failed))
+        elif isinstance(logger, (MLFlowLogger, TensorBoardLogger)):
+            logger.finalize("failed" if failed else "success")
         elif isinstance(logger, CSVLogger):
             logger.save()
     except Exception as error:  # the run itself is done, and no logger may spoil it

@@ -238,6 +238,7 @@ class RunRecord:
         device = measure_device(
             paths, self.shape, **timing(self.config.measure), profile=self.config.measure.profile
         )
+        self._enter_latency(device["latency_ms"])
         self.ledger.add(
             LedgerRow(
                 name="onnx",
@@ -263,6 +264,15 @@ class RunRecord:
             **device,
             "runtimes": self._measure_target_runtime(paths),
         }
+
+    def _enter_latency(self, of_files: dict[str, Any]) -> None:
+        """Gives the rows of the two files the latency that they have side by side.
+
+        Each was timed alone, at another moment, when its stage had ended.
+        """
+        stages = self.ledger.stages
+        stages[-1] = replace(stages[-1], latency_ms=of_files["int8"])
+        stages[0] = replace(stages[0], latency_ms=of_files["fp32"])
 
     def _measure_target_runtime(self, paths: dict[str, Path]) -> dict[str, Any]:
         """Measures the file in the target's runtime, if that is another than ONNX Runtime.

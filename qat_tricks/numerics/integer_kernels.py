@@ -43,18 +43,18 @@ def add(
     """
     scale = output.current_scale()
     ratios = [(grid.current_scale() / scale).double() for grid in (x_grid, y_grid)]
-    zero_points = [grid.zero_point.double() for grid in (x_grid, y_grid)]
+    zero_points = [grid.current_zero_point().double() for grid in (x_grid, y_grid)]
     integers = [
-        torch.round(values / grid.current_scale()) + grid.zero_point
+        torch.round(values / grid.current_scale()) + grid.current_zero_point()
         for values, grid in ((x, x_grid), (y, y_grid))
     ]
     # fma(rx, zx, ry * zy): the inner product is rounded to float32, the outer one is not.
     zeros = (ratios[0] * zero_points[0] + (ratios[1] * zero_points[1]).float().double()).float()
-    total = (output.zero_point.float() - zeros).double()
+    total = (output.current_zero_point().float() - zeros).double()
     # y first, then x, as the kernel nests its two fused operations.
     for quantized, ratio in ((integers[1], ratios[1]), (integers[0], ratios[0])):
         total = (quantized.double() * ratio + total).float().double()
-    return _clamp(torch.round(total).float() - output.zero_point, output) * scale
+    return _clamp(torch.round(total).float() - output.current_zero_point(), output) * scale
 
 
 def multiply(
@@ -71,9 +71,9 @@ def multiply(
     scale, x_scale, y_scale = (grid.current_scale() for grid in (output, x_grid, y_grid))
     total = (
         torch.round(x / x_scale) * torch.round(y / y_scale) * (x_scale * y_scale / scale)
-        + output.zero_point
+        + output.current_zero_point()
     )
-    return _clamp(torch.round(total) - output.zero_point, output) * scale
+    return _clamp(torch.round(total) - output.current_zero_point(), output) * scale
 
 
 def mean(

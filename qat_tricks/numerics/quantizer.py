@@ -76,7 +76,9 @@ class ActivationQuantizer(nn.Module):
         that is learned is read there.
         """
         assert self._zero_point is not None
-        return self._zero_point if self.low is None else int(self.zero_point)
+        if self.low is not None and not torch.compiler.is_compiling():
+            self._zero_point = int(self.current_zero_point())
+        return self._zero_point
 
     @property
     def integers(self) -> tuple[int, int]:
@@ -107,6 +109,11 @@ class ActivationQuantizer(nn.Module):
             if self.low is not None:
                 self.low.fill_(scale * (self.scheme.qmin - zero_point))
         self._zero_point = zero_point
+
+    def current_zero_point(self) -> Tensor:
+        """The zero point in use, int32 of shape ``[]``, which may follow ``low``."""
+        self._follow_low()
+        return self.zero_point
 
     @torch.no_grad()
     def move_scale(self, scale: Tensor) -> None:
@@ -148,16 +155,16 @@ class ActivationQuantizer(nn.Module):
         """Returns ``x`` on the grid, whether or not the quantizer is enabled; it has a range."""
         if self.low is None:
             return fake_quantize_between(x, self.current_scale(), *self.steps)
-        self._follow_low()
-        return fake_quantize_from(x, self.current_scale(), self.low, self.zero_point, self.scheme)
+        zero_point = self.current_zero_point()
+        return fake_quantize_from(x, self.current_scale(), self.low, zero_point, self.scheme)
 
     def train(self, mode: bool = True) -> "ActivationQuantizer":
         """Sets the mode; the last step of a training has moved ``low``, and the zero point follows.
 
         So what is exported or saved after it is what the next forward computes.
         """
-        if not mode and self.is_calibrated:
-            self._follow_low()
+        if not mode and self.low is not None and self.is_calibrated:
+            self.refresh()
         return super().train(mode)
 
     @torch.no_grad()
@@ -192,8 +199,7 @@ class ActivationQuantizer(nn.Module):
         if bool(torch.isnan(self.scale)):
             self._zero_point = None
             return
-        self._follow_low()
-        self._zero_point = int(self.zero_point)
+        self._zero_point = int(self.current_zero_point())
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

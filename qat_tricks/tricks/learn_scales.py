@@ -78,16 +78,18 @@ def learn_scales(traced: fx.GraphModule, offsets: bool = False) -> list[nn.Param
     stay = of_inputs | _of_frozen_parts(traced) | _of_evaluation_only(traced)
     aligned = aligned_scales(traced)
     for name, quantizer in quantizers.items():
-        if name not in stay and quantizer not in aligned:
-            entry = spec["activations"][name.removeprefix(f"{QUANTIZERS}.")]
+        if quantizer in aligned:
+            continue
+        entry = spec["activations"][name.removeprefix(f"{QUANTIZERS}.")]
+        if offsets and name not in of_inputs and _has_offset(quantizer):
+            # Also of what is frozen: a network's copies must have what is learned once it is not.
+            entry["low"] = True
+            quantizer.own_low()
+        if name not in stay:
             entry["learned"] = True
-            learned = [quantizer.scale]
-            if offsets and _has_offset(quantizer):
-                entry["low"] = True
-                learned.append(quantizer.own_low())
-            for parameter in learned:
+            for parameter in quantizer.parameters():
                 parameter.requires_grad_()
-            scales += learned
+                scales.append(parameter)
     for name, layer in layers(traced).items():
         scale = None if layer.weight_quantizer is None else layer.weight_quantizer.scale
         if scale is not None and layer.weight.requires_grad:

@@ -59,7 +59,19 @@ def test_what_is_wrong_fails_with_its_figure(changes, word, figure):
     assert figure in told
 
 
-@pytest.mark.parametrize(("clipped", "state"), [(0.002, PASS), (0.2, FAIL)])
+def test_a_class_that_fails_is_one_beyond_chance():
+    row = {"fp32": {}, "int8": {}, "low": 0.0, "high": 0.0, "p": 0.1}
+    classes = [
+        {**row, "name": "two images", "points": -100.0, "q": 0.5},
+        {**row, "name": "many images", "points": -6.0, "q": 1e-9},
+    ]
+    comparison = compare(answered(585), answered(585), []) | {"classes": classes}
+    state, figure = of(report(comparison=comparison), "no class")
+    assert state == FAIL
+    assert figure.startswith("many images: -6.00 points")
+
+
+@pytest.mark.parametrize(("clipped", "state"), [(0.002, PASS), (0.2, FAIL), (None, OPEN)])
 def test_test_images_beyond_the_ranges_tell_of_calibration(clipped, state):
     row = {"name": "relu", "kind": "activation", "bits": 8, "clipped": clipped}
     coarse = {**row, "bits": 4, "clipped": 0.9}  # clips on purpose

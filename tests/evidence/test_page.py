@@ -91,6 +91,7 @@ def test_the_page_stands_alone():
     text = render_page(whole(), {0: PICTURE})
     page = Page(text)
     assert page.open == []
+    assert len(set(page.ids)) == len(page.ids) > 20
     assert all(address.startswith(("#", "data:")) for address in page.addresses)
     assert "script" not in page.tags
     assert "@import" not in text
@@ -114,12 +115,25 @@ def test_what_comes_from_outside_is_escaped():
 
 
 def test_names_may_be_of_any_letters(recwarn):
-    names = ["猫", "$5 and $6", "a_b^c", "{x}", "50 %", "two\nlines", "x" * 300, "Ж", "", "\\frac"]
+    names = [
+        "猫",
+        "$5 and $6",
+        "a_b^c",
+        "{x}",
+        "50 %",
+        "two\nlines",
+        "x" * 300,
+        "猫" * 40,
+        "\x00\x1b",
+        "a\udcff",
+    ]
+    names[2] = "$x_$ \\foo"
     comparison = compare(answered(585), answered(500, seed=1), names)
     page = Page(render_page(whole() | {"comparison": comparison}, {}))
     assert "猫" in page.text
     assert "$5 and $6" in page.text
     assert "two lines" in page.text
+    assert not re.findall("[\x00-\x08\x0b-\x1f]", page.text)
     assert not recwarn.list
 
 
@@ -159,6 +173,15 @@ def test_a_report_without_measurements_has_a_page():
     page = Page(render_page(empty | {"environment": {"cpu": "x", "onnxruntime": None}}, {}))
     assert page.text.count("not measured") > 5
     assert "not compared" in page.text
+
+
+def test_figures_that_are_no_numbers_are_told_as_missing(tmp_path):
+    made = whole(latency_ms={"fp32": {"p50": float("nan")}, "int8": {"p50": 0.5}})
+    for row in made["layers"]["tensors"]:
+        row |= {"sqnr_db": None, "clipped": float("nan")}
+    write_report(tmp_path, made)
+    page = Page((tmp_path / "report.html").read_text())
+    assert "not measured" in page.text
 
 
 def test_it_lies_beside_the_report(tmp_path):

@@ -37,6 +37,14 @@ def test_no_image_that_differs_is_not_certainty():
     assert wider["low"] < change["low"]
 
 
+@pytest.mark.parametrize("images", [60, 1000, 50_000])
+def test_the_interval_and_the_test_tell_the_same(images):
+    for lost in range(0, 30, 2):
+        for gained in range(0, 30, 3):
+            change = paired_change(*rights(images - lost - gained, lost, gained, 0))
+            assert (change["low"] <= 0 <= change["high"]) == (change["p"] >= 0.05)
+
+
 def test_the_interval_holds_its_confidence():
     """Of 2,000 draws with a known difference, 95 of 100 intervals have it inside."""
     random = torch.Generator().manual_seed(0)

@@ -1,12 +1,20 @@
 import json
+from pathlib import Path
 
 import pytest
 import wandb
 from omegaconf import OmegaConf
 
+from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.report import write_report
 from qat_tricks.jobs import loggers
-from qat_tricks.jobs.loggers import finish_logger, log_report, make_logger, report_metrics
+from qat_tricks.jobs.loggers import (
+    LoggerOptions,
+    finish_logger,
+    log_report,
+    make_logger,
+    report_metrics,
+)
 from qat_tricks.settings.compose import Composer
 from tests.helpers import wandb_file
 from tests.helpers.lightning import pl
@@ -157,6 +165,34 @@ def test_disabled_and_none_log_nothing(tmp_path, monkeypatch):
     log_report(False, report(), tmp_path)
     finish_logger(False)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "where"),
+    [
+        ("tensorboard", "tensorboard", "tensorboard/events.out.tfevents.*"),
+        ("mlflow", "mlflow", "mlruns/*/*/metrics/report/size_bytes/int8"),
+    ],
+)
+def test_lightnings_other_loggers_write_into_the_folder(
+    tmp_path, monkeypatch, name, package, where
+):
+    pytest.importorskip(package)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    logger = make_logger(config(f"logger={name}"), Path("run"), job_name="int8_ptq-run")
+    logger.log_metrics({"val/accuracy": 0.5}, step=3)
+    log_report(logger, report(), tmp_path)
+    finish_logger(logger)
+    assert list((tmp_path / "run").glob(where))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "mlflow"])
+def test_a_logger_without_its_package_is_refused_before_anything_runs(monkeypatch, name):
+    monkeypatch.setattr(loggers, "find_spec", lambda package: None)
+    with pytest.raises(QatTricksError, match=f"logger={name} needs the package {name}: pip inst"):
+        LoggerOptions(name=name)
 
 
 def test_a_logger_that_fails_at_the_end_is_a_warning(tmp_path, capsys):

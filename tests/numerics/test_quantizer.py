@@ -117,6 +117,16 @@ def test_the_zero_point_follows_the_smallest_value():
     assert quantizer.range == pytest.approx((-0.2, 1.3))
 
 
+def test_a_smallest_value_that_moves_in_evaluation_is_followed_at_once():
+    quantizer = learning().eval()
+    with torch.no_grad():
+        quantizer.low.fill_(-0.72)
+    assert quantizer.offset == 7
+    with torch.no_grad():
+        quantizer.low.fill_(-0.2)
+    assert int(quantizer.current_zero_point()) == 2
+
+
 def test_a_smallest_value_comes_back_with_the_state_and_goes_with_a_range():
     quantizer, x = learning(), torch.randn(1000)
     with torch.no_grad():

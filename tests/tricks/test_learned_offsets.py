@@ -1,5 +1,7 @@
 """LSQ+: the smallest values of ranges learn beside the scales."""
 
+import copy
+
 import onnxruntime
 import pytest
 import torch
@@ -69,6 +71,8 @@ class Push(pl.Callback):
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         for quantizer in activation_quantizers(pl_module.backbone).values():
             if quantizer.low is not None:
+                if quantizer.low.grad is None:  # of a frozen part
+                    continue
                 quantizer.low.grad += 50 * quantizer.scale.detach()
 
 
@@ -161,3 +165,36 @@ def test_an_averaged_network_has_grids_of_its_own_averages(tmp_path):
                 name
             )
             assert low < 0 < high
+
+
+def test_the_first_forward_follows_what_has_moved(whole, tmp_path):
+    """Kernels before a quantizer read its grid before it is called."""
+    network, x = copy.deepcopy(whole[1].backbone).cpu().eval(), images(16, seed=9)
+    with torch.no_grad():
+        for quantizer in activation_quantizers(network).values():
+            if quantizer.low is not None:
+                quantizer.low -= 2 * quantizer.scale
+        first = network(x)
+        assert torch.equal(network(x), first)
+
+
+class Unfreeze(pl.callbacks.BaseFinetuning):
+    """Freezes the layers before the grids with an offset, in the first epoch."""
+
+    def freeze_before_training(self, pl_module):
+        self.freeze([pl_module.backbone.stem, pl_module.backbone.narrow])
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1:
+            network = pl_module.backbone
+            self.unfreeze_and_add_param_group([network.stem, network.narrow], optimizer)
+
+
+def test_an_average_beside_what_is_unfrozen_later_keeps_each_tensor_in_its_place(tmp_path):
+    extra = [Unfreeze(), pl.callbacks.EMAWeightAveraging(decay=0.5)]
+    lit, _ = run(tmp_path, extra=extra)
+    assert offsets_of(lit.backbone)
+    for name, quantizer in activation_quantizers(lit.backbone).items():
+        assert 1e-3 < float(quantizer.scale) < 1, name
+        if quantizer.low is not None:
+            assert -2 < float(quantizer.low) <= 0, name
