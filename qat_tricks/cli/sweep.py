@@ -27,7 +27,7 @@ class CompareJobs(Callback):
 
 
 def compare_jobs(folder: Path) -> bool:
-    """Writes ``comparison.csv`` and ``comparison.png`` of a sweep, and prints the table.
+    """Writes ``comparison.html``, ``.csv`` and ``.png`` of a sweep, and prints the table.
 
     Returns:
         Whether no job failed.
@@ -42,6 +42,8 @@ def compare_jobs(folder: Path) -> bool:
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     console.print(comparison_table(rows, console.width))
     console.print(
-        f"the sweep is in {folder}: comparison.csv, comparison.png", soft_wrap=True, highlight=False
+        f"the sweep is in {folder}: comparison.html, comparison.csv, comparison.png",
+        soft_wrap=True,
+        highlight=False,
     )
     return not any(row["error"] for row in rows)

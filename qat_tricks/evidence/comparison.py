@@ -2,8 +2,9 @@
 
 import csv
 import io
+import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from qat_tricks.errors import QatTricksError
+from qat_tricks.evidence import page_plots as plots
 from qat_tricks.evidence.comparison_plot import plot_comparison
+from qat_tricks.evidence.page import PAGE, fill_in, printable
 from qat_tricks.evidence.report import read_report
 from qat_tricks.evidence.show import show
 from qat_tricks.files import read_json, write_text
@@ -42,7 +45,7 @@ Row = dict[str, Any]
 
 
 def write_comparison(sweep_folder: Path) -> Path:
-    """Writes ``comparison.csv`` and ``comparison.png`` into a sweep's folder.
+    """Writes ``comparison.csv``, ``comparison.html`` and ``comparison.png`` into a sweep's folder.
 
     Returns:
         The path of the CSV file.
@@ -58,8 +61,62 @@ def write_comparison(sweep_folder: Path) -> Path:
     writer.writerows(rows)
     path = sweep_folder / "comparison.csv"
     write_text(path, text.getvalue())
-    plot_comparison(rows, labels(rows), sweep_folder / "comparison.png")
+    names = labels(rows)
+    plot_comparison(rows, names, sweep_folder / "comparison.png")
+    reports = {row["job"] for row in rows if (sweep_folder / row["job"] / PAGE).is_file()}
+    write_text(sweep_folder / "comparison.html", render_comparison(rows, names, reports))
     return path
+
+
+def render_comparison(rows: Sequence[Row], names: Sequence[str], reports: Collection[str]) -> str:
+    """Returns the page of a sweep as HTML: a picture, and a table that sorts.
+
+    Args:
+        rows: of ``comparison_rows``.
+        names: a label for each row.
+        reports: the jobs that have a page of their own.
+    """
+    rows, names = printable(rows), printable(names)
+    best = front(rows)
+    jobs = [
+        {"name": name, "best": job_is_best, "has_page": row["job"] in reports, **row}
+        for row, name, job_is_best in zip(rows, names, best, strict=True)
+    ]
+    points = [_point(job, job["name"], "onnx", "int8") for job in jobs]
+    # Several jobs may begin from the same float network.
+    floats = {(job["model"], job["data"]): job for job in jobs if job["accuracy_fp32"] is not None}
+    originals = [
+        _point(job, f"float {model}", "fp32", "fp32") for (model, _), job in floats.items()
+    ]
+    figure = plots.sweep_plot(points, originals)
+    return fill_in("comparison.html.j2", {"jobs": jobs, "figures": _FIGURES, "figure": figure})
+
+
+def _point(row: Row, name: str, stage: str, file: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "accuracy": row[f"accuracy_{stage}"],
+        "size_bytes": row[f"size_bytes_{file}"],
+        "latency_ms": row[f"latency_p50_ms_{file}"],
+    }
+
+
+def front(rows: Sequence[Row]) -> list[bool]:
+    """Whether each job is on the front of accuracy, size and latency.
+
+    No other job is as good in all three and better in one. A job without one of them is not.
+    """
+    keys = ("accuracy_onnx", "size_bytes_int8", "latency_p50_ms_int8")
+    figures = [[row[key] for key in keys] for row in rows]
+    costs = [None if None in own else (-own[0], own[1], own[2]) for own in figures]
+    return [
+        own is not None
+        and not any(
+            other is not None and other != own and all(map(operator.le, other, own))
+            for other in costs
+        )
+        for own in costs
+    ]
 
 
 def comparison_rows(sweep_folder: Path) -> list[Row]:

@@ -33,15 +33,7 @@ def write_page(folder: Path, report: Mapping[str, Any], pictures: Mapping[int, s
 
 def render_page(report: Mapping[str, Any], pictures: Mapping[int, str]) -> str:
     """Returns the page as HTML."""
-    report = _printable(report)
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters["show"] = show
+    report = printable(report)
     stages = report["stages"]
     steps = [step for stage in stages for step in stage.get("equivalence") or ()]
     proofs = [p for stage in stages for p in (stage.get("proofs") or {}).values()]
@@ -53,10 +45,23 @@ def render_page(report: Mapping[str, Any], pictures: Mapping[int, str]) -> str:
     fields |= {"steps": steps, "proofs": proofs, "pictures": pictures, "ratio": ratio}
     fields["answers"] = answers(report)
     fields["figures"] = _figures(report, steps, proofs)
-    return templates.get_template("report.html.j2").render({**report, **fields})
+    return fill_in("report.html.j2", {**report, **fields})
 
 
-def _printable(value: Any) -> Any:
+def fill_in(template: str, fields: Mapping[str, Any]) -> str:
+    """Returns a template of this folder with its fields, as HTML."""
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters["show"] = show
+    return templates.get_template(template).render(fields)
+
+
+def printable(value: Any) -> Any:
     """Plain data without what no page may hold: control characters, and halves of letters.
 
     A folder of images, which names a class, may have any bytes in its name.
@@ -65,9 +70,9 @@ def _printable(value: Any) -> Any:
         text = value.encode("utf-8", "replace").decode("utf-8")
         return "".join(c if c.isprintable() or c in "\n\t" else " " for c in text)
     if isinstance(value, Mapping):
-        return {_printable(key): _printable(item) for key, item in value.items()}
+        return {printable(key): printable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_printable(item) for item in value]
+        return [printable(item) for item in value]
     return value
 
 

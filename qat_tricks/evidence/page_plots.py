@@ -44,6 +44,7 @@ _WIDTH = 5.4  # inches, so that letters keep their size on a phone
 _MOST = 16  # rows of a figure; the tables have all
 _NAMES = {"fp32": "float", "int8": "int8"}
 _COLOURS = {"fp32": FLOAT, "int8": INT8}
+_TITLE = "title-"  # of ids, which become titles
 _MARKERS = {"fp32": "D", "int8": "o"}
 
 
@@ -279,6 +280,59 @@ def layers_plot(layers: Sequence[Mapping[str, Any]]) -> Markup | None:
         axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
 
     return _figure("layers", draw, height=2.8)
+
+
+def sweep_plot(points: Sequence[Mapping[str, Any]], floats: Sequence[Mapping[str, Any]]) -> Markup:
+    """Accuracy against the size of the file and against latency, with the front of each.
+
+    Args:
+        points: of the jobs: ``name``, ``accuracy``, ``size_bytes``, ``latency_ms``, None where it
+            was not measured. A name shows under the reader's pointer.
+        floats: of the float networks, likewise.
+    """
+
+    def panel(axes: Axes, key: str, scale: float, label: str) -> None:
+        found = []
+        for kind, rows in (("fp32", floats), ("int8", points)):
+            for row in rows:
+                if row[key] is None or row["accuracy"] is None:
+                    continue
+                x, y = row[key] * scale, row["accuracy"] * 100
+                # Hollow, for points of a sweep may lie on each other.
+                (drawn,) = axes.plot(
+                    x, y, _MARKERS[kind], ms=8, mec=_COLOURS[kind], mfc="none", mew=1.5
+                )
+                drawn.set_gid(f"{_TITLE}{len(titles)}-")
+                titles.append(f"{row['name']}: {y:.2f} %, {x:.3g} {label.rpartition(' ')[2]}")
+                found.append((x, y))
+        front = _front(found)
+        axes.step([x for x, _ in front], [y for _, y in front], where="post", color=MUTED, lw=1)
+        if found:
+            axes.set_xlim(0, 1.15 * max(x for x, _ in found))
+            _accuracy_axis(axes, [y for _, y in found])
+        axes.set_xlabel(label)
+
+    def draw(left: Axes, right: Axes) -> None:
+        panel(left, "size_bytes", 1e-6, "file, MB")
+        panel(right, "latency_ms", 1.0, "latency of a batch, ms")
+        right.set_ylabel("")
+
+    titles: list[str] = []
+    svg = _figure("sweep", draw, height=3.0, panels=2)
+    for place, title in enumerate(titles):
+        svg = svg.replace(
+            Markup(f'<g id="{_TITLE}{place}-">'), Markup("<g><title>{}</title>").format(title)
+        )
+    return svg
+
+
+def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points than which none costs less and is as good, from the cheapest on."""
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or y > front[-1][1]:
+            front.append((x, y))
+    return front
 
 
 def _accuracy_axis(axes: Axes, percents: Sequence[float]) -> None:

@@ -10,10 +10,13 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.comparison import (
     comparison_rows,
     comparison_table,
+    front,
     labels,
+    render_comparison,
     write_comparison,
 )
 from qat_tricks.evidence.report import write_report
+from tests.evidence.test_page import Page
 from tests.helpers.samples import report
 
 
@@ -105,3 +108,45 @@ def test_jobs_without_figures_still_compare(tmp_path):
 def test_a_sweep_without_jobs_is_refused(tmp_path):
     with pytest.raises(QatTricksError, match="no job"):
         write_comparison(tmp_path)
+
+
+def test_the_page_has_every_job_and_the_reason_of_one_that_failed(sweep):
+    write_comparison(sweep)
+    text = (sweep / "comparison.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    assert "the loader is empty" in page.text
+    hrefs = [address for address in page.addresses if not address.startswith(("#", "data:"))]
+    assert hrefs == ["0/report.html", "1/report.html", "10/nested/report.html"]
+    assert all((sweep / href).is_file() for href in hrefs)
+    # a mark in each of two panels shows its job under the pointer
+    assert page.text.count("int8_qat: 98.20 %") == 2
+    assert "title-" not in text
+
+
+def row(accuracy, size, latency):
+    return {
+        "accuracy_onnx": accuracy, "size_bytes_int8": size, "latency_p50_ms_int8": latency
+    }  # fmt: skip
+
+
+def test_the_front_is_of_all_three():
+    rows = [row(0.9, 10, 1.0), row(0.8, 5, 2.0), row(0.8, 10, 2.0), row(0.9, 10, 1.0)]
+    rows += [row(0.99, 50, 0.5), row(None, 1, 0.1)]
+    assert front(rows) == [True, True, False, True, True, False]
+
+
+def test_names_on_the_page_are_escaped(sweep):
+    rows = comparison_rows(sweep)
+    names = ["<script>", "b&b", "$x$", "d\x00"]
+    page = Page(render_comparison(rows, names, set()))
+    assert page.tags.count("script") == 1  # that which sorts
+    assert "<script>: 97.50 %" in page.text
+    assert "b&b" in page.text
+
+
+def test_a_sweep_in_which_nothing_was_measured_has_a_page(sweep):
+    rows = [
+        row | {"accuracy_onnx": None, "size_bytes_int8": None} for row in comparison_rows(sweep)
+    ]
+    assert Page(render_comparison(rows, ["a", "b", "c", "d"], set())).text.count("-") >= 6

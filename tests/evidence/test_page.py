@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
+from qat_tricks.evidence.comparison import write_comparison
 from qat_tricks.evidence.metrics import Metrics
 from qat_tricks.evidence.page import answers, render_page
 from qat_tricks.evidence.paired import compare
@@ -193,19 +194,21 @@ def test_it_lies_beside_the_report(tmp_path):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_chromium_draws_it_without_an_error_and_fetches_nothing(tmp_path):
-    write_report(tmp_path, whole(), {0: PICTURE})
+@pytest.mark.parametrize("name", ["report.html", "comparison.html"])
+def test_chromium_draws_it_without_an_error_and_fetches_nothing(tmp_path, name):
+    write_report(tmp_path / "job", whole(), {0: PICTURE})
+    write_comparison(tmp_path)
+    (page,) = tmp_path.rglob(name)
     run = subprocess.run(
         [
             str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-sync",
             f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr",
             "--proxy-server=http://127.0.0.1:9",  # whatever is fetched fails, and is told
-            "--window-size=1200,900", f"--screenshot={tmp_path / 'page.png'}",
-            (tmp_path / "report.html").as_uri(),
+            "--window-size=1200,900", f"--screenshot={tmp_path / 'page.png'}", page.as_uri(),
         ],
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
-    assert (tmp_path / "page.png").stat().st_size > 20_000
+    assert (tmp_path / "page.png").stat().st_size > 10_000
     assert "CONSOLE" not in run.stderr
     assert "ERR_" not in run.stderr
