@@ -46,6 +46,7 @@ def test_both_train_and_the_first_alone_measures_and_writes(tmp_path, train):
     texts = {
         "report.json",
         "report.md",
+        "report.html",
         "ledger.json",
         "config.yaml",
         "csv/metrics.csv",
