@@ -50,7 +50,7 @@ def test_each_yaml_begins_with_its_command_which_composes_and_passes_the_checks(
 def test_every_group_is_in_a_config_that_was_checked():
     groups = {path.parent.name for path in SHIPPED} - {"conf"}
     assert groups == {"data", "logger", "model", "recipe", "trainer", "trick"}
-    assert set(options("logger")) == {"wandb", "csv", "none"}
+    assert set(options("logger")) == {"wandb", "tensorboard", "mlflow", "csv", "none"}
 
 
 @pytest.mark.parametrize(
