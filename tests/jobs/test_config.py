@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from qat_tricks.cli.check_evaluate import check_evaluate
 from qat_tricks.cli.check_train import check_train
+from qat_tricks.jobs import loggers
 from qat_tricks.jobs.config import (
     Baseline,
     DeviceMeasure,
@@ -24,7 +25,10 @@ SHIPPED = sorted(config_dir().rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_each_yaml_begins_with_its_command_which_composes_and_passes_the_checks(path, tmp_path):
+def test_each_yaml_begins_with_its_command_which_composes_and_passes_the_checks(
+    path, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loggers, "find_spec", lambda package: package)  # as if all were installed
     first = path.read_text().splitlines()[0]
     program, *words = first.removeprefix("# python ").replace("'", "").split()
     assert first.startswith("# python ")
