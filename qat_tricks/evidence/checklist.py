@@ -7,6 +7,8 @@ The limits are those beyond which people in the field ask for a reason; they dec
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from qat_tricks.evidence.ledger import steps_of
+from qat_tricks.evidence.paired import SIGNIFICANT, show_change
 from qat_tricks.evidence.show import ratio, show
 from qat_tricks.graph.equivalence import LEAST_DB
 from qat_tricks.numerics.decibels import LARGEST_SQNR_DB
@@ -45,11 +47,7 @@ def _accuracy(report: Mapping[str, Any]) -> Found | None:
     found = report.get("comparison")
     if not found:
         return None
-    change = found["change"]
-    figure = (
-        f"{found['verdict']}: {show(change['points'], 'points')} points "
-        f"({show(change['low'], 'points')} to {show(change['high'], 'points')})"
-    )
+    figure = f"{found['verdict']}: {show_change(found['change'])}"
     return _when(found["verdict"] != "worse", figure)
 
 
@@ -74,7 +72,7 @@ def _worst_class(report: Mapping[str, Any]) -> Found | None:
     found = report.get("comparison")
     if not found:
         return None
-    lost = [row for row in found["classes"] if row["points"] < 0 and row["q"] < 0.05]
+    lost = [row for row in found["classes"] if row["points"] < 0 and row["q"] < SIGNIFICANT]
     worst = (lost or found["classes"])[0]  # the worst is the first
     figure = f"{worst['name']}: {show(worst['points'], 'points')} points, q = {worst['q']:.2g}"
     return _when(not lost, figure)
@@ -133,8 +131,7 @@ def _parity(report: Mapping[str, Any]) -> Found | None:
 def _equivalence(report: Mapping[str, Any]) -> Found | None:
     steps = [
         step
-        for stage in report["stages"]
-        for step in stage.get("equivalence") or ()
+        for step in steps_of(report["stages"])
         if not step.get("by_design") and step.get("evaluation_db") is not None
     ]
     if not steps:

@@ -15,9 +15,10 @@ from rich.table import Table
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence import page_plots as plots
 from qat_tricks.evidence.comparison_plot import plot_comparison
-from qat_tricks.evidence.page import PAGE, fill_in, printable
+from qat_tricks.evidence.page import PAGE, printable
 from qat_tricks.evidence.report import read_report
 from qat_tricks.evidence.show import show
+from qat_tricks.evidence.templates import fill_in
 from qat_tricks.files import read_json, write_text
 
 COLUMNS = (

@@ -1,6 +1,6 @@
 """The ledger: the network's figures before and after each stage of a recipe."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,16 @@ class Ledger:
             QatTricksError: the folder cannot be written.
         """
         write_json(Path(path), self.rows())
+
+
+def steps_of(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What each step of all stages has left of the float function; of ``Ledger.rows``."""
+    return [step for stage in stages for step in stage.get("equivalence") or ()]
+
+
+def proofs_of(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What each trick of all stages did to the output; of ``Ledger.rows``."""
+    return [proof for stage in stages for proof in (stage.get("proofs") or {}).values()]
 
 
 def check_drop(

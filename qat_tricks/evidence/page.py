@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from qat_tricks.evidence import page_plots as plots
+from qat_tricks.evidence.ledger import proofs_of, steps_of
+from qat_tricks.evidence.paired import show_change
 from qat_tricks.evidence.show import ratio, show
+from qat_tricks.evidence.templates import fill_in
 from qat_tricks.files import write_text
 
 PAGE = "report.html"
@@ -35,10 +37,9 @@ def render_page(report: Mapping[str, Any], pictures: Mapping[int, str]) -> str:
     """Returns the page as HTML."""
     report = printable(report)
     stages = report["stages"]
-    steps = [step for stage in stages for step in stage.get("equivalence") or ()]
-    proofs = [p for stage in stages for p in (stage.get("proofs") or {}).values()]
+    steps, proofs = steps_of(stages), proofs_of(stages)
     # the template is strict: keys that a report may lack get a value here
-    optional = ("comparison", "profile", "command", "packed_bytes", "layers", "checklist")
+    optional = ("comparison", "profile", "command", "layers", "checklist")
     mappings = ("size_bytes", "latency_ms", "memory_mib", "parity", "load_ms", "compressed_bytes")
     fields: dict[str, Any] = {key: report.get(key) for key in optional}
     fields |= {key: report.get(key) or {} for key in mappings}
@@ -46,19 +47,6 @@ def render_page(report: Mapping[str, Any], pictures: Mapping[int, str]) -> str:
     fields["answers"] = answers(report)
     fields["figures"] = _figures(report, steps, proofs)
     return fill_in("report.html.j2", {**report, **fields})
-
-
-def fill_in(template: str, fields: Mapping[str, Any]) -> str:
-    """Returns a template of this folder with its fields, as HTML."""
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters["show"] = show
-    return templates.get_template(template).render(fields)
 
 
 def printable(value: Any) -> Any:
@@ -99,11 +87,7 @@ def _as_good(comparison: Mapping[str, Any] | None) -> dict[str, str]:
     if comparison is None:
         return {"question": question, "answer": "not compared", "detail": "", "mark": "open"}
     change, images = comparison["change"], comparison["images"]
-    interval = (
-        f"{show(change['points'], 'points')} points "
-        f"({show(change['low'], 'points')} to {show(change['high'], 'points')}) "
-        f"on {images:,} test images"
-    )
+    interval = f"{show_change(change)} on {images:,} test images"
     told = comparison["verdict"]
     answer = {
         "worse": "No: it is worse",

@@ -19,6 +19,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from qat_tricks.evidence.paired import SIGNIFICANT
 from qat_tricks.evidence.show import show
 
 # Stand-ins, which become variables of the page's style sheet. No other colour is drawn.
@@ -108,7 +109,7 @@ def classes_plot(classes: Sequence[Mapping[str, Any]]) -> Markup:
 
     def draw(axes: Axes) -> None:
         for place, row in enumerate(few):
-            colour = INT8 if row["q"] < 0.05 else MUTED
+            colour = INT8 if row["q"] < SIGNIFICANT else MUTED
             axes.plot([row["low"], row["high"]], [place, place], "-", color=colour, lw=2)
             axes.plot(row["points"], place, "o", color=colour, ms=6)
         axes.axvline(0, color=INK, lw=1)

@@ -7,7 +7,7 @@ difference between correlated proportions or percentages".
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from scipy.stats import binomtest, false_discovery_control
 from torch import Tensor
 
 from qat_tricks.evidence.metrics import Metrics, agreement
+from qat_tricks.evidence.show import show
 
 CONFIDENCE = 0.95  # of all intervals
 SIGNIFICANT = 1 - CONFIDENCE
@@ -101,6 +102,12 @@ def verdict(change: dict[str, float]) -> str:
     if change["p"] >= SIGNIFICANT:
         return "no difference shown"
     return "worse" if change["points"] < 0 else "better"
+
+
+def show_change(change: Mapping[str, float]) -> str:
+    """A ``paired_change`` in points, with its interval."""
+    points, low, high = (show(change[key], "points") for key in ("points", "low", "high"))
+    return f"{points} points ({low} to {high})"
 
 
 def _share(count: int, of: int) -> dict[str, float]:

@@ -8,13 +8,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from qat_tricks.deploy.targets import TARGETS, Target
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.checklist import checklist
+from qat_tricks.evidence.ledger import proofs_of, steps_of
 from qat_tricks.evidence.page import write_page
-from qat_tricks.evidence.show import ratio, show
+from qat_tricks.evidence.show import ratio
+from qat_tricks.evidence.templates import fill_in
 from qat_tricks.files import finite, read_json, write_json, write_text
 from qat_tricks.graph.equivalence import summary
 
@@ -89,22 +89,13 @@ def read_report(path: Path) -> dict[str, Any]:
 
 def render(report: dict[str, Any]) -> str:
     """Returns the report as Markdown."""
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    templates.filters.update(show=show, cell=_cell, pretty=_pretty)
     preprocessing, target = report["preprocessing"], report.get("target")
     # a report may come from a file that somebody else wrote: other types are shown as missing
     known = TARGETS.get(target) if isinstance(target, str) else None
     # a report without a target was measured in ONNX Runtime
     brings = (known or Target(about="")).sparsity
     preprocessing_hash = preprocessing.get("hash") if isinstance(preprocessing, dict) else None
-    steps = [step for stage in report["stages"] for step in stage.get("equivalence") or ()]
-    proofs = [p for stage in report["stages"] for p in (stage.get("proofs") or {}).values()]
+    steps = steps_of(report["stages"])
     # the template is strict: keys that a report may lack get a value here
     fields = {
         "size_bytes": report["size_bytes"] or {},
@@ -128,12 +119,11 @@ def render(report: dict[str, Any]) -> str:
         "compressed_bytes": report.get("compressed_bytes") or {},
         "preprocessing_hash": preprocessing_hash,
         "steps": steps,
-        "proofs": proofs,
+        "proofs": proofs_of(report["stages"]),
         "steps_summary": summary(steps) if steps else None,
     }
-    return templates.get_template("report.md.j2").render(
-        report | fields, ratio=ratio, report=report
-    )
+    fields |= {"ratio": ratio, "report": report}
+    return fill_in("report.md.j2", report | fields, cell=_cell, pretty=_pretty)
 
 
 def environment() -> dict[str, Any]:
