@@ -178,7 +178,12 @@ def _log_to_wandb(
     run.log({**metrics, "ledger": table})
     run.summary.update({**metrics, **{key: report[key] for key in ("recipe", "model", "data")}})
     name = "-".join(str(report[key]) for key in ("recipe", "model", "data"))
-    artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", name), type="model", metadata=dict(metrics))
+    # W&B takes 100 keys of metadata, and a report has more figures: each group is one.
+    metadata: dict[str, Any] = {}
+    for key, value in metrics.items():
+        group, _, figure = key.partition("/")
+        metadata.setdefault(group, {})[figure] = value
+    artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", name), type="model", metadata=metadata)
     for file in FILES:
         if (folder / file).is_file():
             artifact.add_file(str(folder / file), policy="immutable")

@@ -102,6 +102,24 @@ def test_an_offline_run_holds_metrics_config_table_and_artifact(tmp_path, capfd)
     assert printed.out + printed.err == ""
 
 
+def test_a_report_of_more_figures_than_wandb_takes_as_metadata_has_its_artifact(tmp_path, capsys):
+    many = report(others={f"figure {place}": place / 7 for place in range(150)})
+    write_report(tmp_path, many)
+    logger = make_logger(config(), tmp_path)
+    log_report(logger, many, tmp_path)
+    finish_logger(logger)
+    records = wandb_file.records(tmp_path)
+    (model,) = [
+        record.artifact
+        for record in records
+        if record.HasField("artifact") and record.artifact.type == "model"
+    ]
+    metadata = json.loads(model.metadata)
+    assert metadata["stage"]["onnx/accuracy"] == 0.98
+    assert metadata["report"]["others/figure 149"] == 149 / 7
+    assert capsys.readouterr().err == ""
+
+
 def test_each_job_of_a_process_has_a_run_of_its_own(tmp_path):
     for name, failed in (("first", False), ("second", True)):
         logger = make_logger(config(), tmp_path / name, group="sweep", job_name=name)
