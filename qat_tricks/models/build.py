@@ -39,7 +39,8 @@ def build_model(
             torchvision's (``IMAGENET1K_V1``, ``DEFAULT``), or ``pretrained`` for timm's, which are
             downloaded; None leaves the network untrained.
         factory: belongs to the name ``custom``: the dotted path of a callable that returns the
-            network. It is called with ``num_classes`` and ``in_channels`` if it takes them.
+            network. It is called with ``num_classes`` and ``in_channels`` if it names them; one
+            with ``**kwargs`` gets ``num_classes``, and ``in_channels`` where that is not 3.
 
     Raises:
         QatTricksError: the name is unknown, the weights cannot be had or do not fit, or the factory
@@ -195,9 +196,10 @@ def _from_factory(factory: str, num_classes: int, in_channels: int) -> nn.Module
     signature = inspect.signature(create)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     known = {"num_classes": num_classes, "in_channels": in_channels}
-    arguments = {
-        key: value for key, value in known.items() if takes_any or key in signature.parameters
-    }
+    named = set(signature.parameters)
+    if takes_any:  # and often hands on to a network of 3 channels, as torchvision's do
+        named |= {"num_classes"} if in_channels == 3 else set(known)
+    arguments = {key: value for key, value in known.items() if key in named}
     try:
         # Tried before the call, so that an error inside the factory is not taken for this one.
         signature.bind(**arguments)
