@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from qat_tricks.deploy.export import export_onnx
     from qat_tricks.errors import QatTricksError
     from qat_tricks.jobs.evaluation import evaluate
+    from qat_tricks.jobs.guideline import Guideline, guideline
     from qat_tricks.jobs.validate_deployed import ValidateDeployed
     from qat_tricks.recipes.callbacks import Recipe, recipe
     from qat_tricks.recipes.ptq import quantize
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CompileNetwork",
+    "Guideline",
     "QatTricksError",
     "Recipe",
     "ValidateDeployed",
     "__version__",
     "evaluate",
     "export_onnx",
+    "guideline",
     "load_from_checkpoint",
     "quantize",
     "recipe",
@@ -36,11 +39,13 @@ __all__ = [
 
 _HOME = {
     "CompileNetwork": "trainer.compiling",
+    "Guideline": "jobs.guideline",
     "QatTricksError": "errors",
     "Recipe": "recipes.callbacks",
     "ValidateDeployed": "jobs.validate_deployed",
     "evaluate": "jobs.evaluation",
     "export_onnx": "deploy.export",
+    "guideline": "jobs.guideline",
     "load_from_checkpoint": "trainer.checkpoints",
     "quantize": "recipes.ptq",
     "recipe": "recipes.callbacks",

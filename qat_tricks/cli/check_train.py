@@ -1,11 +1,12 @@
 """Checks the composed config of a run before anything is read, written or trained."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from qat_tricks.cli.checks import check_data, sections
 from qat_tricks.deploy.targets import check_opset
@@ -15,6 +16,8 @@ from qat_tricks.jobs.fitted_recipe import fitted_recipe
 from qat_tricks.jobs.isolation import isolated
 from qat_tricks.jobs.loggers import LoggerOptions
 from qat_tricks.models.build import build_model, model_names, register_models
+from qat_tricks.recipes.guideline_steps import GuidelineSettings
+from qat_tricks.recipes.recipe import GUIDELINE
 from qat_tricks.settings.binding import Problems, bind, make
 from qat_tricks.settings.compose import one_line
 from qat_tricks.settings.config_dir import options
@@ -47,13 +50,16 @@ def check_train(config: DictConfig) -> None:
     """
     problems = Problems()
     groups = [*_DATACLASSES, "export", "data", "model", "recipe", "trainer", "stage"]
-    settings = sections(config, groups, ["seed", "forecast", "target"], problems)
+    aims = [field.name for field in fields(GuidelineSettings)] if _is_guideline(config) else []
+    settings = sections(config, groups, ["seed", "forecast", "target", *aims], problems)
     for name, kind in _DATACLASSES.items():
         problems.of(lambda name=name, kind=kind: make(name, kind, settings[name]))  # type: ignore[misc]
     export = problems.of(lambda: make("export", Export, settings["export"]))
     # The target's limit of opsets is checked only if both are known.
     if problems.of(lambda: fitted_recipe(config)) and export:
         problems.of(lambda: check_opset(config.target, export.opset))
+    if aims:
+        problems.of(lambda: _check_guideline(config, {name: settings[name] for name in aims}))
     problems.of(lambda: _check_model(settings["model"]))
     problems.of(lambda: check_data(settings["data"]))
     problems.of(lambda: _check_trainer(settings["trainer"]))
@@ -71,15 +77,43 @@ def check_one_process(config: DictConfig) -> None:
     Raises:
         QatTricksError: the trainer would start others.
     """
-    trainer = config.trainer
-    devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
-    strategy = str(trainer.get("strategy", "auto"))
-    starts_others = strategy.startswith(("ddp", "fsdp", "deepspeed"))
-    if starts_others or _device_count(devices) != 1 or nodes != 1:
+    if started := _other_processes(config.trainer):
         raise QatTricksError(
-            f"--multirun with trainer.strategy={strategy}, devices={devices}, num_nodes={nodes}: "
+            f"--multirun with {started}: "
             "each other process would start the whole sweep again; sweep with trainer.devices=1 "
             "trainer.strategy=auto, or start the runs one by one without --multirun"
+        )
+
+
+def _is_guideline(config: DictConfig) -> bool:
+    return OmegaConf.select(config, "recipe.name") == GUIDELINE
+
+
+def _other_processes(trainer: Any) -> str:
+    """The settings by which a trainer starts other processes; empty where it starts none."""
+    devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
+    strategy = str(trainer.get("strategy", "auto"))
+    starts = strategy.startswith(("ddp", "fsdp", "deepspeed"))
+    if starts or _device_count(devices) != 1 or nodes != 1:
+        return f"trainer.strategy={strategy}, devices={devices}, num_nodes={nodes}"
+    return ""
+
+
+def _check_guideline(config: DictConfig, aims: Mapping[str, Any]) -> None:
+    make("guideline", GuidelineSettings, aims)
+    if config.recipe.stages:
+        raise QatTricksError(
+            "recipe=guideline chooses its stages itself: leave recipe.stages out, or run the "
+            "recipe whose stages these are"
+        )
+    if config.get("forecast") is True:
+        raise QatTricksError(
+            "recipe=guideline forecasts its own steps: leave forecast out, or give a recipe"
+        )
+    if started := _other_processes(config.trainer):
+        raise QatTricksError(
+            f"recipe=guideline with {started}: it judges and decides in one process; give "
+            "trainer.devices=1 trainer.strategy=auto, or train the recipe that it names"
         )
 
 

@@ -119,6 +119,22 @@ def evaluate(
     )
 
 
+def metrics_of(module: nn.Module, batches: Iterable[Any]) -> Metrics:
+    """The metrics of a LightningModule or a network, with what it gives each image.
+
+    Args:
+        module: its ``forward`` is measured, in evaluation mode; it stays as it is.
+        batches: ``(inputs, labels)``, or mappings with such names.
+
+    Raises:
+        QatTricksError: as of ``evaluate``.
+    """
+    opened = _opened(module, None, {})
+    assert opened.owner is not None
+    with evaluating(opened.owner):
+        return _measure(_pairs(opened, None, [], iter(batches)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Opened:
     """Something to evaluate."""

@@ -14,24 +14,30 @@ from qat_tricks.tricks.quantize import Quantize
 
 
 def fitted_recipe(config: DictConfig) -> StagedRecipe:
-    """Builds the recipe of a composed config.
-
-    Its quantizers are fitted to ``config.target``, and ``config.stage`` replaces the settings of
-    its stages.
+    """Builds the recipe of a composed config, fitted to its target and ``stage``.
 
     Raises:
         QatTricksError: one line with every error in ``recipe``, ``target`` and ``stage``.
     """
     problems = Problems()
-    settings: Any = OmegaConf.to_container(config.stage)
     # Each part is checked by itself, so that one error does not hide the others.
-    override = problems.of(lambda: make("stage", StageOverride, settings))
+    override = problems.of(lambda: _stage_override(config))
     recipe = problems.of(lambda: build_recipe(config.recipe))
     target = problems.of(lambda: target_named(config.target))
     problems.report()
     assert override is not None
     assert recipe is not None
     assert target is not None
+    return fit_recipe(recipe, config)
+
+
+def fit_recipe(recipe: StagedRecipe, config: DictConfig) -> StagedRecipe:
+    """Fits a recipe that was made for this run to its config; its tricks are changed.
+
+    Its quantizers are fitted to ``config.target``, and ``config.stage`` replaces the settings of
+    its stages.
+    """
+    target, override = target_named(config.target), _stage_override(config)
     for trick in recipe.tricks:
         if isinstance(trick, Quantize):
             # The tricks were made for this run, and no other recipe shares them.
@@ -39,6 +45,11 @@ def fitted_recipe(config: DictConfig) -> StagedRecipe:
         if isinstance(trick, MixedPrecision):
             trick.limit(target)
     return replace(recipe, stages=[_overridden(stage, override) for stage in recipe.stages])
+
+
+def _stage_override(config: DictConfig) -> StageOverride:
+    settings: Any = OmegaConf.to_container(config.stage)
+    return make("stage", StageOverride, settings)
 
 
 def _overridden(stage: Stage, override: StageOverride) -> Stage:

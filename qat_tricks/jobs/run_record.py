@@ -39,6 +39,7 @@ from qat_tricks.graph.traced_network import TracedNetwork
 from qat_tricks.jobs.classifier import Classifier
 from qat_tricks.jobs.config import command, timing
 from qat_tricks.jobs.description import to_metadata
+from qat_tricks.jobs.guideline import Guideline
 from qat_tricks.jobs.isolation import torch_threads
 from qat_tricks.jobs.loggers import log_report
 from qat_tricks.jobs.pictures import disagreement_pictures
@@ -75,6 +76,7 @@ class RunRecord:
         self.ledger = Ledger()
         self.parity: dict[str, Any] = {}  # of the newest export with its simulation
         self.shape = (data.in_channels, *data.image_size)
+        self.guideline: dict[str, Any] | None = None  # how it chose, where it did
         self.stage_started = time.perf_counter()
 
     @property
@@ -95,6 +97,13 @@ class RunRecord:
     def measure_float(self, network: nn.Module) -> None:
         """Measures the float network that the recipe starts from."""
         self._measure_stage("fp32", network, self.float_path)
+
+    def take_guideline(self, result: Guideline) -> None:
+        """Takes over what the guideline has kept; its step is the run's only stage."""
+        self.guideline = result.as_dict()
+        self.module = result.module  # type: ignore[assignment]
+        stage = Stage(name=result.kept.name, tricks=[])
+        self.recipe = replace(self.recipe, stages=[stage])
 
     def after_stage(self, stage: Stage, network: nn.Module) -> None:
         """Measures the network after a stage.
@@ -308,6 +317,7 @@ class RunRecord:
             "target": self.config.target,
             "channels": channels_of(self.module.network),
             "mixed_precision": mixed_precision_of(self.module.network),
+            "guideline": self.guideline,
         }
 
     def _metadata(self) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Runs one job: data, float baseline, the stages of a recipe, export, and the evidence."""
 
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,17 @@ from qat_tricks.graph.logits import check_batch_first, has_one_logit
 from qat_tricks.graph.modes import evaluating
 from qat_tricks.graph.trace import check_untraced
 from qat_tricks.jobs.baseline import prepare_baseline
-from qat_tricks.jobs.classifier import make_classifier
+from qat_tricks.jobs.classifier import Classifier, make_classifier
 from qat_tricks.jobs.datamodule import ImageDataModule, load_data
-from qat_tricks.jobs.fitted_recipe import fitted_recipe
+from qat_tricks.jobs.fitted_recipe import fit_recipe, fitted_recipe
+from qat_tricks.jobs.guideline import Guideline, guideline
 from qat_tricks.jobs.run_record import RunRecord
-from qat_tricks.recipes.recipe import Stage
+from qat_tricks.recipes.guideline_steps import GuidelineSettings
+from qat_tricks.recipes.recipe import GUIDELINE, Stage, StagedRecipe
 from qat_tricks.recipes.stages import run_stages
 from qat_tricks.trainer.compiling import CompileNetwork
 from qat_tricks.trainer.framework import default_package
+from qat_tricks.trainer.module import workbench_of
 from qat_tricks.trainer.ranks import Ranks
 
 Logger = Any  # one of Lightning's loggers, several, or False
@@ -79,7 +83,13 @@ def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[st
         prepare_baseline(config, module, datamodule, trainer, ranks)
         module.network.to("cpu").eval()
         ranks.on_zero(record.measure_float, module.network)
-        run_stages(module, datamodule, recipe, trainer=trainer, after_stage=after_stage)
+        if recipe.name == GUIDELINE:
+            result = _run_guideline(config, folder, recipe, module, datamodule, trainer)
+            record.take_guideline(result)
+            module = record.module
+            after_stage(record.recipe.stages[0], workbench_of(module).network)
+        else:
+            run_stages(module, datamodule, recipe, trainer=trainer, after_stage=after_stage)
         return ranks.on_zero(record.finish, logger)
     # Lightning ends an interrupted fit with SystemExit
     except (KeyboardInterrupt, SystemExit) as error:
@@ -87,6 +97,32 @@ def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[st
             # not on_zero: the other processes may be gone
             rank_zero_only(record.save_interrupted)()
         raise
+
+
+def _run_guideline(
+    config: DictConfig,
+    folder: Path,
+    recipe: StagedRecipe,
+    module: Classifier,
+    datamodule: ImageDataModule,
+    trainer: dict[str, Any],
+) -> Guideline:
+    """Runs the guideline with the settings of a composed config, in ``folder/guideline``."""
+
+    def prepare(step: StagedRecipe) -> StagedRecipe:
+        settings = {key: getattr(recipe, key) for key in ("network", "untraced", "prove")}
+        return replace(fit_recipe(step, config), **settings)
+
+    aims = {field.name: config[field.name] for field in fields(GuidelineSettings)}
+    return guideline(
+        module,
+        datamodule,
+        **aims,
+        trainer=trainer,
+        folder=folder / GUIDELINE,
+        seed=config.seed,
+        prepare=prepare,
+    )
 
 
 def _check_classes(network: nn.Module, data: ImageData) -> None:

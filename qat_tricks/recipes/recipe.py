@@ -18,6 +18,8 @@ from qat_tricks.settings.shipped import NeedsHydraError, compose_recipe
 from qat_tricks.trainer.order import check_order
 from qat_tricks.trainer.trick import Trick
 
+GUIDELINE = "guideline"
+"""The name under which ``train.py`` runs the guideline."""
 RECIPE_KEYS = {"name", "network", "untraced", "prove", "stages"}
 
 
@@ -91,6 +93,11 @@ def load_recipe(name: str, overrides: Sequence[str] | None = None) -> StagedReci
     if not isinstance(name, str):
         raise QatTricksError(f"recipe={name!r} is not allowed: give the name of a recipe")
     check_option("recipe", name)
+    if name == GUIDELINE:
+        raise QatTricksError(
+            f'recipe "{name}" tries other recipes and is none itself: run '
+            "qat_tricks.guideline(module, datamodule, budget=0.5)"
+        )
     problems = Problems()
     config = _compose(name, overrides, problems)
     recipe = problems.of(lambda: build_recipe(config))

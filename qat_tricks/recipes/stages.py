@@ -1,6 +1,7 @@
 """Runs the stages of a recipe on a LightningModule, each with its own tricks and its own fit."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -28,6 +29,7 @@ def run_stages(
     val_dataloaders: Any = None,
     trainer: Mapping[str, Any] | None = None,
     after_stage: AfterStage | None = None,
+    checkpoints: Path | None = None,
 ) -> "LightningModule":
     """Runs every stage of ``recipe`` and returns ``module``.
 
@@ -43,6 +45,9 @@ def run_stages(
         trainer: arguments of ``Trainer``, without ``max_epochs`` and ``callbacks`` of ours.
         after_stage: called after each stage with the stage and the network; may raise to stop the
             run.
+        checkpoints: a folder that gets a checkpoint of each fit with every epoch. With the same
+            folder an interrupted fit goes on behind its last epoch; stages without training, which
+            give the same again, are repeated.
 
     Raises:
         QatTricksError: an unknown recipe, or an error of a trick.
@@ -69,14 +74,32 @@ def run_stages(
                 module.lr = stage.lr  # type: ignore[assignment]
             _train(module, frozen)
             callbacks = [session, *stage.tricks, *extra_callbacks]
+            if checkpoints is not None:
+                callbacks.append(_each_epoch(package, checkpoints, stage))
+                settings["enable_checkpointing"] = True
             fit = package.Trainer(max_epochs=stage.epochs, callbacks=callbacks, **settings)
-        name_stage(fit, stage.name).fit(module, **data)
+        last = None if checkpoints is None else _checkpoint_of(checkpoints, stage)
+        goes_on = last is not None and stage.epochs > 0 and last.is_file()
+        name_stage(fit, stage.name).fit(module, **data, ckpt_path=last if goes_on else None)
         work = workbench_of(module)
         # The float copy fits only this stage's network.
         work.drop_reference()
         if after_stage is not None and recipe.stages:
             after_stage(stage, work.network)
     return module
+
+
+def _each_epoch(package: Any, folder: Path, stage: Stage) -> Any:
+    """Lightning's callback that keeps the newest checkpoint of a stage's fit."""
+    return package.callbacks.ModelCheckpoint(
+        dirpath=folder,
+        filename=_checkpoint_of(folder, stage).stem,
+        enable_version_counter=False,  # the newest one takes the place of the one before
+    )
+
+
+def _checkpoint_of(folder: Path, stage: Stage) -> Path:
+    return folder / f"{stage.name}.ckpt"
 
 
 def _trainer_settings(given: Mapping[str, Any] | None) -> dict[str, Any]:

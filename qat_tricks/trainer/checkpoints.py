@@ -139,23 +139,47 @@ def load_from_checkpoint(
     module = make_module(module_class, checkpoint, path, kwargs)
     strict = _strictness(module, strict)
     make_network(module, map(bare, checkpoint["state_dict"]))
-    saved = checkpoint.get(CHECKPOINT_KEY)
-    if saved is not None:
-        name = saved["network"]
-        name = find_network(module, name if _has(module, name) else bare(f"{name}.")[:-1])
-        network = unwrapped(network_of(module, name))
-        if not is_whole(module, name):
-            module.set_submodule(name, network)  # of torch.compile, for example
-        # A hyperparameter may be the network itself, quantized as it was when it was saved.
-        if "qat_tricks" not in getattr(network, "meta", {}):
-            network = rebuild(network, saved["spec"])
-        attach_workbench(module, Workbench(network), name)
+    _take_structure(module, checkpoint)
     # By the class: that of the object is for Lightning's own reading.
     module_class.on_load_checkpoint(module, checkpoint)
     load_state(module, checkpoint, path, strict=strict)
     module.eval()
     tensors = [v for v in checkpoint["state_dict"].values() if isinstance(v, torch.Tensor)]
     return module.to(tensors[0].device) if tensors else module
+
+
+def load_into(module: "LightningModule", path: str | Path) -> "LightningModule":
+    """Gives a float module the structure and the values of a checkpoint of its quantized self.
+
+    For a module that lives in this process; ``load_from_checkpoint`` builds one.
+
+    Args:
+        module: of the class that was saved, in float; changed in place.
+        path: of a file by ``save_checkpoint``.
+
+    Raises:
+        QatTricksError: the file is missing or damaged, or is of another network.
+    """
+    checkpoint = load_checkpoint(path)
+    _take_structure(module, checkpoint)
+    load_state(module, checkpoint, path, strict=True)
+    return module
+
+
+def _take_structure(module: "LightningModule", checkpoint: dict[str, Any]) -> None:
+    """Rebuilds the network of a float module as the checkpoint's spec says, without its values."""
+    saved = checkpoint.get(CHECKPOINT_KEY)
+    if saved is None:
+        return
+    name = saved["network"]
+    name = find_network(module, name if _has(module, name) else bare(f"{name}.")[:-1])
+    network = unwrapped(network_of(module, name))
+    if not is_whole(module, name):
+        module.set_submodule(name, network)  # of torch.compile, for example
+    # A hyperparameter may be the network itself, quantized as it was when it was saved.
+    if "qat_tricks" not in getattr(network, "meta", {}):
+        network = rebuild(network, saved["spec"])
+    attach_workbench(module, Workbench(network), name)
 
 
 def _has(module: nn.Module, name: str) -> bool:

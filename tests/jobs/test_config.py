@@ -29,7 +29,8 @@ def test_each_yaml_begins_with_its_command_which_composes_and_passes_the_checks(
     path, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(loggers, "find_spec", lambda package: package)  # as if all were installed
-    first = path.read_text().splitlines()[0]
+    # Hydra reads its own instruction on the first line only.
+    first = path.read_text().removeprefix("# @package _global_\n").splitlines()[0]
     program, *words = first.removeprefix("# python ").replace("'", "").split()
     assert first.startswith("# python ")
     assert program == ("evaluate.py" if path.stem == "evaluate" else "train.py")

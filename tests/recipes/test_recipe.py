@@ -3,11 +3,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.recipes.recipe import build_recipe, load_recipe
+from qat_tricks.recipes.recipe import GUIDELINE, build_recipe, load_recipe
 from qat_tricks.settings.config_dir import config_dir, options
 
 TRICKS = options("trick")
-RECIPES = options("recipe")
+RECIPES = [name for name in options("recipe") if name != GUIDELINE]
 
 
 def refusal(name, *overrides):

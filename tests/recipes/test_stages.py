@@ -160,3 +160,39 @@ def test_what_is_no_loader_is_refused(data, reason):
 def test_the_epochs_are_those_of_the_stages():
     with pytest.raises(QatTricksError, match=r"'max_epochs': 3\} is not allowed: a stage has its"):
         qat_tricks.run_stages(Lit(), Data(), "int8_qat", trainer={"max_epochs": 3})
+
+
+class StopAfter(pl.Callback):
+    """Ends the process, as far as the trainer knows, at the end of an epoch."""
+
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == self.epoch:
+            raise RuntimeError("power is gone")
+
+
+def test_an_interrupted_fit_goes_on_to_the_same_weights(tmp_path):
+    recipe = ["stages.prune_qat.epochs=4"]
+    whole, parts = Lit(), Lit()
+    qat_tricks.run_stages(whole, OrderedData(), load_recipe("int8_prune50", recipe), trainer=QUIET)
+    with pytest.raises(RuntimeError, match="power is gone"):
+        qat_tricks.run_stages(
+            parts,
+            OrderedData(),
+            load_recipe("int8_prune50", recipe),
+            trainer={**QUIET, "callbacks": [StopAfter(2)]},
+            checkpoints=tmp_path,
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["prune_qat.ckpt"]
+    again, note = Lit(), Note()
+    qat_tricks.run_stages(
+        again,
+        OrderedData(),
+        load_recipe("int8_prune50", recipe),
+        trainer={**QUIET, "callbacks": [note]},
+        checkpoints=tmp_path,
+    )
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name

@@ -5,11 +5,12 @@ from shutil import copytree
 import pytest
 from omegaconf import OmegaConf
 
+from qat_tricks.recipes.recipe import GUIDELINE
 from qat_tricks.settings.compose import Composer
 from qat_tricks.settings.config_dir import config_dir, options
 from qat_tricks.settings.shipped import NeedsHydraError, compose_recipe
 
-RECIPES = options("recipe")
+RECIPES = [name for name in options("recipe") if name != GUIDELINE]
 
 
 @pytest.mark.parametrize("name", RECIPES)

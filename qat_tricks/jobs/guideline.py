@@ -1,0 +1,491 @@
+"""The guideline as a program: tries steps from the cheapest up, until one is within a budget.
+
+Hu, Zeng, Wu 2023 (arXiv 2303.07080) give an order of tricks by hand; here validation images decide.
+Test images are never read. Each step is a recipe of its own, so that the one that is kept can be
+run again without the guideline.
+"""
+
+import copy
+import hashlib
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from qat_tricks.errors import QatTricksError, one_line
+from qat_tricks.evidence.paired import show_change
+from qat_tricks.evidence.show import show
+from qat_tricks.files import read_json, write_json
+from qat_tricks.graph.random_state import kept_random_state, seed_all
+from qat_tricks.jobs.guideline_forecast import Forecaster, Scale, Work, scaled
+from qat_tricks.jobs.guideline_judge import Judge, Judgement
+from qat_tricks.jobs.sensitive_layers import parts_of, sensitive_layers
+from qat_tricks.recipes.guideline_steps import (
+    GuidelineSettings,
+    Step,
+    pruning_steps,
+    quality_steps,
+    sparing,
+)
+from qat_tricks.recipes.recipe import StagedRecipe, load_recipe
+from qat_tricks.recipes.stages import run_stages
+from qat_tricks.trainer.checkpoints import load_into, save_checkpoint
+from qat_tricks.trainer.framework import PACKAGES
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningDataModule, LightningModule
+
+FEW = 512  # validation images of the first look
+QUIET = {
+    "logger": False,
+    "callbacks": [],
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What came of a step."""
+
+    name: str
+    does: str
+    recipe: str
+    overrides: Sequence[str]
+    command: str  # the arguments of ``train.py`` that run this step alone
+    foretold_seconds: float | None
+    seconds: float
+    within: bool  # the budget
+    decision: str  # and why
+    judgement: dict[str, Any] | None = None  # see ``Judgement``; None of a step that failed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guideline:
+    """The result of the guideline; ``module`` is the kept step's, quantized."""
+
+    module: "LightningModule" = field(repr=False)
+    settings: GuidelineSettings
+    kept: Outcome
+    outcomes: Sequence[Outcome]
+    potential: dict[str, Any]  # of 8 bits without training, on a few images: see ``Judgement``
+    images: int  # validation images on which it was decided
+    foretold_seconds: float | None  # of the steps that were tried
+    seconds: float  # of all, rehearsals included
+
+    @property
+    def within(self) -> bool:
+        """Whether the kept step loses no more than the budget."""
+        return self.kept.within
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for a report."""
+        return {
+            **asdict(self.settings),
+            "images": self.images,
+            "potential": self.potential,
+            "steps": [asdict(outcome) for outcome in self.outcomes],
+            "kept": self.kept.name,
+            "within": self.within,
+            "foretold_seconds": self.foretold_seconds,
+            "seconds": self.seconds,
+        }
+
+    def __str__(self) -> str:
+        """The verdict in one line."""
+        assert self.kept.judgement is not None
+        change = show_change(self.kept.judgement["change"])
+        held = "within" if self.within else "NOT within"
+        return (
+            f"kept {self.kept.name}: {change} on {self.images} validation images, {held} the "
+            f"budget of {self.settings.budget:g}; alone: python train.py {self.kept.command}"
+        )
+
+
+def guideline(
+    module: "LightningModule",
+    datamodule: "LightningDataModule | Iterable[Any]",
+    *,
+    budget: float = 0.5,
+    weight_bits: int = 8,
+    activation_bits: int = 8,
+    sparsity: float | None = None,
+    latency: float | None = None,
+    val_dataloaders: Any = None,
+    trainer: Mapping[str, Any] | None = None,
+    folder: str | Path | None = None,
+    seed: int = 0,
+    prepare: Callable[[StagedRecipe], StagedRecipe] | None = None,
+) -> Guideline:
+    """Finds the cheapest step that loses no more than ``budget``, then prunes if asked to.
+
+    Args:
+        module: a trained LightningModule; it stays as it is, steps run on copies.
+        datamodule: training images, and validation images with labels, which decide; or a loader
+            of training images, beside ``val_dataloaders``.
+        budget: points of accuracy that may be lost.
+        weight_bits: 2 to 8.
+        activation_bits: 2 to 8.
+        sparsity: share of zeros to prune to, in steps; the last one within the budget is kept.
+        latency: share of the int8 file's latency to remove channels to, likewise.
+        val_dataloaders: a loader of validation images, where ``datamodule`` is a loader.
+        trainer: arguments of ``Trainer``, as of ``run_stages``; of one process.
+        folder: keeps what is done, and an interrupted run with the same arguments goes on there.
+        seed: of each step.
+        prepare: changes each step's recipe before it runs, such as for a target.
+
+    Raises:
+        QatTricksError: a setting that is not allowed, no validation images, or no step works.
+    """
+    settings = GuidelineSettings(
+        budget=budget,
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        sparsity=sparsity,
+        latency=latency,
+    )
+    run = _Run(
+        module=module,
+        settings=settings,
+        data=datamodule,
+        val=val_dataloaders,
+        trainer=dict(trainer or {}),
+        folder=None if folder is None else Path(folder),
+        seed=seed,
+        prepare=prepare,
+    )
+    with kept_random_state():
+        return run.run()
+
+
+class _Run:
+    """One run of the guideline."""
+
+    def __init__(
+        self,
+        *,
+        module: "LightningModule",
+        settings: GuidelineSettings,
+        data: Any,
+        val: Any,
+        trainer: dict[str, Any],
+        folder: Path | None,
+        seed: int,
+        prepare: Callable[[StagedRecipe], StagedRecipe] | None,
+    ) -> None:
+        self.module, self.settings, self.data, self.val = module, settings, data, val
+        self.trainer, self.folder, self.seed = trainer, folder, seed
+        self.prepare = prepare or (lambda recipe: recipe)
+        self.started = time.perf_counter()
+        self.console = Console()
+        self.best: tuple[Outcome, Any] | None = None  # the step to keep, and its module
+        self.last: Any = None  # the module of the newest step
+        self.state = self._read_state()
+
+    def run(self) -> Guideline:
+        """Tries the steps."""
+        quality, pruning = quality_steps(self.settings), pruning_steps(self.settings)
+        self.judge = Judge(self.module, _validation_batches(self.data, self.val), FEW)
+        self._say_plan(quality, pruning)
+        self._look()
+        foretold = self._foretell([*quality, *pruning])
+        outcomes: list[Outcome] = []
+        for step in quality:
+            outcomes.append(self._try(step, foretold[step.name]))
+            if outcomes[-1].within:
+                break
+        if self.best is None:
+            reasons = "; ".join(f"{outcome.name}: {outcome.decision}" for outcome in outcomes)
+            raise QatTricksError(f"no step of the guideline works on this network: {reasons}")
+        for step in pruning if self.best[0].within else []:
+            outcomes.append(self._try(step, foretold[step.name], prunes=True))
+            if not outcomes[-1].within:
+                break
+        return self._result(outcomes)
+
+    def _try(self, step: Step, foretold: float | None, *, prunes: bool = False) -> Outcome:
+        """Runs a step, judges it, and keeps it if it is the best so far."""
+        done = self.state["outcomes"].get(step.name)
+        if done is not None:
+            outcome = Outcome(**done)
+            self.last = self._restored(outcome)
+        else:
+            started = time.perf_counter()
+            judgement, step, failed = self._judged(step)
+            outcome = self._outcome(step, judgement, failed, foretold, prunes)
+            outcome = Outcome(**{**asdict(outcome), "seconds": time.perf_counter() - started})
+            self._keep_state(outcome)
+        if outcome.judgement is not None and self._is_better(outcome, prunes):
+            self.best = (outcome, self.last)
+        self.console.print(f"  {outcome.name}: {outcome.decision}", highlight=False)
+        return outcome
+
+    def _judged(self, step: Step) -> tuple[Judgement | None, Step, str]:
+        """Runs a step; returns its judgement, the step as it was run, or why it does not work."""
+        try:
+            if step.spares_sensitive:
+                if self.last is None:
+                    raise QatTricksError("the step before it, which it changes, does not work")
+                step = sparing(step, sensitive_layers(self.last, self.judge.few))
+            self.last = self._run_step(step)
+        except QatTricksError as error:
+            return None, step, one_line(error)
+        return self.judge.judge(self.last), step, ""
+
+    def _outcome(
+        self,
+        step: Step,
+        judgement: Judgement | None,
+        failed: str,
+        foretold: float | None,
+        prunes: bool,
+    ) -> Outcome:
+        within = judgement is not None and -judgement.change["points"] <= self.settings.budget
+        if judgement is None:
+            decision = f"does not work here ({failed})"
+        else:
+            next_one = "a smaller share is kept" if prunes else "a dearer step is tried, if any"
+            decision = (
+                f"{show_change(judgement.change)}, agreement {show(judgement.agreement, 'percent')}"
+                f": {'within' if within else 'more than'} the budget of {self.settings.budget:g}, "
+                f"{'kept' if within else next_one}"
+            )
+        return Outcome(
+            name=step.name,
+            does=step.does,
+            recipe=step.recipe,
+            overrides=list(step.overrides),
+            command=step.command,
+            foretold_seconds=foretold,
+            seconds=0.0,
+            within=within,
+            decision=decision,
+            judgement=None if judgement is None else asdict(judgement),
+        )
+
+    def _is_better(self, outcome: Outcome, prunes: bool) -> bool:
+        """Whether a step takes the place of the one that is kept so far."""
+        if self.best is None or outcome.within:
+            return True
+        if prunes:
+            return False
+        kept = self.best[0].judgement
+        assert kept is not None
+        assert outcome.judgement is not None
+        return outcome.judgement["change"]["points"] > kept["change"]["points"]
+
+    def _run_step(self, step: Step) -> Any:
+        """A copy of the module after a step."""
+        checkpoints = None if self.folder is None else self.folder / step.name
+        return self._on_copy(self._load(step), self.trainer, checkpoints)
+
+    def _on_copy(
+        self, recipe: StagedRecipe, trainer: Mapping[str, Any], checkpoints: Path | None = None
+    ) -> Any:
+        module = copy.deepcopy(self.module)
+        seed_all(self.seed)
+        run_stages(
+            module,
+            self.data,
+            recipe,
+            val_dataloaders=self.val,
+            trainer=trainer,
+            checkpoints=checkpoints,
+        )
+        return module.cpu().eval()
+
+    def _load(self, step: Step) -> StagedRecipe:
+        return self.prepare(load_recipe(step.recipe, step.overrides))
+
+    # Before the steps
+
+    def _say_plan(self, quality: Sequence[Step], pruning: Sequence[Step]) -> None:
+        self.console.print(
+            f"guideline: at most {self.settings.budget:g} points on {self.judge.images} validation "
+            f"images, with {self.settings.weight_bits}-bit weights and "
+            f"{self.settings.activation_bits}-bit activations; until one is within: "
+            f"{', '.join(step.name for step in quality)}"
+            + (f"; then {', '.join(step.name for step in pruning)}" if pruning else ""),
+            highlight=False,
+        )
+
+    def _look(self) -> None:
+        """A first look: 8 bits without training, with few images."""
+        if "potential" not in self.state:
+            recipe = scaled(self.prepare(load_recipe("int8_ptq")), Scale(images=0.25))
+            with _silence():
+                module = self._on_copy(recipe, {**self.trainer, **QUIET})
+            judgement = self.judge.judge_on_few(module)
+            self.state["potential"] = asdict(judgement)
+        potential = self.state["potential"]
+        self.console.print(
+            f"  at first sight, 8 bits without training: {show_change(potential['change'])} on "
+            f"{potential['images']} of them",
+            highlight=False,
+        )
+
+    def _foretell(self, steps: Sequence[Step]) -> dict[str, float | None]:
+        """Foretells each step, and shows the plan."""
+        if "foretold" not in self.state:
+            pass_seconds = (
+                self.state["potential"]["seconds"]
+                * self.judge.images
+                / self.state["potential"]["images"]
+            )
+            work = Work(
+                batches=_train_batches(self.data, self.trainer),
+                pass_seconds=pass_seconds,
+                sensitivity_seconds=pass_seconds * parts_of(self.module) / self.judge.images,
+            )
+            forecaster = Forecaster(self._rehearse, self._load, work)
+            self.state["foretold"] = {step.name: forecaster.seconds(step) for step in steps}
+            self._write_state()
+        foretold: dict[str, float | None] = self.state["foretold"]
+        table = Table(box=None, pad_edge=False)
+        for column in ("step", "what it does", "foretold"):
+            table.add_column(column, justify="right" if column == "foretold" else "left")
+        for step in steps:
+            seconds = foretold[step.name]
+            table.add_row(step.name, step.does, show(seconds, "seconds", none="?"))
+        self.console.print(table)
+        total = sum(seconds or 0 for seconds in foretold.values())
+        self.console.print(f"all of them would take {show(total, 'seconds')}", highlight=False)
+        return foretold
+
+    def _rehearse(self, recipe: StagedRecipe, scale: Scale) -> float:
+        settings = {**self.trainer, **QUIET, "limit_val_batches": 0}
+        if scale.batches is not None:
+            settings["limit_train_batches"] = scale.batches
+        with _silence():
+            started = time.perf_counter()
+            self._on_copy(scaled(copy.deepcopy(recipe), scale), settings)
+            return time.perf_counter() - started
+
+    # What is kept
+
+    def _result(self, outcomes: Sequence[Outcome]) -> Guideline:
+        assert self.best is not None
+        tried = [outcome.foretold_seconds for outcome in outcomes]
+        result = Guideline(
+            module=self.best[1],
+            settings=self.settings,
+            kept=self.best[0],
+            outcomes=outcomes,
+            potential=self.state["potential"],
+            images=self.judge.images,
+            foretold_seconds=None if None in tried else sum(tried),  # type: ignore[arg-type]
+            seconds=self.state["seconds"] + time.perf_counter() - self.started,
+        )
+        self.console.print(str(result), highlight=False, soft_wrap=True)
+        return result
+
+    def _key(self) -> str:
+        """A hash of what the outcomes depend on, as far as it is known."""
+        digest = hashlib.sha256(repr((asdict(self.settings), self.seed)).encode())
+        for name, value in self.module.state_dict().items():
+            if isinstance(value, torch.Tensor):
+                digest.update(name.encode())
+                values = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                digest.update(values.numpy().tobytes())
+        return digest.hexdigest()
+
+    def _read_state(self) -> dict[str, Any]:
+        key = self._key()
+        fresh: dict[str, Any] = {"key": key, "seconds": 0.0, "outcomes": {}}
+        if self.folder is None or not self._state_path().is_file():
+            return fresh
+        state = read_json(self._state_path())
+        if state.get("key") != key:
+            raise QatTricksError(
+                f"{self.folder} holds a guideline of another network or other settings: give "
+                "another folder, or delete that one"
+            )
+        return state
+
+    def _state_path(self) -> Path:
+        assert self.folder is not None
+        return self.folder / "guideline.json"
+
+    def _write_state(self) -> None:
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            spent = self.state["seconds"] + time.perf_counter() - self.started
+            write_json(self._state_path(), {**self.state, "seconds": spent})
+
+    def _keep_state(self, outcome: Outcome) -> None:
+        """Notes a step that is done, with its network, so that it need not be done again."""
+        self.state["outcomes"][outcome.name] = asdict(outcome)
+        if self.folder is not None and outcome.judgement is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_checkpoint(self.last, self._module_path(outcome))
+        self._write_state()
+
+    def _module_path(self, outcome: Outcome) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{outcome.name}.ckpt"
+
+    def _restored(self, outcome: Outcome) -> Any:
+        """The module of a step that an earlier run has done."""
+        if outcome.judgement is None:
+            return self.last
+        return load_into(copy.deepcopy(self.module), self._module_path(outcome)).eval()
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Rehearsals tell nothing: their trainers' lines and warnings would come for each of them."""
+    loggers = [logging.getLogger(package) for package in PACKAGES]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _validation_batches(data: Any, val: Any) -> Any:
+    """The loader of validation images.
+
+    Raises:
+        QatTricksError: there is none.
+    """
+    if val is None and hasattr(data, "val_dataloader"):
+        data.prepare_data()
+        data.setup("fit")
+        val = data.val_dataloader()
+    if isinstance(val, (list, tuple)) and len(val) == 1:
+        val = val[0]
+    if val is None or (hasattr(val, "__len__") and len(val) == 0):
+        raise QatTricksError(
+            "the guideline decides on validation images, and there are none: give a data module "
+            "with a val_dataloader, or val_dataloaders=LOADER"
+        )
+    return val
+
+
+def _train_batches(data: Any, trainer: Mapping[str, Any]) -> float | None:
+    """The batches of an epoch, as far as the loader and the trainer say."""
+    loader = data.train_dataloader() if hasattr(data, "train_dataloader") else data
+    try:
+        batches = float(len(loader))
+    except TypeError:  # of a stream, for one
+        batches = float("inf")
+    limit = trainer.get("limit_train_batches")
+    if isinstance(limit, float):
+        batches *= limit
+    elif limit is not None:
+        batches = min(batches, limit)
+    return batches if batches < float("inf") else None

@@ -1,0 +1,120 @@
+"""Foretells how long a step of the guideline takes, from rehearsals with a part of its work.
+
+A step is run with few images, steps or batches, and with a few more. Through the two goes a line: a
+fixed part, as for tracing, and one that grows with the work.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from qat_tricks.recipes.guideline_steps import Step
+from qat_tricks.recipes.recipe import StagedRecipe
+from qat_tricks.tricks.learned_rounding import LearnedRounding
+
+IMAGES = (1 / 16, 1 / 4)  # shares of the calibration images
+ITERATIONS = (5, 25)  # of each block whose rounding is learned
+BATCHES = (4, 16)  # of training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How much of a step's work is done; None is all of it."""
+
+    images: float | None = None  # share of each trick's images
+    iterations: int | None = None  # of learned rounding
+    batches: int | None = None  # of the only epoch of each fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What the data and the network give a step to do, beside its recipe."""
+
+    batches: float | None  # of an epoch; None where the loader does not say
+    pass_seconds: float  # of a quantized network over the validation images
+    sensitivity_seconds: float  # of measuring each layer alone
+
+
+class Forecaster:
+    """Foretells steps; what several of them do is rehearsed once.
+
+    Args:
+        rehearse: runs a recipe on a copy of the module with a part of its work, and returns the
+            seconds.
+        load: builds the recipe of a step.
+        work: of the data and the network.
+    """
+
+    def __init__(
+        self,
+        rehearse: Callable[[StagedRecipe, Scale], float],
+        load: Callable[[Step], StagedRecipe],
+        work: Work,
+    ) -> None:
+        self._rehearse, self._load, self._work = rehearse, load, work
+        self._known: dict[tuple[str, ...], float | None] = {}
+        # Of the images that rehearsals of other steps leave out: known from the first step.
+        self._images_left_out = 0.0
+
+    def seconds(self, step: Step) -> float | None:
+        """The seconds of ``step`` with its judgement; None where an epoch has no known length.
+
+        The first step that is asked for must be one without training.
+        """
+        # Steps that prune differ in how much.
+        key = (step.recipe, *(o for o in step.overrides if "sparsity=" not in o))
+        if key not in self._known:
+            self._known[key] = self._recipe_seconds(self._load(step))
+        seconds = self._known[key]
+        if seconds is None:
+            return None
+        besides = self._work.sensitivity_seconds if step.spares_sensitive else 0.0
+        return seconds + self._work.pass_seconds + besides
+
+    def _recipe_seconds(self, recipe: StagedRecipe) -> float | None:
+        rounding = [trick for trick in recipe.tricks if isinstance(trick, LearnedRounding)]
+        if recipe.training:
+            return self._training_seconds(recipe)
+        if rounding:
+            iterations = rounding[0].settings.iterations
+            points = [Scale(images=IMAGES[0], iterations=few) for few in ITERATIONS]
+            fixed, slope = self._line(recipe, points, ITERATIONS)
+            return fixed + slope * iterations + self._images_left_out
+        fixed, slope = self._line(recipe, [Scale(images=share) for share in IMAGES], IMAGES)
+        self._images_left_out = slope * (1 - IMAGES[0])
+        return fixed + slope
+
+    def _training_seconds(self, recipe: StagedRecipe) -> float | None:
+        if self._work.batches is None:
+            return None
+        points = [Scale(images=IMAGES[0], batches=few) for few in BATCHES]
+        fixed, slope = self._line(recipe, points, BATCHES)
+        epochs = sum(stage.epochs for stage in recipe.training)
+        # The slope is of all fits of the recipe together, each of which had as many batches.
+        batches = epochs * self._work.batches / len(recipe.training)
+        # Each epoch ends with the trainer's own validation.
+        validation = epochs * self._work.pass_seconds
+        return fixed + slope * batches + validation + self._images_left_out
+
+    def _line(
+        self, recipe: StagedRecipe, scales: Sequence[Scale], amounts: Sequence[float]
+    ) -> tuple[float, float]:
+        """Seconds of no work, and of each unit of it, from two rehearsals."""
+        few, more = (self._rehearse(recipe, scale) for scale in scales)
+        slope = max(0.0, (more - few) / (amounts[1] - amounts[0]))
+        return max(0.0, few - slope * amounts[0]), slope
+
+
+def scaled(recipe: StagedRecipe, scale: Scale) -> StagedRecipe:
+    """``recipe`` with a part of its work; its tricks are changed."""
+    for trick in recipe.tricks:
+        images = vars(trick).get("num_images", 0)
+        if scale.images is not None and images > 0:
+            vars(trick)["num_images"] = max(2, math.ceil(scale.images * images))
+        if scale.iterations is not None and isinstance(trick, LearnedRounding):
+            trick.settings = replace(trick.settings, iterations=scale.iterations)
+    if scale.batches is None:
+        return recipe
+    return replace(
+        recipe, stages=[replace(stage, epochs=min(stage.epochs, 1)) for stage in recipe.stages]
+    )

@@ -1,0 +1,96 @@
+"""Judges a quantized classifier against its float self, on validation images."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from qat_tricks.data.splits import balanced_subset
+from qat_tricks.errors import QatTricksError
+from qat_tricks.evidence.metrics import Metrics, agreement
+from qat_tricks.evidence.paired import paired_change
+from qat_tricks.graph.inputs import input_names
+from qat_tricks.jobs.evaluation import labels_of, metrics_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """How a network does against the float one, on the same images."""
+
+    images: int
+    accuracy: float  # 0..1
+    change: dict[str, float]  # of accuracy in points, see ``evidence.paired.paired_change``
+    f1_change: float  # points of macro F1
+    agreement: float  # share of images with the class that the float network gives, 0..1
+    seconds: float  # of the pass
+
+
+class Judge:
+    """Knows what the float network gives on the validation images, and on a few of them.
+
+    Args:
+        module: in float.
+        batches: of validation images, the same ones in the same order in each pass.
+        few: images of a subset in which each class has the same share; it is kept in memory.
+
+    Raises:
+        QatTricksError: there are no labels, or no images.
+    """
+
+    def __init__(self, module: nn.Module, batches: Iterable[Any], few: int) -> None:
+        self.batches = batches
+        self.reference = metrics_of(module, batches)
+        self.images = len(self.reference.labels)
+        names = input_names(module)
+        chosen = balanced_subset(self.reference.labels, few, seed=0).sort().values
+        self.few = list(_rows(batches, chosen, names))
+        self.reference_of_few = metrics_of(module, self.few)
+
+    def judge(self, module: nn.Module) -> Judgement:
+        """Judges ``module`` on all images.
+
+        Raises:
+            QatTricksError: the loader gives the images in another order than before.
+        """
+        return _compare(self.reference, metrics_of(module, self.batches))
+
+    def judge_on_few(self, module: nn.Module) -> Judgement:
+        """Judges ``module`` on the subset."""
+        return _compare(self.reference_of_few, metrics_of(module, self.few))
+
+
+def _compare(before: Metrics, after: Metrics) -> Judgement:
+    if not torch.equal(before.labels, after.labels):
+        raise QatTricksError(
+            "the validation loader gives other images, or another order, in each pass: two "
+            "networks are compared image by image; give a loader with shuffle=False"
+        )
+    right = [metrics.predictions == metrics.labels for metrics in (before, after)]
+    return Judgement(
+        images=len(after.labels),
+        accuracy=after.accuracy,
+        change=paired_change(*right),
+        f1_change=100 * (after.f1 - before.f1),
+        agreement=agreement(before.predictions, after.predictions),
+        seconds=after.seconds,
+    )
+
+
+def _rows(batches: Iterable[Any], chosen: Tensor, names: Sequence[str]) -> Iterable[Any]:
+    """The images with the numbers ``chosen``, in the batches in which they come."""
+    begin = 0
+    for index, batch in enumerate(batches):
+        size = len(labels_of(batch, names, index))
+        rows = chosen[(chosen >= begin) & (chosen < begin + size)] - begin
+        if len(rows):
+            yield tree_map(lambda value, r=rows, n=size: _taken(value, r, n), batch)
+        begin += size
+
+
+def _taken(value: Any, rows: Tensor, size: int) -> Any:
+    """Rows of a tensor that has one for each image of the batch; anything else as it is."""
+    of_images = isinstance(value, Tensor) and value.dim() > 0 and len(value) == size
+    return value[rows] if of_images else value
