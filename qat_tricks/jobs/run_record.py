@@ -43,7 +43,7 @@ from qat_tricks.jobs.guideline import Guideline
 from qat_tricks.jobs.isolation import torch_threads
 from qat_tricks.jobs.loggers import log_report
 from qat_tricks.jobs.pictures import disagreement_pictures
-from qat_tricks.recipes.recipe import Stage, StagedRecipe
+from qat_tricks.recipes.recipe import GUIDELINE, Stage, StagedRecipe
 from qat_tricks.trainer.checkpoints import save_checkpoint
 
 PARITY_IMAGES = 512  # images on which each export is compared with its simulation
@@ -146,6 +146,8 @@ class RunRecord:
             report = dict.fromkeys(REQUIRED_KEYS) | self._identity()
             write_report(self.folder, {**report, "parity": self.parity, "interrupted": True})
         print(f"the state so far is in {self.folder}: interrupted.ckpt, report.html", flush=True)
+        if self.recipe.name == GUIDELINE:
+            print(f"to go on, give the same again with hydra.run.dir={self.folder}", flush=True)
 
     def _measure_stage(self, name: str, network: nn.Module, path: Path) -> Metrics:
         """Measures ``network`` as it is simulated and exports it; the ledger gets both."""
