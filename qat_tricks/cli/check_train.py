@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from qat_tricks.cli.checks import check_data, sections
 from qat_tricks.deploy.targets import check_opset
 from qat_tricks.errors import QatTricksError, did_you_mean
-from qat_tricks.jobs.config import Baseline, Export, Measure, Optimizer
+from qat_tricks.jobs.config import Baseline, Export, Measure, Optimizer, Report
 from qat_tricks.jobs.fitted_recipe import fitted_recipe
 from qat_tricks.jobs.isolation import isolated
 from qat_tricks.jobs.loggers import LoggerOptions
@@ -36,6 +36,7 @@ _DATACLASSES = {
     "optimizer": Optimizer,
     "measure": Measure,
     "logger": LoggerOptions,
+    "report": Report,
 }
 
 
