@@ -40,7 +40,7 @@ def installed(tmp_path_factory):
 
 
 def test_a_wheel_carries_all_files_that_are_no_code(installed):
-    pages = ("comparison.html.j2", "page.css", "report.html.j2", "report.md.j2")
+    pages = ("comparison.html.j2", "ja.toml", "page.css", "report.html.j2", "report.md.j2")
     expected = {Path("py.typed"), *(Path("evidence", name) for name in pages)}
     expected |= {path.relative_to(ROOT) for path in (ROOT / "conf").rglob("*.yaml")}
     package = installed / "qat_tricks"

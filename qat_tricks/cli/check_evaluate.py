@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from qat_tricks.cli.checks import check_data, sections
 from qat_tricks.deploy.runtimes.registry import check_runtimes
 from qat_tricks.errors import QatTricksError
-from qat_tricks.jobs.config import DeviceMeasure
+from qat_tricks.jobs.config import DeviceMeasure, Report
 from qat_tricks.settings.binding import Problems, make
 
 _VALUES = (
@@ -32,9 +32,10 @@ def check_evaluate(config: DictConfig) -> None:
     if OmegaConf.is_missing(config, "artifact"):
         raise QatTricksError("artifact is missing: give artifact=PATH, a .onnx or .ckpt")
     problems = Problems()
-    settings = sections(config, ["measure"], _VALUES, problems)
+    settings = sections(config, ["measure", "report"], _VALUES, problems)
     # Every part is checked, and all errors are reported at once.
     problems.of(lambda: make("measure", DeviceMeasure, settings["measure"]))
+    problems.of(lambda: make("report", Report, settings["report"]))
     problems.of(lambda: _check_runtimes(settings["runtimes"]))
     for name in ("allow_preprocessing_change", "sensitivity"):
         value = settings[name]

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from qat_tricks.cli.checks import check_data, sections
 from qat_tricks.deploy.targets import check_opset
 from qat_tricks.errors import QatTricksError, did_you_mean
-from qat_tricks.jobs.config import Baseline, Export, Measure, Optimizer
+from qat_tricks.jobs.config import Baseline, Export, Measure, Optimizer, Report
 from qat_tricks.jobs.fitted_recipe import fitted_recipe
 from qat_tricks.jobs.isolation import isolated
 from qat_tricks.jobs.loggers import LoggerOptions
@@ -39,6 +39,7 @@ _DATACLASSES = {
     "optimizer": Optimizer,
     "measure": Measure,
     "logger": LoggerOptions,
+    "report": Report,
 }
 
 

@@ -7,6 +7,7 @@ The limits are those beyond which people in the field ask for a reason; they dec
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from qat_tricks.evidence.language import ENGLISH, Language
 from qat_tricks.evidence.ledger import steps_of
 from qat_tricks.evidence.paired import SIGNIFICANT, show_change
 from qat_tricks.evidence.show import ratio, show
@@ -22,19 +23,23 @@ LARGEST_CLIPPED = 0.01  # of an 8-bit activation's values
 PASS, FAIL, OPEN = "pass", "fail", "not measured"
 
 Found = tuple[str, str]  # a state, and the figure it rests on
-Check = Callable[[Mapping[str, Any]], Found | None]
+Check = Callable[[Mapping[str, Any], Language], Found | None]
 
 
-def checklist(report: Mapping[str, Any]) -> list[dict[str, str]]:
+def checklist(report: Mapping[str, Any], say: Language = ENGLISH) -> list[dict[str, str]]:
     """Fills in the checklist from a report's figures.
+
+    Args:
+        report: as of ``write_report``.
+        say: the language of the figures' texts.
 
     Returns:
         A row for each of ``CHECKS``, in that order: ``check``, ``state`` (``pass``, ``fail`` or
-        ``not measured``) and ``figure``, a text.
+        ``not measured``), both in English, and ``figure``, a text.
     """
     rows = []
     for name, check in CHECKS.items():
-        state, figure = check(report) or (OPEN, "")
+        state, figure = check(report, say) or (OPEN, "")
         rows.append({"check": name, "state": state, "figure": figure})
     return rows
 
@@ -43,15 +48,19 @@ def _when(passes: bool, figure: str) -> Found:
     return (PASS if passes else FAIL), figure
 
 
-def _accuracy(report: Mapping[str, Any]) -> Found | None:
+def _accuracy(report: Mapping[str, Any], say: Language) -> Found | None:
     found = report.get("comparison")
     if not found:
         return None
-    figure = f"{found['verdict']}: {show_change(found['change'])}"
+    figure = say(
+        "%(verdict)s: %(change)s",
+        verdict=say(found["verdict"]),
+        change=show_change(found["change"], say),
+    )
     return _when(found["verdict"] != "worse", figure)
 
 
-def _metrics(report: Mapping[str, Any]) -> Found | None:
+def _metrics(report: Mapping[str, Any], say: Language) -> Found | None:
     if len(report["stages"]) < 2:
         return None
     first, last = report["stages"][0], report["stages"][-1]
@@ -59,7 +68,9 @@ def _metrics(report: Mapping[str, Any]) -> Found | None:
         return None
     f1 = 100 * (last["f1"] - first["f1"])
     ece, nll = last["ece"] - first["ece"], last["nll"] - first["nll"]
-    figure = f"macro F1 {f1:+.2f} points, ECE {ece:+.4f}, NLL {nll:+.4f}"
+    figure = say(
+        "macro F1 %(f1)+.2f points, ECE %(ece)+.4f, NLL %(nll)+.4f", f1=f1, ece=ece, nll=nll
+    )
     return _when(
         f1 >= -LARGEST_F1_DROP
         and ece <= LARGEST_ECE_RISE
@@ -68,17 +79,20 @@ def _metrics(report: Mapping[str, Any]) -> Found | None:
     )
 
 
-def _worst_class(report: Mapping[str, Any]) -> Found | None:
+def _worst_class(report: Mapping[str, Any], say: Language) -> Found | None:
     found = report.get("comparison")
     if not found:
         return None
     lost = [row for row in found["classes"] if row["points"] < 0 and row["q"] < SIGNIFICANT]
     worst = (lost or found["classes"])[0]  # the worst is the first
-    figure = f"{worst['name']}: {show(worst['points'], 'points')} points, q = {worst['q']:.2g}"
+    points = show(worst["points"], "points")
+    figure = say(
+        "%(name)s: %(points)s points, q = %(q).2g", name=worst["name"], points=points, q=worst["q"]
+    )
     return _when(not lost, figure)
 
 
-def _calibration(report: Mapping[str, Any]) -> Found | None:
+def _calibration(report: Mapping[str, Any], say: Language) -> Found | None:
     """Whether the test images stay within the ranges that the calibration images gave."""
     tensors = (report.get("layers") or {}).get("tensors") or ()
     fine = [
@@ -89,11 +103,15 @@ def _calibration(report: Mapping[str, Any]) -> Found | None:
     if not fine:  # below 8 bits, ranges clip on purpose
         return None
     worst = max(fine, key=lambda row: row["clipped"])
-    figure = f"at most {show(worst['clipped'], 'percent')} of an activation clipped on test images"
-    return _when(worst["clipped"] <= LARGEST_CLIPPED, f"{figure} ({worst['name']})")
+    figure = say(
+        "at most %(share)s of an activation clipped on test images (%(name)s)",
+        share=show(worst["clipped"], "percent"),
+        name=worst["name"],
+    )
+    return _when(worst["clipped"] <= LARGEST_CLIPPED, figure)
 
 
-def _preprocessing(report: Mapping[str, Any]) -> Found | None:
+def _preprocessing(report: Mapping[str, Any], say: Language) -> Found | None:
     change = report.get("preprocessing_change")
     if change:
         return FAIL, "; ".join(change["differences"])
@@ -101,34 +119,37 @@ def _preprocessing(report: Mapping[str, Any]) -> Found | None:
     return (PASS, f"{known}"[:23]) if known else None
 
 
-def _stages(report: Mapping[str, Any]) -> Found | None:
+def _stages(report: Mapping[str, Any], say: Language) -> Found | None:
     """A stage that loses more than it may ends the run, so one that has ended has none."""
-    drops = [
+    drops = ", ".join(
         f"{stage['name']} {show(-stage['drop_points'], 'points')}"
         for stage in report["stages"][1:]
         if stage.get("drop_points") is not None
-    ]
+    )
     if not drops or report.get("interrupted") or "stage_budgets" not in report:
         return None
     limits = report["stage_budgets"]
     if all(limit is None for limit in limits.values()):
-        return OPEN, f"no stage has a budget (max_drop); {', '.join(drops)} points"
-    return PASS, f"{', '.join(drops)} points"
+        return OPEN, say("no stage has a budget (max_drop); %(drops)s points", drops=drops)
+    return PASS, say("%(drops)s points", drops=drops)
 
 
-def _parity(report: Mapping[str, Any]) -> Found | None:
+def _parity(report: Mapping[str, Any], say: Language) -> Found | None:
     found = report.get("parity") or {}
     if found.get("top1_agreement") is None:
         return None
     tensors = found.get("layers") or ()
     same = sum(not tensor["differing"] for tensor in tensors)
-    figure = f"{show(found['top1_agreement'], 'percent')} of the images get the same class"
+    share = show(found["top1_agreement"], "percent")
+    figure = say("%(share)s of the images get the same class", share=share)
     if tensors:
-        figure += f", {same} of {len(tensors)} tensors are equal to the last bit"
+        figure += say(
+            ", %(same)s of %(all)s tensors are equal to the last bit", same=same, all=len(tensors)
+        )
     return _when(found["top1_agreement"] >= 0.999, figure)
 
 
-def _equivalence(report: Mapping[str, Any]) -> Found | None:
+def _equivalence(report: Mapping[str, Any], say: Language) -> Found | None:
     steps = [
         step
         for step in steps_of(report["stages"])
@@ -138,37 +159,45 @@ def _equivalence(report: Mapping[str, Any]) -> Found | None:
         return None
     least = min(steps, key=lambda step: step["evaluation_db"])
     exact = least["evaluation_db"] >= LARGEST_SQNR_DB
-    figure = "to the last bit" if exact else f"{least['evaluation_db']:.0f} dB ({least['name']})"
+    name = say.word(least["name"])
+    of_least = say("%(decibels).0f dB (%(name)s)", decibels=least["evaluation_db"], name=name)
+    figure = say("to the last bit") if exact else of_least
     return _when(least["evaluation_db"] >= LEAST_DB, figure)
 
 
-def _coverage(report: Mapping[str, Any]) -> Found | None:
+def _coverage(report: Mapping[str, Any], say: Language) -> Found | None:
     share = report.get("int8_coverage")
     if share is None:
         return None
-    return _when(share >= LEAST_COVERAGE, f"{show(share, 'percent')} of the multiplications")
+    figure = say("%(share)s of the multiplications", share=show(share, "percent"))
+    return _when(share >= LEAST_COVERAGE, figure)
 
 
-def _latency(report: Mapping[str, Any]) -> Found | None:
+def _latency(report: Mapping[str, Any], say: Language) -> Found | None:
     both = report.get("latency_ms") or {}
     first, second = ((both.get(kind) or {}).get("p50") for kind in ("fp32", "int8"))
     times = ratio(first, second)
     if times is None:
         return None
-    return _when(times > 1, f"{show(second, 'ms')} against {show(first, 'ms')} in float")
+    return _when(times > 1, against(show(second, "ms"), show(first, "ms"), say))
 
 
-def _memory(report: Mapping[str, Any]) -> Found | None:
+def _memory(report: Mapping[str, Any], say: Language) -> Found | None:
     both = report.get("memory_mib") or {}
     if both.get("fp32") is None or both.get("int8") is None:
         return None
-    figure = f"{show(both['int8'], 'mib')} against {show(both['fp32'], 'mib')} in float"
+    figure = against(show(both["int8"], "mib"), show(both["fp32"], "mib"), say)
     # A process of its own has some 50 MiB before it opens a network.
     return _when(both["int8"] <= both["fp32"] + 1, figure)
 
 
-def _seeds(report: Mapping[str, Any]) -> Found | None:
-    return OPEN, "one seed; repeat with seed=1, 2 (python train.py -m seed=0,1,2 …)"
+def _seeds(report: Mapping[str, Any], say: Language) -> Found | None:
+    return OPEN, say("one seed; repeat with seed=1, 2 (python train.py -m seed=0,1,2 …)")
+
+
+def against(int8: str, fp32: str, say: Language) -> str:
+    """What the int8 file needs, and what the float one."""
+    return say("%(int8)s against %(fp32)s in float", int8=int8, fp32=fp32)
 
 
 CHECKS: dict[str, Check] = {

@@ -15,6 +15,7 @@ from rich.table import Table
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence import page_plots as plots
 from qat_tricks.evidence.comparison_plot import plot_comparison
+from qat_tricks.evidence.language import ENGLISH
 from qat_tricks.evidence.page import PAGE, printable
 from qat_tricks.evidence.report import read_report
 from qat_tricks.evidence.show import show
@@ -90,7 +91,8 @@ def render_comparison(rows: Sequence[Row], names: Sequence[str], reports: Collec
         _point(job, f"float {model}", "fp32", "fp32") for (model, _), job in floats.items()
     ]
     figure = plots.sweep_plot(points, originals)
-    return fill_in("comparison.html.j2", {"jobs": jobs, "figures": _FIGURES, "figure": figure})
+    fields = {"jobs": jobs, "figures": _FIGURES, "figure": figure}
+    return fill_in("comparison.html.j2", fields, ENGLISH)
 
 
 def _point(row: Row, name: str, stage: str, file: str) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from qat_tricks.evidence.language import ENGLISH, Language
 from qat_tricks.evidence.paired import SIGNIFICANT
 from qat_tricks.evidence.show import show
 
@@ -49,7 +50,7 @@ _TITLE = "title-"  # of ids, which become titles
 _MARKERS = {"fp32": "D", "int8": "o"}
 
 
-def stages_plot(stages: Sequence[Mapping[str, Any]]) -> Markup:
+def stages_plot(stages: Sequence[Mapping[str, Any]], say: Language) -> Markup:
     """Accuracy after each stage, in percent."""
 
     def draw(axes: Axes) -> None:
@@ -64,12 +65,12 @@ def stages_plot(stages: Sequence[Mapping[str, Any]]) -> Markup:
             )
         axes.set_xticks(places, [_short(stage["name"], 14) for stage in stages])
         axes.margins(x=0.1)
-        _accuracy_axis(axes, values)
+        _accuracy_axis(axes, values, say)
 
     return _figure("stages", draw, height=2.6)
 
 
-def tradeoff_plot(stages: Sequence[Mapping[str, Any]]) -> Markup | None:
+def tradeoff_plot(stages: Sequence[Mapping[str, Any]], say: Language) -> Markup | None:
     """Accuracy against the size of the file and against latency, of each stage that has them."""
     known = [s for s in stages if s.get("size_bytes") and s.get("latency_ms")]
     if len(known) < 2:
@@ -91,18 +92,18 @@ def tradeoff_plot(stages: Sequence[Mapping[str, Any]]) -> Markup | None:
                 ha="center",
             )
         axes.set_xlim(0, max(values) * 1.25)
-        _accuracy_axis(axes, [stage["accuracy"] * 100 for stage in known])
+        _accuracy_axis(axes, [stage["accuracy"] * 100 for stage in known], say)
         axes.set_xlabel(label)
 
     def draw(left: Axes, right: Axes) -> None:
-        panel(left, sizes, "file, MB")
-        panel(right, times, "latency, ms a batch")
+        panel(left, sizes, say("file, MB"))
+        panel(right, times, say("latency, ms a batch"))
         right.set_ylabel("")
 
     return _figure("tradeoff", draw, height=2.6, panels=2)
 
 
-def classes_plot(classes: Sequence[Mapping[str, Any]]) -> Markup:
+def classes_plot(classes: Sequence[Mapping[str, Any]], say: Language) -> Markup:
     """The change of each class in points, with its interval, the worst first."""
     # Those that lost most and those that gained most.
     few = [*classes[: _MOST - 4], *classes[-4:]] if len(classes) > _MOST else list(classes)
@@ -113,14 +114,13 @@ def classes_plot(classes: Sequence[Mapping[str, Any]]) -> Markup:
             axes.plot([row["low"], row["high"]], [place, place], "-", color=colour, lw=2)
             axes.plot(row["points"], place, "o", color=colour, ms=6)
         axes.axvline(0, color=INK, lw=1)
-        axes.set_yticks(range(len(few)), [_short(row["name"]) for row in few])
-        axes.invert_yaxis()
-        axes.set_xlabel("change of the class's accuracy, points (95 % interval)")
+        _name_rows(axes, [_short(row["name"]) for row in few])
+        axes.set_xlabel(say("change of the class's accuracy, points (95 %% interval)"))
 
     return _figure("classes", draw, height=0.9 + 0.24 * len(few))
 
 
-def confusions_plot(confusions: Sequence[Mapping[str, Any]]) -> Markup:
+def confusions_plot(confusions: Sequence[Mapping[str, Any]], say: Language) -> Markup:
     """How many more, or fewer, images of one class are taken for another."""
     few = confusions[:_MOST]
 
@@ -129,20 +129,27 @@ def confusions_plot(confusions: Sequence[Mapping[str, Any]]) -> Markup:
         colours = [INT8 if change > 0 else FLOAT for change in changes]
         axes.barh(range(len(few)), changes, color=colours, height=0.6)
         axes.axvline(0, color=INK, lw=1)
-        names = [f"{_short(row['label'])} taken for {_short(row['predicted'])}" for row in few]
-        axes.set_yticks(range(len(few)), names)
-        axes.invert_yaxis()
+        names = [
+            say(
+                "%(label)s taken for %(predicted)s",
+                **{key: _short(row[key]) for key in ("label", "predicted")},
+            )
+            for row in few
+        ]
+        _name_rows(axes, names)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("images more (right) or fewer (left) than in float")
+        axes.set_xlabel(say("images more (right) or fewer (left) than in float"))
 
     return _figure("confusions", draw, height=0.9 + 0.24 * len(few))
 
 
-def reliability_plot(reliability: Mapping[str, Sequence[Mapping[str, float]]]) -> Markup:
+def reliability_plot(
+    reliability: Mapping[str, Sequence[Mapping[str, float]]], say: Language
+) -> Markup:
     """How often each network is right where it is so sure."""
 
     def draw(axes: Axes) -> None:
-        axes.plot([0, 1], [0, 1], "--", color=MUTED, lw=1, label="as sure as right")
+        axes.plot([0, 1], [0, 1], "--", color=MUTED, lw=1, label=say("as sure as right"))
         for kind, rows in reliability.items():
             sure, right = ([row[key] for row in rows] for key in ("confidence", "share"))
             bounds = [
@@ -160,14 +167,14 @@ def reliability_plot(reliability: Mapping[str, Sequence[Mapping[str, float]]]) -
                 ms=5,
                 label=_NAMES[kind],
             )
-        axes.set_xlabel("confidence")
-        axes.set_ylabel("share that is right (95 % interval)")
+        axes.set_xlabel(say("confidence"))
+        axes.set_ylabel(say("share that is right (95 %% interval)"))
         axes.legend(frameon=False)
 
     return _figure("reliability", draw, height=3.2)
 
 
-def latency_plot(latency: Mapping[str, Mapping[str, float] | None]) -> Markup | None:
+def latency_plot(latency: Mapping[str, Mapping[str, float] | None], say: Language) -> Markup | None:
     """Percentiles of the latency of both networks."""
     known = {kind: latency.get(kind) for kind in ("fp32", "int8")}
     if not all(known.values()):
@@ -191,16 +198,15 @@ def latency_plot(latency: Mapping[str, Mapping[str, float] | None]) -> Markup | 
                     show(time, "ms"), (time, height), (4, 0), textcoords="offset points",
                     va="center",
                 )  # fmt: skip
-        axes.set_yticks(range(len(percentiles)), percentiles)
-        axes.invert_yaxis()
+        _name_rows(axes, percentiles)
         axes.margins(x=0.2)
-        axes.set_xlabel("ms a batch")
+        axes.set_xlabel(say("ms a batch"))
         axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
 
     return _figure("latency", draw, height=0.9 + 0.5 * len(percentiles))
 
 
-def steps_plot(steps: Sequence[Mapping[str, Any]]) -> Markup | None:
+def steps_plot(steps: Sequence[Mapping[str, Any]], say: Language) -> Markup | None:
     """Signal to error of each step against the user's own network, in dB."""
     known = [step for step in steps if step.get("evaluation_db") is not None]
     if not known:
@@ -214,15 +220,14 @@ def steps_plot(steps: Sequence[Mapping[str, Any]]) -> Markup | None:
             axes.annotate(
                 f"{value:.0f} dB", (value, place), (4, 0), textcoords="offset points", va="center"
             )
-        axes.set_yticks(range(len(known)), [_short(step["name"], 34) for step in known])
-        axes.invert_yaxis()
+        _name_rows(axes, [_short(say.word(step["name"]), 34) for step in known])
         axes.margins(x=0.15)
-        axes.set_xlabel("signal to error, dB; grey: changes the function by design")
+        axes.set_xlabel(say("signal to error, dB; grey: changes the function by design"))
 
     return _figure("steps", draw, height=0.9 + 0.26 * len(known))
 
 
-def proofs_plot(proofs: Sequence[Mapping[str, Any]]) -> Markup | None:
+def proofs_plot(proofs: Sequence[Mapping[str, Any]], say: Language) -> Markup | None:
     """The divergence from the float network before and after each trick, in nats."""
     known = [p for p in proofs if p.get("kl_before") and p.get("kl_after")]
     if not known:
@@ -236,14 +241,19 @@ def proofs_plot(proofs: Sequence[Mapping[str, Any]]) -> Markup | None:
             axes.plot(proof["kl_before"], place, "|", color=INK, ms=10)
             axes.plot(proof["kl_after"], place, "o", color=colour, ms=6)
         axes.set_xscale("log")
-        axes.set_yticks(range(len(known)), [_short(proof["trick"]) for proof in known])
-        axes.invert_yaxis()
-        axes.set_xlabel("KL divergence from float, nats: | before, dot after; grey: rolled back")
+        # Not as powers of ten, whose exponents would be math; a narrow range has ticks too.
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter("{x:.2g}")
+        _name_rows(axes, [_short(proof["trick"]) for proof in known])
+        axes.set_xlabel(
+            say("KL divergence from float, nats: | before, dot after; grey: rolled back")
+        )
 
     return _figure("proofs", draw, height=0.9 + 0.3 * len(known))
 
 
-def operators_plot(profile: Mapping[str, Any]) -> Markup | None:
+def operators_plot(profile: Mapping[str, Any], say: Language) -> Markup | None:
     """The operators that take longest, of both files."""
     rows = [
         (kind, found["name"], found["ms"])
@@ -257,14 +267,13 @@ def operators_plot(profile: Mapping[str, Any]) -> Markup | None:
         times = [time for *_, time in rows]
         axes.barh(range(len(rows)), times, color=[_COLOURS[kind] for kind, *_ in rows], height=0.6)
         names = [f"{_NAMES[kind]}: {_short(name, 34)}" for kind, name, _ in rows]
-        axes.set_yticks(range(len(rows)), names)
-        axes.invert_yaxis()
-        axes.set_xlabel("ms a batch")
+        _name_rows(axes, names)
+        axes.set_xlabel(say("ms a batch"))
 
     return _figure("operators", draw, height=0.9 + 0.22 * len(rows))
 
 
-def layers_plot(layers: Sequence[Mapping[str, Any]]) -> Markup | None:
+def layers_plot(layers: Sequence[Mapping[str, Any]], say: Language) -> Markup | None:
     """Signal to error of each quantized tensor alone, in the order of the network, in dB."""
     if all(row["sqnr_db"] is None for row in layers):
         return None
@@ -275,9 +284,9 @@ def layers_plot(layers: Sequence[Mapping[str, Any]]) -> Markup | None:
             known = [(place, value) for place, value in own if value is not None]
             if known:
                 axes.plot(*zip(*known, strict=True), marker, color=colour, ms=4, ls="none",
-                          label=f"{kind}s")  # fmt: skip
-        axes.set_xlabel("quantized tensor, in the order of the network")
-        axes.set_ylabel("signal to rounding error, dB")
+                          label=say.word(f"{kind}s"))  # fmt: skip
+        axes.set_xlabel(say("quantized tensor, in the order of the network"))
+        axes.set_ylabel(say("signal to rounding error, dB"))
         axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
 
     return _figure("layers", draw, height=2.8)
@@ -310,7 +319,7 @@ def sweep_plot(points: Sequence[Mapping[str, Any]], floats: Sequence[Mapping[str
         axes.step([x for x, _ in front], [y for _, y in front], where="post", color=MUTED, lw=1)
         if found:
             axes.set_xlim(0, 1.15 * max(x for x, _ in found))
-            _accuracy_axis(axes, [y for _, y in found])
+            _accuracy_axis(axes, [y for _, y in found], ENGLISH)
         axes.set_xlabel(label)
 
     def draw(left: Axes, right: Axes) -> None:
@@ -336,12 +345,18 @@ def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return front
 
 
-def _accuracy_axis(axes: Axes, percents: Sequence[float]) -> None:
+def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Names the rows of a figure, from the top; each is as high as any other."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+
+
+def _accuracy_axis(axes: Axes, percents: Sequence[float], say: Language) -> None:
     """An axis of accuracy that shows a tenth of a point, and no more than 100 %."""
     low, high = min(percents), max(percents)
     room = max(0.35 * (high - low), 0.5)
     axes.set_ylim(max(low - room, -1), min(high + room, 100.6))
-    axes.set_ylabel("accuracy, %")
+    axes.set_ylabel(say("accuracy, %%"))
 
 
 def _figure(name: str, draw: Callable[..., None], height: float, panels: int = 1) -> Markup:
@@ -377,6 +392,8 @@ def _inline(svg: str) -> str:
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
     # Numbered by matplotlib in each figure anew; a page has each id once.
     svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)
+    # The page's own font: the browser picks one that has the letters.
+    svg = re.sub(r" font-family: [^;\"]*;", "", svg)
     for colour, name in _VARIABLES.items():
         svg = svg.replace(colour, f"var(--{name})")
     return svg.replace("<svg", '<svg role="img" aria-hidden="true"', 1)

@@ -14,6 +14,7 @@ import torch
 from scipy.stats import binomtest, false_discovery_control
 from torch import Tensor
 
+from qat_tricks.evidence.language import Language
 from qat_tricks.evidence.metrics import Metrics, agreement
 from qat_tricks.evidence.show import show
 
@@ -104,10 +105,10 @@ def verdict(change: dict[str, float]) -> str:
     return "worse" if change["points"] < 0 else "better"
 
 
-def show_change(change: Mapping[str, float]) -> str:
+def show_change(change: Mapping[str, float], say: Language) -> str:
     """A ``paired_change`` in points, with its interval."""
-    points, low, high = (show(change[key], "points") for key in ("points", "low", "high"))
-    return f"{points} points ({low} to {high})"
+    shown = {key: show(change[key], "points") for key in ("points", "low", "high")}
+    return say("%(points)s points (%(low)s to %(high)s)", **shown)
 
 
 def _share(count: int, of: int) -> dict[str, float]:

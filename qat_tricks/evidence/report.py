@@ -11,8 +11,9 @@ from typing import Any
 from qat_tricks.deploy.targets import TARGETS, Target
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.checklist import checklist
+from qat_tricks.evidence.language import language_named
 from qat_tricks.evidence.ledger import proofs_of, steps_of
-from qat_tricks.evidence.page import write_page
+from qat_tricks.evidence.page import title, write_page
 from qat_tricks.evidence.show import ratio
 from qat_tricks.evidence.templates import fill_in
 from qat_tricks.files import finite, read_json, write_json, write_text
@@ -57,7 +58,7 @@ def write_report(
             ``conversions``, ``profile``, ``throughput``, ``runtimes``, ``normalization``,
             ``target``, ``sensitivity``, ``channels``, ``mixed_precision``, ``comparison``,
             ``command`` and ``preprocessing_change`` fill their sections. ``environment`` defaults
-            to ``environment()``.
+            to ``environment()``, and ``language``, which is that of the other two, to ``en``.
         pictures: of test images, for the page; see ``write_page``.
 
     Raises:
@@ -65,7 +66,7 @@ def write_report(
     """
     _check(report, "report")
     # The report's own environment wins: it may be of another machine.
-    report = finite({"schema": SCHEMA, "environment": environment(), **report})
+    report = finite({"schema": SCHEMA, "language": "en", "environment": environment(), **report})
     report["checklist"] = checklist(report)
     folder = Path(folder)
     write_json(folder / "report.json", report)
@@ -88,12 +89,13 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 def render(report: dict[str, Any]) -> str:
-    """Returns the report as Markdown."""
+    """Returns the report as Markdown, in the language that ``report["language"]`` names."""
+    say = language_named(report.get("language", "en"))
     preprocessing, target = report["preprocessing"], report.get("target")
     # a report may come from a file that somebody else wrote: other types are shown as missing
     known = TARGETS.get(target) if isinstance(target, str) else None
     # a report without a target was measured in ONNX Runtime
-    brings = (known or Target(about="")).sparsity
+    brings = say.word((known or Target(about="")).sparsity)
     preprocessing_hash = preprocessing.get("hash") if isinstance(preprocessing, dict) else None
     steps = steps_of(report["stages"])
     # the template is strict: keys that a report may lack get a value here
@@ -113,17 +115,18 @@ def render(report: dict[str, Any]) -> str:
         "mixed_precision": report.get("mixed_precision"),
         "normalization": report.get("normalization"),
         "target": target,
-        "target_needs": known.about if known else None,
+        "target_needs": say.word(known.about) if known else None,
         "sparsity_brings": brings[0].upper() + brings[1:],
         "packed_bytes": report.get("packed_bytes"),
         "compressed_bytes": report.get("compressed_bytes") or {},
         "preprocessing_hash": preprocessing_hash,
         "steps": steps,
         "proofs": proofs_of(report["stages"]),
-        "steps_summary": summary(steps) if steps else None,
+        "steps_summary": summary(steps, say.word) if steps else None,
+        "title": title(report, say),
     }
     fields |= {"ratio": ratio, "report": report}
-    return fill_in("report.md.j2", report | fields, cell=_cell, pretty=_pretty)
+    return fill_in("report.md.j2", report | fields, say, cell=_cell, pretty=_pretty)
 
 
 def environment() -> dict[str, Any]:

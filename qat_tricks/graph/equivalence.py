@@ -196,11 +196,16 @@ def describe(step: Step) -> str:
     return f"{step.evaluation_db:.0f} dB{in_training}"
 
 
-def summary(steps: Sequence[dict[str, Any]]) -> str:
-    """``your network → traced → folded: 141, 139 dB``, from the steps of a spec."""
-    names = " → ".join(["your network", *(step["name"] for step in steps)])
+def summary(steps: Sequence[dict[str, Any]], word: Callable[[str], str] = str) -> str:
+    """``your network → traced → folded: 141, 139 dB``, from the steps of a spec.
+
+    Args:
+        steps: the spec's.
+        word: gives the words of another language.
+    """
+    names = " → ".join(map(word, ["your network", *(step["name"] for step in steps)]))
     figures = ", ".join(
-        f"{step['evaluation_db']:.0f}" + (" by design" if step["by_design"] else "")
+        f"{step['evaluation_db']:.0f}" + (f" {word('by design')}" if step["by_design"] else "")
         for step in steps
     )
     return f"{names}: {figures} dB"

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from qat_tricks.deploy.cost.latency import MIN_RUNS
 from qat_tricks.deploy.parity.logits import LARGEST_SQNR_DB, MIN_SQNR_DB
 from qat_tricks.deploy.targets import OPSET
+from qat_tricks.evidence.language import check_language
 from qat_tricks.settings.ranges import (
     EPOCHS,
     LEARNING_RATE,
@@ -108,6 +109,16 @@ class Export:
 
     def __post_init__(self) -> None:
         check_ranges(self, opset=at_least(OPSET))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The settings of ``report.html`` and ``report.md``."""
+
+    language: str = "en"  # of evidence.language.LANGUAGES
+
+    def __post_init__(self) -> None:
+        check_language(self.language)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -197,6 +197,7 @@ class _Evaluation:
                 predict, self.simulated, deployed.batches(self.data), against="simulated"
             )
         return {
+            "language": self.config.report.language,
             "command": command("evaluate"),
             "recipe": artifact.recipe,
             "model": artifact.model["name"],

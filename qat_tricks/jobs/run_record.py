@@ -309,6 +309,7 @@ class RunRecord:
 
     def _identity(self) -> dict[str, Any]:
         return {
+            "language": self.config.report.language,
             "command": command("train"),
             "recipe": self.recipe.name,
             "model": self.config.model.name,

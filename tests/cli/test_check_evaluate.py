@@ -20,8 +20,23 @@ def test_evaluate_needs_an_artifact_and_knows_where_to_write():
 
 
 def test_all_wrong_settings_are_told_at_once():
-    told = refusal("artifact=3", "float=", "runtimes=[]", "data=3", "measure.runs=0", "foo=1")
-    for part in ("artifact=3 is", "runtimes=[] is", "data=3 is", "runs=0", '"foo"'):
+    told = refusal(
+        "artifact=3",
+        "float=",
+        "runtimes=[]",
+        "data=3",
+        "measure.runs=0",
+        "foo=1",
+        "report.language=fr",
+    )
+    for part in (
+        "artifact=3 is",
+        "runtimes=[] is",
+        "data=3 is",
+        "runs=0",
+        '"foo"',
+        "language=fr is not allowed: give en or ja",
+    ):
         assert part in told
     assert "float=" not in told  # null: the one beside the artifact
 

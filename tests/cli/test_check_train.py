@@ -45,6 +45,8 @@ def refusal(*settings, check=check_train):
             'activations="signed" is not supported: did you mean "signed_',
         ),
         ("seed=-1", "seed=-1 is not allowed"),
+        ("report.language=fr", "report: language=fr is not allowed: give en or ja"),
+        ("report.language=3", "report.language=3 is not allowed: give text"),
         ("seed=true", "seed=True is not allowed"),
         ("logger.name=wndb", 'unknown logger "wndb": did you mean "wandb"?'),
         ("logger.tags=x", "logger.tags='x' is not allowed: give a list of text or null"),

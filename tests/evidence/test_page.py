@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from qat_tricks.evidence.comparison import write_comparison
+from qat_tricks.evidence.language import ENGLISH
 from qat_tricks.evidence.metrics import Metrics
 from qat_tricks.evidence.page import answers, render_page
 from qat_tricks.evidence.paired import compare
@@ -108,6 +109,13 @@ def test_every_figure_of_the_sample_is_drawn_and_no_stand_in_colour_is_left():
     assert not re.findall(r"#0[1-5]0[1-5]0[1-5]", text)
 
 
+def test_figures_leave_their_font_to_the_page_and_their_numbers_are_text():
+    text = render_page(whole(), {})
+    assert ">0.1</text>" in text  # on the logarithmic axis of the proofs
+    assert "mathdefault" not in text
+    assert "font-family" not in text.partition("</style>")[2]
+
+
 def test_what_comes_from_outside_is_escaped():
     page = Page(render_page(whole(recipe='<script>alert("x")</script>'), {}))
     assert "script" not in page.tags
@@ -147,24 +155,24 @@ def test_the_same_report_gives_the_same_page():
     [(500, "No: it is worse", "bad"), (585, "Too few images to tell", "open")],
 )
 def test_the_first_answer_is_no_better_than_the_images_allow(int8, answer, mark):
-    first, *_ = answers(whole(int8))
+    first, *_ = answers(whole(int8), ENGLISH)
     assert (first["answer"], first["mark"]) == (answer, mark)
     assert "600 test images" in first["detail"]
 
 
 def test_the_same_network_on_many_images_is_as_good():
     same = answered(9000, count=10_000)
-    (first, *_) = answers(report(comparison=compare(same, same, [])))
+    (first, *_) = answers(report(comparison=compare(same, same, [])), ENGLISH)
     assert first["answer"] == "Yes, as far as these images tell"
     assert first["mark"] == "good"
 
 
 def test_size_and_latency_say_times_and_what_they_were():
-    _, size, latency = answers(report())
+    _, size, latency = answers(report(), ENGLISH)
     assert size["answer"] == "3.55 times smaller"
     assert latency["answer"] == "2.00 times faster"
     assert latency["detail"] == "0.600 ms against 1.20 ms in float"
-    _, _, slower = answers(report(scale=4.0))
+    _, _, slower = answers(report(scale=4.0), ENGLISH)
     assert (slower["answer"], slower["mark"]) == ("2.00 times slower", "bad")
 
 

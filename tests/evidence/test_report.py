@@ -17,7 +17,7 @@ def test_what_is_written_reads_back_with_the_environment(tmp_path):
     folder = tmp_path / "run"
     write_report(folder, report())
     made = {"environment": environment(), "schema": SCHEMA}
-    expected = report() | made | {"checklist": checklist(report() | made)}
+    expected = report() | made | {"language": "en", "checklist": checklist(report() | made)}
     assert read_report(folder) == read_report(folder / "report.json") == expected
     names = ["report.html", "report.json", "report.md"]
     assert sorted(path.name for path in folder.iterdir()) == names

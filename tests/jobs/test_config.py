@@ -15,6 +15,7 @@ from qat_tricks.jobs.config import (
     Export,
     Measure,
     Optimizer,
+    Report,
     StageOverride,
 )
 from qat_tricks.models.build import register_models
@@ -66,6 +67,7 @@ def test_every_group_is_in_a_config_that_was_checked():
         ("measure", Measure),
         ("stage", StageOverride),
         ("export", Export),
+        ("report", Report),
     ],
 )
 def test_the_defaults_of_yaml_and_python_are_the_same(name, kind):
@@ -79,3 +81,4 @@ def test_the_defaults_of_an_evaluation_are_the_same_in_yaml_and_python():
     }
     assert python.pop("min_top1_agreement") == Measure().min_top1_agreement
     assert OmegaConf.to_container(composed(name="evaluate").measure) == python
+    assert OmegaConf.to_container(composed(name="evaluate").report) == asdict(Report())

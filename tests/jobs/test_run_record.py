@@ -65,6 +65,11 @@ def test_a_measured_network_is_exported_and_in_the_ledger_and_the_report(tmp_pat
     assert [stage["name"] for stage in report["stages"]] == ["fp32"]
     assert report["parity"]["images"] == 64  # all of the test images
     assert report["latency_ms"] is None
+    run.config.report.language = "ja"
+    run.save_interrupted()
+    assert read_report(run.folder) == report | {"language": "ja"}
+    for name, heading in (("report.html", "<h2>段階</h2>"), ("report.md", "## 段階")):
+        assert heading in (run.folder / name).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("allowed", [10, 80])  # of the 75 points that are lost
