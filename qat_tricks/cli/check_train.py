@@ -8,8 +8,10 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from qat_tricks.cli.checks import check_data, sections
+from qat_tricks.data import build_data
 from qat_tricks.deploy.targets import check_opset
 from qat_tricks.errors import QatTricksError, did_you_mean
+from qat_tricks.evidence.objectives import check_objectives
 from qat_tricks.jobs.config import Baseline, Export, Measure, Optimizer
 from qat_tricks.jobs.fitted_recipe import fitted_recipe
 from qat_tricks.jobs.isolation import isolated
@@ -47,7 +49,7 @@ def check_train(config: DictConfig) -> None:
     """
     problems = Problems()
     groups = [*_DATACLASSES, "export", "data", "model", "recipe", "trainer", "stage"]
-    settings = sections(config, groups, ["seed", "forecast", "target"], problems)
+    settings = sections(config, groups, ["seed", "forecast", "target", "objectives"], problems)
     for name, kind in _DATACLASSES.items():
         problems.of(lambda name=name, kind=kind: make(name, kind, settings[name]))  # type: ignore[misc]
     export = problems.of(lambda: make("export", Export, settings["export"]))
@@ -55,7 +57,8 @@ def check_train(config: DictConfig) -> None:
     if problems.of(lambda: fitted_recipe(config)) and export:
         problems.of(lambda: check_opset(config.target, export.opset))
     problems.of(lambda: _check_model(settings["model"]))
-    problems.of(lambda: check_data(settings["data"]))
+    problems.of(lambda: check_objectives(settings["objectives"]))
+    problems.of(lambda: _check_data(settings["data"], settings["objectives"]))
     problems.of(lambda: _check_trainer(settings["trainer"]))
     if not isinstance(settings["forecast"], bool):
         problems.messages.append(
@@ -103,6 +106,17 @@ def _check_model(model: Mapping[str, Any]) -> None:
         )
     if problems:
         raise QatTricksError("; ".join(problems))
+
+
+def _check_data(data: Mapping[str, Any], objectives: Any) -> None:
+    check_data(data)
+    wants_accuracy = isinstance(objectives, list) and "accuracy" in objectives
+    if wants_accuracy and build_data(**data).tests_on_val:
+        raise QatTricksError(
+            f"data={data['name']} has no validation images but its test images, and these must not "
+            "decide a search: give data=imagefolder with the folders train, val and test, or "
+            "objectives without accuracy"
+        )
 
 
 def _check_trainer(trainer: Mapping[str, Any]) -> None:
