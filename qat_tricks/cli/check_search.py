@@ -37,9 +37,12 @@ def check_search(composer: Composer, config: DictConfig, overrides: Sequence[str
     check_objectives(OmegaConf.to_container(names) if OmegaConf.is_config(names) else names)
     problems.of(lambda: _check_directions(config))
     problems.of(lambda: _check_counts(config.hydra.sweeper))
+    problems.report()  # composing jobs takes seconds
     for job in _sampled_jobs(composer, config, overrides):
         job_config, unapplied = composer.compose(job)
         problems.messages += unapplied
+        if unapplied:
+            break  # the jobs have the same settings, and the others' errors would be alike
         for check in (check_train, check_one_process, _check_budgets):
             problems.of(lambda check=check, job=job_config: check(job))  # type: ignore[misc]
     problems.report()
