@@ -17,9 +17,7 @@ def make_search(folder):
     for number, (validated, scale, tested) in enumerate(jobs):
         write_report(
             folder / f"{number}_int8_ptq",
-            report(
-                scale=scale, accuracy=tested, validation={"images": 270, "accuracy": validated}
-            ),
+            report(scale=scale, accuracy=tested, validation={"images": 270, "accuracy": validated}),
         )
     write_json(folder / "4_int8_ptq" / "error.json", {"error": "lost too much"})
     return trials(folder, comparison_rows(folder), OBJECTIVES)
