@@ -42,6 +42,7 @@ DEFERRED = {
     ("cli.main", "qat_tricks.*"): "a wrong argument or Ctrl-C while torch loads ends in one line",
     ("cli.main", "rich.*"): "as above",
     ("cli.command_line", "qat_tricks.cli.check_train"): "evaluate.py does without Lightning",
+    ("cli.command_line", "qat_tricks.cli.check_search"): "as above",
     ("jobs.artifact", "qat_tricks.jobs.checkpoint"): "an ONNX file is measured without Lightning",
     ("recipes.recipe", "qat_tricks.settings.compose"): "a recipe without overrides needs no Hydra",
     ("tricks.prune_channels", "qat_tricks.deploy.*"): "only a budget of latency needs a runtime",

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,57 @@ def test_an_installed_package_finds_its_recipes(installed, tmp_path):
         paths == f"{installed / 'qat_tricks' / '__init__.py'} {installed / 'qat_tricks' / 'conf'}"
     )
     assert int(tricks) > 3
+
+
+def build(source, folder):
+    """Builds the sdist and the wheel of a source tree, offline; returns their paths."""
+    command = [sys.executable, "-m", "hatchling", "build", "-d", str(folder)]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
+    return sdist, wheel
+
+
+def contents(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The sdist and the wheel of the checkout, and the sdist unpacked."""
+    folder = tmp_path_factory.mktemp("built")
+    sdist, wheel = build(ROOT, folder)
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    return sdist, wheel, folder / sdist.name.removesuffix(".tar.gz")
+
+
+def test_the_sdist_alone_builds_the_same_wheel_and_the_same_sdist(built, tmp_path):
+    sdist, wheel, source = built
+    again, same = build(source, tmp_path / "again")
+    assert (again.name, same.name) == (sdist.name, wheel.name)
+    assert contents(same) == contents(wheel)
+    with tarfile.open(sdist) as first, tarfile.open(again) as second:
+        # sets: the unpacked sdist has a PKG-INFO, and its own sdist gets another
+        assert {*first.getnames()} == {*second.getnames()}
+
+
+def test_the_wheel_is_what_pip_installs(built, installed):
+    _, wheel, _ = built
+    ours = {name for name in contents(wheel) if name.startswith("qat_tricks/")}
+    assert ours == {
+        path.relative_to(installed).as_posix()
+        for path in (installed / "qat_tricks").rglob("*.*")
+        if path.suffix != ".pyc"
+    }
+
+
+def test_the_sdist_holds_what_a_reader_and_a_tester_need_and_nothing_made(built):
+    *_, source = built
+    names = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
+    needed = ["pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff"]
+    needed += ["SECURITY.md", "train.py", "evaluate.py", "tests/test_wheel.py", "PKG-INFO"]
+    assert set(needed) <= names
+    assert not {name for name in names if name.startswith(("outputs/", "multirun/", "wandb/"))}
+    assert not {name for name in names if name.endswith((".pyc", ".onnx.data")) or "/." in name}

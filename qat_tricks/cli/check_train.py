@@ -9,8 +9,10 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from qat_tricks.cli.checks import check_data, sections
+from qat_tricks.data import build_data
 from qat_tricks.deploy.targets import check_opset
 from qat_tricks.errors import QatTricksError, did_you_mean
+from qat_tricks.evidence.objectives import check_objectives
 from qat_tricks.jobs.config import Baseline, Export, Measure, Optimizer, Report
 from qat_tricks.jobs.fitted_recipe import fitted_recipe
 from qat_tricks.jobs.isolation import isolated
@@ -52,7 +54,8 @@ def check_train(config: DictConfig) -> None:
     problems = Problems()
     groups = [*_DATACLASSES, "export", "data", "model", "recipe", "trainer", "stage"]
     aims = [field.name for field in fields(GuidelineSettings)] if _is_guideline(config) else []
-    settings = sections(config, groups, ["seed", "forecast", "target", *aims], problems)
+    values = ["seed", "forecast", "target", "objectives", *aims]
+    settings = sections(config, groups, values, problems)
     for name, kind in _DATACLASSES.items():
         problems.of(lambda name=name, kind=kind: make(name, kind, settings[name]))  # type: ignore[misc]
     export = problems.of(lambda: make("export", Export, settings["export"]))
@@ -62,7 +65,8 @@ def check_train(config: DictConfig) -> None:
     if aims:
         problems.of(lambda: _check_guideline(config, {name: settings[name] for name in aims}))
     problems.of(lambda: _check_model(settings["model"]))
-    problems.of(lambda: check_data(settings["data"]))
+    problems.of(lambda: check_objectives(settings["objectives"]))
+    problems.of(lambda: _check_data(settings["data"], settings["objectives"]))
     problems.of(lambda: _check_trainer(settings["trainer"]))
     if not isinstance(settings["forecast"], bool):
         problems.messages.append(
@@ -138,6 +142,17 @@ def _check_model(model: Mapping[str, Any]) -> None:
         )
     if problems:
         raise QatTricksError("; ".join(problems))
+
+
+def _check_data(data: Mapping[str, Any], objectives: Any) -> None:
+    check_data(data)
+    wants_accuracy = isinstance(objectives, list) and "accuracy" in objectives
+    if wants_accuracy and build_data(**data).tests_on_val:
+        raise QatTricksError(
+            f"data={data['name']} has no validation images but its test images, and these must not "
+            "decide a search: give data=imagefolder with the folders train, val and test, or "
+            "objectives without accuracy"
+        )
 
 
 def _check_trainer(trainer: Mapping[str, Any]) -> None:

@@ -108,7 +108,7 @@ def _checked_jobs(name: str, parsed: Namespace, overrides: list[str]) -> list[Di
         problems.report()  # the jobs follow from a config that composes
         jobs = _check_sweep(composer, config, overrides, problems)
     else:
-        jobs = _check_run(config, problems)
+        jobs = _check_run(config, overrides, problems)
     problems.report()
     return jobs
 
@@ -123,10 +123,12 @@ def _check_evaluation(config: DictConfig, is_sweep: bool, problems: Problems) ->
         problems.of(lambda: _check_artifact(config))
 
 
-def _check_run(config: DictConfig, problems: Problems) -> list[DictConfig]:
+def _check_run(config: DictConfig, overrides: list[str], problems: Problems) -> list[DictConfig]:
     # loads Lightning, which an evaluation does without
+    from qat_tricks.cli.check_search import check_is_job
     from qat_tricks.cli.check_train import check_train
 
+    problems.of(lambda: check_is_job(config, overrides))
     problems.of(lambda: check_train(config))
     if not problems.messages and not config.forecast:
         problems.of(lambda: _check_run_folder(config, "hydra.run.dir"))
@@ -137,10 +139,11 @@ def _check_sweep(
     composer: Composer, config: DictConfig, overrides: list[str], problems: Problems
 ) -> list[DictConfig]:
     # loads Lightning, which an evaluation does without
+    from qat_tricks.cli.check_search import check_search, is_search
     from qat_tricks.cli.check_train import check_one_process, check_train
 
     jobs: list[DictConfig] = []
-    # the jobs of other sweepers cannot be checked: they follow from results
+    # the jobs of other sweepers follow from results
     sweeper = str(config.hydra.sweeper.get("_target_"))
     if sweeper.endswith("BasicSweeper"):
         for job_overrides in _sweep_overrides(composer, config, overrides):
@@ -149,7 +152,9 @@ def _check_sweep(
             problems.of(lambda job=job: check_train(job))  # type: ignore[misc]
             problems.of(lambda job=job: check_one_process(job))  # type: ignore[misc]
             jobs.append(job)
-    elif config.get("forecast") is True:
+    elif is_search(config):
+        problems.of(lambda: check_search(composer, config, overrides))
+    if not jobs and config.get("forecast") is True:
         problems.messages.append(
             f"forecast=true needs jobs that are known beforehand, and {sweeper} decides them as it "
             "goes: leave out one of the two"

@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -20,7 +21,13 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.settings.config_dir import check_option, config_dir
 
 BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses
-_LISTED = ("recipe", "data", "trainer", "logger")  # groups of train.yaml whose names are all files
+_LISTED = (
+    "recipe",
+    "data",
+    "trainer",
+    "logger",
+    "sweep",
+)  # groups of train.yaml whose names are all files
 
 
 def train(arguments: Sequence[str] | None = None) -> None:
@@ -41,7 +48,7 @@ def evaluate(arguments: Sequence[str] | None = None) -> None:
     _run("evaluate", _evaluate_job, arguments)
 
 
-def _run(name: str, job: Callable[[DictConfig], None], arguments: Sequence[str] | None) -> None:
+def _run(name: str, job: Callable[[DictConfig], Any], arguments: Sequence[str] | None) -> None:
     before = sys.argv
     _ask_for_large_pages()
     try:
@@ -88,9 +95,16 @@ def _ask_for_large_pages() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
-def _train_job(config: DictConfig) -> None:
-    """Runs one job; a failed job of a sweep leaves ``error.json``, and the others go on."""
+def _train_job(config: DictConfig) -> list[float] | float | None:
+    """Runs one job; a failed job of a sweep leaves ``error.json``, and the others go on.
+
+    Returns:
+        The objectives, which a sweeper that searches decides by; of several, a list. None where
+        there are none, or the job has failed.
+    """
     # slow: they load Lightning
+    from qat_tricks.cli.check_train import check_train
+    from qat_tricks.evidence.objectives import objective_values
     from qat_tricks.files import write_json
     from qat_tricks.jobs.isolation import free_memory, isolated
     from qat_tricks.jobs.loggers import finish_logger, make_logger
@@ -108,10 +122,13 @@ def _train_job(config: DictConfig) -> None:
         group=Path(job.sweep.dir).name if is_sweep else None,
         job_name=folder.name if is_sweep else f"{config.recipe.name}-{folder.name}",
     )
-    done = False
+    done, values = False, []
     try:
+        if is_sweep and config.objectives:  # values that a sweeper chose just now
+            check_train(config)
         with isolated():
-            run_job(config, folder, logger)
+            report = run_job(config, folder, logger)
+        values = objective_values(report, config.objectives) if config.objectives else []
         done = True
     except QatTricksError as error:
         _tell(error, f"job {folder.name}: " if is_sweep else "")
@@ -129,6 +146,7 @@ def _train_job(config: DictConfig) -> None:
         free_memory()
     if done:
         _say(f"the run is in {_short(folder)}: report.html, report.md, report.json, model.onnx")
+    return values[0] if len(values) == 1 else values or None
 
 
 def _forecast(config: DictConfig) -> None:

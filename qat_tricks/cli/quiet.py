@@ -12,6 +12,9 @@ _CHATTY = (
     "onnxscript",
     "onnx_ir",
     "matplotlib",
+    # Not "optuna" itself, whose level Optuna sets when it is loaded.
+    "optuna.storages",
+    "optuna.study",
 )
 
 _KNOWN = (
@@ -27,5 +30,7 @@ def quiet() -> None:
     """Sets the loggers of talkative libraries to warnings, and filters known, useless warnings."""
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It repeats, as a warning, what the failed job has told.
+    logging.getLogger("hydra_plugins.hydra_optuna_sweeper").setLevel(logging.ERROR)
     for message in _KNOWN:
         warnings.filterwarnings("ignore", message=message)

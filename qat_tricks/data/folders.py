@@ -73,7 +73,12 @@ def imagefolder(
     files = partial(_user_files, folder, val_fraction, test_fraction, split_seed)
     load = partial(_load, files, min_area, flip)
     return ImageData(
-        load, preprocessing=preprocessing, batch_size=batch_size, num_workers=num_workers, seed=seed
+        load,
+        preprocessing=preprocessing,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        seed=seed,
+        tests_on_val=(folder / "train").is_dir() and not (folder / "test").is_dir(),
     )
 
 
@@ -125,7 +130,12 @@ def imagenet(
     files = partial(_imagenet_files, folder / train_dir, folder / val_dir, num_classes)
     load = partial(_load, files, min_area, flip)
     return ImageData(
-        load, preprocessing=preprocessing, batch_size=batch_size, num_workers=num_workers, seed=seed
+        load,
+        preprocessing=preprocessing,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        seed=seed,
+        tests_on_val=True,
     )
 
 
@@ -300,5 +310,6 @@ def _load(
         val=FolderImages(*val, channels, unaugmented),
         test=FolderImages(*test, channels, unaugmented),
         pixels=FolderImages(*test, channels, preprocessing.geometry()),
+        val_pixels=FolderImages(*val, channels, preprocessing.geometry()),
         class_names=tuple(names),
     )

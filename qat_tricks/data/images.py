@@ -126,6 +126,7 @@ class Splits:
     val: ImageSet
     test: ImageSet
     pixels: ImageSet  # the images of test before normalization, uint8
+    val_pixels: ImageSet  # the images of val before normalization, uint8
     class_names: tuple[str, ...]
 
 
@@ -226,5 +227,6 @@ def memory_splits(
         val=MemoryImages(val, labels[1], normalize),
         test=MemoryImages(test, labels[2], normalize),
         pixels=MemoryImages(test, labels[2], _unchanged),
+        val_pixels=MemoryImages(val, labels[1], _unchanged),
         class_names=tuple(class_names),
     )

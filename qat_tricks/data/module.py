@@ -28,6 +28,7 @@ class ImageData:
         num_workers: processes that load; 0 means this one.
         seed: of the order and the augmentation.
         prepare: a download, which only one process does, before ``load``.
+        tests_on_val: whether the test images are the validation images, for want of others.
 
     Raises:
         QatTricksError: the batch size or the number of workers is out of range.
@@ -42,6 +43,7 @@ class ImageData:
         num_workers: int = 0,
         seed: int = 0,
         prepare: Callable[[], None] | None = None,
+        tests_on_val: bool = False,
     ) -> None:
         if batch_size < 1:
             raise QatTricksError(f"batch_size={batch_size}: give a number of images, 1 or greater")
@@ -50,7 +52,7 @@ class ImageData:
                 f"num_workers={num_workers}: give a number of processes, 0 or greater"
             )
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        self.preprocessing = preprocessing
+        self.preprocessing, self.tests_on_val = preprocessing, tests_on_val
         # Not loaded yet: evaluations ask for options before they read images.
         self._load, self._prepare = load, prepare
         self._splits: Splits | None = None
@@ -130,6 +132,10 @@ class ImageData:
     def test_pixels(self) -> Batches:
         """Returns the test images before normalization, uint8 ``[B, C, H, W]``."""
         return self._loader(self.splits.pixels)
+
+    def val_pixels(self) -> Batches:
+        """Returns the validation images before normalization, uint8 ``[B, C, H, W]``."""
+        return self._loader(self.splits.val_pixels)
 
     def calibration_loader(self, num_images: int, batch_size: int | None = None) -> Batches:
         """Returns train images without augmentation, balanced by class, always in the same order.

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import operator
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence import page_plots as plots
 from qat_tricks.evidence.comparison_plot import plot_comparison
 from qat_tricks.evidence.language import ENGLISH
+from qat_tricks.evidence.objectives import undominated
 from qat_tricks.evidence.page import PAGE, printable
 from qat_tricks.evidence.report import read_report
 from qat_tricks.evidence.show import show
@@ -30,6 +30,7 @@ COLUMNS = (
     "settings",
     "accuracy_fp32",
     "accuracy_onnx",
+    "accuracy_validation",
     "drop_points",
     "agreement",
     "size_bytes_fp32",
@@ -108,18 +109,15 @@ def front(rows: Sequence[Row]) -> list[bool]:
     """Whether each job is on the front of accuracy, size and latency.
 
     No other job is as good in all three and better in one. A job without one of them is not.
+
+    The accuracy is that of the validation images in a search, which measures it, so that the test
+    images choose nothing there.
     """
-    keys = ("accuracy_onnx", "size_bytes_int8", "latency_p50_ms_int8")
-    figures = [[row[key] for key in keys] for row in rows]
-    costs = [None if None in own else (-own[0], own[1], own[2]) for own in figures]
-    return [
-        own is not None
-        and not any(
-            other is not None and other != own and all(map(operator.le, other, own))
-            for other in costs
-        )
-        for own in costs
-    ]
+    searched = any(row.get("accuracy_validation") is not None for row in rows)
+    accuracy = "accuracy_validation" if searched else "accuracy_onnx"
+    keys = (accuracy, "size_bytes_int8", "latency_p50_ms_int8")
+    figures: list[list[Any]] = [[row.get(key) for key in keys] for row in rows]
+    return undominated([None if None in own else (-own[0], *own[1:]) for own in figures])
 
 
 def comparison_rows(sweep_folder: Path) -> list[Row]:
@@ -287,6 +285,7 @@ def _figures(report: dict[str, Any]) -> Row:
         "data": report["data"],
         "accuracy_fp32": fp32,
         "accuracy_onnx": onnx,
+        "accuracy_validation": (report.get("validation") or {}).get("accuracy"),
         "drop_points": None if fp32 is None or onnx is None else (fp32 - onnx) * 100,
         "agreement": report["agreement"],
         "size_bytes_fp32": size.get("fp32"),

@@ -273,8 +273,21 @@ class RunRecord:
             ),
             "parity": self.parity,
             **device,
+            **self._validated(),
             "runtimes": self._measure_target_runtime(paths),
         }
+
+    def _validated(self) -> dict[str, Any]:
+        """Measures the result on the validation images, where a search decides by them.
+
+        A search must not know the test images, which the other figures are of.
+        """
+        if "accuracy" not in self.config.objectives:
+            return {}
+        takes_pixels = self.config.export.normalize
+        batches = self.data.val_pixels() if takes_pixels else self.data.val_dataloader()
+        metrics = self._evaluate(self._predictor(REFERENCE), batches, "validation")
+        return {"validation": {"images": len(metrics.labels), "accuracy": metrics.accuracy}}
 
     def _enter_latency(self, of_files: dict[str, Any]) -> None:
         """Gives the rows of the two files the latency that they have side by side.

@@ -32,6 +32,9 @@ COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueE
 """Hydra's errors for bad input."""
 
 
+_PLUGINS = (("hydra/sweeper", "optuna"), ("hydra/launcher", "joblib"))  # of the extra "sweep"
+
+
 class Composition(NamedTuple):
     """A composed config, without the overrides that could not be applied."""
 
@@ -185,6 +188,8 @@ class Composer:
         inside = f"in {where[1]}: " if where and where[1] != self.config_name else ""
         if group == "model/timm" and not self._options(group):
             return f'{inside}model "timm/{name}" needs timm: pip install "qat_tricks[timm]"'
+        if (group, name) in _PLUGINS and name not in self._options(group):
+            return f'{group}={name} needs a plugin of Hydra: pip install "qat_tricks[sweep]"'
         return f'{inside}unknown {group} "{name}": {did_you_mean(name, self._options(group))}'
 
     def _options(self, group: str) -> list[str]:
