@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from qat_tricks.recipes.stages import run_stages
     from qat_tricks.trainer.checkpoints import load_from_checkpoint
     from qat_tricks.trainer.compiling import CompileNetwork
+    from qat_tricks.trainer.log_layers import LogLayers
 
 
 __all__ = [
     "CompileNetwork",
+    "LogLayers",
     "QatTricksError",
     "Recipe",
     "ValidateDeployed",
@@ -36,6 +38,7 @@ __all__ = [
 
 _HOME = {
     "CompileNetwork": "trainer.compiling",
+    "LogLayers": "trainer.log_layers",
     "QatTricksError": "errors",
     "Recipe": "recipes.callbacks",
     "ValidateDeployed": "jobs.validate_deployed",

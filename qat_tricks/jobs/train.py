@@ -22,6 +22,7 @@ from qat_tricks.recipes.recipe import Stage
 from qat_tricks.recipes.stages import run_stages
 from qat_tricks.trainer.compiling import CompileNetwork
 from qat_tricks.trainer.framework import default_package
+from qat_tricks.trainer.log_layers import LogLayers
 from qat_tricks.trainer.ranks import Ranks
 
 Logger = Any  # one of Lightning's loggers, several, or False
@@ -79,7 +80,8 @@ def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[st
         prepare_baseline(config, module, datamodule, trainer, ranks)
         module.network.to("cpu").eval()
         ranks.on_zero(record.measure_float, module.network)
-        run_stages(module, datamodule, recipe, trainer=trainer, after_stage=after_stage)
+        stages = {**trainer, "callbacks": [*trainer.get("callbacks", ()), *_logging(logger)]}
+        run_stages(module, datamodule, recipe, trainer=stages, after_stage=after_stage)
         return ranks.on_zero(record.finish, logger)
     # Lightning ends an interrupted fit with SystemExit
     except (KeyboardInterrupt, SystemExit) as error:
@@ -87,6 +89,11 @@ def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[st
             # not on_zero: the other processes may be gone
             rank_zero_only(record.save_interrupted)()
         raise
+
+
+def _logging(logger: Logger) -> list[LogLayers]:
+    """The callbacks of stages that train, for a logger; the float baseline has no such layers."""
+    return [LogLayers()] if logger else []
 
 
 def _check_classes(network: nn.Module, data: ImageData) -> None:
