@@ -2,8 +2,8 @@
 """The cost of ``qat_tricks.LogLayers``: a training step that is looked at against one that is not.
 
 One fit of ``int8_prune50``'s training stage, in which every other step is looked at, so that both
-kinds take turns and a machine that speeds up or slows down does so for both. A step lasts from one
-batch to the request for the next, logging included: in CPU time of its thread, or, on a GPU, in
+kinds take turns and a machine that speeds up or slows down does so for both. A step lasts from the
+first hook of a batch to the last one, logging included: in CPU time of its thread, or, on a GPU, in
 time until the GPU is done.
 """
 
@@ -15,7 +15,6 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
 from contextlib import redirect_stdout
 from typing import Any
 
@@ -25,12 +24,21 @@ import torchvision
 from common import Report, argument_parser, command
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 import qat_tricks
 from qat_tricks.models.build import build_model
 from qat_tricks.trainer.log_layers import EVERY_N_STEPS, LogLayers
 
-RECIPE, OVERRIDES = "int8_prune50", ["~stages.prune_qat.tricks.distill"]
+RECIPE, OVERRIDES = (
+    "int8_prune50",
+    [
+        "~stages.prune_qat.tricks.distill",
+        "prove=false",  # what comes before the training is quick
+        "stages.ptq.tricks.calibrate.num_images=32",
+        "~stages.ptq.tricks.correct_bias",
+    ],
+)
 BAR = 0.02
 NETWORKS = {
     "resnet20": (1, 8),  # of train.py, on digits: channels and pixels of its images
@@ -53,28 +61,32 @@ class Module(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1e-5, momentum=0.9)
 
 
-class Timed:
-    """Gives one batch again and again, and keeps the seconds of each step."""
+class Clock(pl.Callback):
+    """Keeps the seconds of each step, from the first hook of a batch to the last."""
 
-    def __init__(self, batch: tuple[Tensor, Tensor], steps: int) -> None:
-        self.batch, self.steps = batch, steps
+    def __init__(self, device: str) -> None:
+        self.device = device
         self.seconds: list[float] = []
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for _ in range(self.steps):
-            started = self.now()
-            yield self.batch
-            self.seconds.append(self.now() - started)
 
     def now(self) -> float:
         """On a CPU the time that this thread computes, for others share the machine."""
-        if not self.batch[0].is_cuda:
+        if self.device == "cpu":
             return time.thread_time()
         torch.cuda.synchronize()
         return time.perf_counter()
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.started = self.now()
+
+
+class Stop(pl.Callback):
+    """Ends the step of a clock, behind all other callbacks."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.clock.seconds.append(self.clock.now() - self.clock.started)
 
 
 def logger_of(name: str, folder: str) -> Any:
@@ -95,13 +107,14 @@ def measure(name: str, logger: str, args: argparse.Namespace) -> tuple[float, fl
     torch.manual_seed(0)
     channels, size = NETWORKS[name]
     batch = (torch.randn(args.batch, channels, size, size), torch.randint(0, 10, (args.batch,)))
-    loader = Timed(tuple(part.to(args.device) for part in batch), args.warmup + 2 * args.steps)
+    # A dataset of batches: Lightning takes a list of them for several loaders.
+    loader = DataLoader([batch] * (args.warmup + 2 * args.steps), batch_size=None)
     if name == "resnet20":
         network = build_model(name, num_classes=10, in_channels=channels)
     else:
         network = getattr(torchvision.models, name)(num_classes=10)
     with tempfile.TemporaryDirectory() as folder:
-        own = logger_of(logger, folder)
+        own, clock = logger_of(logger, folder), Clock(args.device)
         logged: list[int] = []
         log_metrics = own.log_metrics
         own.log_metrics = lambda found, step=None: (
@@ -113,15 +126,15 @@ def measure(name: str, logger: str, args: argparse.Namespace) -> tuple[float, fl
             devices=1,
             max_epochs=1,
             logger=own,
-            callbacks=[*qat_tricks.recipe(RECIPE, OVERRIDES), LogLayers(2)],
+            callbacks=[clock, *qat_tricks.recipe(RECIPE, OVERRIDES), LogLayers(2), Stop(clock)],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
         )
         with redirect_stdout(io.StringIO()):  # the recipe's table
             trainer.fit(Module(network).train(), loader)
-    steps = loader.seconds[-len(loader) :]  # before them the recipe has calibrated
-    seconds = steps[args.warmup + args.warmup % 2 :]  # begins with one looked at
+    seconds = clock.seconds[args.warmup + args.warmup % 2 : -1]  # begins with one looked at
+    # The last step is left out, for the recipe ends there.
     looked, plain = seconds[0::2], seconds[1::2]
     ratio = statistics.median(a / b for a, b in zip(looked, plain, strict=False))
     return statistics.median(plain), ratio - 1, max(logged)
