@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from qat_tricks.recipes.stages import run_stages
     from qat_tricks.trainer.checkpoints import load_from_checkpoint
     from qat_tricks.trainer.compiling import CompileNetwork
+    from qat_tricks.trainer.log_layers import LogLayers
 
 
 __all__ = [
     "CompileNetwork",
     "Guideline",
+    "LogLayers",
     "QatTricksError",
     "Recipe",
     "ValidateDeployed",
@@ -40,6 +42,7 @@ __all__ = [
 _HOME = {
     "CompileNetwork": "trainer.compiling",
     "Guideline": "jobs.guideline",
+    "LogLayers": "trainer.log_layers",
     "QatTricksError": "errors",
     "Recipe": "recipes.callbacks",
     "ValidateDeployed": "jobs.validate_deployed",

@@ -1,5 +1,7 @@
 """The loggers of a run: Weights & Biases, offline unless you are logged in, or another."""
 
+import base64
+import io
 import os
 import re
 import sys
@@ -13,8 +15,11 @@ from urllib.parse import urlsplit
 
 from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from PIL import Image
 
 from qat_tricks.errors import QatTricksError, did_you_mean
+from qat_tricks.evidence.page import PAGE
+from qat_tricks.jobs.report_tables import flatten, report_tables, without_before
 from qat_tricks.trainer.framework import default_package
 
 if TYPE_CHECKING:
@@ -122,7 +127,12 @@ def finish_logger(logger: Logger | bool, *, failed: bool = False) -> None:
         _warn(f"the logger could not be ended ({_reason(error)})")
 
 
-def log_report(logger: Any, report: Mapping[str, Any], folder: Path) -> None:
+def log_report(
+    logger: Any,
+    report: Mapping[str, Any],
+    folder: Path,
+    pictures: Mapping[int, str] | None = None,
+) -> None:
     """Logs a finished run's report.
 
     The figures of a stage are ``stage/NAME/accuracy`` and so on; all others are ``report/…``, such
@@ -133,6 +143,7 @@ def log_report(logger: Any, report: Mapping[str, Any], folder: Path) -> None:
         logger: from ``make_logger``, a list of loggers, or False.
         report: as in ``report.json``.
         folder: holds the files.
+        pictures: of test images, as of ``write_report``.
     """
     for one in logger if isinstance(logger, list | tuple) else [logger]:
         if not isinstance(one, Logger) or _rank() != 0:
@@ -140,7 +151,7 @@ def log_report(logger: Any, report: Mapping[str, Any], folder: Path) -> None:
         try:
             metrics = report_metrics(report)
             if isinstance(one, WandbLogger):
-                _log_to_wandb(one.experiment, metrics, report, folder)
+                _log_to_wandb(one.experiment, metrics, report, folder, pictures or {})
             else:
                 one.log_metrics(metrics)
                 one.save()
@@ -150,14 +161,14 @@ def log_report(logger: Any, report: Mapping[str, Any], folder: Path) -> None:
 
 def report_metrics(report: Mapping[str, Any]) -> dict[str, float]:
     """Returns the figures of a report by their path, such as ``stage/onnx/accuracy``."""
-    stages = {f"stage/{stage['name']}": _without_before(stage) for stage in report["stages"]}
+    stages = {f"stage/{stage['name']}": without_before(stage) for stage in report["stages"]}
     # neither of these describes the result
     others = {
         key: value
         for key, value in report.items()
         if key not in ("stages", "preprocessing", "environment")
     }
-    flat = _flatten({**stages, "report": others})
+    flat = flatten({**stages, "report": others})
     return {
         key: value
         for key, value in flat.items()
@@ -166,16 +177,15 @@ def report_metrics(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _log_to_wandb(
-    run: Any, metrics: dict[str, float], report: Mapping[str, Any], folder: Path
+    run: Any,
+    metrics: dict[str, float],
+    report: Mapping[str, Any],
+    folder: Path,
+    pictures: Mapping[int, str],
 ) -> None:
     import wandb  # slow to load
 
-    rows = [_cells(_flatten(_without_before(stage))) for stage in report["stages"]]
-    columns = list(dict.fromkeys(key for row in rows for key in row))  # in order, each once
-    table = wandb.Table(
-        columns=[*columns], data=[[row.get(column) for column in columns] for row in rows]
-    )
-    run.log({**metrics, "ledger": table})
+    run.log(metrics)
     run.summary.update({**metrics, **{key: report[key] for key in ("recipe", "model", "data")}})
     name = "-".join(str(report[key]) for key in ("recipe", "model", "data"))
     # W&B takes 100 keys of metadata, and a report has more figures: each group is one.
@@ -188,28 +198,33 @@ def _log_to_wandb(
         if (folder / file).is_file():
             artifact.add_file(str(folder / file), policy="immutable")
     run.log_artifact(artifact)
+    # Last: a cell that W&B does not take costs no figure and no file.
+    run.log(_media(report, folder, pictures))
 
 
-def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What a table of W&B takes: it asks one type of a column, and lists differ in theirs."""
-    return {key: value for key, value in row.items() if not isinstance(value, (list, tuple))}
+def _media(report: Mapping[str, Any], folder: Path, pictures: Mapping[int, str]) -> dict[str, Any]:
+    """The tables and the page of a report, as W&B shows them."""
+    import wandb  # slow to load
+
+    media: dict[str, Any] = {}
+    for title, rows in report_tables(report).items():
+        if title == "disagreements":
+            rows = [{"picture": _picture(pictures.get(row["image"])), **row} for row in rows]
+        media[title] = wandb.Table(columns=[*rows[0]], data=[[*row.values()] for row in rows])
+    if (folder / PAGE).is_file():
+        # The artifact has it too, and shows nothing of it.
+        media["page"] = wandb.Html(str(folder / PAGE), inject=False)
+    return media
 
 
-def _without_before(stage: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a stage without the metrics before it, which are those of the stage before."""
-    return {key: value for key, value in stage.items() if key != "before"}
+def _picture(address: str | None) -> Any:
+    """The picture of an address of ``disagreement_pictures``, as W&B shows it; None has none."""
+    import wandb  # slow to load
 
-
-def _flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns nested mappings as one, the keys joined by ``/``."""
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        flat |= (
-            _flatten(value, f"{prefix}{key}/")
-            if isinstance(value, Mapping)
-            else {f"{prefix}{key}": value}
-        )
-    return flat
+    if address is None:
+        return None
+    png = base64.b64decode(address.partition(",")[2])
+    return wandb.Image(Image.open(io.BytesIO(png)))
 
 
 def _rank() -> int:

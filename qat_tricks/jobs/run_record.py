@@ -133,9 +133,10 @@ class RunRecord:
         save_checkpoint(self.module, self.folder / "model.ckpt")
         with torch_threads(self.config.measure.threads):
             report = self._report()
-        write_report(self.folder, report, disagreement_pictures(self.data, report))
+        pictures = disagreement_pictures(self.data, report)
+        write_report(self.folder, report, pictures)
         Console().print(self.ledger.as_table())
-        log_report(logger, report, self.folder)
+        log_report(logger, report, self.folder, pictures)
         return report
 
     def save_interrupted(self) -> None:

@@ -26,6 +26,9 @@ from qat_tricks.recipes.stages import run_stages
 from qat_tricks.trainer.compiling import CompileNetwork
 from qat_tricks.trainer.framework import default_package
 from qat_tricks.trainer.module import workbench_of
+
+
+from qat_tricks.trainer.log_layers import LogLayers
 from qat_tricks.trainer.ranks import Ranks
 
 Logger = Any  # one of Lightning's loggers, several, or False
@@ -83,13 +86,13 @@ def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[st
         prepare_baseline(config, module, datamodule, trainer, ranks)
         module.network.to("cpu").eval()
         ranks.on_zero(record.measure_float, module.network)
+        stages = {**trainer, "callbacks": [*trainer.get("callbacks", ()), *_logging(logger)]}
         if recipe.name == GUIDELINE:
-            result = _run_guideline(config, folder, recipe, module, datamodule, trainer)
+            result = _run_guideline(config, folder, recipe, module, datamodule, stages)
             record.take_guideline(result)
-            module = record.module
-            after_stage(record.recipe.stages[0], workbench_of(module).network)
+            after_stage(record.recipe.stages[0], workbench_of(record.module).network)
         else:
-            run_stages(module, datamodule, recipe, trainer=trainer, after_stage=after_stage)
+            run_stages(module, datamodule, recipe, trainer=stages, after_stage=after_stage)
         return ranks.on_zero(record.finish, logger)
     # Lightning ends an interrupted fit with SystemExit
     except (KeyboardInterrupt, SystemExit) as error:
@@ -123,6 +126,11 @@ def _run_guideline(
         seed=config.seed,
         prepare=prepare,
     )
+
+
+def _logging(logger: Logger) -> list[LogLayers]:
+    """The callbacks of stages that train, for a logger; the float baseline has no such layers."""
+    return [LogLayers()] if logger else []
 
 
 def _check_classes(network: nn.Module, data: ImageData) -> None:

@@ -16,6 +16,7 @@ from qat_tricks.jobs.loggers import (
     report_metrics,
 )
 from qat_tricks.settings.compose import Composer
+from tests.evidence.test_page import PICTURE, whole
 from tests.helpers import wandb_file
 from tests.helpers.lightning import pl
 from tests.helpers.samples import report
@@ -84,7 +85,7 @@ def test_an_offline_run_holds_metrics_config_table_and_artifact(tmp_path, capfd)
     assert next(record for record in run if record.HasField("exit")).exit.exit_code == 0
 
     assert metrics["ledger/_type"] == "table-file"
-    (table,) = tmp_path.glob("wandb/*run-*/files/media/table/*.table.json")
+    (table,) = tmp_path.glob("wandb/*run-*/files/media/table/ledger_*.table.json")
     rows = json.loads(table.read_text())
     accuracies = [row[rows["columns"].index("accuracy")] for row in rows["data"]]
     assert accuracies == [stage["accuracy"] for stage in written["stages"]]
@@ -100,6 +101,33 @@ def test_an_offline_run_holds_metrics_config_table_and_artifact(tmp_path, capfd)
 
     printed = capfd.readouterr()
     assert printed.out + printed.err == ""
+
+
+def test_wandb_shows_the_page_its_tables_and_its_pictures(tmp_path, capsys):
+    written = whole()
+    images = [row["image"] for row in written["comparison"]["disagreements"]]
+    pictures = dict.fromkeys(images[:3], PICTURE)
+    write_report(tmp_path, written, pictures)
+    logger = make_logger(config(), tmp_path)
+    log_report(logger, written, tmp_path, pictures)
+    finish_logger(logger)
+    assert capsys.readouterr().err == ""
+    records = wandb_file.records(tmp_path)
+    metrics = wandb_file.history(records)
+    tables = ("ledger", "layers", "classes", "confusions", "disagreements", "checklist")
+    assert {metrics[f"{name}/_type"] for name in tables} == {"table-file"}
+    media = next(tmp_path.glob("wandb/*run-*/files"))
+    (page,) = (media / "media" / "html").glob("page_*.html")
+    assert page.read_text() == (tmp_path / "report.html").read_text()
+    shown = json.loads((media / metrics["disagreements/path"]).read_text())
+    assert [row[shown["columns"].index("image")] for row in shown["data"]] == images
+    # W&B shows a table from an artifact of its own, which has the pictures.
+    (table,) = [
+        record.artifact
+        for record in records
+        if record.HasField("artifact") and record.artifact.name.endswith("disagreements")
+    ]
+    assert [entry.path[-4:] for entry in table.manifest.contents].count(".png") == 1  # all the same
 
 
 def test_a_report_of_more_figures_than_wandb_takes_as_metadata_has_its_artifact(tmp_path, capsys):

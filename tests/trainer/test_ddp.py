@@ -56,8 +56,10 @@ def test_both_train_and_the_first_alone_measures_and_writes(tmp_path, train):
         f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")
     }
     with (tmp_path / "run" / "csv" / "metrics.csv").open() as file:
-        steps = [int(row["step"]) for row in csv.DictReader(file) if row["val/loss"]]
+        rows = [*csv.DictReader(file)]
+    steps = [int(row["step"]) for row in rows if row["val/loss"]]
     assert steps == [3, 7, 3]  # of 256 images: 32 for each process and step
+    assert [row["step"] for row in rows if row["layer/x/clip_rate"]] == ["0"]
 
 
 @pytest.mark.feature("DDP: both processes remove the same channels")
