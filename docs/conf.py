@@ -30,6 +30,8 @@ autodoc_preserve_defaults = True
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
+nb_execution_in_temp = True  # they write files
+nb_output_stderr = "remove"  # Lightning's warnings name files of this machine
 nb_merge_streams = True
 
 write_pages(HERE.parent, HERE / "generated")

@@ -378,8 +378,8 @@ def draw_distill(figure: Figure) -> str:
     sure = float(teacher.softmax(1).amax())
     pulls = [float(pull.abs().max()) for pull in (by_label, by_teacher)]
     return (
-        f"Of this image the float network itself is only {sure:.0%} sure. The label pulls at a logit "
-        f"with up to {pulls[0]:.2f}, and the float network, which knows better, with {pulls[1]:.2f}."
+        f"Of this image the float network itself is only {sure:.0%} sure. The label pulls at a "
+        f"logit with up to {pulls[0]:.2f}, the float network, which knows better, {pulls[1]:.2f}."
     )
 
 

@@ -13,7 +13,6 @@ from draw_tricks import write_pictures
 import qat_tricks
 from qat_tricks.deploy.targets import TARGETS
 from qat_tricks.recipes.recipe import Stage, load_recipe
-from qat_tricks.recipes.registry import trick_config
 
 SECTIONS = {
     "Install and run": "install",
@@ -97,7 +96,7 @@ def recipes_table(root: Path) -> str:
 
 
 def _stage_cell(stage: Stage) -> str:
-    tricks = ", ".join(f"[{trick.name}](#{trick.name})" for trick in stage.tricks)
+    tricks = ", ".join(f"[{trick.name}](tricks.md#{trick.name})" for trick in stage.tricks)
     trains = f", {stage.epochs} epochs, learning rate {stage.lr:g}" if stage.epochs else ""
     return f"**{stage.name}**{trains}: {tricks}"
 
@@ -111,8 +110,8 @@ def targets_table() -> str:
     for name, target in TARGETS.items():
         kinds = ", ".join(f"`{kind}`" for kind in target.activations)
         rows.append(
-            f"| `{name}` | {target.about} | {kinds} | {target.max_weight_bits} | {target.functions} "
-            f"| {target.sparsity} |"
+            f"| `{name}` | {target.about} | {kinds} | {target.max_weight_bits} "
+            f"| {target.functions} | {target.sparsity} |"
         )
     return "\n".join(rows) + "\n"
 
@@ -137,7 +136,7 @@ def trick_modules(root: Path) -> str:
     for name in names(root, "trick"):
         module = f"qat_tricks.tricks.{name}"
         assert import_module(module).__doc__
-        options = "   :members:\n   :no-index-entry:\n"
+        options = "   :members:\n"
         parts.append(f"## {name}\n\n```{{eval-rst}}\n.. automodule:: {module}\n{options}```\n")
     return "\n".join(parts)
 
