@@ -1,4 +1,4 @@
-"""Settings of the site: ``sphinx-build -W docs OUT``."""
+"""Settings of the site: ``sphinx-build -W docs build/site``."""
 
 import sys
 from pathlib import Path
