@@ -42,7 +42,7 @@ def render_page(report: Mapping[str, Any], pictures: Mapping[int, str]) -> str:
     stages = report["stages"]
     steps, proofs = steps_of(stages), proofs_of(stages)
     # the template is strict: keys that a report may lack get a value here
-    optional = ("comparison", "profile", "command", "layers")
+    optional = ("comparison", "profile", "command", "layers", "guideline")
     mappings = ("size_bytes", "latency_ms", "memory_mib", "parity", "load_ms", "compressed_bytes")
     fields: dict[str, Any] = {key: report.get(key) for key in optional}
     fields |= {key: report.get(key) or {} for key in mappings}

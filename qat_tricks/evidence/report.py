@@ -112,6 +112,7 @@ def render(report: dict[str, Any]) -> str:
         "preprocessing_change": report.get("preprocessing_change"),
         "sensitivity": report.get("sensitivity"),
         "channels": report.get("channels"),
+        "guideline": report.get("guideline"),
         "mixed_precision": report.get("mixed_precision"),
         "normalization": report.get("normalization"),
         "target": target,

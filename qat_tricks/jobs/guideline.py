@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qat_tricks.errors import QatTricksError, one_line
+from qat_tricks.evidence.language import ENGLISH
 from qat_tricks.evidence.paired import show_change
 from qat_tricks.evidence.show import show
 from qat_tricks.files import read_json, write_json
@@ -43,6 +44,7 @@ from qat_tricks.trainer.framework import PACKAGES
 if TYPE_CHECKING:
     from pytorch_lightning import LightningDataModule, LightningModule
 
+WITHIN, OVER, FAILED = "within the budget", "over the budget", "does not work here"
 FEW = 512  # validation images of the first look
 QUIET = {
     "logger": False,
@@ -64,9 +66,25 @@ class Outcome:
     command: str  # the arguments of ``train.py`` that run this step alone
     foretold_seconds: float | None
     seconds: float
-    within: bool  # the budget
-    decision: str  # and why
-    judgement: dict[str, Any] | None = None  # see ``Judgement``; None of a step that failed
+    decision: str  # WITHIN, OVER or FAILED
+    reason: str  # of a step that failed
+    judgement: dict[str, Any] | None  # see ``Judgement``; None of a step that failed
+
+    @property
+    def within(self) -> bool:
+        """Whether the step loses no more than the budget."""
+        return self.decision == WITHIN
+
+    def __str__(self) -> str:
+        """One line of a step that has been tried."""
+        if self.judgement is None:
+            return f"{self.name}: {self.decision} ({self.reason})"
+        agreement = show(self.judgement["agreement"], "percent")
+        change = show_change(self.judgement["change"], ENGLISH)
+        return (
+            f"{self.name}: {change}, agreement {agreement}, {show(self.seconds, 'seconds')}: "
+            f"{self.decision}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +121,7 @@ class Guideline:
     def __str__(self) -> str:
         """The verdict in one line."""
         assert self.kept.judgement is not None
-        change = show_change(self.kept.judgement["change"])
+        change = show_change(self.kept.judgement["change"], ENGLISH)
         held = "within" if self.within else "NOT within"
         return (
             f"kept {self.kept.name}: {change} on {self.images} validation images, {held} the "
@@ -204,7 +222,7 @@ class _Run:
             if outcomes[-1].within:
                 break
         if self.best is None:
-            reasons = "; ".join(f"{outcome.name}: {outcome.decision}" for outcome in outcomes)
+            reasons = "; ".join(map(str, outcomes))
             raise QatTricksError(f"no step of the guideline works on this network: {reasons}")
         for step in pruning if self.best[0].within else []:
             outcomes.append(self._try(step, foretold[step.name], prunes=True))
@@ -220,13 +238,25 @@ class _Run:
             self.last = self._restored(outcome)
         else:
             started = time.perf_counter()
-            judgement, step, failed = self._judged(step)
-            outcome = self._outcome(step, judgement, failed, foretold, prunes)
-            outcome = Outcome(**{**asdict(outcome), "seconds": time.perf_counter() - started})
+            judgement, step, reason = self._judged(step)
+            lost = None if judgement is None else -judgement.change["points"]
+            over = lost is not None and lost > self.settings.budget
+            outcome = Outcome(
+                name=step.name,
+                does=step.does,
+                recipe=step.recipe,
+                overrides=list(step.overrides),
+                command=step.command,
+                foretold_seconds=foretold,
+                seconds=time.perf_counter() - started,
+                decision=FAILED if judgement is None else OVER if over else WITHIN,
+                reason=reason,
+                judgement=None if judgement is None else asdict(judgement),
+            )
             self._keep_state(outcome)
         if outcome.judgement is not None and self._is_better(outcome, prunes):
             self.best = (outcome, self.last)
-        self.console.print(f"  {outcome.name}: {outcome.decision}", highlight=False)
+        self.console.print(f"  {outcome}", highlight=False, soft_wrap=True)
         return outcome
 
     def _judged(self, step: Step) -> tuple[Judgement | None, Step, str]:
@@ -240,37 +270,6 @@ class _Run:
         except QatTricksError as error:
             return None, step, one_line(error)
         return self.judge.judge(self.last), step, ""
-
-    def _outcome(
-        self,
-        step: Step,
-        judgement: Judgement | None,
-        failed: str,
-        foretold: float | None,
-        prunes: bool,
-    ) -> Outcome:
-        within = judgement is not None and -judgement.change["points"] <= self.settings.budget
-        if judgement is None:
-            decision = f"does not work here ({failed})"
-        else:
-            next_one = "a smaller share is kept" if prunes else "a dearer step is tried, if any"
-            decision = (
-                f"{show_change(judgement.change)}, agreement {show(judgement.agreement, 'percent')}"
-                f": {'within' if within else 'more than'} the budget of {self.settings.budget:g}, "
-                f"{'kept' if within else next_one}"
-            )
-        return Outcome(
-            name=step.name,
-            does=step.does,
-            recipe=step.recipe,
-            overrides=list(step.overrides),
-            command=step.command,
-            foretold_seconds=foretold,
-            seconds=0.0,
-            within=within,
-            decision=decision,
-            judgement=None if judgement is None else asdict(judgement),
-        )
 
     def _is_better(self, outcome: Outcome, prunes: bool) -> bool:
         """Whether a step takes the place of the one that is kept so far."""
@@ -327,9 +326,9 @@ class _Run:
             judgement = self.judge.judge_on_few(module)
             self.state["potential"] = asdict(judgement)
         potential = self.state["potential"]
+        change = show_change(potential["change"], ENGLISH)
         self.console.print(
-            f"  at first sight, 8 bits without training: {show_change(potential['change'])} on "
-            f"{potential['images']} of them",
+            f"  at first sight, 8 bits without training: {change} on {potential['images']} of them",
             highlight=False,
         )
 

@@ -25,10 +25,8 @@ from qat_tricks.recipes.recipe import GUIDELINE, Stage, StagedRecipe
 from qat_tricks.recipes.stages import run_stages
 from qat_tricks.trainer.compiling import CompileNetwork
 from qat_tricks.trainer.framework import default_package
-from qat_tricks.trainer.module import workbench_of
-
-
 from qat_tricks.trainer.log_layers import LogLayers
+from qat_tricks.trainer.module import workbench_of
 from qat_tricks.trainer.ranks import Ranks
 
 Logger = Any  # one of Lightning's loggers, several, or False
@@ -62,12 +60,7 @@ def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[st
     recipe = fitted_recipe(config)
     data = load_data(config.data)
     module = make_classifier(config, data)
-    trainer: dict[str, Any] = {
-        **OmegaConf.to_container(config.trainer, resolve=True),  # type: ignore[dict-item]
-        "logger": logger,
-    }
-    if trainer.pop("compile", False):  # a user's own trainer config may lack it
-        trainer["callbacks"] = [CompileNetwork()]
+    trainer = _trainer_settings(config, logger)
     # Checked now: training would fail only at its first loss.
     _check_classes(module.network, data)
     check_untraced(module.network, recipe.untraced)  # before the baseline is trained
@@ -86,7 +79,7 @@ def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[st
         prepare_baseline(config, module, datamodule, trainer, ranks)
         module.network.to("cpu").eval()
         ranks.on_zero(record.measure_float, module.network)
-        stages = {**trainer, "callbacks": [*trainer.get("callbacks", ()), *_logging(logger)]}
+        stages = {**trainer, "callbacks": [*trainer["callbacks"], *_logging(logger)]}
         if recipe.name == GUIDELINE:
             result = _run_guideline(config, folder, recipe, module, datamodule, stages)
             record.take_guideline(result)
@@ -100,6 +93,13 @@ def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[st
             # not on_zero: the other processes may be gone
             rank_zero_only(record.save_interrupted)()
         raise
+
+
+def _trainer_settings(config: DictConfig, logger: Logger) -> dict[str, Any]:
+    settings: Any = OmegaConf.to_container(config.trainer, resolve=True)
+    # a user's own trainer config may lack it
+    callbacks = [CompileNetwork()] if settings.pop("compile", False) else []
+    return {**settings, "callbacks": callbacks, "logger": logger}
 
 
 def _run_guideline(

@@ -74,13 +74,9 @@ def run_stages(
                 module.lr = stage.lr  # type: ignore[assignment]
             _train(module, frozen)
             callbacks = [session, *stage.tricks, *extra_callbacks]
-            if checkpoints is not None:
-                callbacks.append(_each_epoch(package, checkpoints, stage))
-                settings["enable_checkpointing"] = True
-            fit = package.Trainer(max_epochs=stage.epochs, callbacks=callbacks, **settings)
-        last = None if checkpoints is None else _checkpoint_of(checkpoints, stage)
-        goes_on = last is not None and stage.epochs > 0 and last.is_file()
-        name_stage(fit, stage.name).fit(module, **data, ckpt_path=last if goes_on else None)
+            kept = _kept(package, checkpoints, stage, callbacks)
+            fit = package.Trainer(max_epochs=stage.epochs, **{**settings, **kept})
+        name_stage(fit, stage.name).fit(module, **data, ckpt_path=_last(checkpoints, stage))
         work = workbench_of(module)
         # The float copy fits only this stage's network.
         work.drop_reference()
@@ -89,17 +85,24 @@ def run_stages(
     return module
 
 
-def _each_epoch(package: Any, folder: Path, stage: Stage) -> Any:
-    """Lightning's callback that keeps the newest checkpoint of a stage's fit."""
-    return package.callbacks.ModelCheckpoint(
+def _kept(package: Any, folder: Path | None, stage: Stage, callbacks: list[Any]) -> dict[str, Any]:
+    """The callbacks of a stage's fit, with one that keeps its newest checkpoint in ``folder``."""
+    if folder is None:
+        return {"callbacks": callbacks}
+    keep = package.callbacks.ModelCheckpoint(
         dirpath=folder,
-        filename=_checkpoint_of(folder, stage).stem,
+        filename=stage.name,
         enable_version_counter=False,  # the newest one takes the place of the one before
     )
+    return {"callbacks": [*callbacks, keep], "enable_checkpointing": True}
 
 
-def _checkpoint_of(folder: Path, stage: Stage) -> Path:
-    return folder / f"{stage.name}.ckpt"
+def _last(folder: Path | None, stage: Stage) -> Path | None:
+    """The checkpoint from which a stage's fit goes on."""
+    if folder is None or stage.epochs == 0:
+        return None
+    path = folder / f"{stage.name}.ckpt"
+    return path if path.is_file() else None
 
 
 def _trainer_settings(given: Mapping[str, Any] | None) -> dict[str, Any]:

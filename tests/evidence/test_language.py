@@ -16,6 +16,12 @@ from qat_tricks.evidence.templates import environment
 from qat_tricks.graph.bit_options import UNITS
 from qat_tricks.graph.channel_check import DEPENDS
 from qat_tricks.graph.trace_kept import TRACED
+from qat_tricks.jobs.guideline import FAILED, OVER, WITHIN
+from qat_tricks.recipes.guideline_steps import (
+    GuidelineSettings,
+    pruning_steps,
+    quality_steps,
+)
 from tests.evidence.test_page import PICTURE, Page, whole
 from tests.helpers import ROOT
 
@@ -33,10 +39,26 @@ NAMES = set(
     x64quantprecision model.onnx report.json report.md python train.py
     int8_ptq resnet20 digits Prozessor conv relu Conv equalize Klasse recipe model.name mean
     onnxruntime_cpu Reorder sha256 abc conv2
-    session.x64quantprecision
+    session.x64quantprecision ptq qat sparsity_0.2 latency_0.5 train.py int8_ptq
 """,
     )
 )
+
+
+def tried(name, does, decision):
+    """A step of the guideline."""
+    change = {"points": -1.0, "low": -2.0, "high": 0.0}
+    judgement = None if decision == "does not work here" else {"change": change, "agreement": 0.9}
+    return {
+        "name": name,
+        "does": does,
+        "decision": decision,
+        "judgement": judgement,
+        "reason": "",
+        "command": "recipe=int8_ptq",
+        "foretold_seconds": None,
+        "seconds": 2.0,
+    }
 
 
 def everything(**changes):
@@ -72,6 +94,14 @@ def everything(**changes):
         },
         "mixed_precision": {**mixed, "kl": 0.1, "together": 0.2, "parts": [part]},
         "sensitivity": {"images": 64, "parts": [{**part, **error}], "together": error},
+        "guideline": {
+            "budget": 0.5, "images": 100, "kept": "qat", "within": False, "foretold_seconds": 9.0,
+            "seconds": 8.0, "steps": [
+                tried("ptq", "quantize without training", "over the budget"),
+                tried("sparsity_0.2", "prune 0.2 of the weights while fine-tuning", WITHIN),
+                tried("latency_0.5", "remove channels until 0.5 of the latency is left", FAILED),
+            ],
+        },
         "throughput": [{"runtime": "onnxruntime", "threads": 1, "batch_size": 1, "int8": 9.0}],
         "runtimes": {"onnxruntime": {**runtime, "int8_layers": 1.0}},
         "conversions": {"int8": {"count": 3, "share": 0.1, "by_type": {"Reorder": 3}}},
@@ -108,6 +138,15 @@ def test_the_catalogue_has_each_sentence_of_the_templates_and_the_code_and_no_ot
     assert len(used) > 150
     assert used - set(JAPANESE.sentences) == set()
     assert set(JAPANESE.sentences) - used == set()
+
+
+@pytest.mark.parametrize("aims", [{"sparsity": 0.5}, {"latency": 0.5}, {"weight_bits": 4}], ids=str)
+def test_the_catalogue_has_the_words_of_the_guideline(aims):
+    settings = GuidelineSettings(**aims)
+    for step in [*quality_steps(settings), *pruning_steps(settings)]:
+        assert JAPANESE.word(step.does) != step.does
+    for decision in (WITHIN, OVER, FAILED):
+        assert JAPANESE.word(decision) != decision
 
 
 def test_the_catalogue_has_the_words_of_the_other_rooms():

@@ -236,13 +236,15 @@ def test_a_run_reports_how_the_guideline_chose(tmp_path):
     assert chosen["kept"] == "ptq"
     assert chosen["within"] is True
     assert [stage["name"] for stage in report["stages"]] == ["fp32", "ptq", "onnx"]
-    assert chosen["steps"][0]["decision"].endswith("kept")
+    assert chosen["steps"][0]["decision"] == "within the budget"
     assert chosen["foretold_seconds"] > 0
     assert (tmp_path / "run" / "model.onnx").is_file()
     written = json.loads((tmp_path / "run" / "report.json").read_text())
     assert written["guideline"] == chosen
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "recipe=int8_ptq" in page
+    assert "How the guideline chose" in page
+    assert "<code>recipe=int8_ptq</code>" in page
+    assert "`recipe=int8_ptq`" in (tmp_path / "run" / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
