@@ -61,8 +61,7 @@ def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[st
     data = load_data(config.data)
     module = make_classifier(config, data)
     trainer = _trainer_settings(config, logger)
-    # Checked now: training would fail only at its first loss.
-    _check_classes(module.network, data)
+    _check_classes(module.network, data)  # now: training would fail only at its first loss
     check_untraced(module.network, recipe.untraced)  # before the baseline is trained
 
     datamodule = ImageDataModule(data)

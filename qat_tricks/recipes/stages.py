@@ -64,8 +64,7 @@ def run_stages(
         # A trick is applied once in each stage, and may come again in a later one.
         if has_workbench(module):
             workbench_of(module).applied.clear()
-        # A trainer of the other Lightning package would not take the module.
-        package = package_of(module)
+        package = package_of(module)  # a trainer of the other one would not take the module
         if stage.epochs == 0:
             callbacks = [session, *stage.tricks]
             fit = set_up_trainer(package)(max_epochs=1, callbacks=callbacks, **settings)
@@ -78,8 +77,7 @@ def run_stages(
             fit = package.Trainer(max_epochs=stage.epochs, **{**settings, **kept})
         name_stage(fit, stage.name).fit(module, **data, ckpt_path=_last(checkpoints, stage))
         work = workbench_of(module)
-        # The float copy fits only this stage's network.
-        work.drop_reference()
+        work.drop_reference()  # the float copy fits only this stage's network
         if after_stage is not None and recipe.stages:
             after_stage(stage, work.network)
     return module
