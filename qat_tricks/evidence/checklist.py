@@ -18,6 +18,7 @@ LARGEST_F1_DROP = 1.0  # points of macro F1
 LARGEST_ECE_RISE = 0.02
 LARGEST_NLL_RISE = 0.10  # of float's
 LEAST_COVERAGE = 0.99  # of the multiplications
+LARGEST_SHIFT = 0.1  # of an activation's range, between the means on two sets of images
 LARGEST_CLIPPED = 0.01  # of an 8-bit activation's values
 
 PASS, FAIL, OPEN = "pass", "fail", "not measured"
@@ -93,7 +94,7 @@ def _worst_class(report: Mapping[str, Any], say: Language) -> Found | None:
 
 
 def _calibration(report: Mapping[str, Any], say: Language) -> Found | None:
-    """Whether the test images stay within the ranges that the calibration images gave."""
+    """Whether the test images stay within the ranges of the calibration images, and near them."""
     tensors = (report.get("layers") or {}).get("tensors") or ()
     fine = [
         row
@@ -108,7 +109,17 @@ def _calibration(report: Mapping[str, Any], say: Language) -> Found | None:
         share=show(worst["clipped"], "percent"),
         name=worst["name"],
     )
-    return _when(worst["clipped"] <= LARGEST_CLIPPED, figure)
+    compared = report.get("calibration") or {"shift": None}
+    if compared["shift"] is None:
+        return _when(worst["clipped"] <= LARGEST_CLIPPED, figure)
+    figure += say(
+        "; means apart by at most %(shift)s of a range (%(tensor)s), shares of a class by %(gap)s "
+        "(%(class)s)",
+        shift=show(compared["shift"], "percent"),
+        gap=show(compared["class_gap"], "percent"),
+        **{key: compared[key] for key in ("tensor", "class")},
+    )
+    return _when(worst["clipped"] <= LARGEST_CLIPPED and compared["shift"] <= LARGEST_SHIFT, figure)
 
 
 def _preprocessing(report: Mapping[str, Any], say: Language) -> Found | None:

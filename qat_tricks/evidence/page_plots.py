@@ -241,10 +241,12 @@ def proofs_plot(proofs: Sequence[Mapping[str, Any]], say: Language) -> Markup | 
             axes.plot(proof["kl_before"], place, "|", color=INK, ms=10)
             axes.plot(proof["kl_after"], place, "o", color=colour, ms=6)
         axes.set_xscale("log")
-        # Not as powers of ten, whose exponents would be math; a narrow range has ticks too.
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        # Not as powers of ten, whose exponents would be math; a narrow range has none between.
+        ends = [proof[key] for proof in known for key in ("kl_before", "kl_after")]
+        is_narrow = max(ends) < 20 * min(ends)
+        axes.xaxis.set_major_locator(MaxNLocator(5) if is_narrow else LogLocator())
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter("{x:.2g}")
+        axes.xaxis.set_major_formatter("{x:.3g}")
         _name_rows(axes, [_short(proof["trick"]) for proof in known])
         axes.set_xlabel(
             say("KL divergence from float, nats: | before, dot after; grey: rolled back")

@@ -26,6 +26,37 @@ def layer_figures(network: nn.Module | None, batches: Iterable[Inputs]) -> dict[
     """``tensor_figures`` of the first images, as a report has them; None of a float network."""
     if not isinstance(network, TracedNetwork) or not is_calibrated(network):
         return None
+    few = _few(batches)
+    images = sum(map(batch_size, few))
+    return {"images": images, "tensors": tensor_figures(network, few)}
+
+
+def activation_shifts(
+    network: nn.Module | None, first: Iterable[Inputs], second: Iterable[Inputs]
+) -> dict[str, float]:
+    """How far the mean of each quantized activation lies apart on two sets of images.
+
+    Args:
+        network: nothing is told of a float one.
+        first: inputs of the network, of which a few are run.
+        second: likewise.
+
+    Returns:
+        The distances by the names of the tensors, in units of the tensor's range.
+    """
+    if not isinstance(network, TracedNetwork) or not is_calibrated(network):
+        return {}
+    one, other = (_mean_activations(network, _few(batches)) for batches in (first, second))
+    quantizers = activation_quantizers(network)
+    shifts = {}
+    for name in one:
+        low, high = quantizers[name].range
+        shifts[name.removeprefix(f"{QUANTIZERS}.")] = abs(other[name] - one[name]) / (high - low)
+    return shifts
+
+
+def _few(batches: Iterable[Inputs]) -> list[Inputs]:
+    """The first batches, of ``FEW_IMAGES`` images or a few more."""
     few: list[Inputs] = []
     images = 0
     for inputs in batches:
@@ -33,7 +64,31 @@ def layer_figures(network: nn.Module | None, batches: Iterable[Inputs]) -> dict[
         images += batch_size(inputs)
         if images >= FEW_IMAGES:
             break
-    return {"images": images, "tensors": tensor_figures(network, few)}
+    return few
+
+
+@torch.no_grad()
+def _mean_activations(traced: fx.GraphModule, batches: Iterable[Inputs]) -> dict[str, float]:
+    """The mean of each quantized activation in float; of those that have a value at all."""
+    sums: dict[str, list[float]] = {}  # and counts
+
+    def note(name: str) -> Any:
+        def hook(quantizer: nn.Module, given: tuple[Tensor], out: Tensor) -> None:
+            total, count = sums.setdefault(name, [0.0, 0])
+            sums[name] = [total + float(out.double().sum()), count + out.numel()]
+
+        return hook
+
+    quantizers = {n: q for n, q in activation_quantizers(traced).items() if q.is_on}
+    handles = [q.register_forward_hook(note(name)) for name, q in quantizers.items()]
+    try:
+        with evaluating(traced), float_mode(traced):
+            for inputs in batches:
+                call_network(traced, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: total / count for name, (total, count) in sums.items() if count}
 
 
 @torch.no_grad()

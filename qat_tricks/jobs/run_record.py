@@ -36,6 +36,7 @@ from qat_tricks.evidence.report import REQUIRED_KEYS, write_report
 from qat_tricks.graph.spec import channels_of, mixed_precision_of, spec_of
 from qat_tricks.graph.tensor_figures import layer_figures
 from qat_tricks.graph.traced_network import TracedNetwork
+from qat_tricks.jobs.calibration import calibration_figures
 from qat_tricks.jobs.classifier import Classifier
 from qat_tricks.jobs.config import command, timing
 from qat_tricks.jobs.description import to_metadata
@@ -272,6 +273,7 @@ class RunRecord:
             "layers": layer_figures(
                 self.module.network, (x for x, _ in self.data.test_dataloader())
             ),
+            "calibration": calibration_figures(self.module.network, self.data, metrics.labels),
             "parity": self.parity,
             **device,
             **self._validated(),

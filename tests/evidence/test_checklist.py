@@ -80,6 +80,16 @@ def test_test_images_beyond_the_ranges_tell_of_calibration(clipped, state):
     assert of(made, "calibration")[0] == state
 
 
+@pytest.mark.parametrize(("shift", "state"), [(0.02, PASS), (0.3, FAIL)])
+def test_calibration_images_whose_activations_lie_elsewhere_are_told(shift, state):
+    row = {"name": "relu", "kind": "activation", "bits": 8, "clipped": 0.002}
+    compared = {"images": 256, "class_gap": 0.05, "class": "cat", "shift": shift, "tensor": "pool"}
+    made = report(layers={"images": 256, "tensors": [row]}, calibration=compared)
+    found, figure = of(made, "calibration")
+    assert found == state
+    assert f"{shift:.2%} of a range (pool), shares of a class by 5.00% (cat)" in figure
+
+
 @pytest.mark.parametrize(("decibels", "state"), [(200.0, PASS), (133.0, PASS), (40.0, FAIL)])
 def test_steps_that_are_to_change_nothing(decibels, state):
     made = report()

@@ -108,6 +108,8 @@ def everything(**changes):
         "preprocessing_change": {"differences": ["mean: 0 → 1"], "accuracy": 0.9, "agreement": 0.9},
         "normalization": "built in",
         "target": "onnxruntime_cpu",
+        "calibration": {"images": 64, "class_gap": 0.1, "class": "Klasse",
+                        "shift": 0.2, "tensor": "relu"},
     }  # fmt: skip
     made |= changes
     return made | {"checklist": checklist(made)}

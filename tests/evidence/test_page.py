@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 import subprocess
@@ -6,6 +7,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
+from qat_tricks.evidence.checklist import checklist
 from qat_tricks.evidence.comparison import write_comparison
 from qat_tricks.evidence.language import ENGLISH
 from qat_tricks.evidence.metrics import Metrics
@@ -111,7 +113,7 @@ def test_every_figure_of_the_sample_is_drawn_and_no_stand_in_colour_is_left():
 
 def test_figures_leave_their_font_to_the_page_and_their_numbers_are_text():
     text = render_page(whole(), {})
-    assert ">0.1</text>" in text  # on the logarithmic axis of the proofs
+    assert ">0.15</text>" in text  # on the logarithmic axis of the proofs
     assert "mathdefault" not in text
     assert "font-family" not in text.partition("</style>")[2]
 
@@ -201,22 +203,66 @@ def test_it_lies_beside_the_report(tmp_path):
     assert read["comparison"]["change"]["lost"] == whole()["comparison"]["change"]["lost"]
 
 
+def chromium(folder, page, *arguments):
+    """Draws a page in Chromium, and returns what it and its console said."""
+    run = subprocess.run(
+        [
+            str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr",
+            "--proxy-server=http://127.0.0.1:9",  # whatever is fetched fails, and is told
+            *arguments, page.as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    return run.stderr
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 @pytest.mark.parametrize("name", ["report.html", "comparison.html"])
 def test_chromium_draws_it_without_an_error_and_fetches_nothing(tmp_path, name):
     write_report(tmp_path / "job", whole(), {0: PICTURE})
     write_comparison(tmp_path)
     (page,) = tmp_path.rglob(name)
-    run = subprocess.run(
-        [
-            str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr",
-            "--proxy-server=http://127.0.0.1:9",  # whatever is fetched fails, and is told
-            "--window-size=1200,900", f"--screenshot={tmp_path / 'page.png'}", page.as_uri(),
-        ],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    assert (tmp_path / "page.png").stat().st_size > 10_000
-    assert "CONSOLE" not in run.stderr
-    assert "ERR_" not in run.stderr
+    picture = tmp_path / "page.png"
+    said = chromium(tmp_path, page, "--window-size=1200,900", f"--screenshot={picture}")
+    assert picture.stat().st_size > 10_000
+    assert "CONSOLE" not in said
+    assert "ERR_" not in said
+
+
+LOOK = """<script>addEventListener("load", () => requestAnimationFrame(() => setTimeout(() => {
+  const right = e => e.getBoundingClientRect().right;
+  const tables = [...document.querySelectorAll("table")];
+  console.log("found " + JSON.stringify({
+    seconds: performance.now() / 1000,
+    tables: tables.length,
+    hidden: tables.filter(e => !e.checkVisibility()).length,
+    cut: tables.filter(e => right(e) > right(e.closest("section")) + 1).length,
+    wider: document.documentElement.scrollWidth - innerWidth,
+  }) + " end");
+})))</script>"""
+
+
+def found_in(folder, text, width):
+    """What a script finds on a page of so many pixels, once it is drawn."""
+    path = folder / "looked_at.html"
+    path.write_text(text.replace("</body>", f"{LOOK}</body>"), encoding="utf-8")
+    picture = folder / "page.png"
+    said = chromium(folder, path, f"--window-size={width},900", f"--screenshot={picture}")
+    (found,) = re.findall(r"found (\{.*?\}) end", said)
+    return json.loads(found)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("language", ["en", "ja"])
+def test_chromium_draws_it_at_once_and_paper_has_all_of_it(tmp_path, language):
+    made = whole(language=language)
+    text = render_page(made | {"checklist": checklist(made)}, {0: PICTURE})
+    screen = found_in(tmp_path, text, 500)
+    assert screen["seconds"] < 2
+    assert screen["hidden"] == 2  # all classes, and all tensors: they open
+    assert screen["wider"] <= 0  # wide tables scroll by themselves
+    paper = found_in(tmp_path, text.replace("@media print", "@media all"), 718)  # A4
+    assert paper["tables"] == screen["tables"]
+    assert (paper["hidden"], paper["cut"]) == (0, 0)

@@ -8,7 +8,7 @@ import pytest
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.checklist import checklist
 from qat_tricks.evidence.report import REQUIRED_KEYS, SCHEMA, environment, read_report, write_report
-from tests.evidence.test_page import whole
+from tests.evidence.test_language import everything
 from tests.helpers import ROOT
 from tests.helpers.samples import report
 
@@ -215,6 +215,6 @@ def test_what_sparsity_brings_is_told_of_the_target(tmp_path, target, told):
 def test_the_docs_list_every_key(tmp_path):
     """Of every report that the samples and the jobs' code can make."""
     text = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
-    write_report(tmp_path, whole())
+    write_report(tmp_path, everything())
     for key in (*read_report(tmp_path), *REQUIRED_KEYS):
         assert f"`{key}`" in text, key

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from qat_tricks.graph import activation_quantizers, layers, trace
-from qat_tricks.graph.tensor_figures import tensor_figures
+from qat_tricks.graph.tensor_figures import activation_shifts, tensor_figures
 from qat_tricks.tricks import calibrate, quantize
 from tests.helpers.nets import images, small_net
 
@@ -58,3 +58,14 @@ def test_the_network_stays_as_it_is():
     assert traced.training
     assert all(torch.equal(before[name], value) for name, value in traced.state_dict().items())
     assert not any(q._forward_hooks for q in activation_quantizers(traced).values())
+
+
+def test_activations_lie_apart_by_as_much_as_their_images():
+    traced = quantized()
+    low, high = activation_quantizers(traced)["activation_quantizers.x"].range
+    here = images(32, seed=3)
+    assert set(activation_shifts(traced, [here], [here]).values()) == {0.0}
+    shifts = activation_shifts(traced, here.split(16), [here + 0.5])
+    assert shifts["x"] == pytest.approx(0.5 / (high - low), rel=1e-4)
+    assert max(shifts.values()) < 10
+    assert activation_shifts(small_net(), [here], [here]) == {}
