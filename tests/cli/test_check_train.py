@@ -44,6 +44,8 @@ def refusal(*settings, check=check_train):
             "recipe.stages.ptq.tricks.quantize.activations=signed",
             'activations="signed" is not supported: did you mean "signed_',
         ),
+        ("objectives=accuracy", "objectives='accuracy' is not allowed: give a list of"),
+        ("objectives=[speed]", 'unknown objective "speed"'),
         ("seed=-1", "seed=-1 is not allowed"),
         ("seed=true", "seed=True is not allowed"),
         ("logger.name=wndb", 'unknown logger "wndb": did you mean "wandb"?'),
