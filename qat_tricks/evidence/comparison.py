@@ -92,8 +92,8 @@ def render_comparison(rows: Sequence[Row], names: Sequence[str], reports: Collec
         _point(job, f"float {model}", "fp32", "fp32") for (model, _), job in floats.items()
     ]
     figure = plots.sweep_plot(points, originals)
-    fields = {"jobs": jobs, "figures": _FIGURES, "figure": figure}
-    return fill_in("comparison.html.j2", fields, ENGLISH)
+    known = {"jobs": jobs, "figures": _FIGURES, "figure": figure, "validated": _validated(rows)}
+    return fill_in("comparison.html.j2", known, ENGLISH)
 
 
 def _point(row: Row, name: str, stage: str, file: str) -> dict[str, Any]:
@@ -113,11 +113,15 @@ def front(rows: Sequence[Row]) -> list[bool]:
     The accuracy is that of the validation images in a search, which measures it, so that the test
     images choose nothing there.
     """
-    searched = any(row.get("accuracy_validation") is not None for row in rows)
-    accuracy = "accuracy_validation" if searched else "accuracy_onnx"
+    accuracy = "accuracy_validation" if _validated(rows) else "accuracy_onnx"
     keys = (accuracy, "size_bytes_int8", "latency_p50_ms_int8")
     figures: list[list[Any]] = [[row.get(key) for key in keys] for row in rows]
     return undominated([None if None in own else (-own[0], *own[1:]) for own in figures])
+
+
+def _validated(rows: Sequence[Row]) -> bool:
+    """Whether validation images were measured, as a search does."""
+    return any(row.get("accuracy_validation") is not None for row in rows)
 
 
 def comparison_rows(sweep_folder: Path) -> list[Row]:

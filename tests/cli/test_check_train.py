@@ -44,6 +44,8 @@ def refusal(*settings, check=check_train):
             "recipe.stages.ptq.tricks.quantize.activations=signed",
             'activations="signed" is not supported: did you mean "signed_',
         ),
+        ("objectives=accuracy", "objectives='accuracy' is not allowed: give a list of"),
+        ("objectives=[speed]", 'unknown objective "speed"'),
         ("seed=-1", "seed=-1 is not allowed"),
         ("report.language=fr", "report: language=fr is not allowed: give en or ja"),
         ("report.language=3", "report.language=3 is not allowed: give text"),

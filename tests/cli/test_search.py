@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import onnxruntime
 import pytest
+import torch
 import yaml
 from hydra.core.config_store import ConfigStore
 
@@ -82,9 +83,12 @@ def done(tmp_path_factory):
     (folder / "conf" / "sweep").mkdir(parents=True)
     (folder / "conf" / "sweep" / "tiny.yaml").write_text(SPACE)
     printed = io.StringIO()
+    threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.chdir(folder)
+        torch.set_num_threads(1)
         status = search("--config-dir", "conf", "sweep=tiny", *QUICK)
+    torch.set_num_threads(threads)
     jobs = sorted((folder / "search").glob("*_int8_ptq"))
     return SimpleNamespace(
         status=status, folder=folder / "search", jobs=jobs, printed=printed.getvalue()

@@ -64,13 +64,18 @@ def test_calibration_images_are_unaugmented_balanced_and_in_one_order():
 
 
 @pytest.mark.parametrize("name", ["digits", "fake"])
-def test_pixels_are_the_test_images_before_normalization(name):
+def test_pixels_are_the_images_before_normalization(name):
     data = ready(name)
-    pixels, labels = batches(data.test_pixels())
-    images, same = batches(data.test_dataloader())
-    assert pixels.dtype == torch.uint8
-    assert torch.equal(data.preprocessing.normalize()(pixels), images)
-    assert torch.equal(labels, same)
+    pairs = [
+        (data.test_pixels(), data.test_dataloader()),
+        (data.val_pixels(), data.val_dataloader()),
+    ]
+    for pixel_batches, image_batches in pairs:
+        pixels, labels = batches(pixel_batches)
+        images, same = batches(image_batches)
+        assert pixels.dtype == torch.uint8
+        assert torch.equal(data.preprocessing.normalize()(pixels), images)
+        assert torch.equal(labels, same)
 
 
 def test_the_same_images_under_another_preprocessing():

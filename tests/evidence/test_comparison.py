@@ -136,6 +136,21 @@ def test_the_front_is_of_all_three():
     assert front(rows) == [True, True, False, True, True, False]
 
 
+def test_the_front_of_a_search_is_of_validation_images():
+    rows = [row(0.9, 10, 1.0), row(0.99, 10, 1.0)]
+    assert front(rows) == [False, True]
+    validated = [one | {"accuracy_validation": v} for one, v in zip(rows, (0.8, 0.7), strict=True)]
+    assert front(validated) == [True, False]
+
+
+def test_the_page_of_a_search_says_which_accuracy_its_stars_are_of(sweep):
+    rows = comparison_rows(sweep)
+    names = labels(rows)
+    assert "on validation images" not in render_comparison(rows, names, set())
+    rows = [one | {"accuracy_validation": one["accuracy_onnx"]} for one in rows]
+    assert "accuracy on validation images, size" in render_comparison(rows, names, set())
+
+
 def test_names_on_the_page_are_escaped(sweep):
     rows = comparison_rows(sweep)
     names = ["<script>", "b&b", "$x$", "d\x00"]

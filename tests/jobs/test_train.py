@@ -98,3 +98,17 @@ def test_a_pattern_that_matches_nothing_is_refused_before_anything_is_trained(tm
     with pytest.raises(QatTricksError, match='pattern "nothing" matches no submodule'):
         run_job(job_config("recipe.untraced=[nothing]", *QUICK), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_validation_images_are_measured_for_an_objective_alone_and_as_the_file_takes_them(tmp_path):
+    reports = {
+        name: run_job(job_config("recipe=fp32", *QUICK, *settings), tmp_path / name)
+        for name, settings in {
+            "without": [],
+            "floats": ["objectives=[accuracy]"],
+            "pixels": ["objectives=[accuracy]", "export.normalize=true"],
+        }.items()
+    }
+    assert "validation" not in reports["without"]
+    assert reports["floats"]["validation"]["images"] == 64  # of data=fake
+    assert reports["floats"]["validation"] == reports["pixels"]["validation"]
