@@ -128,7 +128,8 @@ def _train_job(config: DictConfig) -> None:
     if is_sweep:
         free_memory()
     if done:
-        _say(f"the run is in {_short(folder)}: report.html, report.md, report.json, model.onnx")
+        page = _short(folder / "report.html")
+        _say(f"the run is in {_short(folder)}: open {page}, deploy {_short(folder / 'model.onnx')}")
 
 
 def _forecast(config: DictConfig) -> None:

@@ -82,6 +82,15 @@ def answers(report: Mapping[str, Any]) -> list[dict[str, str]]:
     ]
 
 
+def answer_lines(report: Mapping[str, Any]) -> str:
+    """The answers that the page opens with, as text: a line each."""
+    lines = []
+    for row in answers(report):
+        detail = f": {row['detail']}" if row["detail"] else ""
+        lines.append(f"{row['question']} {row['answer']}{detail}")
+    return "\n".join(lines)
+
+
 def _as_good(comparison: Mapping[str, Any] | None) -> dict[str, str]:
     question = "Is it as good?"
     if comparison is None:

@@ -8,7 +8,7 @@ import torch
 
 from qat_tricks.evidence.comparison import write_comparison
 from qat_tricks.evidence.metrics import Metrics
-from qat_tricks.evidence.page import answers, render_page
+from qat_tricks.evidence.page import answer_lines, answers, render_page
 from qat_tricks.evidence.paired import compare
 from qat_tricks.evidence.report import read_report, write_report
 from tests.helpers.samples import report
@@ -212,3 +212,12 @@ def test_chromium_draws_it_without_an_error_and_fetches_nothing(tmp_path, name):
     assert (tmp_path / "page.png").stat().st_size > 10_000
     assert "CONSOLE" not in run.stderr
     assert "ERR_" not in run.stderr
+
+
+def test_a_terminal_gets_the_answers_of_the_page():
+    made = whole()
+    lines = answer_lines(made).splitlines()
+    assert len(lines) == len(answers(made)) == 3
+    for line, row in zip(lines, answers(made), strict=True):
+        assert line == f"{row['question']} {row['answer']}: {row['detail']}"
+    assert answer_lines(report()).splitlines()[0] == "Is it as good? not compared"
