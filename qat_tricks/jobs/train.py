@@ -62,8 +62,7 @@ def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[st
     }
     if trainer.pop("compile", False):  # a user's own trainer config may lack it
         trainer["callbacks"] = [CompileNetwork()]
-    # Checked now: training would fail only at its first loss.
-    _check_classes(module.network, data)
+    _check_classes(module.network, data)  # training would fail only at its first loss
     check_untraced(module.network, recipe.untraced)  # before the baseline is trained
 
     datamodule = ImageDataModule(data)
@@ -80,8 +79,8 @@ def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[st
         prepare_baseline(config, module, datamodule, trainer, ranks)
         module.network.to("cpu").eval()
         ranks.on_zero(record.measure_float, module.network)
-        stages = {**trainer, "callbacks": [*trainer.get("callbacks", ()), *_logging(logger)]}
-        run_stages(module, datamodule, recipe, trainer=stages, after_stage=after_stage)
+        trainer = _with_layers_logged(trainer)
+        run_stages(module, datamodule, recipe, trainer=trainer, after_stage=after_stage)
         return ranks.on_zero(record.finish, logger)
     # Lightning ends an interrupted fit with SystemExit
     except (KeyboardInterrupt, SystemExit) as error:
@@ -91,9 +90,11 @@ def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[st
         raise
 
 
-def _logging(logger: Logger) -> list[LogLayers]:
-    """The callbacks of stages that train, for a logger; the float baseline has no such layers."""
-    return [LogLayers()] if logger else []
+def _with_layers_logged(trainer: dict[str, Any]) -> dict[str, Any]:
+    """The trainer's arguments for the stages; the float baseline has no layers to log."""
+    if not trainer["logger"]:
+        return trainer
+    return {**trainer, "callbacks": [*trainer.get("callbacks", ()), LogLayers()]}
 
 
 def _check_classes(network: nn.Module, data: ImageData) -> None:
