@@ -43,7 +43,6 @@ BAR = 0.02
 NETWORKS = {
     "resnet20": (1, 8),  # of train.py, on digits: channels and pixels of its images
     "mobilenet_v2": (3, 64),
-    "resnet18": (3, 64),
 }
 
 

@@ -145,7 +145,8 @@ def _train_job(config: DictConfig) -> list[float] | float | None:
     if is_sweep:
         free_memory()
     if done:
-        _say(f"the run is in {_short(folder)}: report.html, report.md, report.json, model.onnx")
+        page = _short(folder / "report.html")
+        _say(f"the run is in {_short(folder)}: open {page}, deploy {_short(folder / 'model.onnx')}")
     return values[0] if len(values) == 1 else values or None
 
 

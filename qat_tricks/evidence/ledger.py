@@ -72,6 +72,19 @@ class Ledger:
             for row in self.stages
         ]
 
+    def line(self, row: LedgerRow) -> str:
+        """Returns one stage as a line of text, without what was not measured."""
+        figures = [f"top-1 {show(row.after.accuracy, 'percent')}"]
+        if row is not self.stages[0]:
+            figures.append(show(self.drop(row), "change"))
+        if row.size_bytes is not None:
+            figures.append(show(row.size_bytes, "bytes"))
+        if row.latency_ms:
+            figures.append(show(row.latency_ms["p50"], "ms"))
+        if row.sparsity is not None:
+            figures.append(f"zeros {show(row.sparsity, 'percent')}")
+        return f"{row.name}: {', '.join(figures)}, after {show(row.seconds, 'seconds')}"
+
     def as_table(self) -> Table:
         """Returns the ledger as a rich table, one row a stage; the latency is the median."""
         table = Table(

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from qat_tricks.evidence import page_plots as plots
 from qat_tricks.evidence.checklist import against, checklist
-from qat_tricks.evidence.language import Language, language_named
+from qat_tricks.evidence.language import ENGLISH, Language, language_named
 from qat_tricks.evidence.ledger import proofs_of, steps_of
 from qat_tricks.evidence.paired import show_change
 from qat_tricks.evidence.show import ratio, show
@@ -102,6 +102,15 @@ def answers(report: Mapping[str, Any], say: Language) -> list[dict[str, str]]:
             say,
         ),
     ]
+
+
+def answer_lines(report: Mapping[str, Any]) -> str:
+    """The answers that the page opens with, as text: a line each."""
+    lines = []
+    for row in answers(report, ENGLISH):
+        detail = f": {row['detail']}" if row["detail"] else ""
+        lines.append(f"{row['question']} {row['answer']}{detail}")
+    return "\n".join(lines)
 
 
 def _as_good(comparison: Mapping[str, Any] | None, say: Language) -> dict[str, str]:

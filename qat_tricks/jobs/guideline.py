@@ -29,6 +29,7 @@ from qat_tricks.graph.random_state import kept_random_state, seed_all
 from qat_tricks.jobs.guideline_forecast import Forecaster, Scale, Work, scaled
 from qat_tricks.jobs.guideline_judge import Judge, Judgement
 from qat_tricks.jobs.sensitive_layers import parts_of, sensitive_layers
+from qat_tricks.progress import enter
 from qat_tricks.recipes.guideline_steps import (
     GuidelineSettings,
     Step,
@@ -181,8 +182,11 @@ def guideline(
         seed=seed,
         prepare=prepare,
     )
-    with kept_random_state():
-        return run.run()
+    try:
+        with kept_random_state():
+            return run.run()
+    finally:
+        enter("")
 
 
 class _Run:
@@ -232,6 +236,7 @@ class _Run:
 
     def _try(self, step: Step, foretold: float | None, *, prunes: bool = False) -> Outcome:
         """Runs a step, judges it, and keeps it if it is the best so far."""
+        enter(f"step {step.name}")  # before the description of each progress bar
         done = self.state["outcomes"].get(step.name)
         if done is not None:
             outcome = Outcome(**done)

@@ -31,6 +31,7 @@ from qat_tricks.deploy.runtimes.registry import REFERENCE
 from qat_tricks.deploy.targets import target_named
 from qat_tricks.evidence.ledger import Ledger, LedgerRow, check_drop
 from qat_tricks.evidence.metrics import Metrics, evaluate_classifier
+from qat_tricks.evidence.page import answer_lines
 from qat_tricks.evidence.paired import compare
 from qat_tricks.evidence.report import REQUIRED_KEYS, write_report
 from qat_tricks.graph.spec import channels_of, mixed_precision_of, spec_of
@@ -44,6 +45,7 @@ from qat_tricks.jobs.guideline import Guideline
 from qat_tricks.jobs.isolation import torch_threads
 from qat_tricks.jobs.loggers import log_report
 from qat_tricks.jobs.pictures import disagreement_pictures
+from qat_tricks.progress import enter
 from qat_tricks.recipes.recipe import GUIDELINE, Stage, StagedRecipe
 from qat_tricks.trainer.checkpoints import save_checkpoint
 
@@ -79,6 +81,7 @@ class RunRecord:
         self.shape = (data.in_channels, *data.image_size)
         self.guideline: dict[str, Any] | None = None  # how it chose, where it did
         self.stage_started = time.perf_counter()
+        enter("")  # a run before this one may have been stopped in a stage
 
     @property
     def model_path(self) -> Path:
@@ -98,6 +101,7 @@ class RunRecord:
     def measure_float(self, network: nn.Module) -> None:
         """Measures the float network that the recipe starts from."""
         self._measure_stage("fp32", network, self.float_path)
+        self._enter_stage(0)
 
     def take_guideline(self, result: Guideline) -> None:
         """Takes over what the guideline has kept; its step is the run's only stage."""
@@ -120,6 +124,7 @@ class RunRecord:
         metrics = self._measure_stage(stage.name, network, path)
         ledger_path = self.folder / "ledger.json"
         check_drop(stage.name, before, metrics.accuracy, stage.max_drop, ledger_path=ledger_path)
+        self._enter_stage(self.recipe.stages.index(stage) + 1)
 
     def finish(self, logger: Any) -> dict[str, Any]:
         """Writes the checkpoint and the report, prints the ledger, and logs both.
@@ -137,6 +142,7 @@ class RunRecord:
         pictures = disagreement_pictures(self.data, report)
         write_report(self.folder, report, pictures)
         Console().print(self.ledger.as_table())
+        print(answer_lines(report), flush=True)
         log_report(logger, report, self.folder, pictures)
         return report
 
@@ -174,8 +180,21 @@ class RunRecord:
         self._write_ledger()  # before the export, which may refuse the network
         self._export(network, path)
         self._add_costs(path)
+        print(self.ledger.line(self.ledger.stages[-1]), flush=True)
         self.stage_started = time.perf_counter()
         return metrics
+
+    def _enter_stage(self, place: int) -> None:
+        """Tells which stage begins, if any, and has all progress bars say so."""
+        stages = self.recipe.stages
+        if place == len(stages):
+            enter("")
+            return
+        stage = stages[place]
+        enter(f"stage {place + 1} of {len(stages)}, {stage.name}")
+        tricks = ", ".join(trick.name for trick in stage.tricks)
+        epochs = f"; {stage.epochs} epochs" if stage.epochs else ""
+        print(f"stage {place + 1} of {len(stages)}, {stage.name}: {tricks}{epochs}", flush=True)
 
     def _new_entries(self, network: nn.Module, key: str) -> list[dict[str, Any]]:
         """What the network's spec has under ``key`` since the last stage; none of a float one.

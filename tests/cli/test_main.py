@@ -173,7 +173,7 @@ def test_a_run_says_what_and_where_and_keeps_its_config(tmp_path, ran, capsys):
     printed = capsys.readouterr()
     assert printed.out.splitlines() == [
         "int8_ptq: mobilenet_v2 on digits, into run",
-        "the run is in run: report.html, report.md, report.json, model.onnx",
+        "the run is in run: open run/report.html, deploy run/model.onnx",
     ]
     assert printed.err == ""
     assert "mobilenet_v2" in (tmp_path / "run" / ".hydra" / "config.yaml").read_text()

@@ -11,7 +11,7 @@ from qat_tricks.evidence.checklist import checklist
 from qat_tricks.evidence.comparison import write_comparison
 from qat_tricks.evidence.language import ENGLISH
 from qat_tricks.evidence.metrics import Metrics
-from qat_tricks.evidence.page import answers, render_page
+from qat_tricks.evidence.page import answer_lines, answers, render_page
 from qat_tricks.evidence.paired import compare
 from qat_tricks.evidence.report import read_report, write_report
 from tests.helpers.samples import report
@@ -266,3 +266,12 @@ def test_chromium_draws_it_at_once_and_paper_has_all_of_it(tmp_path, language):
     paper = found_in(tmp_path, text.replace("@media print", "@media all"), 718)  # A4
     assert paper["tables"] == screen["tables"]
     assert (paper["hidden"], paper["cut"]) == (0, 0)
+
+
+def test_a_terminal_gets_the_answers_of_the_page():
+    made = whole()
+    lines = answer_lines(made).splitlines()
+    assert len(lines) == len(answers(made, ENGLISH)) == 3
+    for line, row in zip(lines, answers(made, ENGLISH), strict=True):
+        assert line == f"{row['question']} {row['answer']}: {row['detail']}"
+    assert answer_lines(report()).splitlines()[0] == "Is it as good? not compared"

@@ -73,7 +73,7 @@ def test_a_measured_network_is_exported_and_in_the_ledger_and_the_report(tmp_pat
 
 
 @pytest.mark.parametrize("allowed", [10, 80])  # of the 75 points that are lost
-def test_a_stage_is_entered_before_it_is_judged(tmp_path, monkeypatch, allowed):
+def test_a_stage_is_entered_before_it_is_judged(tmp_path, monkeypatch, capsys, allowed):
     run = record(tmp_path / "run", f"recipe.stages.ptq.max_drop={allowed}")
     exported = []
     monkeypatch.setattr(run, "_export", lambda network, path: exported.append(path))
@@ -90,6 +90,11 @@ def test_a_stage_is_entered_before_it_is_judged(tmp_path, monkeypatch, allowed):
     assert [row["name"] for row in rows] == ["fp32", "ptq"]
     assert rows[1]["before"]["accuracy"] == rows[0]["accuracy"] == 1.0
     assert rows[1]["accuracy"] == 0.25
+    measured, begun, *ended = capsys.readouterr().out.splitlines()
+    assert measured.startswith("fp32: top-1 100.00%, after ")
+    assert begun.startswith("stage 1 of 1, ptq: fold_batchnorm, ")
+    (line,) = ended
+    assert line.startswith("ptq: top-1 25.00%, drop 75.00, after ")
 
 
 def test_the_images_of_parity_are_whole_batches(tmp_path):
