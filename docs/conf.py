@@ -23,7 +23,7 @@ exclude_patterns = ["generated/*.md"]  # parts of pages
 myst_heading_anchors = 3
 myst_enable_extensions = ["attrs_inline"]
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # signatures have them
+autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 
 # The notebooks run with the build: what the site shows is what they print now.

@@ -19,6 +19,7 @@ LONGEST = (
     "deploy/test_export.py",
     "deploy/test_signed.py",
     "jobs/test_evaluate.py",
+    "tests/test_site.py",
 )
 
 
