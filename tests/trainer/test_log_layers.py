@@ -128,7 +128,6 @@ def test_values_that_a_relu6_ends_are_not_clipped(tmp_path):
         for rate, row in zip(rates, rows.values(), strict=True)
         if row["layer/depthwise_2/high"] > 5.98
     ]
-    print(rates, [row["layer/depthwise_2/high"] for row in rows.values()])
     assert at_cap
     assert max(at_cap) == 0
 
