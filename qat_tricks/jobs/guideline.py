@@ -330,6 +330,7 @@ class _Run:
                 module = self._on_copy(recipe, {**self.trainer, **QUIET})
             judgement = self.judge.judge_on_few(module)
             self.state["potential"] = asdict(judgement)
+            self.state["pass_seconds"] = self.judge.pass_seconds(module)
         potential = self.state["potential"]
         change = show_change(potential["change"], ENGLISH)
         self.console.print(
@@ -340,11 +341,7 @@ class _Run:
     def _foretell(self, steps: Sequence[Step]) -> dict[str, float | None]:
         """Foretells each step, and shows the plan."""
         if "foretold" not in self.state:
-            pass_seconds = (
-                self.state["potential"]["seconds"]
-                * self.judge.images
-                / self.state["potential"]["images"]
-            )
+            pass_seconds = self.state["pass_seconds"]
             work = Work(
                 batches=_train_batches(self.data, self.trainer),
                 pass_seconds=pass_seconds,
