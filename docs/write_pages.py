@@ -12,7 +12,7 @@ from draw_tricks import write_pictures
 
 import qat_tricks
 from qat_tricks.deploy.targets import TARGETS
-from qat_tricks.recipes.recipe import Stage, load_recipe
+from qat_tricks.recipes.recipe import GUIDELINE, Stage, load_recipe
 
 SECTIONS = {
     "Install and run": "install",
@@ -52,6 +52,7 @@ def names(root: Path, group: str) -> list[str]:
 def about(root: Path, group: str, name: str) -> tuple[str, str]:
     """The two comments that a YAML of ours begins with: its command, and what it does."""
     text = (root / "conf" / group / f"{name}.yaml").read_text(encoding="utf-8")
+    text = text.removeprefix("# @package _global_\n")  # which Hydra reads on the first line only
     command, what = (line.removeprefix("# ") for line in text.splitlines()[:2])
     return command, what
 
@@ -90,7 +91,10 @@ def recipes_table(root: Path) -> str:
     rows = ["| recipe | what it does | stages |", "|---|---|---|"]
     for name in names(root, "recipe"):
         _, what = about(root, "recipe", name)
-        stages = "<br>".join(_stage_cell(stage) for stage in load_recipe(name).stages)
+        if name == GUIDELINE:
+            stages = "those of the step that it keeps: [](guideline.md)"
+        else:
+            stages = "<br>".join(_stage_cell(stage) for stage in load_recipe(name).stages)
         rows.append(f"| `{name}` | {what} | {stages or 'none'} |")
     return "\n".join(rows) + "\n"
 

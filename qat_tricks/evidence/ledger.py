@@ -29,7 +29,7 @@ class LedgerRow:
     after: Metrics
     seconds: float  # of the stage, evaluation included
     size_bytes: int | None = None  # of the ONNX file
-    latency_ms: dict[str, float] | None = None  # p50 and p95
+    latency_ms: dict[str, Any] | None = None  # as of ``measure_latency``
     sparsity: float | None = None  # 0..1
     # What each step of the stage has left of the float function, as a network's spec has it.
     equivalence: Sequence[dict[str, Any]] = ()

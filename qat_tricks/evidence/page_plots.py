@@ -174,36 +174,33 @@ def reliability_plot(
     return _figure("reliability", draw, height=3.2)
 
 
-def latency_plot(latency: Mapping[str, Mapping[str, float] | None], say: Language) -> Markup | None:
-    """Percentiles of the latency of both networks."""
-    known = {kind: latency.get(kind) for kind in ("fp32", "int8")}
-    if not all(known.values()):
-        return None
-    percentiles = [
-        percentile
-        for percentile in ("p50", "p95", "p99")
-        if all((values or {}).get(percentile) is not None for values in known.values())
-    ]
-    if not percentiles:
+def latency_plot(latency: Mapping[str, Mapping[str, Any] | None], say: Language) -> Markup | None:
+    """The share of runs that took no longer than so many milliseconds, of both networks.
+
+    Args:
+        latency: ``quantiles`` of each, evenly spaced, with ``p50``, ``p95`` and ``p99``.
+        say: the language of the axes.
+    """
+    known = {kind: latency.get(kind) or {} for kind in ("fp32", "int8")}
+    if not all("quantiles" in values for values in known.values()):
         return None
 
     def draw(axes: Axes) -> None:
-        for shift, (kind, values) in zip((-0.2, 0.2), known.items(), strict=True):
-            assert values is not None
-            heights = [place + shift for place in range(len(percentiles))]
-            times = [values[p] for p in percentiles]
-            axes.barh(heights, times, height=0.36, color=_COLOURS[kind], label=_NAMES[kind])
-            for height, time in zip(heights, times, strict=True):
-                axes.annotate(
-                    show(time, "ms"), (time, height), (4, 0), textcoords="offset points",
-                    va="center",
-                )  # fmt: skip
-        _name_rows(axes, percentiles)
-        axes.margins(x=0.2)
+        for kind, values in known.items():
+            times = values["quantiles"]
+            shares = [100 * place / (len(times) - 1) for place in range(len(times))]
+            axes.plot(times, shares, color=_COLOURS[kind], label=_NAMES[kind])
+            for percent in (50, 95, 99):
+                axes.plot(values[f"p{percent}"], percent, "o", color=_COLOURS[kind], markersize=4)
+            text = f" {show(values['p50'], 'ms')}"
+            axes.annotate(text, (values["p50"], 50), (4, -4), textcoords="offset points")
+        # The slowest runs, of which one may be many times as long, would squeeze all others.
+        axes.set_xlim(0, 1.5 * max(values["p99"] for values in known.values()))
         axes.set_xlabel(say("ms a batch"))
+        axes.set_ylabel(say("%% of the runs took no longer"))
         axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
 
-    return _figure("latency", draw, height=0.9 + 0.5 * len(percentiles))
+    return _figure("latency", draw, height=2.6)
 
 
 def steps_plot(steps: Sequence[Mapping[str, Any]], say: Language) -> Markup | None:

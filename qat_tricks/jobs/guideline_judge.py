@@ -1,7 +1,8 @@
 """Judges a quantized classifier against its float self, on validation images."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,18 +92,35 @@ def _compare(before: Metrics, after: Metrics) -> Judgement:
     )
 
 
-def _rows(batches: Iterable[Any], chosen: Tensor, names: Sequence[str]) -> Iterable[Any]:
-    """The images with the numbers ``chosen``, in the batches in which they come."""
-    begin = 0
+def _rows(batches: Iterable[Any], chosen: Tensor, names: Sequence[str]) -> Iterator[Any]:
+    """The images with the numbers ``chosen``, in batches of about the size that they came in."""
+    begin, parts, held = 0, [], 0
     for index, batch in enumerate(batches):
         size = len(labels_of(batch, names, index))
         rows = chosen[(chosen >= begin) & (chosen < begin + size)] - begin
-        if len(rows):
-            yield tree_map(lambda value, r=rows, n=size: _taken(value, r, n), batch)
         begin += size
+        if len(rows):
+            parts.append(tree_map(partial(_taken, rows=rows, size=size), batch))
+            held += len(rows)
+        if held >= size:
+            yield _joined(parts)
+            parts, held = [], 0
+    if parts:
+        yield _joined(parts)
 
 
 def _taken(value: Any, rows: Tensor, size: int) -> Any:
     """Rows of a tensor that has one for each image of the batch; anything else as it is."""
     of_images = isinstance(value, Tensor) and value.dim() > 0 and len(value) == size
     return value[rows] if of_images else value
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """One batch of several; what is no tensor of images is that of the first."""
+    return tree_map(
+        lambda *values: torch.cat(values) if _has_rows(values[0]) else values[0], *parts
+    )
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0

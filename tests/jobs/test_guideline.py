@@ -215,6 +215,7 @@ def test_the_few_images_have_each_class_alike(trained):
     assert torch.bincount(labels).tolist() == [6, 6, 5, 5] or sorted(
         torch.bincount(labels).tolist()
     ) == [5, 5, 6, 6]
+    assert [len(labels) for _, labels in judge.few] == [17, 5]  # in batches of 16, and the rest
     everything = torch.cat([images for images, _ in loader(62, seed=4)])
     for image in torch.cat([images for images, _ in judge.few]):
         assert any(torch.equal(image, other) for other in everything)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from qat_tricks.errors import QatTricksError
 MIN_RUNS = 5
 """Timed runs that each network gets even when time is up; of fewer, a 95th percentile says nothing.
 """
+
+QUANTILES, QUANTILE_COUNT = "quantiles", 21
 
 Paths = Mapping[str, str | PathLike[str]]
 
@@ -28,7 +31,7 @@ def measure_latency(
     runs: int = 200,
     max_seconds: float = 20.0,
     seed: int = 0,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """Times the networks run by run in turn, so that a slow moment of the machine slows them all.
 
     Args:
@@ -44,7 +47,8 @@ def measure_latency(
         seed: of the random inputs.
 
     Returns:
-        For each name its ``p50``, ``p95`` and ``p99`` in milliseconds a batch.
+        For each name its ``p50``, ``p95`` and ``p99`` in milliseconds a batch, and ``QUANTILES``:
+        21 of them, from the shortest run to the longest.
 
     Raises:
         QatTricksError: no paths, fewer runs than ``MIN_RUNS``, a file that does not open, or images
@@ -56,9 +60,10 @@ def measure_latency(
     times = time_in_turn(networks, image_shape, batch_size, warmup, runs, max_seconds, seed)
     return {
         name: {
-            f"p{percent}": float(np.percentile(milliseconds, percent)) for percent in (50, 95, 99)
+            **{f"p{percent}": float(np.percentile(spent, percent)) for percent in (50, 95, 99)},
+            QUANTILES: np.percentile(spent, np.linspace(0, 100, QUANTILE_COUNT)).tolist(),
         }
-        for name, milliseconds in times.items()
+        for name, spent in times.items()
     }
 
 

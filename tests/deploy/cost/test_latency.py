@@ -24,6 +24,12 @@ def test_more_work_takes_longer(tmp_path):
     )
     assert times["large"]["p50"] > 3 * times["small"]["p50"]
     assert all(0 < t["p50"] <= t["p95"] <= t["p99"] for t in times.values())
+    for of_file in times.values():
+        quantiles = of_file["quantiles"]
+        assert len(quantiles) == 21
+        assert quantiles == sorted(quantiles)
+        assert quantiles[10] == of_file["p50"]
+        assert quantiles[-1] >= of_file["p99"]
 
 
 def test_throughput_is_the_images_of_all_runs_over_their_time_at_each_combination(
