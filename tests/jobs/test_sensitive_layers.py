@@ -21,7 +21,8 @@ def test_the_layer_of_fewest_bits_is_named():
     assert len(names) > 2
     for name in sorted(names):
         bits = f"++stages.ptq.tricks.quantize.overrides={{{name}:{{weight_bits:2}}}}"
-        assert sensitive_layers(quantized(bits), loader(32)) == [name]
+        others = "stages.ptq.tricks.quantize.weight_bits=7"
+        assert sensitive_layers(quantized(others, bits), loader(32)) == [name]
 
 
 def test_layers_that_have_8_bits_already_are_not_named_beside_others():
