@@ -26,9 +26,9 @@ from qat_tricks.evidence.paired import show_change
 from qat_tricks.evidence.show import show
 from qat_tricks.files import read_json, write_json
 from qat_tricks.graph.random_state import kept_random_state, seed_all
-from qat_tricks.jobs.guideline_forecast import Forecaster, Scale, Work, scaled
+from qat_tricks.jobs.guideline_forecast import IMAGES, Forecaster, Scale, Work, scaled
 from qat_tricks.jobs.guideline_judge import Judge, Judgement
-from qat_tricks.jobs.sensitive_layers import parts_of, sensitive_layers
+from qat_tricks.jobs.sensitive_layers import parts_of, sensitive_layers, without_rounding
 from qat_tricks.progress import enter
 from qat_tricks.recipes.guideline_steps import (
     GuidelineSettings,
@@ -268,13 +268,17 @@ class _Run:
         """Runs a step; returns its judgement, the step as it was run, or why it does not work."""
         try:
             if step.spares_sensitive:
-                if self.last is None:
-                    raise QatTricksError("the step before it, which it changes, does not work")
-                step = sparing(step, sensitive_layers(self.last, self.judge.few))
+                step = sparing(step, sensitive_layers(self._plain(step), self.judge.few))
             self.last = self._run_step(step)
         except QatTricksError as error:
             return None, step, one_line(error)
         return self.judge.judge(self.last), step, ""
+
+    def _plain(self, step: Step) -> Any:
+        """The module with ranges alone: where its layers' rounding has not been made good."""
+        recipe = scaled(self._load(step), Scale(images=IMAGES[1]))
+        with _silence():
+            return self._on_copy(without_rounding(recipe), {**self.trainer, **QUIET})
 
     def _is_better(self, outcome: Outcome, prunes: bool) -> bool:
         """Whether a step takes the place of the one that is kept so far."""
@@ -325,7 +329,7 @@ class _Run:
     def _look(self) -> None:
         """A first look: 8 bits without training, with few images."""
         if "potential" not in self.state:
-            recipe = scaled(self.prepare(load_recipe("int8_ptq")), Scale(images=0.25))
+            recipe = scaled(self.prepare(load_recipe("int8_ptq")), Scale(images=IMAGES[1]))
             with _silence():
                 module = self._on_copy(recipe, {**self.trainer, **QUIET})
             judgement = self.judge.judge_on_few(module)

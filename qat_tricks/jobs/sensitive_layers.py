@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from qat_tricks.graph.sensitivity import measure_sensitivity
 from qat_tricks.graph.spec import QUANTIZERS
 from qat_tricks.jobs.evaluation import metrics_of
 from qat_tricks.recipes.guideline_steps import SENSITIVE_SHARE
+from qat_tricks.recipes.recipe import StagedRecipe
 from qat_tricks.trainer.module import workbench_of
 
 IMAGES = 64
+ROUNDING = ("gptq", "learned_rounding", "correct_weights", "correct_bias")
 
 
 def parts_of(module: nn.Module) -> int:
@@ -29,13 +32,28 @@ def parts_of(module: nn.Module) -> int:
     return convs_and_linears * IMAGES
 
 
+def without_rounding(recipe: StagedRecipe) -> StagedRecipe:
+    """``recipe`` without the tricks that put weights on their grids, or make good for that.
+
+    Weights that lie on their grids already have no error of their own that could be measured.
+    """
+    return replace(
+        recipe,
+        stages=[
+            replace(stage, tricks=[trick for trick in stage.tricks if trick.name not in ROUNDING])
+            for stage in recipe.stages
+        ],
+    )
+
+
 def sensitive_layers(module: Any, batches: Iterable[Any]) -> list[str]:
     """A tenth of the convs and linears of fewest decibels, of those that could have more bits.
 
     The noise of a layer is that of its weights and of the activations that it reads, each alone.
 
     Args:
-        module: a LightningModule whose network is quantized.
+        module: a LightningModule whose network is quantized and calibrated, and whose weights are
+            those of the float network: see ``without_rounding``.
         batches: of labelled images, of which the first 64 are used.
 
     Raises:

@@ -1,6 +1,6 @@
 import qat_tricks
 from qat_tricks.graph import layers
-from qat_tricks.jobs.sensitive_layers import sensitive_layers
+from qat_tricks.jobs.sensitive_layers import sensitive_layers, without_rounding
 from qat_tricks.recipes.recipe import load_recipe
 from tests.helpers.lit import Data, Lit, loader
 
@@ -8,7 +8,8 @@ QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "accelerat
 
 
 def quantized(*overrides):
-    recipe = load_recipe("w4a8_ptq", list(overrides))
+    recipe = without_rounding(load_recipe("w4a8_ptq", list(overrides)))
+    assert [trick.name for trick in recipe.tricks] == ["fold_batchnorm", "quantize", "calibrate"]
     return qat_tricks.run_stages(Lit(), Data(), recipe, trainer=QUIET).eval()
 
 
