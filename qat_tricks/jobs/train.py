@@ -20,6 +20,7 @@ from qat_tricks.jobs.datamodule import ImageDataModule, load_data
 from qat_tricks.jobs.fitted_recipe import fit_recipe, fitted_recipe
 from qat_tricks.jobs.guideline import Guideline, guideline
 from qat_tricks.jobs.run_record import RunRecord
+from qat_tricks.jobs.validate_deployed import ValidateDeployed
 from qat_tricks.recipes.guideline_steps import GuidelineSettings
 from qat_tricks.recipes.recipe import GUIDELINE, Stage, StagedRecipe
 from qat_tricks.recipes.stages import run_stages
@@ -28,6 +29,8 @@ from qat_tricks.trainer.framework import default_package
 from qat_tricks.trainer.log_layers import LogLayers
 from qat_tricks.trainer.module import workbench_of
 from qat_tricks.trainer.ranks import Ranks
+
+DEPLOYED_SHARE = 0.05  # of a fit's time, for the accuracy of the exported file while it trains
 
 Logger = Any  # one of Lightning's loggers, several, or False
 
@@ -127,9 +130,9 @@ def _run_guideline(
     )
 
 
-def _logging(logger: Logger) -> list[LogLayers]:
+def _logging(logger: Logger) -> list[Any]:
     """The callbacks of stages that train, for a logger; the float baseline has no such layers."""
-    return [LogLayers()] if logger else []
+    return [LogLayers(), ValidateDeployed(max_share=DEPLOYED_SHARE)] if logger else []
 
 
 def _check_classes(network: nn.Module, data: ImageData) -> None:

@@ -6,6 +6,7 @@ keeps the best deployed network.
 """
 
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
 ACCURACY, AGREEMENT, SQNR = "val/accuracy_int8", "val/agreement_int8", "val/sqnr_int8_db"
+FIRST_SECONDS = 5.0  # that a first export and its pass are expected to take
 
 
 class ValidateDeployed(Callback):
@@ -43,20 +45,33 @@ class ValidateDeployed(Callback):
 
     Args:
         every_n_epochs: exports in each n-th epoch.
+        max_share: of the fit's time that it may take, 0 to 1: epochs in which it would take more
+            are skipped, also before the first figures. A network in float is then left alone.
 
     Raises:
-        QatTricksError: ``every_n_epochs`` is below 1.
+        QatTricksError: a value that is not allowed.
     """
 
-    def __init__(self, every_n_epochs: int = 1) -> None:
+    def __init__(self, every_n_epochs: int = 1, max_share: float | None = None) -> None:
+        if max_share is not None and not 0 < max_share <= 1:
+            raise QatTricksError(
+                f"max_share={max_share} is not allowed: give a share of the fit's time, above 0 to "
+                "1, or None for any"
+            )
         if every_n_epochs < 1:
             raise QatTricksError(
                 f"every_n_epochs={every_n_epochs} is not allowed: give a number of epochs, 1 or "
                 "greater"
             )
-        self.every_n_epochs = every_n_epochs
+        self.every_n_epochs, self.max_share = every_n_epochs, max_share
         self._last: dict[str, float] = {}
         self._validation: _Validation | None = None
+        self._begun = time.perf_counter()  # of the fit
+        self._expected = self._spent = 0.0  # seconds of one validation, and of all
+
+    def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Begins to count the fit's time."""
+        self._begun, self._spent, self._expected = time.perf_counter(), 0.0, FIRST_SECONDS
 
     def on_validation_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Begins to listen to the network.
@@ -68,12 +83,17 @@ class ValidateDeployed(Callback):
         if trainer.sanity_checking:
             return
         if not has_workbench(pl_module) or not is_calibrated(workbench_of(pl_module).network):
+            if self.max_share is not None:
+                return
             raise QatTricksError(
                 f"ValidateDeployed finds no quantized network in {type(pl_module).__name__}: give "
                 'the callbacks of a recipe before it, as qat_tricks.recipe("int8_qat")'
             )
-        if trainer.current_epoch % self.every_n_epochs == 0 or not self._last:
+        due = trainer.current_epoch % self.every_n_epochs == 0 or not self._last
+        # Processes differ in their clocks, and all of them must log the same names.
+        if trainer.strategy.broadcast(due and self._has_time()):
             self._validation = _Validation(workbench_of(pl_module).network)
+            self._validation_begun = time.perf_counter()
 
     def on_validation_batch_end(
         self,
@@ -92,6 +112,9 @@ class ValidateDeployed(Callback):
         """Logs the figures."""
         if self._validation is not None:
             self._last = self._validation.figures()
+            # The trainer's own pass is counted in: an upper bound.
+            self._expected = time.perf_counter() - self._validation_begun
+            self._spent += self._expected
         if self._last and not trainer.sanity_checking:
             pl_module.log_dict(self._last, sync_dist=True)
         self._end()
@@ -109,6 +132,13 @@ class ValidateDeployed(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes them up again."""
         self._last = dict(state_dict)
+
+    def _has_time(self) -> bool:
+        """Whether one more validation leaves the share of the fit's time that was given."""
+        if self.max_share is None:
+            return True
+        fit = time.perf_counter() - self._begun + self._expected
+        return self._spent + self._expected <= self.max_share * fit
 
     def _end(self) -> None:
         if self._validation is not None:

@@ -73,6 +73,37 @@ def test_skipped_epochs_export_nothing_and_repeat_the_figures(monkeypatch):
     assert figures[3] == figures[2]
 
 
+def test_epochs_are_skipped_in_which_it_would_take_more_than_its_share(monkeypatch):
+    clock = iter(range(10**6))
+    monkeypatch.setattr(validate_deployed.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(validate_deployed, "FIRST_SECONDS", 0.5)
+    exports = []
+    real = validate_deployed.export_onnx
+    monkeypatch.setattr(
+        validate_deployed, "export_onnx", lambda *a, **k: (exports.append(1), real(*a, **k))[1]
+    )
+
+    def fit_with(max_share):
+        exports.clear()
+        lit, callback = Lit().train(), ValidateDeployed(max_share=max_share)
+        callbacks = [*qat_tricks.recipe("int8_qat", report=False), callback]
+        trainer(callbacks, max_epochs=6).fit(lit, datamodule=Data())
+        return len(exports), callback._last
+
+    always, _ = fit_with(1.0)
+    some, figures = fit_with(0.3)
+    none, nothing = fit_with(1e-9)
+    assert always > some > none == 0
+    assert figures.keys() == {ACCURACY, AGREEMENT, SQNR}
+    assert nothing == {}
+
+
+def test_a_share_leaves_a_network_in_float_alone():
+    trainer([ValidateDeployed(max_share=1.0)]).fit(Lit().train(), datamodule=Data())
+    with pytest.raises(QatTricksError, match="max_share=2 is not allowed"):
+        ValidateDeployed(max_share=2)
+
+
 def test_a_sanity_check_exports_nothing():
     _, figures = fit(num_sanity_val_steps=1, max_epochs=1)
     assert figures[-1].keys() == {ACCURACY, AGREEMENT, SQNR}
