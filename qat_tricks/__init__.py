@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from qat_tricks.deploy.export import export_onnx
     from qat_tricks.errors import QatTricksError
     from qat_tricks.jobs.evaluation import evaluate
-    from qat_tricks.jobs.guideline import Guideline, guideline
+    from qat_tricks.jobs.guideline import guideline
+    from qat_tricks.jobs.guideline_result import Guideline
     from qat_tricks.jobs.validate_deployed import ValidateDeployed
     from qat_tricks.recipes.callbacks import Recipe, recipe
     from qat_tricks.recipes.ptq import quantize
@@ -41,7 +42,7 @@ __all__ = [
 
 _HOME = {
     "CompileNetwork": "trainer.compiling",
-    "Guideline": "jobs.guideline",
+    "Guideline": "jobs.guideline_result",
     "LogLayers": "trainer.log_layers",
     "QatTricksError": "errors",
     "Recipe": "recipes.callbacks",

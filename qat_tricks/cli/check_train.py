@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
@@ -17,6 +16,7 @@ from qat_tricks.jobs.config import Baseline, Export, Measure, Optimizer, Report
 from qat_tricks.jobs.fitted_recipe import fitted_recipe
 from qat_tricks.jobs.isolation import isolated
 from qat_tricks.jobs.loggers import LoggerOptions
+from qat_tricks.jobs.processes import other_processes
 from qat_tricks.models.build import build_model, model_names, register_models
 from qat_tricks.recipes.guideline_steps import GuidelineSettings
 from qat_tricks.recipes.recipe import GUIDELINE
@@ -82,7 +82,7 @@ def check_one_process(config: DictConfig) -> None:
     Raises:
         QatTricksError: the trainer would start others.
     """
-    if started := _other_processes(config.trainer):
+    if started := other_processes(config.trainer):
         raise QatTricksError(
             f"--multirun with {started}: "
             "each other process would start the whole sweep again; sweep with trainer.devices=1 "
@@ -92,16 +92,6 @@ def check_one_process(config: DictConfig) -> None:
 
 def _is_guideline(config: DictConfig) -> bool:
     return OmegaConf.select(config, "recipe.name") == GUIDELINE
-
-
-def _other_processes(trainer: Any) -> str:
-    """The settings by which a trainer starts other processes; empty where it starts none."""
-    devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
-    strategy = str(trainer.get("strategy", "auto"))
-    starts = strategy.startswith(("ddp", "fsdp", "deepspeed"))
-    if starts or _device_count(devices) != 1 or nodes != 1:
-        return f"trainer.strategy={strategy}, devices={devices}, num_nodes={nodes}"
-    return ""
 
 
 def _check_guideline(config: DictConfig, aims: Mapping[str, Any]) -> None:
@@ -115,7 +105,7 @@ def _check_guideline(config: DictConfig, aims: Mapping[str, Any]) -> None:
         raise QatTricksError(
             "recipe=guideline forecasts its own steps: leave forecast out, or give a recipe"
         )
-    if started := _other_processes(config.trainer):
+    if started := other_processes(config.trainer):
         raise QatTricksError(
             f"recipe=guideline with {started}: it judges and decides in one process; give "
             "trainer.devices=1 trainer.strategy=auto, or train the recipe that it names"
@@ -192,14 +182,3 @@ def _check_seed(seed: Any) -> None:
         raise QatTricksError(
             f"seed={seed!r} is not allowed: give a whole number from 0 to {2**32 - 1}"
         )
-
-
-def _device_count(devices: Any) -> int:
-    """Returns the number of devices that ``trainer.devices`` asks for, in any of its forms."""
-    if isinstance(devices, str) and "," in devices:
-        devices = devices.strip(",").split(",")
-    if isinstance(devices, int) and devices >= 0:
-        return devices
-    if devices in (-1, "-1", "auto"):
-        return max(1, torch.cuda.device_count())
-    return int(devices) if isinstance(devices, str) and devices.isdigit() else len(devices)

@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,8 @@ from qat_tricks.files import read_json, write_json
 from qat_tricks.graph.random_state import kept_random_state, seed_all
 from qat_tricks.jobs.guideline_forecast import IMAGES, Forecaster, Scale, Work, scaled
 from qat_tricks.jobs.guideline_judge import Judge, Judgement
+from qat_tricks.jobs.guideline_result import FAILED, OVER, WITHIN, Guideline, Outcome
+from qat_tricks.jobs.processes import other_processes
 from qat_tricks.jobs.sensitive_layers import parts_of, sensitive_layers, without_rounding
 from qat_tricks.progress import enter
 from qat_tricks.recipes.guideline_steps import (
@@ -41,11 +43,11 @@ from qat_tricks.recipes.recipe import StagedRecipe, load_recipe
 from qat_tricks.recipes.stages import run_stages
 from qat_tricks.trainer.checkpoints import load_into, save_checkpoint
 from qat_tricks.trainer.framework import PACKAGES
+from qat_tricks.trainer.module import has_workbench
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningDataModule, LightningModule
 
-WITHIN, OVER, FAILED = "within the budget", "over the budget", "does not work here"
 FEW = 512  # validation images of the first look
 QUIET = {
     "logger": False,
@@ -54,80 +56,6 @@ QUIET = {
     "enable_model_summary": False,
     "num_sanity_val_steps": 0,
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What came of a step."""
-
-    name: str
-    does: str
-    recipe: str
-    overrides: Sequence[str]
-    command: str  # the arguments of ``train.py`` that run this step alone
-    foretold_seconds: float | None
-    seconds: float
-    decision: str  # WITHIN, OVER or FAILED
-    reason: str  # of a step that failed
-    judgement: dict[str, Any] | None  # see ``Judgement``; None of a step that failed
-
-    @property
-    def within(self) -> bool:
-        """Whether the step loses no more than the budget."""
-        return self.decision == WITHIN
-
-    def __str__(self) -> str:
-        """One line of a step that has been tried."""
-        if self.judgement is None:
-            return f"{self.name}: {self.decision} ({self.reason})"
-        agreement = show(self.judgement["agreement"], "percent")
-        change = show_change(self.judgement["change"], ENGLISH)
-        return (
-            f"{self.name}: {change}, agreement {agreement}, {show(self.seconds, 'seconds')}: "
-            f"{self.decision}"
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Guideline:
-    """The result of the guideline; ``module`` is the kept step's, quantized."""
-
-    module: "LightningModule" = field(repr=False)
-    settings: GuidelineSettings
-    kept: Outcome
-    outcomes: Sequence[Outcome]
-    potential: dict[str, Any]  # of 8 bits without training, on a few images: see ``Judgement``
-    images: int  # validation images on which it was decided
-    foretold_seconds: float | None  # of the steps that were tried
-    seconds: float  # of all, rehearsals included
-
-    @property
-    def within(self) -> bool:
-        """Whether the kept step loses no more than the budget."""
-        return self.kept.within
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data, for a report."""
-        return {
-            **asdict(self.settings),
-            "images": self.images,
-            "potential": self.potential,
-            "steps": [asdict(outcome) for outcome in self.outcomes],
-            "kept": self.kept.name,
-            "within": self.within,
-            "foretold_seconds": self.foretold_seconds,
-            "seconds": self.seconds,
-        }
-
-    def __str__(self) -> str:
-        """The verdict in one line."""
-        assert self.kept.judgement is not None
-        change = show_change(self.kept.judgement["change"], ENGLISH)
-        held = "within" if self.within else "NOT within"
-        return (
-            f"kept {self.kept.name}: {change} on {self.images} validation images, {held} the "
-            f"budget of {self.settings.budget:g}; alone: python train.py {self.kept.command}"
-        )
 
 
 def guideline(
@@ -172,6 +100,7 @@ def guideline(
         sparsity=sparsity,
         latency=latency,
     )
+    _check_begin(module, trainer or {})
     run = _Run(
         module=module,
         settings=settings,
@@ -187,6 +116,19 @@ def guideline(
             return run.run()
     finally:
         enter("")
+
+
+def _check_begin(module: "LightningModule", trainer: Mapping[str, Any]) -> None:
+    if has_workbench(module):
+        raise QatTricksError(
+            f"{type(module).__name__} is quantized already: the guideline begins with the float "
+            "module"
+        )
+    if started := other_processes(trainer):
+        raise QatTricksError(
+            f"the guideline with {started}: it judges and decides in one process; give devices=1 "
+            "and no strategy, or train the recipe that it names"
+        )
 
 
 class _Run:
@@ -217,6 +159,9 @@ class _Run:
         """Tries the steps."""
         quality, pruning = quality_steps(self.settings), pruning_steps(self.settings)
         self.judge = Judge(self.module, _validation_batches(self.data, self.val), FEW)
+        labels = hashlib.sha256(self.judge.reference.labels.numpy().tobytes()).hexdigest()
+        if self.state.setdefault("labels", labels) != labels:
+            raise self._other_run()
         self._say_plan(quality, pruning)
         self._look()
         foretold = self._foretell([*quality, *pruning])
@@ -301,12 +246,14 @@ class _Run:
     ) -> Any:
         module = copy.deepcopy(self.module)
         seed_all(self.seed)
+        # A callback may count, as early stopping does: each step has its own.
+        callbacks = copy.deepcopy(trainer.get("callbacks") or [])
         run_stages(
             module,
             self.data,
             recipe,
             val_dataloaders=self.val,
-            trainer=trainer,
+            trainer={**trainer, "callbacks": callbacks},
             checkpoints=checkpoints,
         )
         return module.cpu().eval()
@@ -352,7 +299,7 @@ class _Run:
                 sensitivity_seconds=pass_seconds * parts_of(self.module) / self.judge.images,
             )
             forecaster = Forecaster(self._rehearse, self._load, work)
-            self.state["foretold"] = {step.name: forecaster.seconds(step) for step in steps}
+            self.state["foretold"] = {step.name: _foretold(forecaster, step) for step in steps}
             self._write_state()
         foretold: dict[str, float | None] = self.state["foretold"]
         table = Table(box=None, pad_edge=False)
@@ -395,7 +342,20 @@ class _Run:
 
     def _key(self) -> str:
         """A hash of what the outcomes depend on, as far as it is known."""
-        digest = hashlib.sha256(repr((asdict(self.settings), self.seed)).encode())
+        steps = [self._load(step) for step in _all_steps(self.settings)]
+        stages = [
+            (
+                stage.name,
+                stage.epochs,
+                stage.lr,
+                [(t.name, repr(vars(t).get("settings"))) for t in stage.tricks],
+            )
+            for recipe in steps
+            for stage in recipe.stages
+        ]
+        plain = {k: v for k, v in self.trainer.items() if isinstance(v, str | int | float | None)}
+        known = (asdict(self.settings), self.seed, stages, sorted(plain.items(), key=repr))
+        digest = hashlib.sha256(repr(known).encode())
         for name, value in self.module.state_dict().items():
             if isinstance(value, torch.Tensor):
                 digest.update(name.encode())
@@ -410,11 +370,14 @@ class _Run:
             return fresh
         state = read_json(self._state_path())
         if state.get("key") != key:
-            raise QatTricksError(
-                f"{self.folder} holds a guideline of another network or other settings: give "
-                "another folder, or delete that one"
-            )
+            raise self._other_run()
         return state
+
+    def _other_run(self) -> QatTricksError:
+        return QatTricksError(
+            f"{self.folder} holds a guideline of another network, other images or other settings: "
+            "give another folder, or delete that one"
+        )
 
     def _state_path(self) -> Path:
         assert self.folder is not None
@@ -445,6 +408,14 @@ class _Run:
         return load_into(copy.deepcopy(self.module), self._module_path(outcome)).eval()
 
 
+def _foretold(forecaster: Forecaster, step: Step) -> float | None:
+    """The seconds of a step; None of one that does not work, which says why when it is tried."""
+    try:
+        return forecaster.seconds(step)
+    except QatTricksError:
+        return None
+
+
 @contextmanager
 def _silence() -> Iterator[None]:
     """Rehearsals tell nothing: their trainers' lines and warnings would come for each of them."""
@@ -459,6 +430,10 @@ def _silence() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def _all_steps(settings: GuidelineSettings) -> list[Step]:
+    return [*quality_steps(settings), *pruning_steps(settings)]
 
 
 def _validation_batches(data: Any, val: Any) -> Any:

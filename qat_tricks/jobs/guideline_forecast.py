@@ -61,8 +61,10 @@ class Forecaster:
 
         The first step that is asked for must be one without training.
         """
-        # Steps that prune differ in how much.
-        key = (step.recipe, *(o for o in step.overrides if "sparsity=" not in o))
+        # Steps that prune differ in how much, and not in their work.
+        shares = ("prune.sparsity=", "prune_channels.share=")
+        same = [one for one in step.overrides if not any(share in one for share in shares)]
+        key = (step.recipe, *same)
         if key not in self._known:
             self._known[key] = self._recipe_seconds(self._load(step))
         seconds = self._known[key]

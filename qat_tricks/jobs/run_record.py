@@ -41,7 +41,7 @@ from qat_tricks.jobs.calibration import calibration_figures
 from qat_tricks.jobs.classifier import Classifier
 from qat_tricks.jobs.config import command, timing
 from qat_tricks.jobs.description import to_metadata
-from qat_tricks.jobs.guideline import Guideline
+from qat_tricks.jobs.guideline_result import Guideline
 from qat_tricks.jobs.isolation import torch_threads
 from qat_tricks.jobs.loggers import log_report
 from qat_tricks.jobs.pictures import disagreement_pictures

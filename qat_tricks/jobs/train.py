@@ -18,7 +18,8 @@ from qat_tricks.jobs.baseline import prepare_baseline
 from qat_tricks.jobs.classifier import Classifier, make_classifier
 from qat_tricks.jobs.datamodule import ImageDataModule, load_data
 from qat_tricks.jobs.fitted_recipe import fit_recipe, fitted_recipe
-from qat_tricks.jobs.guideline import Guideline, guideline
+from qat_tricks.jobs.guideline import guideline
+from qat_tricks.jobs.guideline_result import Guideline
 from qat_tricks.jobs.run_record import RunRecord
 from qat_tricks.jobs.validate_deployed import ValidateDeployed
 from qat_tricks.recipes.guideline_steps import GuidelineSettings

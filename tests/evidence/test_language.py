@@ -16,7 +16,7 @@ from qat_tricks.evidence.templates import environment
 from qat_tricks.graph.bit_options import UNITS
 from qat_tricks.graph.channel_check import DEPENDS
 from qat_tricks.graph.trace_kept import TRACED
-from qat_tricks.jobs.guideline import FAILED, OVER, WITHIN
+from qat_tricks.jobs.guideline_result import FAILED, OVER, WITHIN
 from qat_tricks.recipes.guideline_steps import (
     GuidelineSettings,
     pruning_steps,

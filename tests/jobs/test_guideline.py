@@ -35,8 +35,9 @@ def trained():
     return lit.eval()
 
 
-def run(lit, **settings):
-    return qat_tricks.guideline(lit, NoTest(), trainer=QUIET, **settings)
+def run(lit, trainer_devices=1, **settings):
+    trainer = {**QUIET, "devices": trainer_devices}
+    return qat_tricks.guideline(lit, NoTest(), trainer=trainer, **settings)
 
 
 def test_8_bits_without_training_are_enough_and_nothing_else_is_tried(trained):
@@ -170,7 +171,7 @@ def test_an_interrupted_run_goes_on_where_it_was_stopped(tmp_path, monkeypatch, 
     judged = qat_tricks.evaluate(restored, loader(32, seed=4))
     assert judged.accuracy == pytest.approx(done["learned_rounding"].judgement["accuracy"])
     assert spec_of(restored.backbone)["history"][-1] == "learned_rounding"
-    with pytest.raises(QatTricksError, match="another network or other settings"):
+    with pytest.raises(QatTricksError, match="another network, other images or other"):
         run(trained, **{**aims, "budget": 1})
 
 
@@ -179,6 +180,30 @@ def test_loaders_do_in_the_place_of_a_data_module(trained):
         trained, loader(64), val_dataloaders=loader(32, seed=4), trainer=QUIET, budget=50
     )
     assert result.within
+
+
+def test_what_it_cannot_begin_with_is_refused(trained):
+    with pytest.raises(QatTricksError, match="judges and decides in one process"):
+        run(trained, budget=1, trainer_devices=2)
+    quantized = qat_tricks.run_stages(Lit(), Data(), "int8_ptq", trainer=QUIET)
+    with pytest.raises(QatTricksError, match="Lit is quantized already"):
+        run(quantized)
+
+
+def test_a_step_that_cannot_be_rehearsed_is_tried_all_the_same(trained, monkeypatch):
+    real = module_under_test.run_stages
+
+    def odd(module, data, recipe, **settings):
+        if recipe.training:
+            raise QatTricksError("it is too odd")
+        return real(module, data, recipe, **settings)
+
+    monkeypatch.setattr(module_under_test, "run_stages", odd)
+    result = run(trained, budget=5, sparsity=0.3)
+    assert [outcome.foretold_seconds is None for outcome in result.outcomes] == [False, True]
+    assert result.outcomes[1].decision == "does not work here"
+    assert result.outcomes[1].reason == "it is too odd"
+    assert (result.kept.name, result.within) == ("ptq", True)
 
 
 class Unordered(torch.utils.data.DataLoader):
