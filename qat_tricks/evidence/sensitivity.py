@@ -32,7 +32,8 @@ def sensitivity_table(sensitivity: dict[str, Any]) -> Table:
     for column in ("bits", "KL (nats)", "SQNR", "agreement"):
         table.add_column(column, justify="right", no_wrap=True)
     for part in sensitivity["parts"]:
-        table.add_row(part["name"], part["kind"], str(part["bits"]), *_cells(part))
+        kind = part["kind"] + (", rounded already" if part.get("is_rounded") else "")
+        table.add_row(part["name"], kind, str(part["bits"]), *_cells(part))
     together = sensitivity["together"]
     table.add_section()
     table.add_row("all together", "", "", *_cells(together))
@@ -42,6 +43,8 @@ def sensitivity_table(sensitivity: dict[str, Any]) -> Table:
 
 
 def _cells(error: dict[str, Any]) -> list[str]:
+    if error.get("is_rounded"):  # what its rounding costs cannot be seen any more
+        return ["-", "-", "-"]
     figures = (("kl", "error"), ("sqnr_db", "db"), ("agreement", "percent"))
     return [show(error[key], unit) for key, unit in figures]
 

@@ -49,6 +49,9 @@ class Sensitivity:
     kind: str  # "weights" or "activations"
     bits: int
     error: OutputError
+    # Weights that were put on their grid already, as by gptq: nothing is left to be rounded, and
+    # so no error of theirs to be measured.
+    is_rounded: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +68,13 @@ class Sensitivities:
             "images": self.images,
             "together": asdict(self.together),
             "parts": [
-                {"name": part.name, "kind": part.kind, "bits": part.bits, **asdict(part.error)}
+                {
+                    "name": part.name,
+                    "kind": part.kind,
+                    "bits": part.bits,
+                    "is_rounded": part.is_rounded,
+                    **asdict(part.error),
+                }
                 for part in self.parts
             ],
         }
@@ -91,12 +100,14 @@ def measure_sensitivity(traced: fx.GraphModule, batches: Sequence[Inputs]) -> Se
         with float_mode(traced):
             changes = [_only(name, quantizer) for name, quantizer in quantizers.items()]
             reference, errors = errors_alone(traced, batches, changes, "measure sensitivity")
+            rounded = _rounded(traced)
     parts = [
         Sensitivity(
             name=name.removeprefix(f"{QUANTIZERS}."),
             kind=WEIGHTS if isinstance(quantizer, WeightQuantizer) else ACTIVATIONS,
             bits=quantizer.scheme.bits,
             error=error,
+            is_rounded=name in rounded,
         )
         for (name, quantizer), error in zip(quantizers.items(), errors, strict=True)
     ]
@@ -115,6 +126,19 @@ def quantizers_of(traced: fx.GraphModule) -> dict[str, WeightQuantizer | Activat
         if layer.weight_quantizer is not None
     }
     return {**weights, **activation_quantizers(traced)}
+
+
+def _rounded(traced: fx.GraphModule) -> set[str]:
+    """The layers of a network in float mode whose weights lie on their grids."""
+    found = set()
+    for name, layer in layers(traced).items():
+        if layer.weight_quantizer is None:
+            continue
+        weight = layer.effective_weight()
+        with _only(name, layer.weight_quantizer).applied():
+            if torch.equal(layer.effective_weight(), weight):
+                found.add(name)
+    return found
 
 
 def _only(name: str, quantizer: WeightQuantizer | ActivationQuantizer) -> Change:

@@ -9,7 +9,7 @@ from qat_tricks.graph import activation_quantizers, layers, trace
 from qat_tricks.graph.modes import float_mode
 from qat_tricks.graph.output_error import output_error
 from qat_tricks.graph.sensitivity import Change, errors_alone, measure_sensitivity
-from qat_tricks.tricks import calibrate, fold_batchnorm, quantize
+from qat_tricks.tricks import calibrate, fold_batchnorm, gptq, quantize
 from tests.helpers.nets import images, small_net
 
 
@@ -40,6 +40,17 @@ def test_each_part_is_measured_with_all_others_in_float():
     assert measured.images == 29
     errors = [part.error.kl for part in measured.parts]
     assert errors == sorted(errors, reverse=True)
+
+
+def test_weights_that_were_put_on_their_grid_are_told_apart():
+    traced = quantized()
+    assert not any(part.is_rounded for part in measure_sensitivity(traced, [images(8)]).parts)
+    reference = trace(small_net())
+    fold_batchnorm(reference)
+    gptq(traced, reference, [images(64)])
+    parts = measure_sensitivity(traced, [images(8)]).parts
+    assert {part.name for part in parts if part.is_rounded} == set(layers(traced))
+    assert all(part.error.kl == 0 for part in parts if part.is_rounded)
 
 
 def test_the_network_stays_as_it_is_and_the_figures_repeat():
