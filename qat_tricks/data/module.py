@@ -129,6 +129,17 @@ class ImageData:
         """Returns test images."""
         return self._loader(self.splits.test)
 
+    def test_sample(self, num_images: int, *, pixels: bool = False) -> Batches:
+        """Returns a few test images, balanced by class: a folder's are sorted by it.
+
+        Args:
+            num_images: number of images; all of them where the test split holds fewer.
+            pixels: whether before normalization, as of ``test_pixels``.
+        """
+        images = self.splits.pixels if pixels else self.splits.test
+        indices = balanced_subset(images.labels, num_images, self.seed)
+        return self._loader(Subset(images, indices.tolist()))
+
     def test_pixels(self) -> Batches:
         """Returns the test images before normalization, uint8 ``[B, C, H, W]``."""
         return self._loader(self.splits.pixels)

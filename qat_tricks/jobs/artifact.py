@@ -41,9 +41,17 @@ class Artifact:
         assert self.simulated is not None
         return self.simulated.eval()
 
-    def batches(self, data: ImageData) -> Iterable[Any]:
-        """Returns the test images as the network takes them, with their labels."""
-        batches = data.test_pixels() if self.normalizes else data.test_dataloader()
+    def batches(self, data: ImageData, few: int | None = None) -> Iterable[Any]:
+        """Returns the test images as the network takes them, with their labels.
+
+        Args:
+            data: loaded.
+            few: number of images, balanced by class; None means all.
+        """
+        if few is not None:
+            batches = data.test_sample(few, pixels=self.normalizes)
+        else:
+            batches = data.test_pixels() if self.normalizes else data.test_dataloader()
         return batches if self.inputs is None else _Changed(batches, self.inputs)
 
     def predict(self, threads: int, runtime: str = REFERENCE) -> Predict:

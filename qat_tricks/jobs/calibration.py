@@ -10,7 +10,7 @@ from qat_tricks.graph.tensor_figures import FEW_IMAGES, activation_shifts
 
 
 def calibration_figures(network: nn.Module, data: ImageData, labels: Tensor) -> dict[str, Any]:
-    """Compares the first calibration images with the test images.
+    """Compares the first calibration images with test images.
 
     Args:
         network: quantized, or float.
@@ -30,8 +30,10 @@ def calibration_figures(network: nn.Module, data: ImageData, labels: Tensor) -> 
         for found in (own, labels)
     ]
     gap, index = (shares[0] - shares[1]).abs().max(0)
+    # Both are balanced by class, so that a shift is none of the classes' shares.
+    tested = data.test_sample(FEW_IMAGES)
     shifts = activation_shifts(
-        network, (images for images, _ in calibration), (x for x, _ in data.test_dataloader())
+        network, (images for images, _ in calibration), (images for images, _ in tested)
     )
     tensor = max(shifts, key=lambda name: shifts[name], default=None)
     return {

@@ -31,7 +31,7 @@ from qat_tricks.evidence.metrics import Metrics, agreement, evaluate_classifier
 from qat_tricks.evidence.paired import compare
 from qat_tricks.evidence.report import write_report
 from qat_tricks.graph.spec import channels_of, mixed_precision_of
-from qat_tricks.graph.tensor_figures import layer_figures
+from qat_tricks.graph.tensor_figures import FEW_IMAGES, layer_figures
 from qat_tricks.jobs.artifact import (
     Artifact,
     export_artifact,
@@ -205,7 +205,7 @@ class _Evaluation:
             "stages": self.ledger.rows(),
             **self._compared(float_metrics, metrics),
             "layers": layer_figures(
-                artifact.simulated, (x for x, _ in artifact.batches(self.data))
+                artifact.simulated, (x for x, _ in artifact.batches(self.data, FEW_IMAGES))
             ),
             "parity": compared,
             **_choices_in(artifact.simulated),

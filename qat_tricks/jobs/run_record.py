@@ -35,7 +35,7 @@ from qat_tricks.evidence.page import answer_lines
 from qat_tricks.evidence.paired import compare
 from qat_tricks.evidence.report import REQUIRED_KEYS, write_report
 from qat_tricks.graph.spec import channels_of, mixed_precision_of, spec_of
-from qat_tricks.graph.tensor_figures import layer_figures
+from qat_tricks.graph.tensor_figures import FEW_IMAGES, layer_figures
 from qat_tricks.graph.traced_network import TracedNetwork
 from qat_tricks.jobs.calibration import calibration_figures
 from qat_tricks.jobs.classifier import Classifier
@@ -290,7 +290,7 @@ class RunRecord:
             "agreement": compared["agreement"],
             "comparison": compared,
             "layers": layer_figures(
-                self.module.network, (x for x, _ in self.data.test_dataloader())
+                self.module.network, (x for x, _ in self.data.test_sample(FEW_IMAGES))
             ),
             "calibration": calibration_figures(self.module.network, self.data, metrics.labels),
             "parity": self.parity,

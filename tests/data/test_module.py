@@ -107,3 +107,18 @@ def test_setup_loads_once_and_properties_need_it():
     splits = data.splits
     data.setup()
     assert data.splits is splits
+
+
+def test_a_sample_of_the_test_images_has_each_class_alike_also_where_they_are_sorted():
+    data = ready("digits")
+    order = data.splits.test.labels.argsort()  # as a folder of each class gives them
+    splits = data.splits
+    for images in (splits.test, splits.pixels):
+        images.images, images.labels = images.images[order], images.labels[order]
+    floats, labels = batches(data.test_sample(50))
+    assert torch.bincount(labels, minlength=10).tolist() == [5] * 10
+    pixels, same = batches(data.test_sample(50, pixels=True))
+    assert torch.equal(same, labels)
+    assert torch.equal(data.preprocessing.normalize()(pixels), floats)
+    everything, _ = batches(data.test_sample(10**6))
+    assert len(everything) == len(splits.test)

@@ -34,5 +34,5 @@ def test_the_tensor_whose_mean_lies_farthest_apart_is_named(data, monkeypatch):
     assert 0 <= found["shift"] < 0.1  # drawn alike
     assert found["tensor"]
     brighter = [(images + 3, labels)]
-    monkeypatch.setattr(data, "test_dataloader", lambda: brighter)
+    monkeypatch.setattr(data, "test_sample", lambda num_images: brighter)
     assert calibration_figures(traced, data, labels)["shift"] > 0.3
