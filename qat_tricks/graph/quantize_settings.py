@@ -80,7 +80,8 @@ class QuantizeSettings:
         if problems:
             raise QatTricksError("; ".join(problems))
         # Plain copies: nobody else's list or mapping changes these settings later.
-        plain = {pattern: dict(bits) for pattern, bits in (self.overrides or {}).items()}
+        # The layers of an ``nn.Sequential`` have numbers for names, which YAML reads as such.
+        plain = {str(pattern): dict(bits) for pattern, bits in (self.overrides or {}).items()}
         object.__setattr__(self, "include", tuple(self.include))
         object.__setattr__(self, "exclude", tuple(self.exclude))
         object.__setattr__(self, "overrides", plain)
@@ -94,6 +95,8 @@ class QuantizeSettings:
             bits["first_last_bits"] = self.first_last_bits
         problems = []
         for pattern, changes in (self.overrides or {}).items():
+            if isinstance(pattern, bool) or not isinstance(pattern, str | int):
+                problems.append(f"overrides={{{pattern!r}: …}} is not allowed: give name patterns")
             for key, value in changes.items():
                 if key in OVERRIDES:
                     bits[f'overrides."{pattern}".{key}'] = value

@@ -245,7 +245,7 @@ def _batches(loaders: Any) -> Iterator[Any]:
         tests = is_overridden("test_dataloader", loaders, kind)
         loaders.setup("test" if tests else "validate")
         loaders = loaders.test_dataloader() if tests else loaders.val_dataloader()
-    if isinstance(loaders, (list, tuple)) and all(map(_is_loader, loaders)):
+    if isinstance(loaders, (list, tuple)) and all(map(is_loader, loaders)):
         for loader in loaders:
             yield from loader
     elif isinstance(loaders, Iterable) and not isinstance(loaders, (str, Tensor, Mapping)):
@@ -257,7 +257,7 @@ def _batches(loaders: Any) -> Iterator[Any]:
         )
 
 
-def _is_loader(value: Any) -> bool:
+def is_loader(value: Any) -> bool:
     """Whether an element of a list is a loader; else it is a batch."""
     return isinstance(value, Iterable) and not isinstance(value, (list, tuple, Mapping, Tensor))
 

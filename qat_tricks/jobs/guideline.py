@@ -6,7 +6,6 @@ run again without the guideline.
 """
 
 import copy
-import hashlib
 import logging
 import time
 import warnings
@@ -26,6 +25,7 @@ from qat_tricks.evidence.paired import show_change
 from qat_tricks.evidence.show import show
 from qat_tricks.files import read_json, write_json
 from qat_tricks.graph.random_state import kept_random_state, seed_all
+from qat_tricks.jobs.guideline_data import train_batches, validation_batches
 from qat_tricks.jobs.guideline_forecast import IMAGES, Forecaster, Scale, Work, scaled
 from qat_tricks.jobs.guideline_judge import Judge, Judgement
 from qat_tricks.jobs.guideline_result import FAILED, OVER, WITHIN, Guideline, Outcome
@@ -40,15 +40,19 @@ from qat_tricks.recipes.guideline_steps import (
     sparing,
 )
 from qat_tricks.recipes.recipe import StagedRecipe, load_recipe
+from qat_tricks.recipes.run_key import run_key
 from qat_tricks.recipes.stages import run_stages
+from qat_tricks.settings.binding import make
 from qat_tricks.trainer.checkpoints import load_into, save_checkpoint
 from qat_tricks.trainer.framework import PACKAGES
 from qat_tricks.trainer.module import has_workbench
+from qat_tricks.trainer.reading import DamagedError
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningDataModule, LightningModule
 
 FEW = 512  # validation images of the first look
+SAME_CONFIDENCE = 0.01  # by which a network's own differ at most from one run to another
 QUIET = {
     "logger": False,
     "callbacks": [],
@@ -93,13 +97,14 @@ def guideline(
     Raises:
         QatTricksError: a setting that is not allowed, no validation images, or no step works.
     """
-    settings = GuidelineSettings(
-        budget=budget,
-        weight_bits=weight_bits,
-        activation_bits=activation_bits,
-        sparsity=sparsity,
-        latency=latency,
-    )
+    aims = {
+        "budget": budget,
+        "weight_bits": weight_bits,
+        "activation_bits": activation_bits,
+        "sparsity": sparsity,
+        "latency": latency,
+    }
+    settings = make("guideline", GuidelineSettings, aims)
     _check_begin(module, trainer or {})
     run = _Run(
         module=module,
@@ -118,7 +123,12 @@ def guideline(
         enter("")
 
 
-def _check_begin(module: "LightningModule", trainer: Mapping[str, Any]) -> None:
+def _check_begin(module: "LightningModule", trainer: Any) -> None:
+    if not isinstance(trainer, Mapping):
+        raise QatTricksError(
+            f"trainer={type(trainer).__name__} is not allowed: give the arguments of a Trainer, as "
+            "in {'accelerator': 'gpu'}"
+        )
     if has_workbench(module):
         raise QatTricksError(
             f"{type(module).__name__} is quantized already: the guideline begins with the float "
@@ -158,9 +168,15 @@ class _Run:
     def run(self) -> Guideline:
         """Tries the steps."""
         quality, pruning = quality_steps(self.settings), pruning_steps(self.settings)
-        self.judge = Judge(self.module, _validation_batches(self.data, self.val), FEW)
-        labels = hashlib.sha256(self.judge.reference.labels.numpy().tobytes()).hexdigest()
-        if self.state.setdefault("labels", labels) != labels:
+        seed_all(self.seed)
+        self.judge = Judge(
+            self.module,
+            validation_batches(
+                self.module, self.data, self.val, {**self.trainer, **QUIET}, self.seed
+            ),
+            FEW,
+        )
+        if not self._knows_images():
             raise self._other_run()
         self._say_plan(quality, pruning)
         self._look()
@@ -178,6 +194,17 @@ class _Run:
             if not outcomes[-1].within:
                 break
         return self._result(outcomes)
+
+    def _knows_images(self) -> bool:
+        """Whether the state is of these images and this network, by what it makes of a few."""
+        few = self.judge.reference_of_few
+        seen = {key: getattr(few, key).tolist() for key in ("labels", "predictions", "confidences")}
+        known = self.state.setdefault("seen", seen)
+        if known["labels"] != seen["labels"] or known["predictions"] != seen["predictions"]:
+            return False
+        # On other numbers of threads sums differ in their last bits.
+        differences = torch.tensor(known["confidences"]) - few.confidences
+        return bool(differences.abs().max() < SAME_CONFIDENCE)
 
     def _try(self, step: Step, foretold: float | None, *, prunes: bool = False) -> Outcome:
         """Runs a step, judges it, and keeps it if it is the best so far."""
@@ -215,6 +242,8 @@ class _Run:
             if step.spares_sensitive:
                 step = sparing(step, sensitive_layers(self._plain(step), self.judge.few))
             self.last = self._run_step(step)
+        except DamagedError:  # says nothing of the step
+            raise
         except QatTricksError as error:
             return None, step, one_line(error)
         return self.judge.judge(self.last), step, ""
@@ -247,7 +276,7 @@ class _Run:
         module = copy.deepcopy(self.module)
         seed_all(self.seed)
         # A callback may count, as early stopping does: each step has its own.
-        callbacks = copy.deepcopy(trainer.get("callbacks") or [])
+        callbacks = copy.deepcopy(trainer.get("callbacks"))
         run_stages(
             module,
             self.data,
@@ -294,7 +323,7 @@ class _Run:
         if "foretold" not in self.state:
             pass_seconds = self.state["pass_seconds"]
             work = Work(
-                batches=_train_batches(self.data, self.trainer),
+                batches=train_batches(self.data, self.trainer),
                 pass_seconds=pass_seconds,
                 sensitivity_seconds=pass_seconds * parts_of(self.module) / self.judge.images,
             )
@@ -342,26 +371,12 @@ class _Run:
 
     def _key(self) -> str:
         """A hash of what the outcomes depend on, as far as it is known."""
-        steps = [self._load(step) for step in _all_steps(self.settings)]
-        stages = [
-            (
-                stage.name,
-                stage.epochs,
-                stage.lr,
-                [(t.name, repr(vars(t).get("settings"))) for t in stage.tricks],
-            )
-            for recipe in steps
-            for stage in recipe.stages
-        ]
-        plain = {k: v for k, v in self.trainer.items() if isinstance(v, str | int | float | None)}
-        known = (asdict(self.settings), self.seed, stages, sorted(plain.items(), key=repr))
-        digest = hashlib.sha256(repr(known).encode())
-        for name, value in self.module.state_dict().items():
-            if isinstance(value, torch.Tensor):
-                digest.update(name.encode())
-                values = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                digest.update(values.numpy().tobytes())
-        return digest.hexdigest()
+        recipes = [self._load(step) for step in _all_steps(self.settings)]
+        kinds = (str, int, float, bool, type(None))
+        plain = {k: v for k, v in self.trainer.items() if isinstance(v, kinds)}
+        return run_key(
+            self.module, recipes, asdict(self.settings), self.seed, sorted(plain.items())
+        )
 
     def _read_state(self) -> dict[str, Any]:
         key = self._key()
@@ -369,14 +384,20 @@ class _Run:
         if self.folder is None or not self._state_path().is_file():
             return fresh
         state = read_json(self._state_path())
-        if state.get("key") != key:
+        if not isinstance(state, dict) or state.get("key") != key:
             raise self._other_run()
+        try:
+            assert {"seconds", "outcomes", "seen"} <= state.keys()
+            for done in state["outcomes"].values():
+                Outcome(**done)
+        except (AssertionError, AttributeError, TypeError) as error:  # of another version, say
+            raise self._other_run() from error
         return state
 
     def _other_run(self) -> QatTricksError:
         return QatTricksError(
-            f"{self.folder} holds a guideline of another network, other images or other settings: "
-            "give another folder, or delete that one"
+            f"{self.folder} holds a guideline of another network, other images, other settings or "
+            "another version: give another folder, or delete that one"
         )
 
     def _state_path(self) -> Path:
@@ -434,38 +455,3 @@ def _silence() -> Iterator[None]:
 
 def _all_steps(settings: GuidelineSettings) -> list[Step]:
     return [*quality_steps(settings), *pruning_steps(settings)]
-
-
-def _validation_batches(data: Any, val: Any) -> Any:
-    """The loader of validation images.
-
-    Raises:
-        QatTricksError: there is none.
-    """
-    if val is None and hasattr(data, "val_dataloader"):
-        data.prepare_data()
-        data.setup("fit")
-        val = data.val_dataloader()
-    if isinstance(val, (list, tuple)) and len(val) == 1:
-        val = val[0]
-    if val is None or (hasattr(val, "__len__") and len(val) == 0):
-        raise QatTricksError(
-            "the guideline decides on validation images, and there are none: give a data module "
-            "with a val_dataloader, or val_dataloaders=LOADER"
-        )
-    return val
-
-
-def _train_batches(data: Any, trainer: Mapping[str, Any]) -> float | None:
-    """The batches of an epoch, as far as the loader and the trainer say."""
-    loader = data.train_dataloader() if hasattr(data, "train_dataloader") else data
-    try:
-        batches = float(len(loader))
-    except TypeError:  # of a stream, for one
-        batches = float("inf")
-    limit = trainer.get("limit_train_batches")
-    if isinstance(limit, float):
-        batches *= limit
-    elif limit is not None:
-        batches = min(batches, limit)
-    return batches if batches < float("inf") else None

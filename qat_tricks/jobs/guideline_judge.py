@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_structure
 
 from qat_tricks.data.splits import balanced_subset
 from qat_tricks.errors import QatTricksError
@@ -103,10 +103,9 @@ def _rows(batches: Iterable[Any], chosen: Tensor, names: Sequence[str]) -> Itera
             parts.append(tree_map(partial(_taken, rows=rows, size=size), batch))
             held += len(rows)
         if held >= size:
-            yield _joined(parts)
+            yield from _joined(parts)
             parts, held = [], 0
-    if parts:
-        yield _joined(parts)
+    yield from _joined(parts)
 
 
 def _taken(value: Any, rows: Tensor, size: int) -> Any:
@@ -115,11 +114,14 @@ def _taken(value: Any, rows: Tensor, size: int) -> Any:
     return value[rows] if of_images else value
 
 
-def _joined(parts: Sequence[Any]) -> Any:
-    """One batch of several; what is no tensor of images is that of the first."""
-    return tree_map(
-        lambda *values: torch.cat(values) if _has_rows(values[0]) else values[0], *parts
-    )
+def _joined(parts: Sequence[Any]) -> Iterator[Any]:
+    """One batch of several; those that differ in more than their images, as in names, stay so."""
+    if len({repr(tree_structure(part)) for part in parts}) > 1:
+        yield from parts
+    elif parts:
+        yield tree_map(
+            lambda *values: torch.cat(values) if _has_rows(values[0]) else values[0], *parts
+        )
 
 
 def _has_rows(value: Any) -> bool:

@@ -94,7 +94,7 @@ class ActivationQuantizer(nn.Module):
     @property
     def range(self) -> tuple[float, float]:
         """The smallest and the largest value."""
-        scale, (low, high) = float(self.current_scale()), self.steps
+        scale, (low, high) = float(self.current_scale().detach()), self.steps
         return scale * low, scale * high
 
     def set_range(self, low: float, high: float) -> None:

@@ -6,6 +6,7 @@ bits, and prune behind that. Where this differs: between the two stand learned r
 layers at more bits, which cost less than training.
 """
 
+import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -125,7 +126,7 @@ def pruning_steps(settings: GuidelineSettings) -> list[Step]:
     """The steps to what is to be pruned, the smallest first; none where nothing is to be."""
     shares = [index / PRUNING_STEPS for index in range(1, PRUNING_STEPS + 1)]
     if settings.latency is not None:
-        latencies = [round(1 - (1 - settings.latency) * share, 4) for share in shares]
+        latencies = [_short(1 - (1 - settings.latency) * share) for share in shares]
         key = "stages.channels.tricks.prune_channels.share"
         return [
             Step(
@@ -138,7 +139,7 @@ def pruning_steps(settings: GuidelineSettings) -> list[Step]:
         ]
     if settings.sparsity is None:
         return []
-    sparsities = [round(settings.sparsity * share, 4) for share in shares]
+    sparsities = [_short(settings.sparsity * share) for share in shares]
     recipe, stage = (_trained(settings), "qat")
     others: tuple[str, ...] = (*_bits(settings), "+trick@stages.qat.tricks=prune")
     if settings.is_int8:  # there is a recipe that prunes
@@ -154,11 +155,17 @@ def pruning_steps(settings: GuidelineSettings) -> list[Step]:
     ]
 
 
+def _short(share: float) -> float:
+    """A share in four digits, which tell the steps apart."""
+    return float(f"{share:.4g}")
+
+
 def sparing(step: Step, layers: Sequence[str]) -> Step:
     """``step`` with ``layers`` in float at 8 bits, and at 8 bits below."""
     quantize = "stages.ptq.tricks.quantize"
     if step.recipe == "int8_ptq":
-        override = f"{quantize}.exclude=[{','.join(layers)}]"
+        names = ",".join(json.dumps(name) for name in layers)  # a name may be a number
+        override = f"{quantize}.exclude=[{names}]"
     else:
         bits = "{weight_bits:8,activation_bits:8}"
         override = f"++{quantize}.overrides={{{','.join(f'{name}:{bits}' for name in layers)}}}"

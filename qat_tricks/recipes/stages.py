@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from qat_tricks.errors import QatTricksError
+from qat_tricks.files import write_text
 from qat_tricks.graph.inputs import check_loader
 from qat_tricks.recipes.recipe import Stage, StagedRecipe, load_recipe
+from qat_tricks.recipes.run_key import run_key
 from qat_tricks.trainer.framework import package_of
 from qat_tricks.trainer.module import has_workbench, networks_in, workbench_of
 from qat_tricks.trainer.session import Session
@@ -17,6 +19,8 @@ from qat_tricks.trainer.stage_name import name_stage
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningDataModule, LightningModule
+
+KEY = "qat_tricks_run"  # a file beside checkpoints, which tells whose they are
 
 AfterStage = Callable[[Stage, nn.Module], None]
 
@@ -29,7 +33,7 @@ def run_stages(
     val_dataloaders: Any = None,
     trainer: Mapping[str, Any] | None = None,
     after_stage: AfterStage | None = None,
-    checkpoints: Path | None = None,
+    checkpoints: str | Path | None = None,
 ) -> "LightningModule":
     """Runs every stage of ``recipe`` and returns ``module``.
 
@@ -47,7 +51,7 @@ def run_stages(
             run.
         checkpoints: a folder that gets a checkpoint of each fit with every epoch. With the same
             folder an interrupted fit goes on behind its last epoch; stages without training, which
-            give the same again, are repeated.
+            give the same again, are repeated. That of another module or recipe is refused.
 
     Raises:
         QatTricksError: an unknown recipe, or an error of a trick.
@@ -55,9 +59,10 @@ def run_stages(
     if isinstance(recipe, str):
         recipe = load_recipe(recipe)
     settings = _trainer_settings(trainer)
-    extra_callbacks = list(settings.pop("callbacks", None) or [])
+    extra_callbacks = settings.pop("callbacks")
     data = _data(datamodule, val_dataloaders)
     frozen = _held_in_evaluation(module, recipe.network)
+    folder = None if checkpoints is None else _own_folder(Path(checkpoints), module, recipe)
     # A recipe without stages still gives a network that was traced, as for export.
     for stage in recipe.stages or [Stage(name="float", tricks=[])]:
         session = _session(recipe, stage)
@@ -73,9 +78,9 @@ def run_stages(
                 module.lr = stage.lr  # type: ignore[assignment]
             _train(module, frozen)
             callbacks = [session, *stage.tricks, *extra_callbacks]
-            kept = _kept(package, checkpoints, stage, callbacks)
+            kept = _kept(package, folder, stage, callbacks)
             fit = package.Trainer(max_epochs=stage.epochs, **{**settings, **kept})
-        name_stage(fit, stage.name).fit(module, **data, ckpt_path=_last(checkpoints, stage))
+        name_stage(fit, stage.name).fit(module, **data, ckpt_path=_last(folder, stage))
         work = workbench_of(module)
         work.drop_reference()  # the float copy fits only this stage's network
         if after_stage is not None and recipe.stages:
@@ -83,14 +88,34 @@ def run_stages(
     return module
 
 
+def _own_folder(folder: Path, module: nn.Module, recipe: StagedRecipe) -> Path:
+    """Makes ``folder`` that of this run.
+
+    Raises:
+        QatTricksError: it has fits of another module or recipe.
+    """
+    path, key = folder / KEY, run_key(module, [recipe])
+    if path.is_file() and path.read_text(encoding="utf-8") != key:
+        raise QatTricksError(
+            f"{folder} has fits of another module or recipe: give another folder, or delete that "
+            "one"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, key)
+    return folder
+
+
 def _kept(package: Any, folder: Path | None, stage: Stage, callbacks: list[Any]) -> dict[str, Any]:
     """The callbacks of a stage's fit, with one that keeps its newest checkpoint in ``folder``."""
     if folder is None:
         return {"callbacks": callbacks}
-    keep = package.callbacks.ModelCheckpoint(
+    # Of a class of its own: Lightning tells callbacks with a state by that, and users have theirs.
+    kind = type("StageCheckpoint", (package.callbacks.ModelCheckpoint,), {"state_key": KEY})
+    keep = kind(
         dirpath=folder,
         filename=stage.name,
         enable_version_counter=False,  # the newest one takes the place of the one before
+        save_on_train_epoch_end=True,  # validation may come within an epoch, or not in each
     )
     return {"callbacks": [*callbacks, keep], "enable_checkpointing": True}
 
@@ -105,13 +130,27 @@ def _last(folder: Path | None, stage: Stage) -> Path | None:
 
 def _trainer_settings(given: Mapping[str, Any] | None) -> dict[str, Any]:
     """The arguments of each stage's trainer; raises QatTricksError for what a stage decides."""
+    if not isinstance(given or {}, Mapping):
+        raise QatTricksError(
+            f"trainer={type(given).__name__} is not allowed: give the arguments of a Trainer, as "
+            "in {'accelerator': 'gpu'}"
+        )
     settings = {"enable_checkpointing": False, "logger": False, **(given or {})}
+    callbacks = settings.get("callbacks") or []
+    settings["callbacks"] = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
+    # Lightning refuses a callback that keeps checkpoints where they are not enabled.
+    if any(map(_keeps_checkpoints, settings["callbacks"])):
+        settings["enable_checkpointing"] = (given or {}).get("enable_checkpointing", True)
     if "max_epochs" in settings:
         raise QatTricksError(
             f"trainer={{'max_epochs': {settings['max_epochs']}}} is not allowed: a stage has its "
             "own epochs; set them in the recipe, as stages.qat.epochs"
         )
     return settings
+
+
+def _keeps_checkpoints(callback: Any) -> bool:
+    return any(kind.__name__ == "Checkpoint" for kind in type(callback).__mro__)
 
 
 def _session(recipe: StagedRecipe, stage: Stage) -> Session:

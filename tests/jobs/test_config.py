@@ -34,6 +34,7 @@ def test_each_yaml_begins_with_its_command_which_composes_and_passes_the_checks(
     first = path.read_text().removeprefix("# @package _global_\n").splitlines()[0]
     program, *words = first.removeprefix("# python ").replace("'", "").split()
     assert first.startswith("# python ")
+    words = [word for word in words if word != "-m"]
     assert program == ("evaluate.py" if path.stem == "evaluate" else "train.py")
     overrides = [
         word.replace("PATH", str(tmp_path)).replace(
@@ -55,7 +56,7 @@ def test_each_yaml_begins_with_its_command_which_composes_and_passes_the_checks(
 
 def test_every_group_is_in_a_config_that_was_checked():
     groups = {path.parent.name for path in SHIPPED} - {"conf"}
-    assert groups == {"data", "logger", "model", "recipe", "trainer", "trick"}
+    assert groups == {"data", "logger", "model", "recipe", "sweep", "trainer", "trick"}
     assert set(options("logger")) == {"wandb", "tensorboard", "mlflow", "csv", "none"}
 
 

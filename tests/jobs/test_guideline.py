@@ -1,5 +1,5 @@
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -28,6 +28,22 @@ class NoTest(Data):
         raise AssertionError("the test images were read")
 
 
+@pytest.fixture
+def rehearsed():
+    """Of tests in which steps are foretold."""
+
+
+@pytest.fixture(autouse=True)
+def unforetold(request, monkeypatch):
+    """Rehearsals take most of the time, and few tests are of them."""
+    if "rehearsed" not in request.fixturenames:
+        monkeypatch.setattr(module_under_test._Run, "_foretell", _nothing)
+
+
+def _nothing(run, steps):
+    return {step.name: None for step in steps}
+
+
 @pytest.fixture(scope="module")
 def trained():
     lit = Lit(seed=1)
@@ -40,6 +56,7 @@ def run(lit, trainer_devices=1, **settings):
     return qat_tricks.guideline(lit, NoTest(), trainer=trainer, **settings)
 
 
+@pytest.mark.usefixtures("rehearsed")
 def test_8_bits_without_training_are_enough_and_nothing_else_is_tried(trained):
     before = {key: value.clone() for key, value in trained.state_dict().items()}
     state = torch.get_rng_state()
@@ -171,7 +188,7 @@ def test_an_interrupted_run_goes_on_where_it_was_stopped(tmp_path, monkeypatch, 
     judged = qat_tricks.evaluate(restored, loader(32, seed=4))
     assert judged.accuracy == pytest.approx(done["learned_rounding"].judgement["accuracy"])
     assert spec_of(restored.backbone)["history"][-1] == "learned_rounding"
-    with pytest.raises(QatTricksError, match="another network, other images or other"):
+    with pytest.raises(QatTricksError, match="another network, other images, other settings"):
         run(trained, **{**aims, "budget": 1})
 
 
@@ -190,6 +207,7 @@ def test_what_it_cannot_begin_with_is_refused(trained):
         run(quantized)
 
 
+@pytest.mark.usefixtures("rehearsed")
 def test_a_step_that_cannot_be_rehearsed_is_tried_all_the_same(trained, monkeypatch):
     real = module_under_test.run_stages
 
@@ -213,12 +231,7 @@ class Unordered(torch.utils.data.DataLoader):
 
     def __iter__(self):
         self.passes += 1
-        return iter(
-            [
-                (images.roll(self.passes, 0), labels.roll(self.passes))
-                for images, labels in loader(32)
-            ]
-        )
+        return iter([(x.roll(self.passes, 0), y.roll(self.passes)) for x, y in loader(32)])
 
 
 class NoVal(pl.LightningDataModule):
@@ -226,13 +239,142 @@ class NoVal(pl.LightningDataModule):
         return loader(64)
 
 
-def test_it_says_which_images_it_needs(trained):
-    with pytest.raises(QatTricksError, match="decides on validation images, and there are none"):
-        qat_tricks.guideline(trained, loader(64), trainer=QUIET)
-    with pytest.raises(QatTricksError, match="shuffle=False"):
-        qat_tricks.guideline(
-            trained, loader(64), val_dataloaders=Unordered(dataset(32)), trainer=QUIET
-        )
+class Splits(pl.LightningDataModule):
+    """Draws its split in ``setup``, for as many processes as its trainer has."""
+
+    def __init__(self, generator=None):
+        super().__init__()
+        self.generator = generator
+
+    def setup(self, stage=None):
+        assert self.trainer.world_size == 1
+        generator = torch.Generator().manual_seed(0) if self.generator == "own" else None
+        self.parts = torch.utils.data.random_split(dataset(64), [48, 16], generator=generator)
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(self.parts[0], batch_size=16)
+
+    def val_dataloader(self):
+        return torch.utils.data.DataLoader(self.parts[1], batch_size=16)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(dataset(32))
+
+
+def ways(val):
+    return {"val_dataloaders": val, "trainer": QUIET, "budget": 50}
+
+
+@pytest.mark.parametrize(
+    ("data", "val", "told"),
+    [
+        (loader(64), None, "decides on validation images, and there are none"),
+        (NoVal(), None, "decides on validation images, and there are none"),
+        (loader(64), [], "decides on validation images, and there are none"),
+        (loader(64), Unordered(dataset(32)), "shuffle=False"),
+        (loader(64), [loader(32), loader(32)], "2 validation loaders"),
+        (loader(64), iter(loader(32)), "only once"),
+        (Splits(), None, "Splits.setup splits otherwise each time"),
+    ],
+    ids=["none", "no loader", "empty", "unordered", "two", "iterator", "split"],
+)
+def test_it_says_which_images_it_needs(trained, data, val, told):
+    with pytest.raises(QatTricksError, match=told):
+        qat_tricks.guideline(trained, data, **ways(val))
+
+
+@pytest.mark.parametrize(
+    ("data", "val"),
+    [
+        (Splits("own"), None),
+        (loader(64), torch.utils.data.DataLoader(Stream(), batch_size=16)),
+        (loader(64), [loader(32)]),
+        (loader(64), list(loader(32))),
+        (loader(64), list(loader(16))),
+    ],
+    ids=["split", "stream", "a list of one", "batches", "one batch"],
+)
+def test_images_may_come_in_many_ways(trained, data, val):
+    assert qat_tricks.guideline(trained, data, **ways(val)).within
+
+
+def test_names_of_files_beside_the_images_are_no_hindrance(trained):
+    named = [
+        (images, labels, tuple(f"{index}_{place}.png" for place in range(len(labels))))
+        for index, (images, labels) in enumerate(loader(61))
+    ]
+    judge = Judge(trained, named, few=30)
+    assert sum(len(batch[1]) for batch in judge.few) == 30
+
+
+class Numbered(Lit):
+    """A network whose layers have numbers for names."""
+
+    def __init__(self):
+        super().__init__()
+        conv = torch.nn.Conv2d(1, 4, 3, padding=1)
+        more = [torch.nn.Conv2d(4, 4, 3, padding=1) for _ in range(2)]
+        head = [torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 4)]
+        self.backbone = torch.nn.Sequential(conv, torch.nn.ReLU(), *more, *head)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_layers_with_numbers_for_names_are_spared(bits, monkeypatch):
+    worse = {"points": -1.0, "low": -2.0, "high": 0.0, "lost": 1, "gained": 0, "p": 1.0}
+    monkeypatch.setattr(guideline_judge, "paired_change", lambda before, after: worse)
+    result = run(Numbered(), budget=0.5, weight_bits=bits, prepare=_untrained)
+    (step,) = [outcome for outcome in result.outcomes if outcome.name == "sensitive_layers"]
+    assert step.decision == "over the budget", step.reason
+
+
+def _untrained(recipe):
+    return replace(recipe, stages=[replace(stage, epochs=0) for stage in recipe.stages])
+
+
+@pytest.mark.parametrize("change", ["images", "forward", "file", "version"])
+def test_a_folder_of_something_else_is_refused(trained, tmp_path, change):
+    settings = {"trainer": QUIET, "budget": 50, "folder": tmp_path}
+    first = qat_tricks.guideline(trained, loader(64), val_dataloaders=loader(32), **settings)
+    again = qat_tricks.guideline(trained, loader(64), val_dataloaders=loader(32), **settings)
+    assert asdict(again.kept) == asdict(first.kept)
+    other, val, path = trained, loader(32), tmp_path / "guideline.json"
+    if change == "images":
+        val = [(100 * torch.randn_like(x), y) for x, y in val]
+    elif change == "forward":
+        other = Lit(seed=1, gain=-5.0).eval()
+        other.load_state_dict(trained.state_dict())
+    elif change == "file":
+        path.write_text("[]")
+    else:
+        state = json.loads(path.read_text())
+        del state["outcomes"]["ptq"]["reason"]
+        path.write_text(json.dumps(state))
+    with pytest.raises(QatTricksError, match="give another folder, or delete that one"):
+        qat_tricks.guideline(other, loader(64), val_dataloaders=val, **settings)
+
+
+def test_a_damaged_checkpoint_is_told_and_no_fault_of_the_step(trained, tmp_path, monkeypatch):
+    aims = {"budget": 0.5, "folder": tmp_path}
+    worse = {"points": -1.0, "low": -2.0, "high": 0.0, "lost": 1, "gained": 0, "p": 1.0}
+    monkeypatch.setattr(guideline_judge, "paired_change", lambda before, after: worse)
+    run(trained, **aims)
+    (tmp_path / "qat" / "qat.ckpt").write_bytes(b"abc")
+    state = json.loads((tmp_path / "guideline.json").read_text())
+    del state["outcomes"]["qat"]
+    (tmp_path / "guideline.json").write_text(json.dumps(state))
+    with pytest.raises(QatTricksError, match=r"qat\.ckpt"):
+        run(trained, **aims)
+    assert "qat" not in json.loads((tmp_path / "guideline.json").read_text())["outcomes"]
+
+
+@pytest.mark.parametrize("aims", [{"budget": "x"}, {"budget": None}, {"sparsity": "0.5"}], ids=str)
+def test_aims_of_another_type_are_refused(trained, aims):
+    with pytest.raises(QatTricksError, match=next(iter(aims))):
+        run(trained, **aims)
+    with pytest.raises(QatTricksError, match="trainer=Trainer is not allowed"):
+        qat_tricks.guideline(trained, Data(), trainer=pl.Trainer(logger=False))
 
 
 def test_the_few_images_have_each_class_alike(trained):
@@ -249,6 +391,7 @@ def test_the_few_images_have_each_class_alike(trained):
         assert any(torch.equal(image, other) for other in everything)
 
 
+@pytest.mark.usefixtures("rehearsed")
 def test_a_run_reports_how_the_guideline_chose(tmp_path):
     quick = [
         "data=digits",

@@ -116,3 +116,9 @@ def test_aims_that_are_not_allowed_are_told_in_one_line(aims, told):
     with pytest.raises(QatTricksError, match=told) as caught:
         GuidelineSettings(**aims)
     assert "\n" not in str(caught.value)
+
+
+def test_small_shares_tell_their_steps_apart():
+    names = [step.name for step in pruning_steps(GuidelineSettings(sparsity=0.0001))]
+    assert len(set(names)) == 3
+    assert names[-1] == "sparsity_0.0001"

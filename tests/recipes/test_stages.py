@@ -7,6 +7,7 @@ import qat_tricks
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import layers, spec_of
 from qat_tricks.recipes.recipe import load_recipe
+from qat_tricks.recipes.stages import KEY
 from qat_tricks.trainer.module import workbench_of
 from tests.helpers.lightning import pl
 from tests.helpers.lit import Data, Lit, OrderedData, differences, loader
@@ -185,7 +186,7 @@ def test_an_interrupted_fit_goes_on_to_the_same_weights(tmp_path):
             trainer={**QUIET, "callbacks": [StopAfter(2)]},
             checkpoints=tmp_path,
         )
-    assert [path.name for path in tmp_path.iterdir()] == ["prune_qat.ckpt"]
+    assert {path.name for path in tmp_path.iterdir()} == {"prune_qat.ckpt", KEY}
     again, note = Lit(), Note()
     qat_tricks.run_stages(
         again,
@@ -196,3 +197,61 @@ def test_an_interrupted_fit_goes_on_to_the_same_weights(tmp_path):
     )
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_fits_of_another_module_or_recipe_are_refused(tmp_path):
+    short = ["stages.qat.epochs=1"]
+
+    def run(lit, *overrides, folder=tmp_path):
+        recipe = load_recipe("int8_qat", [*short, *overrides])
+        return qat_tricks.run_stages(lit, Data(), recipe, trainer=QUIET, checkpoints=str(folder))
+
+    first = run(Lit())
+    again = run(Lit())  # it is done already
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    for lit, overrides in [
+        (Lit(seed=1), []),
+        (Lit(), ["stages.ptq.tricks.calibrate.num_images=9"]),
+    ]:
+        with pytest.raises(QatTricksError, match="fits of another module or recipe: give another"):
+            run(lit, *overrides)
+
+
+@pytest.mark.parametrize("with_folder", [False, True])
+def test_a_checkpoint_callback_of_the_users_works_beside(tmp_path, with_folder):
+    keep = pl.callbacks.ModelCheckpoint(dirpath=tmp_path / "mine")
+    qat_tricks.run_stages(
+        Lit(),
+        Data(),
+        load_recipe("int8_qat", ["stages.qat.epochs=1"]),
+        trainer={**QUIET, "callbacks": keep},
+        checkpoints=tmp_path / "ours" if with_folder else None,
+    )
+    assert len(list((tmp_path / "mine").iterdir())) == 1
+    assert (tmp_path / "ours" / "qat.ckpt").is_file() is with_folder
+
+
+def test_an_interrupted_fit_goes_on_whatever_the_validation(tmp_path):
+    recipe = ["stages.qat.epochs=4"]
+    often = {**QUIET, "val_check_interval": 0.5}
+    whole = Lit()
+    qat_tricks.run_stages(whole, OrderedData(), load_recipe("int8_qat", recipe), trainer=often)
+
+    def run(*callbacks):
+        lit = Lit()
+        settings = {**often, "callbacks": [*callbacks]}
+        loaded = load_recipe("int8_qat", recipe)
+        qat_tricks.run_stages(lit, OrderedData(), loaded, trainer=settings, checkpoints=tmp_path)
+        return lit
+
+    with pytest.raises(RuntimeError, match="power is gone"):
+        run(StopAfter(2))
+    again = run()
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_a_trainer_in_the_place_of_its_arguments_is_refused():
+    with pytest.raises(QatTricksError, match="trainer=Trainer is not allowed"):
+        qat_tricks.run_stages(Lit(), Data(), "int8_ptq", trainer=pl.Trainer(logger=False))
