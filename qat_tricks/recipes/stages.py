@@ -47,8 +47,7 @@ def run_stages(
         recipe: a recipe, or its name.
         val_dataloaders: a loader of validation images, or several, beside a training loader.
         trainer: arguments of ``Trainer``, without ``max_epochs`` and ``callbacks`` of ours.
-        after_stage: called after each stage with the stage and the network; may raise to stop the
-            run.
+        after_stage: called with each stage and the network behind it; may raise to stop the run.
         checkpoints: a folder that gets a checkpoint of each fit with every epoch. With the same
             folder an interrupted fit goes on behind its last epoch; stages without training, which
             give the same again, are repeated. That of another module or recipe is refused.
