@@ -20,6 +20,8 @@ LONGEST = (
     "deploy/test_signed.py",
     "jobs/test_evaluate.py",
     "tests/test_site.py",
+    "jobs/test_guideline.py",
+    "cli/test_search.py",
 )
 
 
