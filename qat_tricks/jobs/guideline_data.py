@@ -106,7 +106,7 @@ def train_batches(data: Any, trainer: Mapping[str, Any]) -> float | None:
         batches = float(len(loader))
     except TypeError:  # of a stream, for one
         batches = float("inf")
-    limit = trainer.get("limittrain_batches")
+    limit = trainer.get("limit_train_batches")
     if isinstance(limit, float):
         batches *= limit
     elif limit is not None:
