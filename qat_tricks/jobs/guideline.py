@@ -41,7 +41,7 @@ from qat_tricks.recipes.guideline_steps import (
 )
 from qat_tricks.recipes.recipe import StagedRecipe, load_recipe
 from qat_tricks.recipes.run_key import run_key
-from qat_tricks.recipes.stages import run_stages
+from qat_tricks.recipes.stages import check_arguments, run_stages
 from qat_tricks.settings.binding import make
 from qat_tricks.trainer.checkpoints import load_into, save_checkpoint
 from qat_tricks.trainer.framework import PACKAGES
@@ -124,11 +124,7 @@ def guideline(
 
 
 def _check_begin(module: "LightningModule", trainer: Any) -> None:
-    if not isinstance(trainer, Mapping):
-        raise QatTricksError(
-            f"trainer={type(trainer).__name__} is not allowed: give the arguments of a Trainer, as "
-            "in {'accelerator': 'gpu'}"
-        )
+    check_arguments(trainer)
     if has_workbench(module):
         raise QatTricksError(
             f"{type(module).__name__} is quantized already: the guideline begins with the float "
@@ -158,6 +154,7 @@ class _Run:
     ) -> None:
         self.module, self.settings, self.data, self.val = module, settings, data, val
         self.trainer, self.folder, self.seed = trainer, folder, seed
+        self.quality, self.pruning = quality_steps(settings), pruning_steps(settings)
         self.prepare = prepare or (lambda recipe: recipe)
         self.started = time.perf_counter()
         self.console = Console()
@@ -167,7 +164,6 @@ class _Run:
 
     def run(self) -> Guideline:
         """Tries the steps."""
-        quality, pruning = quality_steps(self.settings), pruning_steps(self.settings)
         seed_all(self.seed)
         self.judge = Judge(
             self.module,
@@ -178,18 +174,18 @@ class _Run:
         )
         if not self._knows_images():
             raise self._other_run()
-        self._say_plan(quality, pruning)
+        self._say_plan()
         self._look()
-        foretold = self._foretell([*quality, *pruning])
+        foretold = self._foretell([*self.quality, *self.pruning])
         outcomes: list[Outcome] = []
-        for step in quality:
+        for step in self.quality:
             outcomes.append(self._try(step, foretold[step.name]))
             if outcomes[-1].within:
                 break
         if self.best is None:
             reasons = "; ".join(map(str, outcomes))
             raise QatTricksError(f"no step of the guideline works on this network: {reasons}")
-        for step in pruning if self.best[0].within else []:
+        for step in self.pruning if self.best[0].within else []:
             outcomes.append(self._try(step, foretold[step.name], prunes=True))
             if not outcomes[-1].within:
                 break
@@ -292,13 +288,13 @@ class _Run:
 
     # Before the steps
 
-    def _say_plan(self, quality: Sequence[Step], pruning: Sequence[Step]) -> None:
+    def _say_plan(self) -> None:
         self.console.print(
             f"guideline: at most {self.settings.budget:g} points on {self.judge.images} validation "
             f"images, with {self.settings.weight_bits}-bit weights and "
             f"{self.settings.activation_bits}-bit activations; until one is within: "
-            f"{', '.join(step.name for step in quality)}"
-            + (f"; then {', '.join(step.name for step in pruning)}" if pruning else ""),
+            f"{', '.join(step.name for step in self.quality)}"
+            + (f"; then {', '.join(step.name for step in self.pruning)}" if self.pruning else ""),
             highlight=False,
         )
 
@@ -371,7 +367,7 @@ class _Run:
 
     def _key(self) -> str:
         """A hash of what the outcomes depend on, as far as it is known."""
-        recipes = [self._load(step) for step in _all_steps(self.settings)]
+        recipes = [self._load(step) for step in [*self.quality, *self.pruning]]
         kinds = (str, int, float, bool, type(None))
         plain = {k: v for k, v in self.trainer.items() if isinstance(v, kinds)}
         return run_key(
@@ -379,10 +375,12 @@ class _Run:
         )
 
     def _read_state(self) -> dict[str, Any]:
-        key = self._key()
-        fresh: dict[str, Any] = {"key": key, "seconds": 0.0, "outcomes": {}}
-        if self.folder is None or not self._state_path().is_file():
+        fresh: dict[str, Any] = {"seconds": 0.0, "outcomes": {}}
+        if self.folder is None:
             return fresh
+        key = self._key()
+        if not self._state_path().is_file():
+            return {"key": key, **fresh}
         state = read_json(self._state_path())
         if not isinstance(state, dict) or state.get("key") != key:
             raise self._other_run()
@@ -451,7 +449,3 @@ def _silence() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _all_steps(settings: GuidelineSettings) -> list[Step]:
-    return [*quality_steps(settings), *pruning_steps(settings)]

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.random_state import seed_all
 from qat_tricks.jobs.evaluation import is_loader
+from qat_tricks.jobs.guideline_judge import other_images
 from qat_tricks.trainer.framework import PACKAGES, package_of
 
 
@@ -70,10 +71,7 @@ def _check_same(val: Any, data: Any, seed: int) -> None:
     first = _first_images(val)
     seed_all(seed + 1)
     if _first_images(val) != first:
-        raise QatTricksError(
-            "the validation loader gives other images, or another order, in each pass: two "
-            "networks are compared image by image; give a loader with shuffle=False"
-        )
+        raise other_images()
     if data is not None:
         data.setup("fit")
         if _first_images(data.val_dataloader()) != first:

@@ -75,12 +75,17 @@ class Judge:
         )
 
 
+def other_images() -> QatTricksError:
+    """The error of a loader that does not give the same again."""
+    return QatTricksError(
+        "the validation loader gives other images, or another order, in each pass: two networks "
+        "are compared image by image; give a loader with shuffle=False"
+    )
+
+
 def _compare(before: Metrics, after: Metrics) -> Judgement:
     if not torch.equal(before.labels, after.labels):
-        raise QatTricksError(
-            "the validation loader gives other images, or another order, in each pass: two "
-            "networks are compared image by image; give a loader with shuffle=False"
-        )
+        raise other_images()
     right = [metrics.predictions == metrics.labels for metrics in (before, after)]
     return Judgement(
         images=len(after.labels),

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ def _inputs(module: nn.Module, network: nn.Module, batches: Iterable[Any]) -> Se
     handle = network.register_forward_pre_hook(see)
     try:
         with torch.no_grad():
-            metrics_of(module, batches)
+            metrics_of(module, takewhile(lambda _: missing > 0, batches))
     finally:
         handle.remove()
     return seen

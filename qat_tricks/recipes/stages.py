@@ -127,13 +127,18 @@ def _last(folder: Path | None, stage: Stage) -> Path | None:
     return path if path.is_file() else None
 
 
-def _trainer_settings(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The arguments of each stage's trainer; raises QatTricksError for what a stage decides."""
-    if not isinstance(given or {}, Mapping):
+def check_arguments(trainer: Any) -> None:
+    """Raises QatTricksError unless ``trainer`` holds arguments of a ``Trainer``, or is None."""
+    if not isinstance(trainer or {}, Mapping):
         raise QatTricksError(
-            f"trainer={type(given).__name__} is not allowed: give the arguments of a Trainer, as "
+            f"trainer={type(trainer).__name__} is not allowed: give the arguments of a Trainer, as "
             "in {'accelerator': 'gpu'}"
         )
+
+
+def _trainer_settings(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The arguments of each stage's trainer; raises QatTricksError for what a stage decides."""
+    check_arguments(given)
     settings = {"enable_checkpointing": False, "logger": False, **(given or {})}
     callbacks = settings.get("callbacks") or []
     settings["callbacks"] = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]

@@ -15,5 +15,8 @@ def test_an_epoch_has_as_many_batches_as_the_trainer_takes(settings, batches):
 
 
 def test_a_stream_has_no_known_length_unless_it_is_limited():
-    assert train_batches(iter(loader(64)), {}) is None
-    assert train_batches(iter(loader(64)), {"limit_train_batches": 3}) == 3
+    def stream():
+        yield from loader(64)
+
+    assert train_batches(stream(), {}) is None
+    assert train_batches(stream(), {"limit_train_batches": 3}) == 3
