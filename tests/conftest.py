@@ -1,12 +1,15 @@
 import functools
 import importlib
 import os
+import sys
 
 import pytest
 import torch
 
 # First of all: what follows takes the package that is imported already.
 from tests.helpers.lightning import NAME as LIGHTNING
+
+from qat_tricks.progress import enter  # isort: skip
 
 os.environ["WANDB_MODE"] = "offline"
 
@@ -66,3 +69,14 @@ def _fresh(tmp_path, monkeypatch):
     monkeypatch.setenv("QAT_TRICKS_CACHE", str(tmp_path / "cache"))
     torch.manual_seed(0)
     torch.set_num_threads(1)  # these networks are too small to share
+
+
+@pytest.fixture
+def terminal(capsys, monkeypatch):
+    """Standard error is a terminal, and what is drawn on it can be read."""
+    # Of the class: capsys replaces the object from one phase of a test to the next.
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda file: file is not sys.stdout)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    yield
+    enter("")

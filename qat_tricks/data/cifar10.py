@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor
 from torchvision.datasets import CIFAR10
 
@@ -17,6 +16,7 @@ from qat_tricks.data.module import ImageData
 from qat_tricks.data.preprocessing import Preprocessing
 from qat_tricks.data.splits import stratified_split
 from qat_tricks.errors import QatTricksError, one_line
+from qat_tricks.progress import track
 
 SIDE = 32  # pixels
 SPLIT_SEED = 0  # of train and val; the option seed does not change the split
@@ -131,10 +131,8 @@ def _read_folders(folder: Path, split: str) -> tuple[list[str], Tensor, Tensor]:
     images = np.empty((len(paths), SIDE, SIDE, 3), dtype=np.uint8)
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside of Python's lock
         decoded = pool.map(_decode, paths)
-        for index, image in enumerate(
-            track(decoded, f"decoding cifar10 {split}", total=len(paths), transient=True)
-        ):
-            images[index] = image
+        for index in track(range(len(paths)), f"decode cifar10 {split}"):
+            images[index] = next(decoded)
     return class_names, torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
 
 

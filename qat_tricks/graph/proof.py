@@ -65,6 +65,14 @@ class Proof:
         """Whether something of the trick was rolled back."""
         return self.verdict.startswith("rolled back")
 
+    @property
+    def line(self) -> str:
+        """What a person is told as soon as it is measured."""
+        if self.sqnr_after_db is None:
+            return f"{self.trick} {self.verdict}"
+        before = "" if self.sqnr_before_db is None else f", {self.sqnr_before_db:.1f} before"
+        return f"{self.trick} {self.verdict}: logits at {self.sqnr_after_db:.1f} dB{before}"
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for a spec and a report."""
         return asdict(self) | {

@@ -27,6 +27,7 @@ from qat_tricks.graph.surgery import fold_restored_batchnorms
 from qat_tricks.graph.trace import trace
 from qat_tricks.graph.trace_kept import trace_kept
 from qat_tricks.graph.traced_network import TracedNetwork
+from qat_tricks.progress import measured
 
 TRIAL_IMAGES = 64  # on which a copy is calibrated to judge a trick before the quantizers
 
@@ -292,6 +293,7 @@ class Workbench:
         proof = self.prover.prove(
             name, self.network, apply, self._quantized if self.quantizing else None
         )
+        measured(proof.line)
         spec_of(self.network).setdefault("proofs", []).append(proof.as_dict())
         if not proof.is_rolled_back:
             return

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from platformdirs import user_cache_dir
-from rich.console import Console
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.files import write_tensors
 from qat_tricks.jobs.classifier import Classifier
 from qat_tricks.models.build import build_model
+from qat_tricks.progress import console, enter
 from qat_tricks.trainer.framework import default_package
 from qat_tricks.trainer.ranks import Ranks
 from qat_tricks.trainer.stage_name import name_stage
@@ -65,6 +65,7 @@ def prepare_baseline(
     if not (config.baseline.cache and ranks.on_zero(_restore, module, cached)):
         module.train().lr = config.baseline.lr
         fit = pl.Trainer(max_epochs=config.baseline.epochs, enable_checkpointing=False, **trainer)
+        enter("float baseline")
         name_stage(fit, "float baseline").fit(module, datamodule=datamodule)
         if config.baseline.cache:
             ranks.on_zero(_cache, module, cached)
@@ -99,7 +100,7 @@ def _restore(module: Classifier, cached: Path) -> bool:
         module.network.load_state_dict(torch.load(cached, map_location="cpu", weights_only=True))
     # torch raises many kinds for a damaged file; training again mends all of them
     except Exception as error:
-        Console(stderr=True).print(
+        console(stderr=True).print(
             f"the cached float baseline {cached.name} is damaged ({type(error).__name__}): "
             "training it again"
         )
@@ -111,6 +112,6 @@ def _cache(module: Classifier, cached: Path) -> None:
     try:
         write_tensors(module.network.state_dict(), cached)
     except QatTricksError as error:
-        Console(stderr=True).print(
+        console(stderr=True).print(
             f"the float baseline could not be cached: {error}; the run goes on"
         )

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from torch import nn
 
 from qat_tricks.data import ImageData, build_data
@@ -42,6 +41,7 @@ from qat_tricks.jobs.config import command, evaluation_folder, timing
 from qat_tricks.jobs.isolation import torch_threads
 from qat_tricks.jobs.pictures import disagreement_pictures
 from qat_tricks.jobs.sensitivity import check_sensitivity, measure_artifact
+from qat_tricks.progress import console, live
 
 
 def evaluate_artifact(config: DictConfig) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def evaluate_artifact(config: DictConfig) -> dict[str, Any]:
             other classes or another preprocessing, or a runtime is not installed.
     """
     # The simulated network runs on as many threads as the file.
-    with torch_threads(config.measure.threads):
+    with torch_threads(config.measure.threads), live():
         return _evaluate_artifact(config)
 
 
@@ -106,7 +106,7 @@ def _evaluate_artifact(config: DictConfig) -> dict[str, Any]:
         report["preprocessing_change"] = evaluation.with_other_preprocessing(
             deployed, _loaded(data_as_configured), changes, metrics
         )
-    Console().print(evaluation.ledger.as_table())
+    console().print(evaluation.ledger.as_table())
     if config.sensitivity:
         report["sensitivity"] = measure_artifact(artifact, data, folder)
     write_report(folder, report, disagreement_pictures(data, report))

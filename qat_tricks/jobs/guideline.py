@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from qat_tricks.errors import QatTricksError, one_line
@@ -31,7 +30,7 @@ from qat_tricks.jobs.guideline_judge import Judge, Judgement
 from qat_tricks.jobs.guideline_result import FAILED, OVER, WITHIN, Guideline, Outcome
 from qat_tricks.jobs.processes import other_processes
 from qat_tricks.jobs.sensitive_layers import parts_of, sensitive_layers, without_rounding
-from qat_tricks.progress import enter
+from qat_tricks.progress import console, enter, live
 from qat_tricks.recipes.guideline_steps import (
     GuidelineSettings,
     Step,
@@ -117,7 +116,7 @@ def guideline(
         prepare=prepare,
     )
     try:
-        with kept_random_state():
+        with kept_random_state(), live():
             return run.run()
     finally:
         enter("")
@@ -157,7 +156,6 @@ class _Run:
         self.quality, self.pruning = quality_steps(settings), pruning_steps(settings)
         self.prepare = prepare or (lambda recipe: recipe)
         self.started = time.perf_counter()
-        self.console = Console()
         self.best: tuple[Outcome, Any] | None = None  # the step to keep, and its module
         self.last: Any = None  # the module of the newest step
         self.state = self._read_state()
@@ -165,6 +163,7 @@ class _Run:
     def run(self) -> Guideline:
         """Tries the steps."""
         seed_all(self.seed)
+        enter("guideline, float network")
         self.judge = Judge(
             self.module,
             validation_batches(
@@ -204,7 +203,7 @@ class _Run:
 
     def _try(self, step: Step, foretold: float | None, *, prunes: bool = False) -> Outcome:
         """Runs a step, judges it, and keeps it if it is the best so far."""
-        enter(f"step {step.name}")  # before the description of each progress bar
+        enter(f"guideline, {step.name}")
         done = self.state["outcomes"].get(step.name)
         if done is not None:
             outcome = Outcome(**done)
@@ -229,7 +228,7 @@ class _Run:
             self._keep_state(outcome)
         if outcome.judgement is not None and self._is_better(outcome, prunes):
             self.best = (outcome, self.last)
-        self.console.print(f"  {outcome}", highlight=False, soft_wrap=True)
+        console().print(f"  {outcome}", highlight=False, soft_wrap=True)
         return outcome
 
     def _judged(self, step: Step) -> tuple[Judgement | None, Step, str]:
@@ -289,7 +288,7 @@ class _Run:
     # Before the steps
 
     def _say_plan(self) -> None:
-        self.console.print(
+        console().print(
             f"guideline: at most {self.settings.budget:g} points on {self.judge.images} validation "
             f"images, with {self.settings.weight_bits}-bit weights and "
             f"{self.settings.activation_bits}-bit activations; until one is within: "
@@ -300,6 +299,7 @@ class _Run:
 
     def _look(self) -> None:
         """A first look: 8 bits without training, with few images."""
+        enter("guideline, first look")
         if "potential" not in self.state:
             recipe = scaled(self.prepare(load_recipe("int8_ptq")), Scale(images=IMAGES[1]))
             with _silence():
@@ -309,13 +309,14 @@ class _Run:
             self.state["pass_seconds"] = self.judge.pass_seconds(module)
         potential = self.state["potential"]
         change = show_change(potential["change"], ENGLISH)
-        self.console.print(
+        console().print(
             f"  at first sight, 8 bits without training: {change} on {potential['images']} of them",
             highlight=False,
         )
 
     def _foretell(self, steps: Sequence[Step]) -> dict[str, float | None]:
         """Foretells each step, and shows the plan."""
+        enter("guideline, rehearsals")
         if "foretold" not in self.state:
             pass_seconds = self.state["pass_seconds"]
             work = Work(
@@ -333,9 +334,9 @@ class _Run:
         for step in steps:
             seconds = foretold[step.name]
             table.add_row(step.name, step.does, show(seconds, "seconds", none="?"))
-        self.console.print(table)
+        console().print(table)
         total = sum(seconds or 0 for seconds in foretold.values())
-        self.console.print(f"all of them would take {show(total, 'seconds')}", highlight=False)
+        console().print(f"all of them would take {show(total, 'seconds')}", highlight=False)
         return foretold
 
     def _rehearse(self, recipe: StagedRecipe, scale: Scale) -> float:
@@ -362,7 +363,7 @@ class _Run:
             foretold_seconds=None if None in tried else sum(tried),  # type: ignore[arg-type]
             seconds=self.state["seconds"] + time.perf_counter() - self.started,
         )
-        self.console.print(str(result), highlight=False, soft_wrap=True)
+        console().print(str(result), highlight=False, soft_wrap=True)
         return result
 
     def _key(self) -> str:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from torch import nn
 
 from qat_tricks.data import ImageData
@@ -45,7 +44,7 @@ from qat_tricks.jobs.guideline_result import Guideline
 from qat_tricks.jobs.isolation import torch_threads
 from qat_tricks.jobs.loggers import log_report
 from qat_tricks.jobs.pictures import disagreement_pictures
-from qat_tricks.progress import enter
+from qat_tricks.progress import console, enter
 from qat_tricks.recipes.recipe import GUIDELINE, Stage, StagedRecipe
 from qat_tricks.trainer.checkpoints import save_checkpoint
 
@@ -141,7 +140,8 @@ class RunRecord:
             report = self._report()
         pictures = disagreement_pictures(self.data, report)
         write_report(self.folder, report, pictures)
-        Console().print(self.ledger.as_table())
+        enter("")
+        console().print(self.ledger.as_table())
         print(answer_lines(report), flush=True)
         log_report(logger, report, self.folder, pictures)
         return report
@@ -185,15 +185,16 @@ class RunRecord:
         return metrics
 
     def _enter_stage(self, place: int) -> None:
-        """Tells which stage begins, if any, and has all progress bars say so."""
+        """Tells which stage begins, if any, and has the live display say so."""
         stages = self.recipe.stages
         if place == len(stages):
-            enter("")
+            enter("measure the result" if stages else "")  # the guideline makes its stage itself
             return
         stage = stages[place]
         enter(f"stage {place + 1} of {len(stages)}, {stage.name}")
         tricks = ", ".join(trick.name for trick in stage.tricks)
-        epochs = f"; {stage.epochs} epochs" if stage.epochs else ""
+        unit = "epoch" if stage.epochs == 1 else "epochs"
+        epochs = f"; {stage.epochs} {unit}" if stage.epochs else ""
         print(f"stage {place + 1} of {len(stages)}, {stage.name}: {tricks}{epochs}", flush=True)
 
     def _new_entries(self, network: nn.Module, key: str) -> list[dict[str, Any]]:

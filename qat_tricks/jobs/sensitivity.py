@@ -4,8 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from qat_tricks.data import ImageData
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.sensitivity import plot_sensitivity, sensitivity_table
@@ -13,6 +11,7 @@ from qat_tricks.graph.inputs import Inputs, first_images
 from qat_tricks.graph.sensitivity import measure_sensitivity, quantizers_of
 from qat_tricks.graph.traced_network import TracedNetwork
 from qat_tricks.jobs.artifact import Artifact
+from qat_tricks.progress import console
 
 IMAGES = 64
 
@@ -41,7 +40,7 @@ def measure_artifact(artifact: Artifact, data: ImageData, folder: Path) -> dict[
     network: Any = artifact.network
     sensitivity = measure_sensitivity(network, list(_inputs(artifact, data))).as_dict()
     plot_sensitivity(sensitivity, folder / "sensitivity.png")
-    Console().print(sensitivity_table(sensitivity))
+    console().print(sensitivity_table(sensitivity))
     return sensitivity
 
 

@@ -22,11 +22,13 @@ from qat_tricks.jobs.guideline import guideline
 from qat_tricks.jobs.guideline_result import Guideline
 from qat_tricks.jobs.run_record import RunRecord
 from qat_tricks.jobs.validate_deployed import ValidateDeployed
+from qat_tricks.progress import live
 from qat_tricks.recipes.guideline_steps import GuidelineSettings
 from qat_tricks.recipes.recipe import GUIDELINE, Stage, StagedRecipe
 from qat_tricks.recipes.stages import run_stages
 from qat_tricks.trainer.compiling import CompileNetwork
 from qat_tricks.trainer.framework import default_package
+from qat_tricks.trainer.live_bar import live_bar
 from qat_tricks.trainer.log_layers import LogLayers
 from qat_tricks.trainer.module import workbench_of
 from qat_tricks.trainer.ranks import Ranks
@@ -36,6 +38,7 @@ DEPLOYED_SHARE = 0.05  # of a fit's time, for the accuracy of the exported file 
 Logger = Any  # one of Lightning's loggers, several, or False
 
 
+@live()
 def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[str, Any]:
     """Runs one composed and checked config.
 
@@ -101,7 +104,9 @@ def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[st
 def _trainer_settings(config: DictConfig, logger: Logger) -> dict[str, Any]:
     settings: Any = OmegaConf.to_container(config.trainer, resolve=True)
     # a user's own trainer config may lack it
-    callbacks = [CompileNetwork()] if settings.pop("compile", False) else []
+    callbacks: list[Any] = [CompileNetwork()] if settings.pop("compile", False) else []
+    if settings.get("enable_progress_bar", True):
+        callbacks.append(live_bar(default_package())())
     return {**settings, "callbacks": callbacks, "logger": logger}
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from torch import fx, nn
 
@@ -22,6 +21,7 @@ from qat_tricks.graph.modes import evaluating
 from qat_tricks.graph.proof import proof_lines
 from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.workbench import Workbench
+from qat_tricks.progress import console
 from qat_tricks.trainer.validation import Validated, Validation, epoch_metrics
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class FitReport:
         moments = [self._before, self._prepared, _Moment(self._end, zeros(work.network))]
         proofs = spec_of(work.network).get("proofs", [])
         table = self._table(moments, work.images, trainer.global_step, proof_lines(proofs))
-        Console().print(table)
+        console().print(table)
         figures = _figures(moments, self._placed, work.images)
         for proof in proofs:
             if proof["kl_kept"] is not None:

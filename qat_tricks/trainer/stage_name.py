@@ -17,7 +17,8 @@ def name_stage(trainer: Any, stage: str) -> Any:
     """
     bar = trainer.progress_bar_callback
     if bar is not None:
-        bar.get_metrics = partial(_with_stage, bar.get_metrics, stage)
+        # Not the object's own: a bar serves several stages.
+        bar.get_metrics = partial(_with_stage, partial(type(bar).get_metrics, bar), stage)
     return trainer
 
 

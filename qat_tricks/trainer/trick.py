@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.workbench import Workbench
+from qat_tricks.progress import begin
 from qat_tricks.trainer.framework import Callback
 from qat_tricks.trainer.order import trick_name
 from qat_tricks.trainer.session import Session
@@ -56,12 +57,16 @@ class Trick(Callback):
         # A validation after the fit sets the same module up again.
         if self.name in work.applied:
             return False
-        if self.judged and work.proves:
-            work.prove(self.name, partial(self.apply, work))
-        else:
-            self.apply(work)
-            if work.prover is not None:
-                work.prover.forget()
+        begin(self.name)
+        try:
+            if self.judged and work.proves:
+                work.prove(self.name, partial(self.apply, work))
+            else:
+                self.apply(work)
+                if work.prover is not None:
+                    work.prover.forget()
+        finally:
+            begin("")
         work.applied.append(self.name)
         work.history.append(self.name)
         return True

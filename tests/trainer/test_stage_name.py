@@ -18,3 +18,16 @@ def test_the_figures_of_a_bar_begin_with_its_stage(kind):
     settings = {"accelerator": "cpu", "enable_model_summary": False, "limit_train_batches": 1}
     run_stages(Lit(), Data(), "int8_qat", trainer={**settings, "callbacks": [Bar()]})
     assert shown == [("stage", "qat")]
+
+
+def test_a_bar_that_serves_several_stages_names_each():
+    shown = []
+
+    class Bar(pl.callbacks.TQDMProgressBar):
+        def on_train_end(self, trainer, pl_module):
+            shown.append(self.get_metrics(trainer, pl_module)["stage"])
+            super().on_train_end(trainer, pl_module)
+
+    settings = {"accelerator": "cpu", "enable_model_summary": False, "limit_train_batches": 1}
+    run_stages(Lit(), Data(), "int8_prune50_multistage", trainer={**settings, "callbacks": [Bar()]})
+    assert shown == ["prune", "qat"]
