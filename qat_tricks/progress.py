@@ -82,8 +82,9 @@ _users = 0  # that keep the display open
 
 def is_watched() -> bool:
     """Whether somebody looks at a terminal, and this process is the one that draws on it."""
-    # Without a rank as long as there is one process.
-    return sys.stderr.isatty() and not getattr(rank_zero_only, "rank", None)
+    # Without a rank as long as there is one process. A dumb terminal draws nothing in place.
+    is_first = not getattr(rank_zero_only, "rank", None)
+    return is_first and sys.stderr.isatty() and Console(stderr=True).is_interactive
 
 
 @contextmanager

@@ -100,6 +100,12 @@ def test_no_thread_draws(terminal):
             assert threading.active_count() == 1
 
 
+def test_a_dumb_terminal_gets_no_display(terminal, monkeypatch, capsys):
+    monkeypatch.setenv("TERM", "dumb")
+    list(track([1], "count"))
+    assert capsys.readouterr().err == ""
+
+
 def test_other_processes_than_the_first_draw_nothing(terminal, monkeypatch, capsys):
     monkeypatch.setattr(rank_zero_only, "rank", 1, raising=False)
     with live():
