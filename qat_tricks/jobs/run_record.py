@@ -5,7 +5,6 @@ Everything here happens in one process, rank zero's.
 
 import time
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +212,7 @@ class RunRecord:
         measure, export = self.config.measure, self.config.export
         # Two images, so that the exporter keeps the batch size open.
         example = torch.zeros(2, *self.shape)
-        images = (images for images, _ in self._parity_batches(self.data.test_dataloader()))
+        images = (images for images, _ in self.data.test_sample(PARITY_IMAGES))
         self.parity = export_onnx(
             network,
             path,
@@ -231,21 +230,20 @@ class RunRecord:
     def _build_in_normalization(self, path: Path) -> None:
         preprocessing = self.data.preprocessing
         # the same images before and after normalization
-        loaders = zip(self.data.test_pixels(), self.data.test_dataloader(), strict=True)
+        loaders = zip(
+            self.data.test_sample(PARITY_IMAGES, pixels=True),
+            self.data.test_sample(PARITY_IMAGES),
+            strict=True,
+        )
         batches = ((pixels.numpy(), floats.numpy()) for (pixels, _), (floats, _) in loaders)
         build_in_normalization(
             path,
-            self._parity_batches(batches),
+            batches,
             mean=preprocessing.mean,
             std=preprocessing.std,
             scale=preprocessing.scale,
             min_top1_agreement=self.config.measure.min_top1_agreement,
         )
-
-    def _parity_batches(self, batches: Any) -> Any:
-        """Returns the first batches, which hold ``PARITY_IMAGES`` or, in one batch, more."""
-        count = -(-PARITY_IMAGES // self.data.batch_size)  # rounded up
-        return islice(batches, count)
 
     def _add_costs(self, path: Path) -> None:
         """Adds the costs of the file at ``path`` to the last row of the ledger."""

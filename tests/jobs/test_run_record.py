@@ -11,7 +11,7 @@ from qat_tricks.evidence.report import read_report
 from qat_tricks.jobs.classifier import make_classifier
 from qat_tricks.jobs.datamodule import load_data
 from qat_tricks.jobs.fitted_recipe import fitted_recipe
-from qat_tricks.jobs.run_record import PARITY_IMAGES, RunRecord
+from qat_tricks.jobs.run_record import RunRecord
 from tests.helpers.configs import job_config
 
 QUICK = [
@@ -97,7 +97,17 @@ def test_a_stage_is_entered_before_it_is_judged(tmp_path, monkeypatch, capsys, a
     assert line.startswith("ptq: top-1 25.00%, drop 75.00, after ")
 
 
-def test_the_images_of_parity_are_whole_batches(tmp_path):
-    run = record(tmp_path, "data.batch_size=500")
-    batches = list(run._parity_batches([0, 1, 2, 3]))
-    assert (len(batches) - 1) * 500 < PARITY_IMAGES <= len(batches) * 500
+def test_parity_is_measured_on_images_of_all_classes(tmp_path, monkeypatch):
+    run = record(tmp_path / "run")
+    labels = {image.numpy().tobytes(): int(label) for image, label in run.data.splits.test}
+    seen = []
+
+    def export(network, path, example, *, images, **settings):
+        seen.extend(labels[image.numpy().tobytes()] for batch in images for image in batch)
+        raise QatTricksError("stop")
+
+    monkeypatch.setattr("qat_tricks.jobs.run_record.PARITY_IMAGES", 8)
+    monkeypatch.setattr("qat_tricks.jobs.run_record.export_onnx", export)
+    with pytest.raises(QatTricksError, match="stop"):
+        run.measure_float(run.module.network)
+    assert sorted(seen) == [0, 0, 1, 1, 2, 2, 3, 3]
