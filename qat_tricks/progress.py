@@ -32,6 +32,8 @@ class _Heading:
     figures: str = ""  # of the newest trick
 
     def __str__(self) -> str:
+        if not (self.stage or self.trick):
+            return ""  # figures of what is over
         return " · ".join(filter(None, (self.stage, self.trick, self.figures)))
 
 
@@ -94,6 +96,7 @@ def live() -> Iterator[None]:
     try:
         yield
     finally:
+        enter("")  # also where a stage has failed
         if display is not None:
             _close()
 

@@ -46,10 +46,7 @@ def test_bars_share_a_display_that_says_where_the_run_is(terminal, capsys):
     assert "round" in shown
     assert shown.endswith("\x1b[2K")  # it has gone
     list(track([1], "count"))
-    assert "stage 1 of 2, ptq" in capsys.readouterr().err  # until the run enters another
-    enter("")
-    list(track([1], "count"))
-    assert "stage" not in capsys.readouterr().err
+    assert "kept" not in capsys.readouterr().err  # and what it said
 
 
 def test_a_display_ends_with_what_it_was_opened_for(terminal, capsys):
@@ -61,8 +58,9 @@ def test_a_display_ends_with_what_it_was_opened_for(terminal, capsys):
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     capsys.readouterr()
-    enter("stage 1 of 2, ptq")
+    begin("equalize")
     assert capsys.readouterr().err == ""
+    begin("")
 
 
 def test_a_bar_is_taken_away_only_once(terminal):

@@ -115,11 +115,8 @@ def guideline(
         seed=seed,
         prepare=prepare,
     )
-    try:
-        with kept_random_state(), live():
-            return run.run()
-    finally:
-        enter("")
+    with kept_random_state(), live():
+        return run.run()
 
 
 def _check_begin(module: "LightningModule", trainer: Any) -> None:

@@ -79,7 +79,6 @@ class RunRecord:
         self.shape = (data.in_channels, *data.image_size)
         self.guideline: dict[str, Any] | None = None  # how it chose, where it did
         self.stage_started = time.perf_counter()
-        enter("")  # a run before this one may have been stopped in a stage
 
     @property
     def model_path(self) -> Path:
