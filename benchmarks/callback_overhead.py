@@ -25,9 +25,9 @@ import pytorch_lightning as pl
 import torch
 import torchvision
 from common import Report, argument_parser, command
+from modules import Module
 from pytorch_lightning.trainer import call
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import qat_tricks
@@ -37,20 +37,6 @@ from qat_tricks.tricks.prune import Prune, prune
 RECIPE, OVERRIDES = "int8_prune50", ["~stages.prune_qat.tricks.distill"]
 BAR = 0.01
 SCHEDULE = 5000  # steps of the fit that the schedules are made for; the benchmark ends earlier
-
-
-class Module(pl.LightningModule):
-    """A classifier as users write it."""
-
-    def __init__(self, network: torch.nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return F.cross_entropy(self.network(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=1e-5, momentum=0.9)
 
 
 class Hooks:

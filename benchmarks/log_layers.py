@@ -22,8 +22,7 @@ import pytorch_lightning as pl
 import torch
 import torchvision
 from common import Report, argument_parser, command
-from torch import Tensor
-from torch.nn import functional as F
+from modules import Module
 from torch.utils.data import DataLoader
 
 import qat_tricks
@@ -44,20 +43,6 @@ NETWORKS = {
     "resnet20": (1, 8),  # of train.py, on digits: channels and pixels of its images
     "mobilenet_v2": (3, 64),
 }
-
-
-class Module(pl.LightningModule):
-    """A classifier as users write it."""
-
-    def __init__(self, network: torch.nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return F.cross_entropy(self.network(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=1e-5, momentum=0.9)
 
 
 class Clock(pl.Callback):

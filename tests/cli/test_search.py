@@ -18,6 +18,7 @@ from qat_tricks.cli import main as cli
 from qat_tricks.data import build_data
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.report import write_report
+from tests.helpers.configs import quick_job
 from tests.helpers.samples import report
 
 # As a user's own, in the folder that --config-dir names.
@@ -39,17 +40,7 @@ hydra:
       recipe.stages.ptq.tricks.calibrate.num_images: range(32, 128, 32)
       recipe.stages.ptq.tricks.quantize.weight_bits: choice(2, 8)
 """
-QUICK = [
-    "data=digits",
-    "model=custom",
-    "model.factory=tests.helpers.nets.SmallNet",
-    "baseline.epochs=1",
-    "measure.runs=5",
-    "measure.threads=1",
-    "trainer.accelerator=cpu",
-    "trainer.enable_progress_bar=false",
-    "logger=none",
-]
+QUICK = [*quick_job("digits"), "logger=none"]
 
 
 def search(*arguments):

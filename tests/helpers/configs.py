@@ -26,6 +26,20 @@ def job_config(*overrides: str, name: str = "train") -> DictConfig:
     return config
 
 
+def quick_job(data: str = "fake") -> list[str]:
+    """The overrides of a whole run that takes seconds."""
+    return [
+        f"data={data}",
+        "model=custom",
+        "model.factory=tests.helpers.nets.SmallNet",
+        "baseline.epochs=1",
+        "measure.runs=5",
+        "measure.threads=1",
+        "trainer.accelerator=cpu",
+        "trainer.enable_progress_bar=false",
+    ]
+
+
 @cache
 def _shipped(name: str) -> DictConfig:
     return composed(name=name)

@@ -12,15 +12,9 @@ from qat_tricks.jobs.classifier import make_classifier
 from qat_tricks.jobs.datamodule import load_data
 from qat_tricks.jobs.fitted_recipe import fitted_recipe
 from qat_tricks.jobs.run_record import RunRecord
-from tests.helpers.configs import job_config
+from tests.helpers.configs import job_config, quick_job
 
-QUICK = [
-    "data=fake",
-    "model=custom",
-    "model.factory=tests.helpers.nets.SmallNet",
-    "measure.runs=5",
-    "measure.threads=1",
-]
+QUICK = quick_job()
 
 
 def record(folder, *overrides):

@@ -7,19 +7,10 @@ import torch
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.jobs.train import run_job
-from tests.helpers.configs import job_config
+from tests.helpers.configs import job_config, quick_job
 from tests.helpers.nets import SmallNet
 
-QUICK = [
-    "data=fake",
-    "model=custom",
-    "model.factory=tests.helpers.nets.SmallNet",
-    "baseline.epochs=1",
-    "measure.runs=5",
-    "measure.threads=1",
-    "trainer.accelerator=cpu",
-    "trainer.enable_progress_bar=false",
-]
+QUICK = quick_job()
 
 
 def ten_classes(in_channels):
