@@ -7,7 +7,7 @@ the newest trick was measured at. Below it are the bars of what is being done, w
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import length_hint
@@ -69,12 +69,15 @@ class _Display(Progress):
             yield Text(str(_heading), overflow="ellipsis", no_wrap=True)
         yield self.make_tasks_table(self.tasks)
 
-    def draw(self, *, at_once: bool = False) -> None:
-        """Draws the display anew, unless that was done just now."""
-        now = time.monotonic()
-        if at_once or now - self._drawn >= REFRESH:
-            self._drawn = now
-            self.refresh()
+    @property
+    def is_due(self) -> bool:
+        """Whether it was not drawn just now."""
+        return time.monotonic() - self._drawn >= REFRESH
+
+    def draw(self) -> None:
+        """Draws the display anew."""
+        self._drawn = time.monotonic()
+        self.refresh()
 
 
 _heading = _Heading()
@@ -155,13 +158,19 @@ class Bar:
         """One step is done."""
         if self._own is not None:
             self._own.advance(self._task)
-            self._own.draw()
+            if self._own.is_due:
+                self._own.draw()
 
-    def show(self, description: str, done: int, figures: str) -> None:
-        """Tells what is done now, how many steps of it are, and what it is measured at."""
+    def show(self, description: str, done: int, figures: Callable[[], str]) -> None:
+        """Tells what is done now, how many steps of it are, and what it is measured at.
+
+        The figures are asked for only where they are drawn: a GPU would be waited for.
+        """
         if self._own is not None:
-            self._own.update(self._task, description=description, completed=done, figures=figures)
-            self._own.draw()
+            self._own.update(self._task, description=description, completed=done)
+            if self._own.is_due:
+                self._own.update(self._task, figures=figures())
+                self._own.draw()
 
     def close(self) -> None:
         """Takes the bar away."""
@@ -175,7 +184,7 @@ def _say(**parts: str) -> None:
     for name, value in parts.items():
         setattr(_heading, name, value)
     if _display is not None:
-        _display.draw(at_once=True)
+        _display.draw()
 
 
 def _open() -> _Display | None:

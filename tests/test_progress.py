@@ -37,7 +37,7 @@ def test_bars_share_a_display_that_says_where_the_run_is(terminal, capsys):
         outer = Bar("round", 2)
         for _ in track(range(3), "calibrate"):  # a display within a display would raise
             outer.advance()
-        outer.show("round again", 2, "loss 0.1")
+        outer.show("round again", 2, lambda: "loss 0.1")
         outer.close()
     shown = capsys.readouterr().err
     assert "stage 1 of 2, ptq · equalize" in shown

@@ -1,12 +1,12 @@
 """The progress bar of a trainer whose fits are shown in the live display of a run."""
 
-import math
 import time
 from functools import cache
 from types import ModuleType
 from typing import Any
 
 from qat_tricks.progress import Bar, is_watched
+from qat_tricks.trainer.schedule import fit_batches, foreseen_batches
 
 OF_THE_HEADING = ("stage", "v_num")  # said there, and of no interest
 
@@ -48,7 +48,7 @@ class _Hooks:
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Opens the bar of the fit."""
         if self._is_enabled:
-            self._fit = Bar("train", _batches(trainer))
+            self._fit = Bar("train", foreseen_batches(trainer))
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Starts the epoch's clock."""
@@ -59,9 +59,9 @@ class _Hooks:
     ) -> None:
         """Moves the bar of the fit."""
         if self._fit is not None:
-            before = trainer.current_epoch * trainer.num_training_batches
-            done = before + batch_idx + 1 if math.isfinite(before) else batch_idx + 1
-            self._fit.show(_epoch(trainer), int(done), self._figures(trainer, pl_module))
+            # This batch does not count as done yet.
+            done = fit_batches(trainer) + 1
+            self._fit.show(_epoch(trainer), done, lambda: self._figures(trainer, pl_module))
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Prints the epoch's line."""
@@ -112,13 +112,6 @@ class _Hooks:
             for name, value in figures
             if name not in OF_THE_HEADING
         )
-
-
-def _batches(trainer: Any) -> float:
-    """The batches of a whole fit; infinite where nobody knows."""
-    if trainer.max_epochs is None or trainer.max_epochs < 0:
-        return math.inf
-    return float(trainer.max_epochs * trainer.num_training_batches)
 
 
 def _epoch(trainer: Any) -> str:

@@ -37,6 +37,11 @@ def done_before(trainer: "Trainer") -> Done:
     return next((done for done in found if isinstance(done, Done)), Done())
 
 
+def fit_batches(trainer: "Trainer") -> int:
+    """The number of this fit's batches that are done; the one being trained on is not."""
+    return done_by(trainer).batches - done_before(trainer).batches
+
+
 def check_not_done(trainer: "Trainer", done: Done) -> None:
     """Raises QatTricksError if a trainer that has ``done`` so much in earlier fits trains no more.
 
@@ -58,17 +63,17 @@ def total_batches(trainer: "Trainer") -> float:
     Raises:
         QatTricksError: the trainer has no end that can be foreseen.
     """
-    ends = _ends(trainer)
-    if not ends:
+    batches = foreseen_batches(trainer)
+    if math.isinf(batches):
         raise QatTricksError(
             "schedules are fractions of the training, and this trainer has no foreseeable end: "
             "give it max_epochs (and a loader that has a length) or max_steps"
         )
-    return min(ends)
+    return batches
 
 
-def _ends(trainer: "Trainer") -> list[float]:
-    """The numbers of training batches after which the fit ends."""
+def foreseen_batches(trainer: "Trainer") -> float:
+    """The number of training batches that the fit will have; infinite where none is foreseeable."""
     before, ends = done_before(trainer), []
     if (
         trainer.max_epochs is not None
@@ -78,7 +83,7 @@ def _ends(trainer: "Trainer") -> list[float]:
         ends.append((trainer.max_epochs - before.epochs) * trainer.num_training_batches)
     if trainer.max_steps > 0:
         ends.append(_batches_of(trainer, trainer.max_steps - before.steps))
-    return ends
+    return min(ends, default=math.inf)
 
 
 def _batches_of(trainer: "Trainer", steps: int) -> float:
@@ -97,9 +102,7 @@ def is_last_batch(trainer: "Trainer") -> bool:
     For ``on_train_batch_end``, where the batch does not count as done yet. Of a fit without a
     foreseeable end, no batch is the last.
     """
-    ends = _ends(trainer)
-    batches = done_by(trainer).batches - done_before(trainer).batches
-    return bool(ends) and batches + 1 >= min(ends)
+    return fit_batches(trainer) + 1 >= foreseen_batches(trainer)
 
 
 def fit_progress(trainer: "Trainer") -> float:
@@ -107,7 +110,7 @@ def fit_progress(trainer: "Trainer") -> float:
 
     It also holds right after a resume, and when training has ended.
     """
-    batches, total = done_by(trainer).batches - done_before(trainer).batches, total_batches(trainer)
+    batches, total = fit_batches(trainer), total_batches(trainer)
     return min(1.0, batches / total) if total > 0 else 1.0
 
 

@@ -61,7 +61,7 @@ def test_stages_share_the_bar_and_the_heading_names_them(terminal, capsys):
     assert "stage qat" not in shown  # beside the figures, where the heading has it
 
 
-def test_without_an_end_the_batches_of_the_epoch_count(terminal, capsys):
+def test_without_a_number_of_epochs_none_is_told(terminal, capsys):
     bar = live_bar(pl)()
     settings = {"accelerator": "cpu", "enable_model_summary": False, "logger": False}
     pl.Trainer(
