@@ -37,6 +37,7 @@ def pytest_configure(config):
         "markers", "feature(name): a row of docs/results/lightning.md that the test proves"
     )
     _read_translations_once()
+    _keep_standard_error()
 
 
 def pytest_collection_modifyitems(items):
@@ -61,6 +62,19 @@ def _read_translations_once():
         return importlib.import_module(lazy._name).get_torchlib_ops()
 
     lazy.get_torchlib_ops = lambda: list(parsed())
+
+
+def _keep_standard_error():
+    """Lets absl, which comes with TensorBoard, write to the process's own standard error.
+
+    Its handler closes the stream that it found at its import unless that is ``sys.stderr`` at the
+    end, and Hydra ends all handlers: pytest's own file was closed, and every later test failed.
+    """
+    try:
+        absl = importlib.import_module("absl.logging")
+    except ImportError:
+        return
+    absl.get_absl_handler().python_handler.stream = sys.__stderr__
 
 
 @pytest.fixture(autouse=True)
