@@ -211,7 +211,7 @@ def _finetune(job: Job, data: Any, test_x: Tensor, test_y: Tensor) -> dict[str, 
     before = _float_classes(network, test_x)
     module, seconds = _Module(network, job.lr or 0.02), []
     if job.epochs:
-        _trainer(job, job.epochs, [], seconds).fit(module, datamodule=data)
+        _trainer(job, job.epochs, seconds).fit(module, datamodule=data)
     network.cpu().eval()
     classes = _float_classes(network, test_x)
     file = Path(job.float_file)
@@ -228,36 +228,24 @@ def _finetune(job: Job, data: Any, test_x: Tensor, test_y: Tensor) -> dict[str, 
 
 def _train_recipe(job: Job, network: nn.Module, data: Any) -> tuple[nn.Module, list[float]]:
     """The network after the recipe, and the seconds of each epoch."""
-    from qat_tricks import recipe, run_stages
+    from qat_tricks import run_stages
     from qat_tricks.recipes.recipe import load_recipe
 
     name, *overrides = job.recipe
     staged = load_recipe(name, overrides)
+    stages = [
+        replace(stage, lr=job.lr or stage.lr, epochs=stage.epochs and (job.epochs or stage.epochs))
+        for stage in staged.stages
+    ]
     seconds: list[float] = []
-    # Such as pruning in float, and then quantizing: no one list of callbacks.
-    if any(stage.epochs > 0 for stage in staged.stages[:-1]):
-        module = _Module(network, job.lr or 0.02)
-        stages = [
-            replace(
-                stage, lr=job.lr or stage.lr, epochs=stage.epochs and (job.epochs or stage.epochs)
-            )
-            for stage in staged.stages
-        ]
-        settings = _settings(job)
-        settings["callbacks"] = [_epoch_clock(seconds)]
-        run_stages(module, data, replace(staged, stages=stages), trainer=settings)
-    else:
-        # The trainer decides epochs and rate, and a recipe as callbacks takes none.
-        epochs = next((stage.epochs for stage in staged.training), 0)
-        rate = next((stage.lr for stage in staged.training if stage.lr), 0.002)
-        module = _Module(network, job.lr or rate)
-        callbacks = recipe(name, overrides, report=False)
-        if job.average is not None:
-            from pytorch_lightning.callbacks import EMAWeightAveraging
+    settings = _settings(job) | {"callbacks": [_epoch_clock(seconds)]}
+    if job.average is not None:
+        from pytorch_lightning.callbacks import EMAWeightAveraging
 
-            callbacks.append(EMAWeightAveraging(decay=job.average))
-        fit = _trainer(job, job.epochs or epochs, callbacks, seconds)
-        fit.fit(module, datamodule=data)
+        settings["callbacks"].append(EMAWeightAveraging(decay=job.average))
+    module = _Module(network, job.lr or 0.02)
+    run_stages(module, data, replace(staged, stages=stages), trainer=settings)
+    print(f"rate: {module.lr:.4g}", flush=True)
     return module.network.cpu().eval(), seconds
 
 
@@ -275,11 +263,10 @@ def _settings(job: Job) -> dict[str, Any]:
     }
 
 
-def _trainer(job: Job, epochs: int, callbacks: Sequence[Any], seconds: list[float]) -> Any:
+def _trainer(job: Job, epochs: int, seconds: list[float]) -> Any:
     import pytorch_lightning as pl
 
-    clock = _epoch_clock(seconds)
-    return pl.Trainer(max_epochs=epochs, callbacks=[*callbacks, clock], **_settings(job))
+    return pl.Trainer(max_epochs=epochs, callbacks=[_epoch_clock(seconds)], **_settings(job))
 
 
 def _epoch_clock(seconds: list[float]) -> Any:

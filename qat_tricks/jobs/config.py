@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -126,7 +126,7 @@ class StageOverride:
     """Settings that replace those of every stage of the recipe; None replaces nothing."""
 
     epochs: int | None = None  # of the stages that train
-    lr: float | None = None  # of the stages that train
+    lr: float | Literal["auto"] | None = None  # of the stages that train
     max_drop: float | None = None  # points of accuracy
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import DictConfig
 
@@ -30,7 +30,8 @@ class Stage:
     name: str
     tricks: list[Trick]
     epochs: int = 0  # 0: the tricks are applied and nothing is trained
-    lr: float | None = None  # peak learning rate; None: the trainer's default
+    # peak learning rate; auto: measured before the training; None: the trainer's default
+    lr: float | Literal["auto"] | None = None
     max_drop: float | None = None  # points of accuracy that the stage may cost; None: any number
 
     def __post_init__(self) -> None:

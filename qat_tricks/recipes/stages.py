@@ -11,7 +11,9 @@ from qat_tricks.files import write_text
 from qat_tricks.graph.inputs import check_loader
 from qat_tricks.recipes.recipe import Stage, StagedRecipe, load_recipe
 from qat_tricks.recipes.run_key import run_key
+from qat_tricks.settings.ranges import AUTO
 from qat_tricks.trainer.framework import package_of
+from qat_tricks.trainer.learning_rate import MeasuredRate
 from qat_tricks.trainer.module import has_workbench, networks_in, workbench_of
 from qat_tricks.trainer.session import Session
 from qat_tricks.trainer.set_up import set_up_trainer
@@ -42,7 +44,8 @@ def run_stages(
     Args:
         module: a trained LightningModule, of either Lightning package, which the trainers come
             from too; its network is changed in place. A stage's ``lr`` is set as ``module.lr``
-            if the module has that attribute; else its own optimizer decides.
+            if the module has that attribute; else its own optimizer decides. ``auto`` is measured
+            for SGD (see ``graph.sharpness``), and leaves the rate of other optimizers alone.
         datamodule: gives training images for calibration and for the fits; or a loader of them.
         recipe: a recipe, or its name.
         val_dataloaders: a loader of validation images, or several, beside a training loader.
@@ -63,8 +66,9 @@ def run_stages(
     frozen = _held_in_evaluation(module, recipe.network)
     folder = None if checkpoints is None else _own_folder(Path(checkpoints), module, recipe)
     # A recipe without stages still gives a network that was traced, as for export.
+    own_rate = getattr(module, "lr", None)
     for stage in recipe.stages or [Stage(name="float", tricks=[])]:
-        session = _session(recipe, stage)
+        session = _session(recipe, stage, own_rate)
         # A trick is applied once in each stage, and may come again in a later one.
         if has_workbench(module):
             workbench_of(module).applied.clear()
@@ -73,7 +77,7 @@ def run_stages(
             callbacks = [session, *stage.tricks]
             fit = set_up_trainer(package)(max_epochs=1, callbacks=callbacks, **settings)
         else:
-            if stage.lr is not None and hasattr(module, "lr"):
+            if stage.lr not in (None, AUTO) and own_rate is not None:
                 module.lr = stage.lr  # type: ignore[assignment]
             _train(module, frozen)
             callbacks = [session, *stage.tricks, *extra_callbacks]
@@ -157,8 +161,10 @@ def _keeps_checkpoints(callback: Any) -> bool:
     return any(kind.__name__ == "Checkpoint" for kind in type(callback).__mro__)
 
 
-def _session(recipe: StagedRecipe, stage: Stage) -> Session:
+def _session(recipe: StagedRecipe, stage: Stage, own_rate: Any) -> Session:
+    measures_rate = stage.epochs > 0 and stage.lr == AUTO and own_rate is not None
     return Session(
+        rate=MeasuredRate(own_rate) if measures_rate else None,
         network=recipe.network,
         untraced=recipe.untraced,
         prove=recipe.prove,

@@ -50,7 +50,11 @@ NOT_NEGATIVE = Range(lambda value: 0 <= value < math.inf, "0 or more")
 # of the stages of a recipe, and of the settings that replace theirs
 EPOCHS = at_least(0)
 MAX_DROP = at_least(0, "points of accuracy").or_null()
-LEARNING_RATE = POSITIVE.or_null()
+AUTO = "auto"  # a learning rate that is measured
+LEARNING_RATE = Range(
+    lambda value: value in (None, AUTO) or POSITIVE.contains(value),
+    f"{POSITIVE.text}, {AUTO}, or null",
+)
 
 
 def check_ranges(settings: Any, **ranges: Range) -> None:

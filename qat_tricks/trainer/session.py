@@ -39,6 +39,7 @@ from qat_tricks.trainer.finetuning import (
 )
 from qat_tricks.trainer.forward_alone import forward_alone
 from qat_tricks.trainer.framework import Callback, package_of
+from qat_tricks.trainer.learning_rate import MeasuredRate
 from qat_tricks.trainer.module import (
     CHECKPOINT_KEY,
     attach_workbench,
@@ -117,7 +118,9 @@ class Session(Callback):
             gradually then wait for it.
         fits: whether a fit may train at all; without one, such tricks act at once.
         keeps_teacher: whether the float network is kept also for tricks of later fits.
+        prove: whether tricks are judged by the network's output.
         report: measures each fit, and tells the result at its end.
+        rate: measures the learning rate of each fit.
 
     Attributes:
         done_before: what the trainer has done in earlier fits, from which schedules begin.
@@ -138,8 +141,9 @@ class Session(Callback):
         keeps_teacher: bool = False,
         prove: bool = True,
         report: Report | None = None,
+        rate: MeasuredRate | None = None,
     ) -> None:
-        self.prove = prove
+        self.prove, self.rate = prove, rate
         self.tricks, self.network, self.untraced = list(tricks), network, tuple(untraced)
         self.trains, self.fits, self.keeps_teacher = trains, fits, keeps_teacher
         self.report = report
@@ -196,6 +200,8 @@ class Session(Callback):
         # Each rank has calibrated by itself, and sums on GPUs differ in their last bits.
         if any(changes):
             _synchronize(trainer, work)
+        if self.rate is not None and trainer.state.fn == "fit":
+            self.rate.measure(trainer, pl_module, work)
         if self.report is not None and trainer.state.fn == "fit":
             self.report.measure_prepared(trainer, pl_module, work.network)
         if any(changes) and self.trains and trainer.state.fn != "fit":
@@ -325,6 +331,8 @@ class Session(Callback):
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Puts the parameters that surgery has made into the optimizers."""
         self.restores_groups = self._frozen is not None and remembers_groups(trainer)
+        if self.rate is not None:
+            self.rate.check(trainer, pl_module)
         if self._frozen is not None:
             freeze_again(pl_module, self._frozen)
             self._frozen = None
@@ -338,6 +346,8 @@ class Session(Callback):
     ) -> None:
         """Restores the random states that the checkpoint holds, and notes what is frozen."""
         state = checkpoint.get(CHECKPOINT_KEY, {}).get("random_state")
+        if self.rate is not None and trainer.state.fn == "fit":  # the optimizers are made next
+            self.rate.restore(pl_module, checkpoint["callbacks"].get(self.state_key, {}))  # type: ignore[attr-defined]
         if trainer.state.fn == "fit" and finetuning_in(trainer):
             self._frozen = checkpoint.get(CHECKPOINT_KEY, {}).get("frozen")
         if trainer.state.fn == "fit" and state is not None:
@@ -390,12 +400,18 @@ class Session(Callback):
         end_skips(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the trainer had done in earlier fits, if anything."""
-        return vars(self.done_before).copy() if self.done_before != Done() else {}
+        """What the trainer had done in earlier fits, if anything, and the measured rate."""
+        state: dict[str, Any] = {}
+        if self.done_before != Done():
+            state |= vars(self.done_before)
+        if self.rate is not None and self.rate.rate is not None:
+            state["rate"] = self.rate.rate
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes in what the trainer had done in earlier fits."""
-        self.done_before = Done(**state_dict)
+        # The rate was restored before the optimizers were made.
+        self.done_before = Done(**{k: v for k, v in state_dict.items() if k != "rate"})
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Keeps the grids of averaged networks exact."""
