@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
 NUM_IMAGES = 256
-SHARE = 0.2
+SHARE = 0.3
 """Of ``1 / sharpness``. Descent diverges beyond 2 (1.9 times that with momentum 0.9): a network
 that is fine-tuned is to stay near what it has learned, and its loss grows steeper on the way."""
 HIGHEST = 0.1
