@@ -35,6 +35,8 @@ class LedgerRow:
     equivalence: Sequence[dict[str, Any]] = ()
     # What each trick of the stage did to the network's output, likewise.
     proofs: Sequence[dict[str, Any]] = ()
+    # The learning rate, with the sharpness of the loss, where it was measured.
+    rates: Sequence[dict[str, Any]] = ()
 
 
 @dataclass
@@ -68,6 +70,7 @@ class Ledger:
                 "sparsity": row.sparsity,
                 "equivalence": list(row.equivalence),
                 "proofs": {proof["trick"]: dict(proof) for proof in row.proofs},
+                "rates": list(row.rates),
             }
             for row in self.stages
         ]
@@ -83,6 +86,7 @@ class Ledger:
             figures.append(show(row.latency_ms["p50"], "ms"))
         if row.sparsity is not None:
             figures.append(f"zeros {show(row.sparsity, 'percent')}")
+        figures += [f"measured lr {show(rate['lr'], 'error')}" for rate in row.rates]
         return f"{row.name}: {', '.join(figures)}, after {show(row.seconds, 'seconds')}"
 
     def as_table(self) -> Table:
@@ -133,6 +137,11 @@ def steps_of(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def proofs_of(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What each trick of all stages did to the output; of ``Ledger.rows``."""
     return [proof for stage in stages for proof in (stage.get("proofs") or {}).values()]
+
+
+def rates_of(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The learning rates that were measured, with their stages; of ``Ledger.rows``."""
+    return [{"stage": s["name"], **rate} for s in stages for rate in s.get("rates") or ()]
 
 
 def check_drop(

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from qat_tricks.evidence import page_plots as plots
 from qat_tricks.evidence.checklist import against, checklist
 from qat_tricks.evidence.language import ENGLISH, Language, language_named
-from qat_tricks.evidence.ledger import proofs_of, steps_of
+from qat_tricks.evidence.ledger import proofs_of, rates_of, steps_of
 from qat_tricks.evidence.paired import show_change
 from qat_tricks.evidence.show import ratio, show
 from qat_tricks.evidence.templates import fill_in
@@ -47,7 +47,7 @@ def render_page(report: Mapping[str, Any], pictures: Mapping[int, str]) -> str:
     fields: dict[str, Any] = {key: report.get(key) for key in optional}
     fields |= {key: report.get(key) or {} for key in mappings}
     fields |= {"steps": steps, "proofs": proofs, "pictures": pictures, "ratio": ratio}
-    fields |= {"title": title(report, say), "language": say.code}
+    fields |= {"title": title(report, say), "language": say.code, "rates": rates_of(stages)}
     fields["checklist"] = checklist(report, say) if report.get("checklist") else None
     fields["answers"] = answers(report, say)
     fields["figures"] = _figures(report, steps, proofs, say)

@@ -12,7 +12,7 @@ from qat_tricks.deploy.targets import TARGETS, Target
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.checklist import checklist
 from qat_tricks.evidence.language import language_named
-from qat_tricks.evidence.ledger import proofs_of, steps_of
+from qat_tricks.evidence.ledger import proofs_of, rates_of, steps_of
 from qat_tricks.evidence.page import title, write_page
 from qat_tricks.evidence.show import ratio
 from qat_tricks.evidence.templates import fill_in
@@ -123,6 +123,7 @@ def render(report: dict[str, Any]) -> str:
         "preprocessing_hash": preprocessing_hash,
         "steps": steps,
         "proofs": proofs_of(report["stages"]),
+        "rates": rates_of(report["stages"]),
         "steps_summary": summary(steps, say.word) if steps else None,
         "title": title(report, say),
     }

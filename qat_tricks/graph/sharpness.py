@@ -100,6 +100,8 @@ class _Gradient:
         with torch.enable_grad():
             logits = class_logits(logits_of(call_network(self.traced, piece)))
             flat = logits.movedim(1, -1).flatten(0, -2).float()
+            if not torch.isfinite(flat).all():
+                raise _no_curvature("logits are not finite")
             if index == len(self.classes):
                 self.classes.append(torch.multinomial(flat.detach().softmax(1), 1)[:, 0])
             loss = F.cross_entropy(flat, self.classes[index])
@@ -119,22 +121,24 @@ def _largest_curvature(gradient: _Gradient, values: list[Tensor]) -> float:
     for _ in track(range(ITERATIONS), "measure the learning rate"):
         length = _norm(direction)
         if not 0 < length < math.inf:
-            raise QatTricksError(
-                "lr=auto finds no curvature, for the network's gradient is "
-                f"{'zero' if length == 0 else 'not finite'}: give a number"
-            )
+            raise _no_curvature(f"gradient is {'zero' if length == 0 else 'not finite'}")
         direction = [part / length for part in direction]
-        step = STEP / max(
+        relative = [
             float(part.norm() / value.norm())
             for part, value in zip(direction, values, strict=True)
-            if value.any()
-        )
+            if value.any()  # a bias of zeros has no size to compare with
+        ]
+        step = STEP / max(relative, default=1.0)
         there = gradient.at(
             [value + step * part for value, part in zip(values, direction, strict=True)]
         )
         direction = [(b - a) / step for a, b in zip(here, there, strict=True)]
         curvature = _norm(direction)
     return curvature
+
+
+def _no_curvature(reason: str) -> QatTricksError:
+    return QatTricksError(f"lr=auto finds no curvature, for the network's {reason}: give a number")
 
 
 def _norm(parts: Sequence[Tensor]) -> float:

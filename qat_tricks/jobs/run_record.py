@@ -173,6 +173,7 @@ class RunRecord:
                 seconds=seconds,
                 equivalence=self._new_entries(network, "equivalence"),
                 proofs=self._new_entries(network, "proofs"),
+                rates=self._new_entries(network, "rates"),
             )
         )
         self._write_ledger()  # before the export, which may refuse the network

@@ -44,8 +44,7 @@ def run_stages(
     Args:
         module: a trained LightningModule, of either Lightning package, which the trainers come
             from too; its network is changed in place. A stage's ``lr`` is set as ``module.lr``
-            if the module has that attribute; else its own optimizer decides. ``auto`` is measured
-            for SGD (see ``graph.sharpness``), and leaves the rate of other optimizers alone.
+            if there is one, ``auto`` for SGD alone; else its own optimizer decides.
         datamodule: gives training images for calibration and for the fits; or a loader of them.
         recipe: a recipe, or its name.
         val_dataloaders: a loader of validation images, or several, beside a training loader.
@@ -77,7 +76,7 @@ def run_stages(
             callbacks = [session, *stage.tricks]
             fit = set_up_trainer(package)(max_epochs=1, callbacks=callbacks, **settings)
         else:
-            if stage.lr not in (None, AUTO) and own_rate is not None:
+            if stage.lr not in (None, AUTO) and hasattr(module, "lr"):
                 module.lr = stage.lr  # type: ignore[assignment]
             _train(module, frozen)
             callbacks = [session, *stage.tricks, *extra_callbacks]

@@ -1,12 +1,12 @@
 """A learning rate of the network's own: a share of the largest that its loss can be trained at."""
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from qat_tricks.graph.sharpness import sharpness
+from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.trainer.resume import resumes
 
@@ -29,12 +29,12 @@ class MeasuredRate:
             each step by gradients that it has seen, and curvature alone does not bound its rate.
 
     Attributes:
-        rate: the measured one; None before.
+        found: the measured ``lr``, and the ``sharpness`` that it follows from; None before.
     """
 
-    def __init__(self, own: float) -> None:
+    def __init__(self, own: Any) -> None:
         self.own = own
-        self.rate: float | None = None
+        self.found: dict[str, float] | None = None
 
     def measure(self, trainer: "Trainer", pl_module: "LightningModule", work: Workbench) -> None:
         """Measures the rate before the fit makes its optimizers; a resumed fit has it already.
@@ -46,26 +46,32 @@ class MeasuredRate:
             return
         curvature = sharpness(work.network, work.training_batches(NUM_IMAGES))
         # Sums on GPUs differ in their last bits between ranks.
-        self._set(pl_module, trainer.strategy.broadcast(min(HIGHEST, SHARE / curvature)))
-        rank_zero_info(f"lr=auto: {self.rate:.2g}, for the loss has a sharpness of {curvature:.3g}")
+        rate, curvature = trainer.strategy.broadcast((min(HIGHEST, SHARE / curvature), curvature))
+        self._set(pl_module, work, {"lr": rate, "sharpness": curvature})
+        rank_zero_info(f"lr=auto: {rate:.3g}, for the loss has a sharpness of {curvature:.3g}")
 
-    def restore(self, pl_module: "LightningModule", state: Mapping[str, Any]) -> None:
-        """Takes over the rate of the run that goes on; its optimizers are not made yet."""
-        if state.get("rate") is not None:
-            self._set(pl_module, state["rate"])
+    def restore(
+        self, pl_module: "LightningModule", work: Workbench, found: dict[str, float] | None
+    ) -> None:
+        """Takes over what the run that goes on has ``found``; its optimizers are not made yet."""
+        if found is not None:
+            self._set(pl_module, work, found)
 
     def check(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Makes the optimizers again at the module's own rate unless all of them are SGD."""
         others = [o for o in trainer.optimizers if not isinstance(o, torch.optim.SGD)]
-        if self.rate is None or not others:
+        if self.found is None or not others:
             return
         rank_zero_warn(
             f"lr=auto measures a rate for SGD, and {type(pl_module).__name__} trains with "
-            f"{type(others[0]).__name__}: its own lr={self.own:g} stays"
+            f"{type(others[0]).__name__}: its own lr={self.own} stays"
         )
         pl_module.lr = self.own  # type: ignore[assignment]
         trainer.strategy.setup_optimizers(trainer)
 
-    def _set(self, pl_module: "LightningModule", rate: float) -> None:
-        self.rate = rate
-        pl_module.lr = rate  # type: ignore[assignment]
+    def _set(self, pl_module: "LightningModule", work: Workbench, found: dict[str, float]) -> None:
+        self.found = found
+        pl_module.lr = found["lr"]  # type: ignore[assignment]
+        rates = spec_of(work.network).setdefault("rates", [])
+        if rates[-1:] != [found]:  # a network that was rebuilt from its checkpoint has it already
+            rates.append(found)

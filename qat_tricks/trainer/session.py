@@ -347,7 +347,8 @@ class Session(Callback):
         """Restores the random states that the checkpoint holds, and notes what is frozen."""
         state = checkpoint.get(CHECKPOINT_KEY, {}).get("random_state")
         if self.rate is not None and trainer.state.fn == "fit":  # the optimizers are made next
-            self.rate.restore(pl_module, checkpoint["callbacks"].get(self.state_key, {}))  # type: ignore[attr-defined]
+            own: dict[str, Any] = checkpoint["callbacks"].get(self.state_key, {})  # type: ignore[attr-defined]
+            self.rate.restore(pl_module, workbench_of(pl_module), own.get("rate"))
         if trainer.state.fn == "fit" and finetuning_in(trainer):
             self._frozen = checkpoint.get(CHECKPOINT_KEY, {}).get("frozen")
         if trainer.state.fn == "fit" and state is not None:
@@ -404,8 +405,8 @@ class Session(Callback):
         state: dict[str, Any] = {}
         if self.done_before != Done():
             state |= vars(self.done_before)
-        if self.rate is not None and self.rate.rate is not None:
-            state["rate"] = self.rate.rate
+        if self.rate is not None and self.rate.found is not None:
+            state["rate"] = self.rate.found
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -128,7 +128,7 @@ def test_an_order_that_cannot_work_is_refused_with_one_that_can():
         ({"stages": {"ptq": {"tricks": {"mine": {"_target_": "no.such"}}}}}, "cannot be imported"),
         (
             {"stages": {"ptq": {"epochs": 1, "lr": ".inf"}}},
-            "lr='.inf' is not allowed: give a number or null",
+            "lr='.inf' is not allowed: give a number or auto or null",
         ),
         ({"network": 3}, "recipe.network=3 is not allowed"),
         ({"name": "${nope}"}, "Interpolation key 'nope' not found"),

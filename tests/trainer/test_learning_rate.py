@@ -1,0 +1,100 @@
+import pytest
+import torch
+
+import qat_tricks
+from qat_tricks.errors import QatTricksError
+from qat_tricks.graph import spec_of
+from qat_tricks.recipes.recipe import load_recipe
+from tests.helpers.lightning import pl
+from tests.helpers.lit import Data, Lit
+
+QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+
+
+class Rated(Lit):
+    """A module with a learning rate that a stage can set."""
+
+    def __init__(self, optimizer="sgd", scale=1.0):
+        super().__init__(optimizer)
+        self.lr = 0.5
+        with torch.no_grad():
+            self.backbone.head.weight.mul_(scale)
+
+    def configure_optimizers(self):
+        kind = torch.optim.SGD if self.hparams.optimizer == "sgd" else torch.optim.AdamW
+        optimizer = kind(self.parameters(), lr=self.lr)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
+class Stop(pl.Callback):
+    """Ends a fit after its first epoch, as an interrupt would."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            raise RuntimeError("interrupted")
+
+
+class Note(pl.Callback):
+    def __init__(self):
+        self.rates = []
+
+    def on_train_start(self, trainer, pl_module):
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def fit(module, *overrides, epochs=1, callbacks=(), **options):
+    torch.manual_seed(0)  # of the images' order, and of dropout
+    note = Note()
+    recipe = load_recipe("int8_qat", [f"stages.qat.epochs={epochs}", *overrides])
+    trainer = {**QUIET, "callbacks": [note, *callbacks]}
+    qat_tricks.run_stages(module, Data(), recipe, trainer=trainer, **options)
+    return note.rates
+
+
+def test_a_stage_of_sgd_trains_at_the_rate_that_was_measured():
+    module = Rated()
+    (rate,) = fit(module)
+    (found,) = spec_of(module.backbone)["rates"]
+    assert rate == module.lr == found["lr"] == pytest.approx(min(0.1, 0.3 / found["sharpness"]))
+
+
+def test_a_steeper_loss_is_trained_more_slowly():
+    (steep,) = fit(Rated(scale=30.0))
+    (flat,) = fit(Rated())
+    assert steep < flat / 3
+
+
+def test_another_optimizer_keeps_the_modules_own_rate():
+    with pytest.warns(UserWarning, match=r"Rated trains with AdamW: its own lr=0\.5 stays"):
+        assert fit(Rated("adam")) == [0.5]
+
+
+def test_a_module_without_a_rate_is_not_measured():
+    module = Lit()
+    assert fit(module) == [0.01]
+    assert "rates" not in spec_of(module.backbone)
+
+
+def test_a_rate_that_is_given_is_not_measured():
+    module = Rated()
+    assert fit(module, "stages.qat.lr=0.125") == [0.125]
+    assert "rates" not in spec_of(module.backbone)
+
+
+def test_a_fit_that_goes_on_has_the_rate_with_which_it_began(tmp_path):
+    whole, begun, resumed = (Rated(scale=30.0) for _ in range(3))
+    rates = fit(whole, epochs=2)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        fit(begun, epochs=2, callbacks=[Stop()], checkpoints=tmp_path)
+    assert fit(resumed, epochs=2, checkpoints=tmp_path) == rates
+    assert resumed.lr == whole.lr
+    assert spec_of(resumed.backbone)["rates"] == spec_of(whole.backbone)["rates"]
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("given", ["fast", "0", "-1"])
+def test_other_words_are_refused(given):
+    with pytest.raises(QatTricksError, match=r"lr=.*auto"):
+        load_recipe("int8_qat", [f"stages.qat.lr={given}"])
