@@ -76,8 +76,7 @@ def run_stages(
             callbacks = [session, *stage.tricks]
             fit = set_up_trainer(package)(max_epochs=1, callbacks=callbacks, **settings)
         else:
-            if stage.lr not in (None, AUTO) and hasattr(module, "lr"):
-                module.lr = stage.lr  # type: ignore[assignment]
+            _set_rate(module, stage)
             _train(module, frozen)
             callbacks = [session, *stage.tricks, *extra_callbacks]
             kept = _kept(package, folder, stage, callbacks)
@@ -158,6 +157,12 @@ def _trainer_settings(given: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def _keeps_checkpoints(callback: Any) -> bool:
     return any(kind.__name__ == "Checkpoint" for kind in type(callback).__mro__)
+
+
+def _set_rate(module: Any, stage: Stage) -> None:
+    """Sets the learning rate that ``stage`` names; one that is measured comes with the fit."""
+    if stage.lr not in (None, AUTO) and hasattr(module, "lr"):
+        module.lr = stage.lr
 
 
 def _session(recipe: StagedRecipe, stage: Stage, own_rate: Any) -> Session:

@@ -66,7 +66,7 @@ class MeasuredRate:
             f"lr=auto measures a rate for SGD, and {type(pl_module).__name__} trains with "
             f"{type(others[0]).__name__}: its own lr={self.own} stays"
         )
-        pl_module.lr = self.own  # type: ignore[assignment]
+        pl_module.lr = self.own
         trainer.strategy.setup_optimizers(trainer)
 
     def _set(self, pl_module: "LightningModule", work: Workbench, found: dict[str, float]) -> None:
