@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
 NUM_IMAGES = 256
+RATES = ("lr", "initial_lr", "max_lr")
+"""Of a parameter group: the rate now, and what a schedule begins with or rises to."""
 SHARE = 0.3
 """Of ``1 / sharpness``. Descent diverges beyond 2 (1.9 times that with momentum 0.9): a network
 that is fine-tuned is to stay near what it has learned, and its loss grows steeper on the way."""
-HIGHEST = 0.1
-"""What a network is trained at from the beginning."""
+HIGHEST = 0.05
+"""Half of what networks are usually trained at from the beginning."""
 
 
 class MeasuredRate:
@@ -57,17 +59,31 @@ class MeasuredRate:
         if found is not None:
             self._set(pl_module, work, found)
 
-    def check(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Makes the optimizers again at the module's own rate unless all of them are SGD."""
-        others = [o for o in trainer.optimizers if not isinstance(o, torch.optim.SGD)]
-        if self.found is None or not others:
+    def check(self, trainer: "Trainer", pl_module: "LightningModule", work: Workbench) -> None:
+        """Sees whether the optimizers have taken the rate, and makes others than SGD again."""
+        if self.found is None:
             return
-        rank_zero_warn(
-            f"lr=auto measures a rate for SGD, and {type(pl_module).__name__} trains with "
-            f"{type(others[0]).__name__}: its own lr={self.own} stays"
-        )
+        name, rate = type(pl_module).__name__, self.found["lr"]
+        others = [o for o in trainer.optimizers if not isinstance(o, torch.optim.SGD)]
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        if others:
+            rank_zero_warn(
+                f"lr=auto measures a rate for SGD, and {name} trains with "
+                f"{type(others[0]).__name__}: its own lr={self.own} stays"
+            )
+        elif not any(group.get(key) == rate for group in groups for key in RATES):
+            rank_zero_warn(
+                f"lr=auto sets lr={rate:.3g} of {name}, and no optimizer has it: let "
+                "configure_optimizers read self.lr"
+            )
+        else:
+            return
+        # The report tells of no rate that nothing was trained at.
+        self.found = None
+        spec_of(work.network)["rates"].pop()
         pl_module.lr = self.own
-        trainer.strategy.setup_optimizers(trainer)
+        if others:
+            trainer.strategy.setup_optimizers(trainer)
 
     def _set(self, pl_module: "LightningModule", work: Workbench, found: dict[str, float]) -> None:
         self.found = found

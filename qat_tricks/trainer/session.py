@@ -332,7 +332,7 @@ class Session(Callback):
         """Puts the parameters that surgery has made into the optimizers."""
         self.restores_groups = self._frozen is not None and remembers_groups(trainer)
         if self.rate is not None:
-            self.rate.check(trainer, pl_module)
+            self.rate.check(trainer, pl_module, workbench_of(pl_module))
         if self._frozen is not None:
             freeze_again(pl_module, self._frozen)
             self._frozen = None

@@ -66,6 +66,13 @@ def test_the_network_and_the_random_numbers_are_left_as_they_were():
     assert sharpness(network, IMAGES) == first  # of the same images the same, to the last bit
 
 
+def test_a_classifier_of_zeros_has_one_too():
+    network = small_net(0).train()
+    torch.nn.init.zeros_(network.head.weight)
+    torch.nn.init.zeros_(network.head.bias)
+    assert sharpness(trace(network), IMAGES) > 0
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [

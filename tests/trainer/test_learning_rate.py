@@ -5,6 +5,7 @@ import qat_tricks
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import spec_of
 from qat_tricks.recipes.recipe import load_recipe
+from qat_tricks.trainer.learning_rate import HIGHEST
 from tests.helpers.lightning import pl
 from tests.helpers.lit import Data, Lit
 
@@ -53,10 +54,14 @@ def fit(module, *overrides, epochs=1, callbacks=(), **options):
 
 
 def test_a_stage_of_sgd_trains_at_the_rate_that_was_measured():
-    module = Rated()
+    module = Rated(scale=30.0)
     (rate,) = fit(module)
     (found,) = spec_of(module.backbone)["rates"]
-    assert rate == module.lr == found["lr"] == pytest.approx(min(0.1, 0.3 / found["sharpness"]))
+    assert rate == module.lr == found["lr"] == pytest.approx(0.3 / found["sharpness"])
+
+
+def test_a_flat_loss_is_trained_at_the_highest_rate():
+    assert fit(Rated()) == [HIGHEST]
 
 
 def test_a_steeper_loss_is_trained_more_slowly():
@@ -66,8 +71,24 @@ def test_a_steeper_loss_is_trained_more_slowly():
 
 
 def test_another_optimizer_keeps_the_modules_own_rate():
+    module = Rated("adam")
     with pytest.warns(UserWarning, match=r"Rated trains with AdamW: its own lr=0\.5 stays"):
-        assert fit(Rated("adam")) == [0.5]
+        assert fit(module) == [0.5]
+    assert not spec_of(module.backbone)["rates"]
+
+
+class Fixed(Rated):
+    """Its optimizer has a rate of its own."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.25)
+
+
+def test_an_optimizer_that_does_not_read_the_rate_is_told_of():
+    module = Fixed()
+    with pytest.warns(UserWarning, match="no optimizer has it: let configure_optimizers read"):
+        assert fit(module) == [0.25]
+    assert not spec_of(module.backbone)["rates"]
 
 
 def test_a_module_without_a_rate_is_not_measured():
