@@ -1,5 +1,6 @@
 """A learning rate of the network's own: a share of the largest that its loss can be trained at."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,12 +67,13 @@ class MeasuredRate:
         name, rate = type(pl_module).__name__, self.found["lr"]
         others = [o for o in trainer.optimizers if not isinstance(o, torch.optim.SGD)]
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        rates = [float(group[key]) for group in groups for key in RATES if key in group]
         if others:
             rank_zero_warn(
                 f"lr=auto measures a rate for SGD, and {name} trains with "
                 f"{type(others[0]).__name__}: its own lr={self.own} stays"
             )
-        elif not any(group.get(key) == rate for group in groups for key in RATES):
+        elif not any(math.isclose(one, rate, rel_tol=1e-6) for one in rates):  # or in float32
             rank_zero_warn(
                 f"lr=auto sets lr={rate:.3g} of {name}, and no optimizer has it: let "
                 "configure_optimizers read self.lr"

@@ -8,6 +8,7 @@ from qat_tricks.graph import trace
 from qat_tricks.graph.random_state import random_state
 from qat_tricks.graph.sharpness import sharpness
 from tests.helpers.nets import small_net
+from tests.helpers.networks import Residual, images, quantized
 
 IMAGES = [torch.randn(8, 1, 16, 16, generator=torch.Generator().manual_seed(i)) for i in range(2)]
 
@@ -54,16 +55,23 @@ def test_weights_before_a_batchnorm_that_are_smaller_are_as_much_steeper():
     assert sharpness(network, IMAGES) > 5 * before
 
 
-def test_the_network_and_the_random_numbers_are_left_as_they_were():
-    network = trace(small_net(0).train())
+@pytest.mark.parametrize(
+    ("make", "images"),
+    [
+        (lambda: trace(small_net(0).train()), IMAGES),
+        (lambda: quantized(Residual, fold=False).train(), [images(8)]),
+    ],
+)
+def test_the_network_and_the_random_numbers_are_left_as_they_were(make, images):
+    network = make()
     before = {name: value.clone() for name, value in network.state_dict().items()}
     state = random_state()
-    first = sharpness(network, IMAGES)
+    first = sharpness(network, images)
     assert random_state()["torch"].equal(state["torch"])
     assert all(torch.equal(value, network.state_dict()[name]) for name, value in before.items())
     assert all(parameter.grad is None for parameter in network.parameters())
     assert network.training
-    assert sharpness(network, IMAGES) == first  # of the same images the same, to the last bit
+    assert sharpness(network, images) == first  # of the same images the same, to the last bit
 
 
 def test_a_classifier_of_zeros_has_one_too():
