@@ -101,7 +101,8 @@ def recipes_table(root: Path) -> str:
 
 def _stage_cell(stage: Stage) -> str:
     tricks = ", ".join(f"[{trick.name}](tricks.md#{trick.name})" for trick in stage.tricks)
-    trains = f", {stage.epochs} epochs, learning rate {stage.lr:g}" if stage.epochs else ""
+    rate = f"{stage.lr:g}" if isinstance(stage.lr, float) else "measured"
+    trains = f", {stage.epochs} epochs, learning rate {rate}" if stage.epochs else ""
     return f"**{stage.name}**{trains}: {tricks}"
 
 
