@@ -13,6 +13,7 @@ from draw_tricks import write_pictures
 import qat_tricks
 from qat_tricks.deploy.targets import TARGETS
 from qat_tricks.recipes.recipe import GUIDELINE, Stage, load_recipe
+from qat_tricks.settings.ranges import AUTO
 
 SECTIONS = {
     "Install and run": "install",
@@ -101,9 +102,10 @@ def recipes_table(root: Path) -> str:
 
 def _stage_cell(stage: Stage) -> str:
     tricks = ", ".join(f"[{trick.name}](tricks.md#{trick.name})" for trick in stage.tricks)
-    rate = f"{stage.lr:g}" if isinstance(stage.lr, float) else "measured"
-    trains = f", {stage.epochs} epochs, learning rate {rate}" if stage.epochs else ""
-    return f"**{stage.name}**{trains}: {tricks}"
+    if stage.epochs == 0:
+        return f"**{stage.name}**: {tricks}"
+    rate = "measured" if stage.lr == AUTO else f"{stage.lr:g}"
+    return f"**{stage.name}**, {stage.epochs} epochs, learning rate {rate}: {tricks}"
 
 
 def targets_table() -> str:

@@ -31,7 +31,7 @@ from qat_tricks.graph.inputs import (
     check_batches,
     map_tensors,
 )
-from qat_tricks.graph.logits import class_logits, logits_of
+from qat_tricks.graph.logits import drawn_classes, rows_of_logits
 from qat_tricks.graph.modes import evaluating
 from qat_tricks.graph.random_state import kept_random_state, seed_all
 from qat_tricks.graph.submodules import layer_at
@@ -101,11 +101,11 @@ def _effects(
     read.tensors.clear()
     with torch.enable_grad():
         # Copies, for Lightning validates under ``inference_mode``, whose tensors have no gradient.
-        logits = class_logits(logits_of(call_network(traced, map_tensors(batch, Tensor.clone))))
-        flat = logits.movedim(1, -1).flatten(0, -2).float()
-        classes = torch.multinomial(flat.detach().softmax(1), 1)[:, 0]
+        logits = rows_of_logits(call_network(traced, map_tensors(batch, Tensor.clone)))
+        classes = drawn_classes(logits)
+        images = batch_size(batch)
         # Of positions, each is a class of its own; the divergence is their mean.
-        loss = F.cross_entropy(flat, classes, reduction="sum") * len(logits) / len(flat)
+        loss = F.cross_entropy(logits, classes, reduction="sum") * images / len(logits)
         if not loss.requires_grad:
             raise QatTricksError(
                 "criterion=taylor needs gradients, and the network computes its output without: "
@@ -114,7 +114,7 @@ def _effects(
         tensors = [tensor for _, tensor in read.tensors if tensor.requires_grad]
         grads = torch.autograd.grad(loss, tensors, allow_unused=True)
     by_tensor = dict(zip(map(id, tensors), grads, strict=True))
-    effects = torch.zeros(batch_size(batch), count, device=logits.device)
+    effects = torch.zeros(images, count, device=logits.device)
     for name, tensor in read.tensors:
         grad = by_tensor.get(id(tensor))
         if grad is None:

@@ -33,6 +33,16 @@ def class_logits(logits: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(one), one], 1)
 
 
+def rows_of_logits(output: Any) -> Tensor:
+    """The logits in a network's output, float32 ``[N * positions, classes]``: a row a decision."""
+    return class_logits(logits_of(output)).movedim(1, -1).flatten(0, -2).float()
+
+
+def drawn_classes(rows: Tensor) -> Tensor:
+    """A class for each of ``rows``, drawn from its own probabilities, int64 ``[rows]``."""
+    return torch.multinomial(rows.detach().softmax(1), 1)[:, 0]
+
+
 def classes_of(logits: Tensor) -> Tensor:
     """The likeliest class, int64 ``[N, ...]``: of one logit the second where it is positive."""
     return class_logits(logits).argmax(1)

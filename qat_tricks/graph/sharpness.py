@@ -10,7 +10,6 @@ which a difference of two gradients is the Hessian times a direction.
 
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,9 +17,10 @@ from torch.nn import functional as F
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.inputs import Inputs, batch_size, call_network, check_batches, split
-from qat_tricks.graph.logits import class_logits, logits_of
+from qat_tricks.graph.logits import drawn_classes, rows_of_logits
 from qat_tricks.graph.modes import float_mode
 from qat_tricks.graph.random_state import kept_random_state, seed_all
+from qat_tricks.graph.snapshot import Snapshot
 from qat_tricks.progress import track
 
 BATCH = 64  # images of a gradient: less memory than training takes, and statistics of BatchNorm
@@ -49,23 +49,13 @@ def sharpness(traced: fx.GraphModule, batches: Sequence[Inputs]) -> float:
     full = max(map(batch_size, pieces))  # a rest may have too few images for a BatchNorm
     pieces = [piece for piece in pieces if batch_size(piece) == full]
     parameters = [p for p in traced.parameters() if p.requires_grad]
-    buffers = [(b, b.clone()) for m in _batchnorms(traced) for b in m.buffers()]
     values = [p.detach().clone() for p in parameters]
-    with ExitStack() as stack:
-        for state in (float_mode(traced), kept_random_state()):
-            stack.enter_context(state)
-        # Copies, for Lightning validates under ``inference_mode``, which has no gradients.
-        stack.enter_context(torch.inference_mode(False))
-        try:
+    before = Snapshot(traced)  # statistics of BatchNorm move in training mode
+    try:
+        with float_mode(traced), kept_random_state():
             return _largest_curvature(_Gradient(traced, parameters, pieces), values)
-        finally:
-            with torch.no_grad():
-                for tensor, value in [*zip(parameters, values, strict=True), *buffers]:
-                    tensor.copy_(value)
-
-
-def _batchnorms(traced: nn.Module) -> list[nn.Module]:
-    return [m for m in traced.modules() if getattr(m, "running_mean", None) is not None]
+    finally:
+        before.restore()
 
 
 class _Gradient:
@@ -98,13 +88,12 @@ class _Gradient:
     def _of_piece(self, index: int, piece: Inputs) -> Sequence[Tensor | None]:
         seed_all(index)  # dropout leaves out the same units each time
         with torch.enable_grad():
-            logits = class_logits(logits_of(call_network(self.traced, piece)))
-            flat = logits.movedim(1, -1).flatten(0, -2).float()
-            if not torch.isfinite(flat).all():
+            rows = rows_of_logits(call_network(self.traced, piece))
+            if not torch.isfinite(rows).all():
                 raise _no_curvature("logits are not finite")
             if index == len(self.classes):
-                self.classes.append(torch.multinomial(flat.detach().softmax(1), 1)[:, 0])
-            loss = F.cross_entropy(flat, self.classes[index])
+                self.classes.append(drawn_classes(rows))
+            loss = F.cross_entropy(rows, self.classes[index])
             if not loss.requires_grad:
                 raise QatTricksError(
                     "lr=auto needs gradients, and the network computes its output without: give "

@@ -64,8 +64,8 @@ def run_stages(
     data = _data(datamodule, val_dataloaders)
     frozen = _held_in_evaluation(module, recipe.network)
     folder = None if checkpoints is None else _own_folder(Path(checkpoints), module, recipe)
-    # A recipe without stages still gives a network that was traced, as for export.
     own_rate = getattr(module, "lr", None)
+    # A recipe without stages still gives a network that was traced, as for export.
     for stage in recipe.stages or [Stage(name="float", tricks=[])]:
         session = _session(recipe, stage, own_rate)
         # A trick is applied once in each stage, and may come again in a later one.
