@@ -1,7 +1,8 @@
 """Foretells how long a step of the guideline takes, from rehearsals with a part of its work.
 
 A step is run with few images, steps or batches, and with a few more. Through the two goes a line: a
-fixed part, as for tracing, and one that grows with the work.
+fixed part, as for tracing, and one that grows with the work. Where the fixed part is most of both,
+the line's slope would be noise: there the step is run with more again.
 """
 
 import math
@@ -14,7 +15,8 @@ from qat_tricks.tricks.learned_rounding import LearnedRounding
 
 IMAGES = (1 / 16, 1 / 4)  # shares of the calibration images
 ITERATIONS = (5, 25)  # of each block whose rounding is learned
-BATCHES = (4, 16)  # of training
+BATCHES = (4, 16, 64)  # of training
+CLEAR = 2.0  # times the first rehearsal that a later one takes, to tell the slope of the two
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +25,8 @@ class Scale:
 
     images: float | None = None  # share of each trick's images
     iterations: int | None = None  # of learned rounding
-    batches: int | None = None  # of the only epoch of each fit
+    batches: int | None = None  # of each epoch of training
+    epochs: int = 1  # of each fit, where it has as many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,22 +92,40 @@ class Forecaster:
     def _training_seconds(self, recipe: StagedRecipe) -> float | None:
         if self._work.batches is None:
             return None
-        points = [Scale(images=IMAGES[0], batches=few) for few in BATCHES]
-        fixed, slope = self._line(recipe, points, BATCHES)
+        each = max(1, self._work.batches)
+        longest = max(stage.epochs for stage in recipe.training)
+        points = []
+        for few in BATCHES:
+            # A short epoch has fewer batches: then several of them make up the number.
+            epochs = min(max(1, math.ceil(few / each)), longest)
+            points.append(Scale(images=IMAGES[0], batches=int(min(few, each)), epochs=epochs))
+        fixed, slope = self._line(recipe, points, [_batches(recipe, point) for point in points])
         epochs = sum(stage.epochs for stage in recipe.training)
-        # The slope is of all fits of the recipe together, each of which had as many batches.
-        batches = epochs * self._work.batches / len(recipe.training)
         # Each epoch ends with the trainer's own validation.
         validation = epochs * self._work.pass_seconds
-        return fixed + slope * batches + validation + self._images_left_out
+        return fixed + slope * epochs * each + validation + self._images_left_out
 
     def _line(
         self, recipe: StagedRecipe, scales: Sequence[Scale], amounts: Sequence[float]
     ) -> tuple[float, float]:
         """Seconds of no work, and of each unit of it, from two rehearsals."""
-        few, more = (self._rehearse(recipe, scale) for scale in scales)
-        slope = max(0.0, (more - few) / (amounts[1] - amounts[0]))
-        return max(0.0, few - slope * amounts[0]), slope
+        first = self._rehearse(recipe, scales[0])
+        slope, last = 0.0, amounts[0]  # no slope where the first amount is all of the work
+        for scale, amount in zip(scales[1:], amounts[1:], strict=True):
+            if amount == last:
+                continue
+            last = amount
+            seconds = self._rehearse(recipe, scale)
+            slope = max(0.0, (seconds - first) / (amount - amounts[0]))
+            if seconds >= CLEAR * first:
+                break
+        return max(0.0, first - slope * amounts[0]), slope
+
+
+def _batches(recipe: StagedRecipe, scale: Scale) -> int:
+    """The batches that all fits of a recipe train on with a part of their work."""
+    assert scale.batches is not None
+    return sum(min(stage.epochs, scale.epochs) for stage in recipe.training) * scale.batches
 
 
 def scaled(recipe: StagedRecipe, scale: Scale) -> StagedRecipe:
@@ -118,5 +139,6 @@ def scaled(recipe: StagedRecipe, scale: Scale) -> StagedRecipe:
     if scale.batches is None:
         return recipe
     return replace(
-        recipe, stages=[replace(stage, epochs=min(stage.epochs, 1)) for stage in recipe.stages]
+        recipe,
+        stages=[replace(stage, epochs=min(stage.epochs, scale.epochs)) for stage in recipe.stages],
     )

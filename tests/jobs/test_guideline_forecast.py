@@ -23,7 +23,8 @@ def rehearse(recipe, scale):
     """A machine on which everything is exactly as long as it is much."""
     seconds = 2.0 + 16.0 * scale.images
     seconds += 0.5 * (scale.iterations or 0)
-    return seconds + (1.0 + 0.25 * scale.batches if scale.batches else 0)
+    epochs = min(scale.epochs, *(stage.epochs for stage in recipe.training or recipe.stages), 99)
+    return seconds + (1.0 + 0.25 * epochs * scale.batches if scale.batches else 0)
 
 
 def test_a_step_takes_what_lines_through_two_rehearsals_say():
@@ -48,9 +49,39 @@ def test_what_is_the_same_work_is_rehearsed_once():
     settings = GuidelineSettings(sparsity=0.6)
     steps = [*quality_steps(settings), *pruning_steps(settings)]
     seconds = [forecaster.seconds(step) for step in steps]
-    # without training; with it, without and with a teacher; and pruning, in two rehearsals each
-    assert len(rehearsed) == 8
+    # without training in two rehearsals; with it, without and with a teacher; and pruning
+    assert len(rehearsed) == 11
     assert len(set(seconds[-3:])) == 1
+
+
+@pytest.mark.parametrize("batches", [1, 3, 5, 10, 40, 1000])
+def test_short_epochs_are_foretold_as_long_ones(batches):
+    forecaster = Forecaster(
+        rehearse, load, Work(batches=batches, pass_seconds=0.5, sensitivity_seconds=1)
+    )
+    steps = quality_steps(GuidelineSettings(weight_bits=4, activation_bits=4))
+    ptq, qat = forecaster.seconds(steps[0]), forecaster.seconds(steps[3])
+    epochs = load(steps[3]).training[0].epochs
+    assert qat == pytest.approx(ptq + 1 + epochs * (0.25 * batches + 0.5))
+
+
+def test_batches_are_rehearsed_until_they_are_seen_beside_the_fixed_part():
+    rehearsed = []
+
+    def slow(recipe, scale):
+        """100 s of tracing, beside which a few batches are lost in its noise."""
+        if scale.batches is None:
+            return 1.0
+        rehearsed.append(scale.batches)
+        return 100.0 + {4: 3.0, 16: -3.0, 64: 0.0}[scale.batches] + 2.0 * scale.batches
+
+    forecaster = Forecaster(slow, load, WORK)
+    steps = quality_steps(GuidelineSettings(weight_bits=4, activation_bits=4))
+    ptq, qat = forecaster.seconds(steps[0]), forecaster.seconds(steps[3])
+    assert rehearsed == list(BATCHES)
+    epochs = load(steps[3]).training[0].epochs
+    whole = ptq + 99.0 + epochs * (2.0 * WORK.batches + WORK.pass_seconds)
+    assert qat == pytest.approx(whole, rel=0.04)
 
 
 def test_an_epoch_of_unknown_length_is_not_foretold():
