@@ -18,6 +18,7 @@ from qat_tricks.models.build import build_model
 from qat_tricks.progress import console, enter
 from qat_tricks.trainer.framework import default_package
 from qat_tricks.trainer.ranks import Ranks
+from qat_tricks.trainer.schedule import check_trained
 from qat_tricks.trainer.stage_name import name_stage
 from qat_tricks.version import __version__
 
@@ -53,7 +54,8 @@ def prepare_baseline(
             its weights.
 
     Raises:
-        QatTricksError: ``model.weights`` are missing, damaged or of another network.
+        QatTricksError: ``model.weights`` are missing, damaged or of another network, or the
+            baseline trains on no batch.
     """
     weights = config.model.weights
     if weights is not None:
@@ -67,6 +69,8 @@ def prepare_baseline(
         fit = pl.Trainer(max_epochs=config.baseline.epochs, enable_checkpointing=False, **trainer)
         enter("float baseline")
         name_stage(fit, "float baseline").fit(module, datamodule=datamodule)
+        if config.baseline.epochs > 0:
+            check_trained(fit, "the float baseline")
         if config.baseline.cache:
             ranks.on_zero(_cache, module, cached)
     # the ranks may have restored, trained or begun differently

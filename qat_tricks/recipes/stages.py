@@ -15,6 +15,7 @@ from qat_tricks.settings.ranges import AUTO
 from qat_tricks.trainer.framework import package_of
 from qat_tricks.trainer.learning_rate import MeasuredRate
 from qat_tricks.trainer.module import has_workbench, networks_in, workbench_of
+from qat_tricks.trainer.schedule import check_trained
 from qat_tricks.trainer.session import Session
 from qat_tricks.trainer.set_up import set_up_trainer
 from qat_tricks.trainer.stage_name import name_stage
@@ -55,10 +56,9 @@ def run_stages(
             give the same again, are repeated. That of another module or recipe is refused.
 
     Raises:
-        QatTricksError: an unknown recipe, or an error of a trick.
+        QatTricksError: an unknown recipe, an error of a trick, or a stage that trains on no batch.
     """
-    if isinstance(recipe, str):
-        recipe = load_recipe(recipe)
+    recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     settings = _trainer_settings(trainer)
     extra_callbacks = settings.pop("callbacks")
     data = _data(datamodule, val_dataloaders)
@@ -82,10 +82,11 @@ def run_stages(
             kept = _kept(package, folder, stage, callbacks)
             fit = package.Trainer(max_epochs=stage.epochs, **{**settings, **kept})
         name_stage(fit, stage.name).fit(module, **data, ckpt_path=_last(folder, stage))
-        work = workbench_of(module)
-        work.drop_reference()  # the float copy fits only this stage's network
+        if stage.epochs > 0:
+            check_trained(fit, f"stage {stage.name}")
+        workbench_of(module).drop_reference()  # the float copy fits only this stage's network
         if after_stage is not None and recipe.stages:
-            after_stage(stage, work.network)
+            after_stage(stage, workbench_of(module).network)
     return module
 
 

@@ -57,6 +57,18 @@ def check_not_done(trainer: "Trainer", done: Done) -> None:
             )
 
 
+def check_trained(trainer: "Trainer", what: str) -> None:
+    """Raises QatTricksError if ``trainer``, whose fit has ended, has trained on no batch.
+
+    Lightning skips such a fit without a word, and ``what`` would be reported as if it had trained.
+    """
+    if done_by(trainer).batches == 0:
+        raise QatTricksError(
+            f"{what} has trained on no batch: give a train loader that has batches, and a trainer "
+            "without limit_train_batches=0 or another limit that ends it at once"
+        )
+
+
 def total_batches(trainer: "Trainer") -> float:
     """The number of training batches that the fit will have.
 

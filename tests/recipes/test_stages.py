@@ -255,3 +255,10 @@ def test_an_interrupted_fit_goes_on_whatever_the_validation(tmp_path):
 def test_a_trainer_in_the_place_of_its_arguments_is_refused():
     with pytest.raises(QatTricksError, match="trainer=Trainer is not allowed"):
         qat_tricks.run_stages(Lit(), Data(), "int8_ptq", trainer=pl.Trainer(logger=False))
+
+
+def test_a_stage_that_trains_on_nothing_is_refused():
+    nothing = {**QUIET, "limit_train_batches": 0}
+    with pytest.raises(QatTricksError, match="stage qat has trained on no batch: give a train"):
+        qat_tricks.run_stages(Lit(), Data(), "int8_qat", trainer=nothing)
+    qat_tricks.run_stages(Lit(), Data(), "int8_ptq", trainer=nothing)  # trains nothing anyway
