@@ -13,7 +13,7 @@ from qat_tricks.recipes.recipe import Stage, StagedRecipe, load_recipe
 from qat_tricks.recipes.run_key import run_key
 from qat_tricks.settings.ranges import AUTO
 from qat_tricks.trainer.framework import package_of
-from qat_tricks.trainer.learning_rate import MeasuredRate
+from qat_tricks.trainer.learning_rate import MeasuredRate, set_rate
 from qat_tricks.trainer.module import has_workbench, networks_in, workbench_of
 from qat_tricks.trainer.schedule import check_trained
 from qat_tricks.trainer.session import Session
@@ -163,7 +163,7 @@ def _keeps_checkpoints(callback: Any) -> bool:
 def _set_rate(module: Any, stage: Stage) -> None:
     """Sets the learning rate that ``stage`` names; one that is measured comes with the fit."""
     if stage.lr not in (None, AUTO) and hasattr(module, "lr"):
-        module.lr = stage.lr
+        set_rate(module, stage.lr)
 
 
 def _session(recipe: StagedRecipe, stage: Stage, own_rate: Any) -> Session:

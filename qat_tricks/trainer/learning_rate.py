@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
+from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.sharpness import sharpness
 from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.workbench import Workbench
@@ -22,6 +23,21 @@ SHARE = 0.3
 that is fine-tuned is to stay near what it has learned, and its loss grows steeper on the way."""
 HIGHEST = 0.05
 """Half of what networks are usually trained at from the beginning."""
+
+
+def set_rate(module: Any, rate: Any) -> None:
+    """Sets ``module.lr``, which its ``configure_optimizers`` reads.
+
+    Raises:
+        QatTricksError: it is a property that cannot be set.
+    """
+    try:
+        module.lr = rate
+    except AttributeError as error:
+        raise QatTricksError(
+            f"{type(module).__name__}.lr cannot be set, and the recipe has a rate of its own: "
+            "make it an attribute, or give the stages lr=null"
+        ) from error
 
 
 class MeasuredRate:
@@ -75,21 +91,22 @@ class MeasuredRate:
             )
         elif not any(math.isclose(one, rate, rel_tol=1e-6) for one in rates):  # or in float32
             rank_zero_warn(
-                f"lr=auto sets lr={rate:.3g} of {name}, and no optimizer has it: let "
-                "configure_optimizers read self.lr"
+                f"lr=auto sets lr={rate:.3g} of {name}, and its optimizers have "
+                f"{', '.join(sorted({f'{one:.3g}' for one in rates}))}: if they do not follow "
+                "from self.lr, let configure_optimizers read it; the report tells of none"
             )
         else:
             return
         # The report tells of no rate that nothing was trained at.
         self.found = None
         spec_of(work.network)["rates"].pop()
-        pl_module.lr = self.own
+        set_rate(pl_module, self.own)
         if others:
             trainer.strategy.setup_optimizers(trainer)
 
     def _set(self, pl_module: "LightningModule", work: Workbench, found: dict[str, float]) -> None:
         self.found = found
-        pl_module.lr = found["lr"]  # type: ignore[assignment]
+        set_rate(pl_module, found["lr"])
         rates = spec_of(work.network).setdefault("rates", [])
         if rates[-1:] != [found]:  # a network that was rebuilt from its checkpoint has it already
             rates.append(found)

@@ -86,9 +86,22 @@ class Fixed(Rated):
 
 def test_an_optimizer_that_does_not_read_the_rate_is_told_of():
     module = Fixed()
-    with pytest.warns(UserWarning, match="no optimizer has it: let configure_optimizers read"):
+    with pytest.warns(UserWarning, match=r"Fixed, and its optimizers have 0\.25: if they do not"):
         assert fit(module) == [0.25]
     assert not spec_of(module.backbone)["rates"]
+
+
+class ReadOnly(Lit):
+    """Its rate cannot be set."""
+
+    lr = property(lambda self: 0.25)
+
+
+@pytest.mark.parametrize("given", ["auto", "0.01"])
+def test_a_rate_that_cannot_be_set_is_refused(given):
+    recipe = load_recipe("int8_qat", [f"stages.qat.lr={given}"])
+    with pytest.raises(QatTricksError, match=r"ReadOnly\.lr cannot be set, .* lr=null"):
+        qat_tricks.run_stages(ReadOnly(), Data(), recipe, trainer=QUIET)
 
 
 def test_a_module_without_a_rate_is_not_measured():
