@@ -65,6 +65,22 @@ class Lit(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+class Rated(Lit):
+    """A module with a learning rate that a stage can set."""
+
+    def __init__(self, optimizer="sgd", scale=1.0):
+        super().__init__(optimizer)
+        self.lr = 0.5
+        with torch.no_grad():
+            self.backbone.head.weight.mul_(scale)
+
+    def configure_optimizers(self):
+        kind = torch.optim.SGD if self.hparams.optimizer == "sgd" else torch.optim.AdamW
+        optimizer = kind(self.parameters(), lr=self.lr)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
 def trainer(callbacks=(), **settings):
     quiet = {
         "enable_progress_bar": False,

@@ -10,7 +10,7 @@ from qat_tricks.recipes.recipe import load_recipe
 from qat_tricks.recipes.stages import KEY
 from qat_tricks.trainer.module import workbench_of
 from tests.helpers.lightning import pl
-from tests.helpers.lit import Data, Lit, OrderedData, differences, loader
+from tests.helpers.lit import Data, Lit, OrderedData, Rated, differences, loader
 from tests.helpers.weights import zeros
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
@@ -34,17 +34,6 @@ def test_each_stage_has_its_own_tricks_and_its_own_fit():
     )
     assert (weights == 0).float().mean() >= 0.5
     assert spec_of(lit.backbone)["history"].count("quantize") == 1
-
-
-class Rated(Lit):
-    """A module with a learning rate that a stage can set."""
-
-    def __init__(self):
-        super().__init__()
-        self.lr = 0.5
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
 class Note(pl.Callback):

@@ -7,25 +7,9 @@ from qat_tricks.graph import spec_of
 from qat_tricks.recipes.recipe import load_recipe
 from qat_tricks.trainer.learning_rate import HIGHEST
 from tests.helpers.lightning import pl
-from tests.helpers.lit import Data, Lit
+from tests.helpers.lit import Data, Lit, Rated
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
-
-
-class Rated(Lit):
-    """A module with a learning rate that a stage can set."""
-
-    def __init__(self, optimizer="sgd", scale=1.0):
-        super().__init__(optimizer)
-        self.lr = 0.5
-        with torch.no_grad():
-            self.backbone.head.weight.mul_(scale)
-
-    def configure_optimizers(self):
-        kind = torch.optim.SGD if self.hparams.optimizer == "sgd" else torch.optim.AdamW
-        optimizer = kind(self.parameters(), lr=self.lr)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
 
 class Stop(pl.Callback):
