@@ -92,13 +92,13 @@ class Forecaster:
     def _training_seconds(self, recipe: StagedRecipe) -> float | None:
         if self._work.batches is None:
             return None
-        each = max(1, self._work.batches)
+        each = max(1, math.floor(self._work.batches))  # as Lightning rounds a share of them
         longest = max(stage.epochs for stage in recipe.training)
         points = []
         for few in BATCHES:
             # A short epoch has fewer batches: then several of them make up the number.
             epochs = min(max(1, math.ceil(few / each)), longest)
-            points.append(Scale(images=IMAGES[0], batches=int(min(few, each)), epochs=epochs))
+            points.append(Scale(images=IMAGES[0], batches=min(few, each), epochs=epochs))
         fixed, slope = self._line(recipe, points, [_batches(recipe, point) for point in points])
         epochs = sum(stage.epochs for stage in recipe.training)
         # Each epoch ends with the trainer's own validation.

@@ -84,6 +84,7 @@ class MeasuredRate:
         others = [o for o in trainer.optimizers if not isinstance(o, torch.optim.SGD)]
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         rates = [float(group[key]) for group in groups for key in RATES if key in group]
+        has = ", ".join(sorted({f"{one:.3g}" for one in rates})) or "none"
         if others:
             rank_zero_warn(
                 f"lr=auto measures a rate for SGD, and {name} trains with "
@@ -91,9 +92,9 @@ class MeasuredRate:
             )
         elif not any(math.isclose(one, rate, rel_tol=1e-6) for one in rates):  # or in float32
             rank_zero_warn(
-                f"lr=auto sets lr={rate:.3g} of {name}, and its optimizers have "
-                f"{', '.join(sorted({f'{one:.3g}' for one in rates}))}: if they do not follow "
-                "from self.lr, let configure_optimizers read it; the report tells of none"
+                f"lr=auto sets lr={rate:.3g} of {name}, and its optimizers have {has}: if they do "
+                "not follow from self.lr, let configure_optimizers read it; the report tells of "
+                "no measured rate"
             )
         else:
             return
