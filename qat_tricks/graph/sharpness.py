@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from qat_tricks.errors import QatTricksError
+from qat_tricks.errors import QatTricksError, one_line
 from qat_tricks.graph.inputs import Inputs, batch_size, call_network, check_batches, split
 from qat_tricks.graph.logits import drawn_classes, rows_of_logits
 from qat_tricks.graph.modes import float_mode
@@ -26,6 +26,7 @@ from qat_tricks.progress import track
 BATCH = 64  # images of a gradient: less memory than training takes, and statistics of BatchNorm
 ITERATIONS = 8  # from there on the estimate changes by a tenth
 STEP = 1e-3  # of a direction, relative to the weights of the parameter that it changes most
+SMALLEST = 1e-2  # of a bias, a gain or a LayerScale: it may begin at zero, or near it
 
 
 def sharpness(traced: fx.GraphModule, batches: Sequence[Inputs]) -> float:
@@ -39,7 +40,8 @@ def sharpness(traced: fx.GraphModule, batches: Sequence[Inputs]) -> float:
         batches: the network's inputs, as training has them.
 
     Returns:
-        The eigenvalue by its size, in units of loss per squared unit of the weights.
+        The eigenvalue by its size, in units of loss per squared unit of the weights; 0 where the
+        network is so sure of its classes that its loss is flat.
 
     Raises:
         QatTricksError: no batches, no gradients, or a network whose gradients are not finite.
@@ -99,7 +101,12 @@ class _Gradient:
                     "lr=auto needs gradients, and the network computes its output without: give "
                     "a number"
                 )
-            return torch.autograd.grad(loss, self.parameters, allow_unused=True)
+            try:
+                return torch.autograd.grad(loss, self.parameters, allow_unused=True)
+            except RuntimeError as error:  # as of checkpointing with use_reentrant=True
+                raise QatTricksError(
+                    f"lr=auto cannot differentiate the network ({one_line(error)}): give a number"
+                ) from error
 
 
 def _largest_curvature(gradient: _Gradient, values: list[Tensor]) -> float:
@@ -109,15 +116,16 @@ def _largest_curvature(gradient: _Gradient, values: list[Tensor]) -> float:
     direction, curvature = here, 0.0
     for _ in track(range(ITERATIONS), "measure the learning rate"):
         length = _norm(direction)
-        if not 0 < length < math.inf:
-            raise _no_curvature(f"gradient is {'zero' if length == 0 else 'not finite'}")
+        if not math.isfinite(length):
+            raise _no_curvature("gradient is not finite")
+        if length == 0:
+            return 0.0
         direction = [part / length for part in direction]
         relative = [
-            float(part.norm() / value.norm())
+            float(part.norm()) / size
             for part, value in zip(direction, values, strict=True)
-            if value.any()  # a bias of zeros has no size to compare with
+            if (size := _size(value)) > 0  # a classifier of zeros has none to compare with
         ]
-        # A classifier of zeros hands on no gradient but to itself.
         step = STEP / (max(relative, default=0.0) or 1.0)
         there = gradient.at(
             [value + step * part for value, part in zip(values, direction, strict=True)]
@@ -125,6 +133,16 @@ def _largest_curvature(gradient: _Gradient, values: list[Tensor]) -> float:
         direction = [(b - a) / step for a, b in zip(here, there, strict=True)]
         curvature = _norm(direction)
     return curvature
+
+
+def _size(value: Tensor) -> float:
+    """How large a parameter is, to tell how large a change of it is small."""
+    size = float(value.norm())
+    # A layer before a BatchNorm has the same output whatever its weights' size, and a change is
+    # large as it is in relation to them. What is added, or multiplies a channel, is no such thing:
+    # beside a bias of 1e-8 a step would be lost in the rounding of all other weights.
+    is_vector = sum(length > 1 for length in value.shape) <= 1
+    return max(size, SMALLEST * math.sqrt(value.numel())) if is_vector else size
 
 
 def _no_curvature(reason: str) -> QatTricksError:

@@ -76,7 +76,7 @@ def run_stages(
             callbacks = [session, *stage.tricks]
             fit = set_up_trainer(package)(max_epochs=1, callbacks=callbacks, **settings)
         else:
-            _set_rate(module, stage)
+            _set_rate(module, stage, own_rate)
             _train(module, frozen)
             callbacks = [session, *stage.tricks, *extra_callbacks]
             kept = _kept(package, folder, stage, callbacks)
@@ -160,10 +160,11 @@ def _keeps_checkpoints(callback: Any) -> bool:
     return any(kind.__name__ == "Checkpoint" for kind in type(callback).__mro__)
 
 
-def _set_rate(module: Any, stage: Stage) -> None:
+def _set_rate(module: Any, stage: Stage, own: Any) -> None:
     """Sets the learning rate that ``stage`` names; one that is measured comes with the fit."""
-    if stage.lr not in (None, AUTO) and hasattr(module, "lr"):
-        set_rate(module, stage.lr)
+    rate = own if stage.lr is None else stage.lr  # an earlier stage may have set another
+    if rate != AUTO and hasattr(module, "lr") and module.lr is not rate:
+        set_rate(module, rate)
 
 
 def _session(recipe: StagedRecipe, stage: Stage, own_rate: Any) -> Session:

@@ -1,6 +1,7 @@
 """A learning rate of the network's own: a share of the largest that its loss can be trained at."""
 
 import math
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,14 +30,20 @@ def set_rate(module: Any, rate: Any) -> None:
     """Sets ``module.lr``, which its ``configure_optimizers`` reads.
 
     Raises:
-        QatTricksError: it is a property that cannot be set.
+        QatTricksError: it is not one number, or cannot be set.
     """
+    own, name = getattr(module, "lr", None), f"{type(module).__name__}.lr"
+    if own is not None and not isinstance(own, Real):
+        raise QatTricksError(
+            f"{name} is of type {type(own).__name__}, and the recipe sets it to a number: make it "
+            "a number, or give the stages lr=null"
+        )
     try:
         module.lr = rate
     except AttributeError as error:
         raise QatTricksError(
-            f"{type(module).__name__}.lr cannot be set, and the recipe has a rate of its own: "
-            "make it an attribute, or give the stages lr=null"
+            f"{name} cannot be set, and the recipe has a rate of its own: make it an attribute, or "
+            "give the stages lr=null"
         ) from error
 
 
@@ -63,9 +70,11 @@ class MeasuredRate:
         """
         if resumes(trainer):
             return
+        set_rate(pl_module, self.own)  # now: measuring takes a while
         curvature = sharpness(work.network, work.training_batches(NUM_IMAGES))
         # Sums on GPUs differ in their last bits between ranks.
-        rate, curvature = trainer.strategy.broadcast((min(HIGHEST, SHARE / curvature), curvature))
+        curvature = trainer.strategy.broadcast(curvature)
+        rate = min(HIGHEST, SHARE / curvature) if curvature > 0 else HIGHEST
         self._set(pl_module, work, {"lr": rate, "sharpness": curvature})
         rank_zero_info(f"lr=auto: {rate:.3g}, for the loss has a sharpness of {curvature:.3g}")
 
@@ -80,30 +89,30 @@ class MeasuredRate:
         """Sees whether the optimizers have taken the rate, and makes others than SGD again."""
         if self.found is None:
             return
-        name, rate = type(pl_module).__name__, self.found["lr"]
+        name, found = type(pl_module).__name__, self.found
         others = [o for o in trainer.optimizers if not isinstance(o, torch.optim.SGD)]
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        rates = [float(group[key]) for group in groups for key in RATES if key in group]
-        has = ", ".join(sorted({f"{one:.3g}" for one in rates})) or "none"
+        rates = _rates(trainer)
+        if not others and any(math.isclose(one, found["lr"], rel_tol=1e-6) for one in rates):
+            return  # some differ from others in float32
+        set_rate(pl_module, self.own)
+        trainer.strategy.setup_optimizers(trainer)
         if others:
             rank_zero_warn(
                 f"lr=auto measures a rate for SGD, and {name} trains with "
                 f"{type(others[0]).__name__}: its own lr={self.own} stays"
             )
-        elif not any(math.isclose(one, rate, rel_tol=1e-6) for one in rates):  # or in float32
-            rank_zero_warn(
-                f"lr=auto sets lr={rate:.3g} of {name}, and its optimizers have {has}: if they do "
-                "not follow from self.lr, let configure_optimizers read it; the report tells of "
-                "no measured rate"
-            )
-        else:
+        elif _rates(trainer) != rates:  # they follow from it, as with a factor or a warm-up
+            set_rate(pl_module, found["lr"])
+            trainer.strategy.setup_optimizers(trainer)
             return
+        else:
+            rank_zero_warn(
+                f"lr=auto sets lr={found['lr']:.3g} of {name}, and no optimizer has it: let "
+                "configure_optimizers read self.lr"
+            )
         # The report tells of no rate that nothing was trained at.
         self.found = None
         spec_of(work.network)["rates"].pop()
-        set_rate(pl_module, self.own)
-        if others:
-            trainer.strategy.setup_optimizers(trainer)
 
     def _set(self, pl_module: "LightningModule", work: Workbench, found: dict[str, float]) -> None:
         self.found = found
@@ -111,3 +120,9 @@ class MeasuredRate:
         rates = spec_of(work.network).setdefault("rates", [])
         if rates[-1:] != [found]:  # a network that was rebuilt from its checkpoint has it already
             rates.append(found)
+
+
+def _rates(trainer: "Trainer") -> list[float]:
+    """The rates of all parameter groups."""
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    return [float(group[key]) for group in groups for key in RATES if key in group]

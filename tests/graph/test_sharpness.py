@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import trace
@@ -24,8 +25,12 @@ class Linear(nn.Module):
         return self.linear(x.flatten(1))
 
 
-def test_it_is_the_largest_eigenvalue_of_the_hessian():
+@pytest.mark.parametrize("bias", [1.0, 1e-2, 1e-6, 1e-8, 0.0])
+def test_it_is_the_largest_eigenvalue_of_the_hessian(bias):
+    torch.manual_seed(0)
     network = Linear()
+    with torch.no_grad():
+        network.linear.bias.mul_(bias)
     images = torch.randn(32, 6, 1, 1) * torch.tensor([5.0, 1, 1, 1, 1, 1]).view(6, 1, 1)
 
     def loss(weight, bias):
@@ -53,6 +58,40 @@ def test_weights_before_a_batchnorm_that_are_smaller_are_as_much_steeper():
             if parameter.dim() == 4 and "head" not in name:
                 parameter.mul_(0.1)
     assert sharpness(network, IMAGES) > 5 * before
+
+
+def test_a_loss_without_curvature_is_flat():
+    network = Linear()
+    with torch.no_grad():
+        network.linear.weight.zero_()
+        network.linear.bias.copy_(torch.tensor([1e4, 0.0, 0.0]))
+    assert sharpness(trace(network), [torch.randn(8, 6, 1, 1)]) == 0.0
+
+
+class Recomputed(nn.Module):
+    """It computes its activations again in a backward pass, which must be a whole one."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.recomputed = Linear(), _Checkpoint(nn.Linear(3, 3))
+
+    def forward(self, x):
+        return self.recomputed(self.linear(x))
+
+
+class _Checkpoint(nn.Module):
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, x):
+        return checkpoint(self.part, x, use_reentrant=True)
+
+
+def test_what_autograd_refuses_ends_in_one_line():
+    network = trace(Recomputed(), ["recomputed"])
+    with pytest.raises(QatTricksError, match=r"lr=auto cannot differentiate the network \("):
+        sharpness(network, [torch.randn(8, 6, 1, 1)])
 
 
 @pytest.mark.parametrize(

@@ -70,9 +70,34 @@ class Fixed(Rated):
 
 def test_an_optimizer_that_does_not_read_the_rate_is_told_of():
     module = Fixed()
-    with pytest.warns(UserWarning, match=r"Fixed, and its optimizers have 0\.25: if they do not"):
+    with pytest.warns(UserWarning, match="no optimizer has it: let configure_optimizers read"):
         assert fit(module) == [0.25]
     assert not spec_of(module.backbone)["rates"]
+
+
+class Doubled(Rated):
+    """Its optimizer has twice the rate of the module, as by a rule of linear scaling."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=2 * self.lr)
+
+
+def test_a_rate_that_follows_from_the_measured_one_is_left_alone(recwarn):
+    module = Doubled(scale=30.0)
+    (rate,) = fit(module)
+    (found,) = spec_of(module.backbone)["rates"]
+    assert rate == 2 * found["lr"] == 2 * module.lr
+    assert not any("lr=auto" in str(warning.message) for warning in recwarn)
+
+
+def test_a_stage_without_a_rate_has_the_modules_own():
+    note = Note()
+    stages = ["stages.prune.epochs=1", "stages.qat.epochs=1", "stages.qat.lr=null"]
+    recipe = load_recipe("int8_prune50_multistage", stages)
+    qat_tricks.run_stages(Rated(), Data(), recipe, trainer={**QUIET, "callbacks": [note]})
+    measured, own = note.rates
+    assert measured <= HIGHEST
+    assert own == 0.5
 
 
 class ReadOnly(Lit):
@@ -81,11 +106,21 @@ class ReadOnly(Lit):
     lr = property(lambda self: 0.25)
 
 
+class Several(Lit):
+    """It has a rate for each of its groups."""
+
+    lr = (0.1, 0.01)
+
+
 @pytest.mark.parametrize("given", ["auto", "0.01"])
-def test_a_rate_that_cannot_be_set_is_refused(given):
+@pytest.mark.parametrize(
+    ("module", "told"),
+    [(ReadOnly, r"ReadOnly\.lr cannot be set, "), (Several, r"Several\.lr is of type tuple, ")],
+)
+def test_a_rate_that_cannot_be_set_is_refused(module, told, given):
     recipe = load_recipe("int8_qat", [f"stages.qat.lr={given}"])
-    with pytest.raises(QatTricksError, match=r"ReadOnly\.lr cannot be set, .* lr=null"):
-        qat_tricks.run_stages(ReadOnly(), Data(), recipe, trainer=QUIET)
+    with pytest.raises(QatTricksError, match=f"{told}.* lr=null"):
+        qat_tricks.run_stages(module(), Data(), recipe, trainer=QUIET)
 
 
 def test_a_module_without_a_rate_is_not_measured():
