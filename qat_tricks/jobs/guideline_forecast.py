@@ -108,7 +108,7 @@ class Forecaster:
     def _line(
         self, recipe: StagedRecipe, scales: Sequence[Scale], amounts: Sequence[float]
     ) -> tuple[float, float]:
-        """Seconds of no work, and of each unit of it, from two rehearsals."""
+        """Seconds of no work, and of each unit of it, from as many rehearsals as tell it."""
         first = self._rehearse(recipe, scales[0])
         slope, last = 0.0, amounts[0]  # no slope where the first amount is all of the work
         for scale, amount in zip(scales[1:], amounts[1:], strict=True):

@@ -66,11 +66,12 @@ class MeasuredRate:
         """Measures the rate before the fit makes its optimizers; a resumed fit has it already.
 
         Raises:
-            QatTricksError: the network has no gradients, or none that are finite.
+            QatTricksError: the network has no gradients, or none that are finite, or the module's
+                rate cannot be set.
         """
         if resumes(trainer):
             return
-        set_rate(pl_module, self.own)  # now: measuring takes a while
+        set_rate(pl_module, self.own)  # refuses at once: measuring takes a while
         curvature = sharpness(work.network, work.training_batches(NUM_IMAGES))
         # Sums on GPUs differ in their last bits between ranks.
         curvature = trainer.strategy.broadcast(curvature)
@@ -86,14 +87,15 @@ class MeasuredRate:
             self._set(pl_module, work, found)
 
     def check(self, trainer: "Trainer", pl_module: "LightningModule", work: Workbench) -> None:
-        """Sees whether the optimizers have taken the rate, and makes others than SGD again."""
+        """Gives optimizers that do not follow the rate the module's own, with a warning."""
         if self.found is None:
             return
         name, found = type(pl_module).__name__, self.found
         others = [o for o in trainer.optimizers if not isinstance(o, torch.optim.SGD)]
         rates = _rates(trainer)
         if not others and any(math.isclose(one, found["lr"], rel_tol=1e-6) for one in rates):
-            return  # some differ from others in float32
+            return  # alike, for a schedule may have taken it through float32
+        # Made once more, with the module's own rate, they show whether they depend on it.
         set_rate(pl_module, self.own)
         trainer.strategy.setup_optimizers(trainer)
         if others:
