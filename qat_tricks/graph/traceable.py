@@ -141,6 +141,15 @@ def _check_weights(module: nn.Module, where: str) -> None:
             raise QatTricksError(
                 f"{where} is lazy and has no {name} yet: run the network once on a batch"
             )
+    for name, parameter in module._parameters.items():
+        # Kernels, scales and thresholds are of float32, and PyTorch mixes no kinds of floats.
+        if parameter is not None and parameter.is_floating_point():
+            kind = str(parameter.dtype).removeprefix("torch.")
+            if kind != "float32":
+                raise QatTricksError(
+                    f"{where} has its {name} in {kind}, and scales and integer grids need float32: "
+                    "call .float() on the network, or keep that part whole with untraced"
+                )
     if parametrize.is_parametrized(module):
         names = ", ".join(module.parametrizations)  # type: ignore[arg-type]
         raise QatTricksError(

@@ -21,6 +21,7 @@ from qat_tricks.graph.inputs import (
     map_tensors,
     without_first,
 )
+from qat_tricks.graph.layers import activation_quantizers
 from qat_tricks.graph.proof import ALL_COUNTED, PROOF_IMAGES, Prover, held_out_of, proof_lines
 from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.surgery import fold_restored_batchnorms
@@ -37,6 +38,8 @@ class Judged(Protocol):
 
     judged: bool
     quantizes: bool
+
+    needs_float: bool  # whether it refuses a network that has quantizers
 
     @property
     def name(self) -> str:
@@ -167,7 +170,8 @@ class Workbench:
         """The float copy; raises QatTricksError if none was kept."""
         if self._reference is None:
             raise QatTricksError(
-                "there is no float reference: place quantizers with the quantize trick first"
+                "there is no float reference, which quantize keeps for its stage: put this trick "
+                "behind quantize, on a float network"
             )
         return self._reference
 
@@ -204,15 +208,31 @@ class Workbench:
         elif self.loader is not None:
             self.gate = Gate(self.network, self._load(self.loader, GATE_IMAGES)[0])
 
-    def begin_proofs(self, tricks: Sequence[Judged], *, prove: bool) -> None:
-        """Judges, from here on, those of ``tricks`` that ask for it, if ``prove`` says so.
+    def begin_tricks(self, tricks: Sequence[Judged], *, prove: bool) -> None:
+        """Begins a stage, or what is left of it.
 
         Args:
             tricks: of the stage; those that it has done already do not count.
-            prove: whether to judge any.
+            prove: whether to judge those that ask for it.
+
+        Raises:
+            QatTricksError: one of them needs a float network, and this one has quantizers.
         """
-        self.end_proofs()
         tricks = [trick for trick in tricks if trick.name not in self.applied]
+        needs_float = next((trick.name for trick in tricks if trick.needs_float), None)
+        # Before the tricks that come first: they would change a network that is done.
+        if needs_float and activation_quantizers(self.network):
+            raise QatTricksError(
+                f"{needs_float} needs a float network, and this {type(self.network).__name__} is "
+                "quantized already: give the float network that it came from"
+            )
+        if self.history and tricks:
+            self.begin_stage()
+        self.begin_proofs(tricks, prove=prove)
+
+    def begin_proofs(self, tricks: Sequence[Judged], *, prove: bool) -> None:
+        """Judges, from here on, those of ``tricks`` that ask for it, if ``prove`` says so."""
+        self.end_proofs()
         if not prove or self.loader is None or not any(trick.judged for trick in tricks):
             return
         asked = max(getattr(trick, "num_images", 0) for trick in tricks)

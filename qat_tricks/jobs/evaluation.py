@@ -17,7 +17,7 @@ from qat_tricks.deploy.runtimes.registry import open_network
 from qat_tricks.errors import QatTricksError, one_line
 from qat_tricks.evidence.metrics import Metrics, agreement, evaluate_classifier
 from qat_tricks.evidence.show import show
-from qat_tricks.graph.inputs import call_network, input_names, inputs_of
+from qat_tricks.graph.inputs import call_network, input_names, inputs_of, is_loader
 from qat_tricks.graph.logits import has_one_logit, logits_of
 from qat_tricks.graph.modes import evaluating
 from qat_tricks.graph.traced_network import TracedNetwork
@@ -255,11 +255,6 @@ def _batches(loaders: Any) -> Iterator[Any]:
             f"{type(loaders).__name__} is no loader: give one that yields (inputs, labels), a list "
             "of such, or a data module"
         )
-
-
-def is_loader(value: Any) -> bool:
-    """Whether an element of a list is a loader; else it is a batch."""
-    return isinstance(value, Iterable) and not isinstance(value, (list, tuple, Mapping, Tensor))
 
 
 def labels_of(batch: Any, names: Sequence[str], index: int) -> Tensor:

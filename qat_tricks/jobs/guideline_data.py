@@ -10,8 +10,8 @@ from lightning_utilities.core.overrides import is_overridden
 from torch.utils._pytree import tree_leaves
 
 from qat_tricks.errors import QatTricksError
+from qat_tricks.graph.inputs import is_loader
 from qat_tricks.graph.random_state import seed_all
-from qat_tricks.jobs.evaluation import is_loader
 from qat_tricks.jobs.guideline_judge import other_images
 from qat_tricks.trainer.framework import PACKAGES, package_of
 

@@ -46,9 +46,7 @@ class Stage:
         """
         # A trick is applied once in each stage, and may come again in a later one.
         work.applied.clear()
-        if work.history:  # after another stage, which may have trained
-            work.begin_stage()
-        work.begin_proofs(self.tricks, prove=prove)
+        work.begin_tricks(self.tricks, prove=prove)
         for trick in self.tricks:
             trick.apply_once(work)
         work.end_proofs()

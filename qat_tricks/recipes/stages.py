@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.utils.data import DataLoader
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.files import write_text
-from qat_tricks.graph.inputs import check_loader
+from qat_tricks.graph.inputs import check_loader, is_loader
 from qat_tricks.recipes.recipe import Stage, StagedRecipe, load_recipe
 from qat_tricks.recipes.run_key import run_key
 from qat_tricks.settings.ranges import AUTO
@@ -46,7 +47,7 @@ def run_stages(
         module: a trained LightningModule, of either Lightning package, which the trainers come
             from too; its network is changed in place. A stage's ``lr`` is set as ``module.lr``
             if there is one, ``auto`` for SGD alone; else its own optimizer decides.
-        datamodule: gives training images for calibration and for the fits; or a loader of them.
+        datamodule: gives training images for calibration and for the fits; or a loader, or batches.
         recipe: a recipe, or its name.
         val_dataloaders: a loader of validation images, or several, beside a training loader.
         trainer: arguments of ``Trainer``, without ``max_epochs`` and ``callbacks`` of ours.
@@ -199,7 +200,17 @@ def _data(datamodule: Any, val_dataloaders: Any) -> dict[str, Any]:
             "the loader yields its batches only once, and stages go through them several times: "
             "give a DataLoader, or a list of batches, list(loader)"
         )
-    return {"train_dataloaders": datamodule, "val_dataloaders": val_dataloaders}
+    return {
+        "train_dataloaders": _loader_of(datamodule),
+        "val_dataloaders": _loader_of(val_dataloaders),
+    }
+
+
+def _loader_of(loader: Any) -> Any:
+    """A loader of a list of batches, which Lightning would take for a list of loaders."""
+    if isinstance(loader, list | tuple) and not all(map(is_loader, loader)):
+        return DataLoader(loader, batch_size=None)  # type: ignore[arg-type]
+    return loader
 
 
 def _held_in_evaluation(module: nn.Module, network: str | None) -> list[nn.Module]:

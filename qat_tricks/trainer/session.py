@@ -189,9 +189,7 @@ class Session(Callback):
         is_fresh = not has_workbench(pl_module)
         early = freeze_early(trainer, pl_module, self) if is_fresh else []
         work = self._workbench(trainer, pl_module, tricks)
-        if work.history and any(trick.name not in work.applied for trick in tricks):
-            work.begin_stage()
-        work.begin_proofs(tricks, prove=self.prove)
+        work.begin_tricks(tricks, prove=self.prove)
         changes = [trick.apply_once(work) for trick in tricks]
         work.end_proofs()
         skip_set_up(early)

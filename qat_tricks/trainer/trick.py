@@ -24,6 +24,7 @@ class Trick(Callback):
         requires: tricks without which this one cannot work, applied earlier in this recipe or in a
             stage before.
         after: names of tricks that must come earlier where a recipe has them.
+        needs_float: whether it refuses a network that has quantizers.
         needs_teacher: whether the float network has to be kept beside the quantized one.
         judged: whether it is rolled back where it harms the network's output (see ``graph.proof``).
         quantizes: whether it is one of the tricks that make a float network a calibrated one.
@@ -31,6 +32,7 @@ class Trick(Callback):
 
     requires: ClassVar[tuple[type["Trick"], ...]] = ()
     after: ClassVar[tuple[str, ...]] = ()
+    needs_float: bool = False
     needs_teacher: ClassVar[bool] = False
     judged: bool = False
     quantizes: bool = False

@@ -54,6 +54,7 @@ class Quantize(Trick):
     """Callback of ``quantize``; its arguments are the fields of ``QuantizeSettings``."""
 
     after = ("prune_channels", "fold_batchnorm", "equalize")
+    needs_float = True
     quantizes = True
 
     def __init__(

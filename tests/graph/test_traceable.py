@@ -55,6 +55,8 @@ def compiled_in_place(net):
         ),
         (lambda net: changed(net, prune.l1_unstructured, "bias", 0.5), r"prune.remove\(module"),
         (lambda net: nn.Sequential(nn.LazyConv2d(4, 1)), "run the network once"),
+        (lambda net: net.double(), '"conv" has its weight in float64'),
+        (lambda net: changed(net, nn.Module.half), '"conv" has its weight in float16'),
         (lambda net: with_part(net, "meta"), "has an attribute meta, which torch.fx needs"),
         (lambda net: with_part(net, "kernels"), "has an attribute kernels"),
     ],

@@ -131,6 +131,27 @@ def test_loaders_serve_as_well_as_a_data_module():
     assert differences(by_loader.state_dict(), by_datamodule.state_dict()) == []
 
 
+def test_a_list_of_batches_serves_as_a_loader():
+    by_loader, by_list = Lit(), Lit()
+    data = OrderedData().train_dataloader()
+    for module, batches, val in ((by_loader, data, loader(32)), (by_list, list(data), None)):
+        val = list(loader(32)) if val is None else val
+        torch.manual_seed(7)
+        qat_tricks.run_stages(
+            module, batches, "int8_prune50_multistage", val_dataloaders=val, trainer=QUIET
+        )
+    assert differences(by_loader.state_dict(), by_list.state_dict()) == []
+
+
+def test_a_module_that_is_quantized_is_not_quantized_again():
+    module = Lit()
+    qat_tricks.run_stages(module, Data(), "int8_ptq", trainer=QUIET)
+    state = copy.deepcopy(module.state_dict())
+    with pytest.raises(QatTricksError, match="quantize needs a float network, and"):
+        qat_tricks.run_stages(module, Data(), "int8_qat", trainer=QUIET)
+    assert differences(state, module.state_dict()) == []
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
