@@ -15,7 +15,7 @@ from qat_tricks.settings.plain import as_plain
 from qat_tricks.settings.ranges import EPOCHS, LEARNING_RATE, MAX_DROP, check_ranges
 from qat_tricks.settings.renamed import rename_keys, rename_overrides
 from qat_tricks.settings.shipped import NeedsHydraError, compose_recipe
-from qat_tricks.trainer.order import check_order
+from qat_tricks.trainer.order import check_order, put_in_order
 from qat_tricks.trainer.trick import Trick
 
 GUIDELINE = "guideline"
@@ -208,6 +208,7 @@ def _build_stage(name: str, settings: Any, done: list[str], problems: Problems) 
             problems.messages.append(f"{where}: {error}")
     try:
         if len(tricks) == len(of_tricks):  # else the order would lack those that were not made
+            tricks = put_in_order(tricks, done)
             check_order(tricks, done)
     except QatTricksError as error:
         problems.messages.append(f"{where}: {error}")

@@ -2,9 +2,11 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from qat_tricks.errors import QatTricksError
+
+Trick = TypeVar("Trick", bound="Ordered")
 
 
 class Ordered(Protocol):
@@ -49,6 +51,21 @@ def check_order(tricks: Sequence[Ordered], done: Sequence[str] = ()) -> None:
             f"these tricks cannot work in the order {', '.join(names)}: {'; '.join(problems)}"
             + (f"; an order that works: {order}" if order else "")
         )
+
+
+def put_in_order(tricks: Sequence[Trick], done: Sequence[str] = ()) -> list[Trick]:
+    """``tricks`` in an order that works, as far as it depends on them.
+
+    An override adds a trick behind all others of its stage, and cannot name another place.
+
+    Args:
+        tricks: those that are in a working order keep it.
+        done: names of tricks done before; one that comes again keeps its place.
+    """
+    names = working_order(tricks, done)
+    fresh = [trick for trick in tricks if trick_name(type(trick)) in names]
+    in_order = iter(sorted(fresh, key=lambda trick: names.index(trick_name(type(trick)))))
+    return [next(in_order) if trick in fresh else trick for trick in tricks]
 
 
 def working_order(tricks: Sequence[Ordered], done: Sequence[str] = ()) -> list[str]:

@@ -102,4 +102,5 @@ def test_a_rehearsal_does_a_part_of_the_work_and_all_of_its_tricks():
     assert [stage.epochs for stage in part.stages] == [0, 1]
     rounding = load_recipe("w4a8_ptq", ["+trick@stages.ptq.tricks=learned_rounding"])
     part = scaled(rounding, Scale(iterations=ITERATIONS[0]))
-    assert part.tricks[-1].settings.iterations == ITERATIONS[0]
+    learned = next(trick for trick in part.tricks if trick.name == "learned_rounding")
+    assert learned.settings.iterations == ITERATIONS[0]

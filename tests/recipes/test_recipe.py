@@ -92,12 +92,16 @@ def test_sparsity_outside_0_to_1_is_refused(sparsity):
     )
 
 
-def test_an_order_that_cannot_work_is_refused_with_one_that_can():
+def test_tricks_of_a_stage_come_in_an_order_that_works():
     tricks = {"calibrate": None, "fold_batchnorm": None, "quantize": None}
-    with pytest.raises(
-        QatTricksError, match="an order that works: fold_batchnorm, quantize, calibrate"
-    ):
-        build_recipe({"name": "mine", "stages": {"ptq": {"tricks": tricks}}})
+    recipe = build_recipe({"name": "mine", "stages": {"ptq": {"tricks": tricks}}})
+    assert [trick.name for trick in recipe.tricks] == ["fold_batchnorm", "quantize", "calibrate"]
+    # What an override adds stands behind all others.
+    added = load_recipe("w4a8_ptq", ["+trick@stages.ptq.tricks=[learned_rounding,prune_channels]"])
+    own = load_recipe("w4a8_ptq").tricks
+    *before, last = (trick.name for trick in own)
+    names = [trick.name for trick in added.tricks]
+    assert names == ["prune_channels", *before, "learned_rounding", last]
     assert "calibrate needs quantize before it" in refusal(
         "int8_ptq", "~stages.ptq.tricks.quantize"
     )

@@ -1,7 +1,7 @@
 import pytest
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.trainer.order import check_order, working_order
+from qat_tricks.trainer.order import check_order, put_in_order, working_order
 from qat_tricks.tricks import (
     Calibrate,
     CorrectBias,
@@ -57,6 +57,14 @@ def test_what_is_missing_is_put_where_it_belongs():
 def test_an_order_that_works_is_left_as_it_is():
     tricks = [Distill(), FoldBatchnorm(), Quantize(), Prune(), Calibrate()]
     assert working_order(tricks) == [trick.name for trick in tricks]
+
+
+def test_tricks_are_put_in_order_and_those_that_come_again_stay():
+    calibrate, quantize, learn_scales = Calibrate(), Quantize(), LearnScales()
+    assert put_in_order([learn_scales, calibrate, quantize]) == [quantize, calibrate, learn_scales]
+    again = [learn_scales, calibrate]
+    assert put_in_order(again, done=["quantize", "calibrate"]) == again
+    assert put_in_order([learn_scales]) == [learn_scales]  # what it needs is not made up
 
 
 def test_every_order_that_is_proposed_works():

@@ -167,6 +167,3 @@ def test_what_depends_on_other_bits_must_not_come_before():
     learn_scales(learned)
     with pytest.raises(QatTricksError, match="put mixed_precision before learn_scales"):
         mixed_precision(learned, BATCHES)
-    late = ["+trick@stages.ptq.tricks=mixed_precision", "~stages.ptq.tricks.correct_weights"]
-    with pytest.raises(QatTricksError, match="correct_bias must come after mixed_precision"):
-        qat_tricks.quantize(small_net(), [images(16)], "int8_ptq", late)

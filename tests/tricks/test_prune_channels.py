@@ -142,8 +142,6 @@ def test_a_network_that_is_folded_already_is_refused():
     fold_batchnorm(traced)
     with pytest.raises(QatTricksError, match="put prune_channels into a stage before"):
         prune_channels(traced, [images()])
-    with pytest.raises(QatTricksError, match="fold_batchnorm must come after prune_channels"):
-        qat_tricks.recipe("int8_ptq", ["+trick@stages.ptq.tricks=prune_channels"])
 
 
 # Files are timed ---------------------------------------------------------------------------------
