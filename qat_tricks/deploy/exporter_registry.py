@@ -29,11 +29,12 @@ def kept_registry() -> Iterator[None]:
         yield
         return
 
-    def build(cls: Any, **options: Any) -> Any:
+    def build(cls: Any, *args: Any, **options: Any) -> Any:
         # It has the operators that are there, and a library may add some, as torchvision does.
-        key = (cls, len(torch._C._dispatch_get_all_op_names()), *sorted(options.items()))
+        operators = len(torch._C._dispatch_get_all_op_names())
+        key = (cls, operators, *args, *sorted(options.items()))
         if key not in _built:
-            _built[key] = own.__func__(cls, **options)
+            _built[key] = own.__func__(cls, *args, **options)
         registry = copy.copy(_built[key])
         # An export may enter functions of its own.
         registry.functions = {target: [*found] for target, found in registry.functions.items()}

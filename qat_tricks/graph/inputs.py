@@ -294,7 +294,7 @@ class Replayed:
 
 def is_loader(value: Any) -> bool:
     """Whether an element of a list is a loader; else it is a batch."""
-    return isinstance(value, Iterable) and not isinstance(value, (list, tuple, Mapping, Tensor))
+    return not isinstance(value, (list, tuple, Mapping, Tensor))
 
 
 def check_loader(loader: Any) -> None:

@@ -20,7 +20,12 @@ from qat_tricks.graph.layers import as_layer
 from qat_tricks.graph.operations import entries_for
 from qat_tricks.graph.outside import has_steps
 from qat_tricks.graph.submodules import module_of
-from qat_tricks.graph.traceable import TraceSettings, check_traceable, take_over_masks
+from qat_tricks.graph.traceable import (
+    TraceSettings,
+    check_precision,
+    check_traceable,
+    take_over_masks,
+)
 from qat_tricks.graph.traced_network import (
     DEFAULTS,
     NO_TRAINING,
@@ -100,6 +105,7 @@ def trace(
     for name, constant in here.constants.items():
         setattr(network, name, constant)
     traced = adopt(network, here.graph)
+    check_precision(traced, untraced)
     for name in here.constants:
         delattr(network, name)
     # Where training cannot be traced, it is not known which functions it switches on.

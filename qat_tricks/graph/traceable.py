@@ -75,6 +75,9 @@ def check_traceable(network: nn.Module, untraced: Sequence[str] = ()) -> None:
             "reads its class: define a class with that forward"
         )
     _check_names(network)
+    floats = [p for p in network.named_parameters() if p[1].is_floating_point()]
+    if floats and all(p.dtype != torch.float32 for _, p in floats):
+        raise _other_precision(*floats[0])
     apart = _without_parameters(network) if has_steps(network) else set()
     for path, module in network.named_modules():
         if module in apart or _is_under(path, untraced):
@@ -84,6 +87,36 @@ def check_traceable(network: nn.Module, untraced: Sequence[str] = ()) -> None:
         _check_weights(module, where)
         if path:
             _check_hooks(module, where)
+
+
+def check_precision(traced: fx.GraphModule, untraced: Sequence[str] = ()) -> None:
+    """Refuses parts that compute in another precision than float32, which scales and kernels have.
+
+    Args:
+        traced: the network; parts that it does not call may be anything.
+        untraced: name patterns of parts that stay whole, in any precision.
+
+    Raises:
+        QatTricksError: one line with the tensor and the way out.
+    """
+    for node in traced.graph.nodes:
+        path = str(node.target)
+        if node.op != "call_module" or _is_under(path, untraced):
+            continue
+        part = traced.get_submodule(path)
+        own: list[tuple[str, Tensor | None]] = [*part._parameters.items()]
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            own += part._buffers.items()
+        for name, tensor in own:
+            if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float32:
+                raise _other_precision(f"{path}.{name}", tensor)
+
+
+def _other_precision(name: str, tensor: Tensor) -> QatTricksError:
+    return QatTricksError(
+        f'"{name}" is in {str(tensor.dtype).removeprefix("torch.")}, and scales and integer grids '
+        "need float32: call .float() on the network, or keep that part whole with untraced"
+    )
 
 
 def _without_parameters(network: nn.Module) -> set[nn.Module]:
@@ -141,15 +174,6 @@ def _check_weights(module: nn.Module, where: str) -> None:
             raise QatTricksError(
                 f"{where} is lazy and has no {name} yet: run the network once on a batch"
             )
-    for name, parameter in module._parameters.items():
-        # Kernels, scales and thresholds are of float32, and PyTorch mixes no kinds of floats.
-        if parameter is not None and parameter.is_floating_point():
-            kind = str(parameter.dtype).removeprefix("torch.")
-            if kind != "float32":
-                raise QatTricksError(
-                    f"{where} has its {name} in {kind}, and scales and integer grids need float32: "
-                    "call .float() on the network, or keep that part whole with untraced"
-                )
     if parametrize.is_parametrized(module):
         names = ", ".join(module.parametrizations)  # type: ignore[arg-type]
         raise QatTricksError(

@@ -219,13 +219,8 @@ class Workbench:
             QatTricksError: one of them needs a float network, and this one has quantizers.
         """
         tricks = [trick for trick in tricks if trick.name not in self.applied]
-        needs_float = next((trick.name for trick in tricks if trick.needs_float), None)
         # Before the tricks that come first: they would change a network that is done.
-        if needs_float and activation_quantizers(self.network):
-            raise QatTricksError(
-                f"{needs_float} needs a float network, and this {type(self.network).__name__} is "
-                "quantized already: give the float network that it came from"
-            )
+        check_needs(self.network, tricks)
         if self.history and tricks:
             self.begin_stage()
         self.begin_proofs(tricks, prove=prove)
@@ -350,3 +345,13 @@ class Workbench:
     def history(self) -> list[str]:
         """Names of the tricks done in all stages, in order."""
         return spec_of(self.network).setdefault("history", [])
+
+
+def check_needs(network: nn.Module, tricks: Iterable[Judged]) -> None:
+    """Raises QatTricksError if one of ``tricks`` needs a float network and this is quantized."""
+    needs_float = next((trick.name for trick in tricks if trick.needs_float), None)
+    if needs_float and activation_quantizers(network):
+        raise QatTricksError(
+            f"{needs_float} needs a float network, and this {type(network).__name__} is "
+            "quantized already: give the float network that it came from"
+        )

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from qat_tricks.errors import QatTricksError
 from qat_tricks.files import write_text
 from qat_tricks.graph.inputs import check_loader, is_loader
+from qat_tricks.graph.workbench import check_needs
 from qat_tricks.recipes.recipe import Stage, StagedRecipe, load_recipe
 from qat_tricks.recipes.run_key import run_key
 from qat_tricks.settings.ranges import AUTO
@@ -60,8 +61,8 @@ def run_stages(
         QatTricksError: an unknown recipe, an error of a trick, or a stage that trains on no batch.
     """
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    settings = _trainer_settings(trainer)
-    extra_callbacks = settings.pop("callbacks")
+    _check_float(module, recipe)
+    settings, extra_callbacks = _trainer_settings(trainer)
     data = _data(datamodule, val_dataloaders)
     frozen = _held_in_evaluation(module, recipe.network)
     folder = None if checkpoints is None else _own_folder(Path(checkpoints), module, recipe)
@@ -140,21 +141,31 @@ def check_arguments(trainer: Any) -> None:
         )
 
 
-def _trainer_settings(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The arguments of each stage's trainer; raises QatTricksError for what a stage decides."""
+def _check_float(module: nn.Module, recipe: StagedRecipe) -> None:
+    """Refuses a module that a later stage would refuse, before the first one changes it."""
+    if has_workbench(module):
+        check_needs(workbench_of(module).network, recipe.tricks)
+
+
+def _trainer_settings(given: Mapping[str, Any] | None) -> tuple[dict[str, Any], list[Any]]:
+    """The arguments of each stage's trainer but for callbacks, and the user's callbacks.
+
+    Raises:
+        QatTricksError: an argument that a stage decides.
+    """
     check_arguments(given)
     settings = {"enable_checkpointing": False, "logger": False, **(given or {})}
-    callbacks = settings.get("callbacks") or []
-    settings["callbacks"] = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
+    callbacks = settings.pop("callbacks", None) or []
+    callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
     # Lightning refuses a callback that keeps checkpoints where they are not enabled.
-    if any(map(_keeps_checkpoints, settings["callbacks"])):
+    if any(map(_keeps_checkpoints, callbacks)):
         settings["enable_checkpointing"] = (given or {}).get("enable_checkpointing", True)
     if "max_epochs" in settings:
         raise QatTricksError(
             f"trainer={{'max_epochs': {settings['max_epochs']}}} is not allowed: a stage has its "
             "own epochs; set them in the recipe, as stages.qat.epochs"
         )
-    return settings
+    return settings, callbacks
 
 
 def _keeps_checkpoints(callback: Any) -> bool:
@@ -194,8 +205,9 @@ def _data(datamodule: Any, val_dataloaders: Any) -> dict[str, Any]:
                 "them"
             )
         return {"datamodule": datamodule}
-    check_loader(datamodule)
-    if isinstance(datamodule, Iterator):
+    for loader in [datamodule] if val_dataloaders is None else [datamodule, val_dataloaders]:
+        check_loader(loader)
+    if isinstance(datamodule, Iterator) or isinstance(val_dataloaders, Iterator):
         raise QatTricksError(
             "the loader yields its batches only once, and stages go through them several times: "
             "give a DataLoader, or a list of batches, list(loader)"

@@ -75,12 +75,14 @@ def working_order(tricks: Sequence[Ordered], done: Sequence[str] = ()) -> list[s
     """
     kinds = {trick_name(type(trick)): type(trick) for trick in tricks}
     ordered: list[str] = []
+    begun: set[str] = set()  # two of the user's own tricks may wait for one another
 
     # Depth first: a trick is listed behind everything that it waits for.
     def visit(kind: type[Ordered]) -> None:
         name = trick_name(kind)
-        if name in ordered or name in done:
+        if name in begun or name in done:
             return
+        begun.add(name)
         # A required trick is added where it is missing; one in ``after`` is only moved.
         for earlier in (*kind.requires, *(kinds[name] for name in kind.after if name in kinds)):
             visit(earlier)

@@ -55,8 +55,8 @@ def compiled_in_place(net):
         ),
         (lambda net: changed(net, prune.l1_unstructured, "bias", 0.5), r"prune.remove\(module"),
         (lambda net: nn.Sequential(nn.LazyConv2d(4, 1)), "run the network once"),
-        (lambda net: net.double(), '"conv" has its weight in float64'),
-        (lambda net: changed(net, nn.Module.half), '"conv" has its weight in float16'),
+        (lambda net: net.double(), '"conv.weight" is in float64'),
+        (lambda net: changed(net, nn.Module.half), '"conv.weight" is in float16'),
         (lambda net: with_part(net, "meta"), "has an attribute meta, which torch.fx needs"),
         (lambda net: with_part(net, "kernels"), "has an attribute kernels"),
     ],
@@ -138,3 +138,14 @@ def test_frozen_batchnorms_of_torchvision_stay_frozen_and_exact():
     traced.train()(x).sum().backward()
     assert torch.equal(traced.bn.running_mean, net.bn.running_mean)
     assert not any("bn" in name for name, p in traced.named_parameters() if p.grad is not None)
+
+
+def test_parts_that_are_not_called_may_have_any_precision():
+    net = Base()
+    net.teacher = nn.Conv2d(3, 2, 1).half()
+    trace(net)
+    kept = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.ReLU())
+    kept[1].running_mean = kept[1].running_mean.double()
+    with pytest.raises(QatTricksError, match=r'"1.running_mean" is in float64'):
+        trace(kept)
+    trace(kept, untraced=["1"])

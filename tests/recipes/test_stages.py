@@ -147,8 +147,10 @@ def test_a_module_that_is_quantized_is_not_quantized_again():
     module = Lit()
     qat_tricks.run_stages(module, Data(), "int8_ptq", trainer=QUIET)
     state = copy.deepcopy(module.state_dict())
-    with pytest.raises(QatTricksError, match="quantize needs a float network, and"):
-        qat_tricks.run_stages(module, Data(), "int8_qat", trainer=QUIET)
+    # One of them would train a stage before the one that quantizes.
+    for recipe in ("int8_qat", "int8_prune50_multistage"):
+        with pytest.raises(QatTricksError, match="quantize needs a float network, and"):
+            qat_tricks.run_stages(module, Data(), recipe, trainer=QUIET)
     assert differences(state, module.state_dict()) == []
 
 
@@ -164,8 +166,30 @@ def test_a_module_that_is_quantized_is_not_quantized_again():
 def test_what_is_no_loader_is_refused(data, reason):
     with pytest.raises(QatTricksError, match=reason):
         qat_tricks.run_stages(Lit(), data(), "int8_ptq", trainer=QUIET)
+    if data() is not None:
+        with pytest.raises(QatTricksError, match=reason):
+            qat_tricks.run_stages(Lit(), loader(), "int8_ptq", val_dataloaders=data())
     with pytest.raises(QatTricksError, match="val_dataloaders beside a data module"):
         qat_tricks.run_stages(Lit(), Data(), "int8_ptq", val_dataloaders=loader())
+
+
+class ByIndex:
+    """Loads batches by their number alone."""
+
+    asked = ()
+
+    def __getitem__(self, index):
+        self.asked = (*self.asked, index)
+        return list(loader())[index]
+
+    def __len__(self):
+        return 2
+
+
+def test_a_list_of_loaders_stays_one():
+    val = ByIndex()
+    qat_tricks.run_stages(Lit(), loader(), "int8_qat", val_dataloaders=[val], trainer=QUIET)
+    assert {0, 1} <= set(val.asked)
 
 
 def test_the_epochs_are_those_of_the_stages():

@@ -67,6 +67,12 @@ def test_tricks_are_put_in_order_and_those_that_come_again_stay():
     assert put_in_order([learn_scales]) == [learn_scales]  # what it needs is not made up
 
 
+def test_tricks_that_wait_for_one_another_are_refused(monkeypatch):
+    monkeypatch.setattr(Quantize, "after", ("calibrate",))  # which requires it
+    tricks = put_in_order([Quantize(), Calibrate()])
+    assert "must come after" in refusal(tricks)
+
+
 def test_every_order_that_is_proposed_works():
     by_name = {
         trick.name: trick
