@@ -15,6 +15,7 @@ from torch.onnx._internal.exporter import _registration
 _BUILD = "from_torchlib"
 
 _built: dict[tuple[Any, ...], Any] = {}
+"""Registries, by the operators and the version of ONNX that they were built for."""
 
 
 @contextmanager

@@ -105,9 +105,9 @@ def trace(
     for name, constant in here.constants.items():
         setattr(network, name, constant)
     traced = adopt(network, here.graph)
-    check_precision(traced, untraced)
     for name in here.constants:
         delattr(network, name)
+    check_precision(traced, untraced)
     # Where training cannot be traced, it is not known which functions it switches on.
     _prepare(traced, network, settings, every=not settings.training_mode or no_training is not None)
     _warn_of_attributes(traced, here.written)

@@ -38,7 +38,6 @@ class Judged(Protocol):
 
     judged: bool
     quantizes: bool
-
     needs_float: bool  # whether it refuses a network that has quantizers
 
     @property
