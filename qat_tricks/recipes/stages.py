@@ -207,11 +207,11 @@ def _data(datamodule: Any, val_dataloaders: Any) -> dict[str, Any]:
         return {"datamodule": datamodule}
     for loader in [datamodule] if val_dataloaders is None else [datamodule, val_dataloaders]:
         check_loader(loader)
-    if isinstance(datamodule, Iterator) or isinstance(val_dataloaders, Iterator):
-        raise QatTricksError(
-            "the loader yields its batches only once, and stages go through them several times: "
-            "give a DataLoader, or a list of batches, list(loader)"
-        )
+        if isinstance(loader, Iterator):
+            raise QatTricksError(
+                "the loader yields its batches only once, and stages go through them several "
+                "times: give a DataLoader, or a list of batches, list(loader)"
+            )
     return {
         "train_dataloaders": _loader_of(datamodule),
         "val_dataloaders": _loader_of(val_dataloaders),

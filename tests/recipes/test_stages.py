@@ -133,12 +133,12 @@ def test_loaders_serve_as_well_as_a_data_module():
 
 def test_a_list_of_batches_serves_as_a_loader():
     by_loader, by_list = Lit(), Lit()
-    data = OrderedData().train_dataloader()
-    for module, batches, val in ((by_loader, data, loader(32)), (by_list, list(data), None)):
-        val = list(loader(32)) if val is None else val
+    data, val = OrderedData().train_dataloader(), loader(32)
+    lists = list(data), list(val)
+    for module, batches, given in ((by_loader, data, val), (by_list, *lists)):
         torch.manual_seed(7)
         qat_tricks.run_stages(
-            module, batches, "int8_prune50_multistage", val_dataloaders=val, trainer=QUIET
+            module, batches, "int8_prune50_multistage", val_dataloaders=given, trainer=QUIET
         )
     assert differences(by_loader.state_dict(), by_list.state_dict()) == []
 

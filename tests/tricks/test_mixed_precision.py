@@ -167,3 +167,7 @@ def test_what_depends_on_other_bits_must_not_come_before():
     learn_scales(learned)
     with pytest.raises(QatTricksError, match="put mixed_precision before learn_scales"):
         mixed_precision(learned, BATCHES)
+    added = ["+trick@stages.ptq.tricks=mixed_precision", "~stages.ptq.tricks.correct_weights"]
+    result = qat_tricks.quantize(small_net(), [images(16)], "int8_ptq", added)
+    applied = result.meta["qat_tricks"]["applied"]
+    assert applied[-2:] == ["mixed_precision", "correct_bias"]

@@ -142,6 +142,9 @@ def test_a_network_that_is_folded_already_is_refused():
     fold_batchnorm(traced)
     with pytest.raises(QatTricksError, match="put prune_channels into a stage before"):
         prune_channels(traced, [images()])
+    added = qat_tricks.recipe("int8_ptq", ["+trick@stages.ptq.tricks=prune_channels"])
+    names = [trick.name for trick in added]
+    assert names.index("prune_channels") < names.index("fold_batchnorm")
 
 
 # Files are timed ---------------------------------------------------------------------------------
