@@ -47,6 +47,9 @@ class Judged(Protocol):
     def apply(self, work: "Workbench") -> None:
         """Changes the network of ``work``."""
 
+    def check_done(self, work: "Workbench") -> None:
+        """Tells where it has been applied to ``work`` with other settings."""
+
 
 class Workbench:
     """A network under work.
@@ -215,8 +218,12 @@ class Workbench:
             prove: whether to judge those that ask for it.
 
         Raises:
-            QatTricksError: one of them needs a float network, and this one has quantizers.
+            QatTricksError: one of them needs a float network, and this one has quantizers; or was
+                done with settings that make another network.
         """
+        for trick in tricks:
+            if trick.name in self.applied:
+                trick.check_done(self)
         tricks = [trick for trick in tricks if trick.name not in self.applied]
         # Before the tricks that come first: they would change a network that is done.
         check_needs(self.network, tricks)
@@ -339,6 +346,11 @@ class Workbench:
     def applied(self) -> list[str]:
         """Names of the tricks done in the current stage."""
         return spec_of(self.network).setdefault("applied", [])
+
+    @property
+    def settings(self) -> dict[str, dict[str, str]]:
+        """Settings with which tricks were done, by the trick's name, each in JSON."""
+        return spec_of(self.network).setdefault("settings", {})
 
     @property
     def history(self) -> list[str]:

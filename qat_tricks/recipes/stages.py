@@ -1,5 +1,6 @@
 """Runs the stages of a recipe on a LightningModule, each with its own tricks and its own fit."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -220,7 +221,7 @@ def _data(datamodule: Any, val_dataloaders: Any) -> dict[str, Any]:
 
 def _loader_of(loader: Any) -> Any:
     """A loader of a list of batches, which Lightning would take for a list of loaders."""
-    if isinstance(loader, list | tuple) and not all(map(is_loader, loader)):
+    if isinstance(loader, list | tuple | deque) and not all(map(is_loader, loader)):
         return DataLoader(loader, batch_size=None)  # type: ignore[arg-type]
     return loader
 

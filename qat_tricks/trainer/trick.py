@@ -1,6 +1,10 @@
 """The callback that every trick is."""
 
+import json
+import warnings
+from dataclasses import asdict, is_dataclass
 from functools import partial
+from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qat_tricks.errors import QatTricksError
@@ -28,6 +32,7 @@ class Trick(Callback):
         needs_teacher: whether the float network has to be kept beside the quantized one.
         judged: whether it is rolled back where it harms the network's output (see ``graph.proof``).
         quantizes: whether it is one of the tricks that make a float network a calibrated one.
+        decides: whether its settings say what is deployed, as bits do, and not only how well.
     """
 
     requires: ClassVar[tuple[type["Trick"], ...]] = ()
@@ -36,6 +41,7 @@ class Trick(Callback):
     needs_teacher: ClassVar[bool] = False
     judged: bool = False
     quantizes: bool = False
+    decides: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -71,7 +77,45 @@ class Trick(Callback):
             begin("")
         work.applied.append(self.name)
         work.history.append(self.name)
+        if not self._acts_in_training:
+            work.settings[self.name] = self._arguments()
         return True
+
+    @property
+    def _acts_in_training(self) -> bool:
+        """Whether a fit uses the settings, which may then be others in each."""
+        hooks = (name for name in dir(type(self)) if name.startswith("on_"))
+        return any(getattr(type(self), hook) is not getattr(Callback, hook, 0) for hook in hooks)
+
+    def _arguments(self) -> dict[str, str]:
+        """The settings that the trick was made with; it may have noted other things since."""
+        parameters = signature(type(self)).parameters.values()
+        names = {p.name for p in parameters}
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        return {key: v for key, v in settings_of(self).items() if takes_all or key in names}
+
+    def check_done(self, work: Workbench) -> None:
+        """Tells where the network was made with other settings, which this trick cannot change.
+
+        Raises:
+            QatTricksError: they decide what is deployed.
+        """
+        made = work.settings.get(self.name)
+        if made is None:  # of an older version, or settings that a fit uses
+            return
+        asked = self._arguments()
+        others = [key for key in made if asked.get(key, made[key]) != made[key]]
+        if not others:
+            return
+        was, wanted = (
+            ", ".join(f"{key}={values[key]}" for key in others) for values in (made, asked)
+        )
+        line = f"{self.name} was done with {was} already, and {wanted} is asked for"
+        if self.decides:
+            raise QatTricksError(
+                f"{line}: give the float network that this one came from, or {was}"
+            )
+        warnings.warn(f"{line}, which changes nothing", stacklevel=2)
 
     def reset(self) -> None:
         """Forgets an earlier fit; called before each one, and before a checkpoint is restored."""
@@ -84,6 +128,19 @@ class Trick(Callback):
             # Lightning has passed this place of its list, so the session is set up by hand.
             callbacks.insert(callbacks.index(self), session)
             session.setup(trainer, pl_module, stage)
+
+
+def settings_of(trick: Trick) -> dict[str, str]:
+    """The settings of a trick that has done nothing yet, each in JSON."""
+    values = dict(vars(trick))
+    given = values.pop("settings", {})
+    values |= asdict(given) if is_dataclass(given) else given  # type: ignore[arg-type]
+    plain = (str, int, float, bool, type(None), tuple, list, dict)
+    return {
+        key: json.dumps(value, default=str)
+        for key, value in values.items()
+        if not key.startswith("_") and isinstance(value, plain)
+    }
 
 
 def check_num_images(num_images: int) -> int:

@@ -415,7 +415,7 @@ class LearnedRounding(Trick):
     ) -> None:
         super().__init__()
         self.num_images = check_num_images(num_images)
-        self.cache = cache
+        self._cache = cache  # where it lies does not matter
         # Made now, so that wrong settings are refused before anything is trained.
         self.settings = LearnedRoundingSettings(
             granularity=granularity,
@@ -431,5 +431,5 @@ class LearnedRounding(Trick):
     def apply(self, work: Workbench) -> None:
         """Learns on the first ``num_images`` training images."""
         batches = work.batches(self.num_images)
-        learned_rounding(work.network, work.reference, batches, self.settings, cache=self.cache)
+        learned_rounding(work.network, work.reference, batches, self.settings, cache=self._cache)
         work.note_change("rounding learned", in_training=False)

@@ -238,6 +238,7 @@ class MixedPrecision(Trick):
     requires = (Calibrate,)
     # Ranges are tuned at the bits that the recipe gives; those that stay keep theirs.
     after = ("tune_ranges",)
+    decides = True
 
     def __init__(
         self,

@@ -466,6 +466,8 @@ class PruneChannels(Trick):
         QatTricksError: a setting that is not allowed.
     """
 
+    decides = True
+
     def __init__(
         self,
         budget: str = "macs",

@@ -56,6 +56,7 @@ class Quantize(Trick):
     after = ("prune_channels", "fold_batchnorm", "equalize")
     needs_float = True
     quantizes = True
+    decides = True
 
     def __init__(
         self,

@@ -1,4 +1,5 @@
 import copy
+from collections import deque
 
 import pytest
 import torch
@@ -134,7 +135,7 @@ def test_loaders_serve_as_well_as_a_data_module():
 def test_a_list_of_batches_serves_as_a_loader():
     by_loader, by_list = Lit(), Lit()
     data, val = OrderedData().train_dataloader(), loader(32)
-    lists = list(data), list(val)
+    lists = list(data), deque(val)
     for module, batches, given in ((by_loader, data, val), (by_list, *lists)):
         torch.manual_seed(7)
         qat_tricks.run_stages(

@@ -3,6 +3,7 @@ import pytest
 import qat_tricks
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.workbench import Workbench
+from qat_tricks.trainer.module import workbench_of
 from qat_tricks.trainer.trick import Trick, check_num_images
 from tests.helpers.lit import Data, Lit, trainer
 from tests.helpers.nets import small_net
@@ -41,6 +42,54 @@ def test_setup_of_a_trainer_does_each_trick_once_whatever_it_runs():
         call(lit, Data(), verbose=False)
     run.fit(lit.train(), datamodule=Data())
     assert trick.count == 1
+
+
+@pytest.mark.parametrize(
+    ("made", "asked", "error"),
+    [
+        (
+            "int8_ptq",
+            "w4a8_ptq",
+            "quantize was done with weight_bits=8 already, and weight_bits=4 is asked for: give "
+            "the float network that this one came from, or weight_bits=8",
+        ),
+        ("w4a8_ptq", "int8_ptq", "done with weight_bits=4 already, and weight_bits=8 is asked for"),
+        ("w4a8_ptq", "w4a4_qat", "activation_bits=8 already, and activation_bits=4 is asked for"),
+    ],
+)
+def test_a_network_that_is_quantized_is_refused_other_bits(made, asked, error):
+    lit = Lit()
+    lit.backbone = qat_tricks.quantize(lit.backbone, Data().train_dataloader(), made)
+    with pytest.raises(QatTricksError, match=error):
+        trainer(qat_tricks.recipe(asked)).fit(lit, datamodule=Data())
+    trainer(qat_tricks.recipe(made)).fit(lit, datamodule=Data())  # the same bits go on
+
+
+def test_a_module_that_run_stages_has_quantized_is_refused_other_bits():
+    lit = qat_tricks.run_stages(Lit(), Data(), "int8_ptq")
+    with pytest.raises(
+        QatTricksError, match="activation_bits=8 already, and weight_bits=4, activation_bits=4 is"
+    ):
+        trainer(qat_tricks.recipe("w4a4_ptq")).fit(lit, datamodule=Data())
+
+
+def test_other_settings_of_what_is_done_are_told_where_bits_stay():
+    lit, kl = Lit(), qat_tricks.recipe("int8_ptq", ["stages.ptq.tricks.calibrate.estimator=kl"])
+    trainer(qat_tricks.recipe("int8_ptq")).validate(lit, Data(), verbose=False)
+    told = (
+        r'calibrate was done with estimator="mse" already, and estimator="kl" is asked for, which'
+    )
+    with pytest.warns(UserWarning, match=told):
+        trainer(kl).validate(lit, Data(), verbose=False)
+
+
+def test_what_a_fit_uses_may_be_other_in_each():
+    lit = Lit()
+    run = ["stages.prune_qat.tricks.prune.sparsity=0.3"]
+    trainer(qat_tricks.recipe("int8_prune50", run)).fit(lit, datamodule=Data())
+    work = workbench_of(lit)
+    assert {"quantize", "calibrate"} <= set(work.settings)
+    assert not {"prune", "learn_scales", "distill"} & set(work.settings)
 
 
 @pytest.mark.parametrize("num_images", [0, -3])
