@@ -22,14 +22,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from qat_tricks.graph import nodes as n
+from qat_tricks.graph.activation_limits import activation_limits
 from qat_tricks.graph.inputs import Inputs, check_batches
 from qat_tricks.graph.layers import Layer
 from qat_tricks.graph.modes import evaluating, unrounded_sums
 from qat_tricks.graph.streams import Stream
 from qat_tricks.graph.submodules import module_of
 from qat_tricks.graph.workbench import Workbench
-from qat_tricks.numerics import ActivationQuantizer
 from qat_tricks.progress import track
 from qat_tricks.trainer.trick import Trick, check_num_images
 from qat_tricks.tricks.calibrate import Calibrate
@@ -75,21 +74,12 @@ def _correct(traced: fx.GraphModule, quantized: Stream, reference: Stream) -> No
         bias = layer.output_bias
         if bias is None:
             continue
-        low, high = _limits(node, traced)
+        low, high = activation_limits(node, traced)
         error = bias_error(_samples(outputs, layer), _samples(expected, layer), low, high)
         bias.add_(error)
         # What follows sees the corrected output, without the layer being run again.
         for output in outputs:
             output.movedim(layer.output_axis, -1).add_(error)
-
-
-def _limits(node: fx.Node, traced: fx.GraphModule) -> tuple[float, float]:
-    """Between which values the activation function behind a layer yields the layer's output."""
-    quantizer = n.only_user(node, lambda user: True)
-    module = None if quantizer is None else module_of(quantizer, traced)
-    if isinstance(module, ActivationQuantizer) and module.activation is not None:
-        return 0.0, module.cap
-    return float("-inf"), float("inf")
 
 
 def _samples(outputs: Sequence[Tensor], layer: Layer) -> Tensor:

@@ -136,3 +136,69 @@ def test_a_fit_to_chance_is_left_alone():
     worst = unseen.gain(seen.least_change(0.01))
     assert worst < 0
     assert (inputs @ found).square().mean() < 0.1 * errors.square().mean()
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_no_integer_alone_can_be_moved_to_less_error(limit):
+    inputs, weight = _inputs(size=16), torch.randn(2, 16, 40)
+    scale = 0.6 * weight.abs().amax(1) / limit
+    rounder = GridRounder(inputs.transpose(1, 2) @ inputs, limit)
+    rounded, _ = rounder.round(weight, scale)
+
+    def errors(integers):
+        change = integers * scale[:, None] - weight
+        return (change * (rounder.moments @ change)).sum(1)
+
+    integers = rounder.refine(weight, rounded, scale)
+    least = errors(integers)
+    assert (least <= errors(rounded) * (1 + 1e-5)).all()
+    assert least.sum() < 0.99 * errors(rounded).sum()
+    assert torch.equal(integers, integers.round())
+    assert integers.abs().max() <= limit
+    for i, step in itertools.product(range(16), (-1, 1)):
+        moved = integers.clone()
+        moved[:, i] = (moved[:, i] + step).clamp(-limit, limit)
+        assert (errors(moved) >= least * (1 - 1e-5)).all()
+
+
+def test_integers_that_are_held_stay():
+    inputs, weight = _inputs(), torch.randn(2, 12, 5)
+    scale, held = weight.abs().amax(1) / 7, torch.full((2, 12, 5), torch.nan)
+    held[:, ::3] = 0.0
+    rounder = GridRounder(inputs.transpose(1, 2) @ inputs, 7)
+    rounded, _ = rounder.round(weight, scale, held)
+    integers = rounder.refine(weight, rounded, scale, held)
+    assert (integers[:, ::3] == 0).all()
+    assert not torch.equal(integers, rounded)
+
+
+@pytest.mark.parametrize("is_centered", [True, False])
+def test_moments_of_rows_that_count_otherwise_for_each_channel(is_centered):
+    generator = torch.Generator().manual_seed(0)
+    inputs = 1 + _inputs(groups=2, size=6)
+    errors = 2 + torch.randn(2, 400, 3, generator=generator)
+    weights = torch.rand(2, 400, 3, generator=generator) + 0.01
+    moments = Moments.weighted(inputs, errors, weights, is_centered=is_centered)
+    assert moments.rows == 400
+    for channel in range(6):
+        group = channel // 3
+        x, e, w = inputs[group], errors[group, :, channel % 3], weights[group, :, channel % 3]
+        if is_centered:
+            x, e = (v - (v.T * w).sum(-1) / w.sum() for v in (x, e))
+        by_input = (x * w[:, None]).T
+        torch.testing.assert_close(moments.inputs[channel], by_input @ x, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(
+            moments.errors[channel, :, 0], by_input @ e, rtol=1e-4, atol=2e-3
+        )
+
+
+def test_where_all_rows_count_alike_each_channel_has_its_groups_moments():
+    inputs, errors = _inputs(), torch.randn(2, 400, 3, generator=torch.Generator().manual_seed(1))
+    alike = Moments.weighted(inputs, errors, torch.ones_like(errors), is_centered=False)
+    expected = Moments.of(inputs, errors)
+    for channel in range(6):
+        group = channel // 3
+        torch.testing.assert_close(alike.inputs[channel], expected.inputs[group])
+        torch.testing.assert_close(
+            alike.errors[channel, :, 0], expected.errors[group, :, channel % 3]
+        )

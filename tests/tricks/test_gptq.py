@@ -11,6 +11,9 @@ from qat_tricks.graph import layers, trace
 from qat_tricks.tricks import calibrate, correct_weights, fold_batchnorm, gptq, prune, quantize
 from tests.helpers.nets import images, small_net
 
+# The package has the function under the module's name.
+gptq_module = importlib.import_module("qat_tricks.tricks.gptq")
+
 
 def _coarse(weight_bits=3, *, folds=True, net=None):
     traced = trace(net or small_net())
@@ -91,6 +94,53 @@ def test_means_of_the_output_match_float_on_the_images_seen():
     assert (traced(x).mean(0) - reference(x).mean(0)).abs().max() < 1e-3
 
 
+def _switched(count, seed):
+    """Images of eight patterns, and bright noise for which ``_switching_net`` yields 0."""
+    patterns = torch.randn(8, 64, generator=torch.Generator().manual_seed(9))
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 8, generator=generator) @ patterns
+    noise = torch.randn(count, 64, generator=generator)
+    bright = torch.arange(count)[:, None] % 2 == 1
+    return torch.where(bright, 2 + 3 * noise, x + 0.05 * noise).view(count, 1, 8, 8)
+
+
+def _switching_net(activation):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 24), activation(), nn.Linear(24, 10))
+    with torch.no_grad():
+        net[1].weight.copy_(0.1 * torch.randn(24, 64) - 0.1)
+    return net.eval()
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.ReLU6])
+def test_sums_that_the_activation_function_drops_hardly_count(activation, monkeypatch):
+    errors = []
+    for most in (gptq_module.MOST_PRODUCTS, 0):  # 0: all sums count alike
+        monkeypatch.setattr(gptq_module, "MOST_PRODUCTS", most)
+        traced = trace(_switching_net(activation))
+        reference = copy.deepcopy(traced)
+        quantize(traced, first_last_bits=8, overrides={"1": {"weight_bits": 4}})
+        calibrate(traced, [_switched(256, 0)])
+        gptq(traced, reference, [_switched(256, 0)])
+        errors.append(_error(traced, reference, _switched(64, 5)[::2]))
+    assert errors[0] < 0.75 * errors[1]
+
+
+@torch.no_grad()
+def test_channels_that_are_fitted_apart_are_those_fitted_together(monkeypatch):
+    results = []
+    for entries in (gptq_module.MOST_ENTRIES, 64 * 64):  # a channel at once
+        monkeypatch.setattr(gptq_module, "MOST_ENTRIES", entries)
+        traced = trace(_switching_net(nn.ReLU))
+        reference = copy.deepcopy(traced)
+        calibrate(quantize(traced, weight_bits=4, first_last_bits=None), [_switched(256, 0)])
+        gptq(traced, reference, [_switched(256, 0)])
+        results.append(traced(_switched(64, 5)))
+    # Each part chooses its own ridge.
+    error = (results[0] - results[1]).square().mean() / results[0].var()
+    assert error < 0.01
+
+
 def test_it_comes_again_to_the_bit():
     results = []
     for _ in range(2):
@@ -139,9 +189,7 @@ def test_a_layer_that_is_called_twice_is_left_as_it_is():
 def test_of_a_layer_with_too_many_inputs_only_the_bias_is_fitted(monkeypatch):
     traced, reference = _coarse(4)
     widest = max(layer.weight[0].numel() for layer in layers(traced).values())
-    monkeypatch.setattr(
-        importlib.import_module("qat_tricks.tricks.gptq"), "MOST_INPUTS", widest - 1
-    )
+    monkeypatch.setattr(gptq_module, "MOST_INPUTS", widest - 1)
     before = {name: layer.weight.clone() for name, layer in layers(traced).items()}
     biases = {name: layer.bias.clone() for name, layer in layers(traced).items()}
     gptq(traced, reference, [images(32)])
