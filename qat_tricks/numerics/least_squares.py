@@ -219,7 +219,7 @@ class GridRounder:
                 step = (integer - integers[:, i]) * scale
                 if not step.any():
                     continue
-                slope -= self.moments[:, :, i, None] * step[:, None]
+                slope -= self.moments[:, i, :, None] * step[:, None]
                 integers[:, i] = integer
                 has_moved = True
             if not has_moved:

@@ -45,8 +45,9 @@ ROWS, ROWS_AN_INPUT = 8192, 4
 MOST_INPUTS = 8192
 # Every so many images are kept apart, to judge the fit.
 UNSEEN = 4
-# Products that a layer's moments may take where each channel has its own: half a minute of a core.
-MOST_PRODUCTS = 2**40
+# Products that a layer may take where each channel has moments of its own: about a minute of a core.
+# To solve for K weights takes as long as the moments of so many rows for each of them.
+MOST_PRODUCTS, ROWS_TO_SOLVE = 2**41, 16
 # Images of an output that are looked at together.
 IMAGES = 8
 # Of these moments, the entries in memory at once.
@@ -144,7 +145,8 @@ class _Rows:
             high: the largest.
         """
         weight = layer.effective_weight()
-        products = weight.numel() * weight[0].numel() * self.inputs.shape[1]
+        size = weight[0].numel()
+        products = weight.numel() * size * (self.inputs.shape[1] + ROWS_TO_SOLVE * size)
         if math.isinf(low) or products > MOST_PRODUCTS:
             return None
         errors = self.targets - self.inputs @ _by_group(weight, self.inputs)
