@@ -45,7 +45,7 @@ ROWS, ROWS_AN_INPUT = 8192, 4
 MOST_INPUTS = 8192
 # Every so many images are kept apart, to judge the fit.
 UNSEEN = 4
-# Products that a layer may take where each channel has moments of its own: about a minute of a core.
+# Products that a layer may take where each channel has its own moments: about a minute of a core.
 # To solve for K weights takes as long as the moments of so many rows for each of them.
 MOST_PRODUCTS, ROWS_TO_SOLVE = 2**41, 16
 # Images of an output that are looked at together.
