@@ -137,7 +137,7 @@ def settings_of(trick: Trick) -> dict[str, str]:
     values |= asdict(given) if is_dataclass(given) else given  # type: ignore[arg-type]
     plain = (str, int, float, bool, type(None), tuple, list, dict)
     return {
-        key: json.dumps(value, default=str)
+        key: json.dumps(value, default=str, skipkeys=True)
         for key, value in values.items()
         if not key.startswith("_") and isinstance(value, plain)
     }

@@ -83,6 +83,43 @@ def test_other_settings_of_what_is_done_are_told_where_bits_stay():
         trainer(kl).validate(lit, Data(), verbose=False)
 
 
+class Noting(Trick):
+    """Has an argument, and notes things in what JSON cannot hold."""
+
+    def __init__(self, level=1, *, names=("a", "b")):
+        super().__init__()
+        self.level, self.names = level, names
+        self.noted = {}
+
+    def apply(self, work):
+        self.noted[(1, 2)] = {3, 4}
+
+
+def test_settings_of_a_users_own_trick_are_its_arguments(recwarn):
+    lit = Lit()
+    for trick in (Noting(), Noting(names=["a", "b"])):
+        trainer([*qat_tricks.recipe("int8_ptq"), trick]).validate(lit, Data(), verbose=False)
+    assert workbench_of(lit).settings["noting"] == {"level": "1", "names": '["a", "b"]'}
+    assert not [w for w in recwarn if "was done with" in str(w.message)]
+    with pytest.warns(UserWarning, match="noting was done with level=1 already, and level=2 is"):
+        trainer([*qat_tricks.recipe("int8_ptq"), Noting(2)]).validate(lit, Data(), verbose=False)
+
+
+def test_a_checkpoint_goes_on_in_silence_with_the_recipe_that_made_it(tmp_path, recwarn):
+    run = trainer(qat_tricks.recipe("int8_qat"))
+    run.fit(Lit(), datamodule=Data())
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    again = qat_tricks.load_from_checkpoint(Lit, tmp_path / "run.ckpt")
+    trainer(qat_tricks.recipe("int8_qat")).validate(again, Data(), verbose=False)
+    assert not [w for w in recwarn if "was done with" in str(w.message)]
+    with pytest.raises(QatTricksError, match="quantize was done with weight_bits=8"):
+        trainer(qat_tricks.recipe("w4a8_qat")).validate(again, Data(), verbose=False)
+    with pytest.raises(QatTricksError, match="quantize was done with weight_bits=8"):
+        trainer(qat_tricks.recipe("w4a8_qat")).fit(
+            Lit(), datamodule=Data(), ckpt_path=tmp_path / "run.ckpt"
+        )
+
+
 def test_what_a_fit_uses_may_be_other_in_each():
     lit = Lit()
     run = ["stages.prune_qat.tricks.prune.sparsity=0.3"]
