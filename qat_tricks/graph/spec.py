@@ -26,7 +26,7 @@
                                                bits that were chosen, and the error of each part
     applied      [trick, ...]                  tricks done in the current stage
     history      [trick, ...]                  tricks done in all stages
-    settings     {trick: {setting: json}}      of tricks that have no part in training
+    settings     {trick: {setting: value}}     of tricks that have no part in training
 
 ``node`` is a node's name in the traced graph. ``layer``, ``batchnorm`` and the ``name`` of an entry
 in ``layers`` are names of submodules. Values (weights, scales, zero points, masks) are in the state

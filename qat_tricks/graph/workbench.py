@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -47,8 +47,8 @@ class Judged(Protocol):
     def apply(self, work: "Workbench") -> None:
         """Changes the network of ``work``."""
 
-    def check_done(self, work: "Workbench") -> None:
-        """Tells where it has been applied to ``work`` with other settings."""
+    def check_done(self, work: "Workbench", recipe: Collection[str]) -> None:
+        """Tells where it has been applied to ``work`` with other settings than in a recipe."""
 
 
 class Workbench:
@@ -221,9 +221,10 @@ class Workbench:
             QatTricksError: one of them needs a float network, and this one has quantizers; or was
                 done with settings that make another network.
         """
+        names = [trick.name for trick in tricks]
         for trick in tricks:
             if trick.name in self.applied:
-                trick.check_done(self)
+                trick.check_done(self, names)
         tricks = [trick for trick in tricks if trick.name not in self.applied]
         # Before the tricks that come first: they would change a network that is done.
         check_needs(self.network, tricks)
@@ -348,8 +349,8 @@ class Workbench:
         return spec_of(self.network).setdefault("applied", [])
 
     @property
-    def settings(self) -> dict[str, dict[str, str]]:
-        """Settings with which tricks were done, by the trick's name, each in JSON."""
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """Settings with which tricks were done, by the trick's name."""
         return spec_of(self.network).setdefault("settings", {})
 
     @property

@@ -211,8 +211,9 @@ class GridRounder:
         for _ in range(PASSES):
             has_moved = False
             for i in range(weight.shape[1]):
-                # The error is a parabola of this integer alone.
-                lowest = integers[:, i] + slope[:, i] / (scale * diagonal[:, i, None])
+                # The error is a parabola of this integer alone. The product of a small scale and a
+                # small moment may be 0.
+                lowest = integers[:, i] + slope[:, i] / diagonal[:, i, None] / scale
                 integer = lowest.round_().clamp_(-self.limit, self.limit)
                 if held is not None:
                     integer = torch.where(held[:, i].isnan(), integer, integers[:, i])
@@ -236,7 +237,9 @@ class GridRounder:
         Returns:
             ``[groups, channels]``, positive.
         """
-        largest = weight.abs().amax(1).clamp_min(torch.finfo(weight.dtype).tiny) / self.limit
+        # Of a channel of zeros too, no share is 0 where small numbers are taken for 0.
+        least = torch.finfo(weight.dtype).tiny / SHARES[0]
+        largest = (weight.abs().amax(1) / self.limit).clamp_min(least)
         shares = torch.tensor(SHARES, device=weight.device)
         scales = largest[:, :, None] * shares
         losses = []

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from qat_tricks.recipes.recipe import StagedRecipe
-from qat_tricks.trainer.trick import settings_of
 
 
 def run_key(module: nn.Module, recipes: Iterable[StagedRecipe], *besides: Any) -> str:
@@ -18,7 +17,7 @@ def run_key(module: nn.Module, recipes: Iterable[StagedRecipe], *besides: Any) -
             stage.name,
             stage.epochs,
             stage.lr,
-            [(trick.name, sorted(settings_of(trick).items())) for trick in stage.tricks],
+            [(trick.name, _plain(trick)) for trick in stage.tricks],
         )
         for recipe in recipes
         for stage in recipe.stages
@@ -30,3 +29,13 @@ def run_key(module: nn.Module, recipes: Iterable[StagedRecipe], *besides: Any) -
             values = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(values.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _plain(trick: Any) -> list[tuple[str, str]]:
+    """The settings of a trick: what it is before it has done anything."""
+    kinds = (str, int, float, bool, type(None), tuple, list, dict)
+    return sorted(
+        (key, repr(value))
+        for key, value in vars(trick).items()
+        if isinstance(value, kinds) or key == "settings"
+    )

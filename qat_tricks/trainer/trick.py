@@ -2,7 +2,8 @@
 
 import json
 import warnings
-from dataclasses import asdict, is_dataclass
+from collections.abc import Collection, Set
+from dataclasses import fields, is_dataclass
 from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,6 +17,8 @@ from qat_tricks.trainer.session import Session
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
+
+NOT_PLAIN = object()
 
 
 class Trick(Callback):
@@ -32,7 +35,7 @@ class Trick(Callback):
         needs_teacher: whether the float network has to be kept beside the quantized one.
         judged: whether it is rolled back where it harms the network's output (see ``graph.proof``).
         quantizes: whether it is one of the tricks that make a float network a calibrated one.
-        decides: whether its settings say what is deployed, as bits do, and not only how well.
+        decisive: names of settings that say what is deployed, as bits do, and not only how well.
     """
 
     requires: ClassVar[tuple[type["Trick"], ...]] = ()
@@ -41,7 +44,7 @@ class Trick(Callback):
     needs_teacher: ClassVar[bool] = False
     judged: bool = False
     quantizes: bool = False
-    decides: ClassVar[bool] = False
+    decisive: ClassVar[Set[str]] = frozenset()
 
     @property
     def name(self) -> str:
@@ -65,6 +68,7 @@ class Trick(Callback):
         # A validation after the fit sets the same module up again.
         if self.name in work.applied:
             return False
+        settings = self.arguments()  # it may note other things as it works
         begin(self.name)
         try:
             if self.judged and work.proves:
@@ -78,7 +82,7 @@ class Trick(Callback):
         work.applied.append(self.name)
         work.history.append(self.name)
         if not self._acts_in_training:
-            work.settings[self.name] = self._arguments()
+            work.settings[self.name] = settings
         return True
 
     @property
@@ -87,15 +91,24 @@ class Trick(Callback):
         hooks = (name for name in dir(type(self)) if name.startswith("on_"))
         return any(getattr(type(self), hook) is not getattr(Callback, hook, 0) for hook in hooks)
 
-    def _arguments(self) -> dict[str, str]:
-        """The settings that the trick was made with; it may have noted other things since."""
-        parameters = signature(type(self)).parameters.values()
-        names = {p.name for p in parameters}
-        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        return {key: v for key, v in settings_of(self).items() if takes_all or key in names}
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that the trick was made with, as far as they are plain data."""
+        values = dict(vars(self))
+        given = values.get("settings")
+        if is_dataclass(given):
+            values |= {field.name: getattr(given, field.name, None) for field in fields(given)}
+        elif isinstance(given, dict):
+            values |= given
+        names = signature(type(self)).parameters
+        plain = {name: plain_data(values[name]) for name in names if name in values}
+        return {name: value for name, value in plain.items() if value is not NOT_PLAIN}
 
-    def check_done(self, work: Workbench) -> None:
+    def check_done(self, work: Workbench, recipe: Collection[str]) -> None:
         """Tells where the network was made with other settings, which this trick cannot change.
+
+        Args:
+            work: the network; this trick has been applied to it.
+            recipe: names of the tricks that are asked for.
 
         Raises:
             QatTricksError: they decide what is deployed.
@@ -103,15 +116,16 @@ class Trick(Callback):
         made = work.settings.get(self.name)
         if made is None:  # of an older version, or settings that a fit uses
             return
-        asked = self._arguments()
+        asked = self.arguments()
         others = [key for key in made if asked.get(key, made[key]) != made[key]]
         if not others:
             return
         was, wanted = (
-            ", ".join(f"{key}={values[key]}" for key in others) for values in (made, asked)
+            ", ".join(f"{key}={json.dumps(values[key])}" for key in others)
+            for values in (made, asked)
         )
         line = f"{self.name} was done with {was} already, and {wanted} is asked for"
-        if self.decides:
+        if not self.decisive.isdisjoint(others):
             raise QatTricksError(
                 f"{line}: give the float network that this one came from, or {was}"
             )
@@ -130,17 +144,12 @@ class Trick(Callback):
             session.setup(trainer, pl_module, stage)
 
 
-def settings_of(trick: Trick) -> dict[str, str]:
-    """The settings of a trick that has done nothing yet, each in JSON."""
-    values = dict(vars(trick))
-    given = values.pop("settings", {})
-    values |= asdict(given) if is_dataclass(given) else given  # type: ignore[arg-type]
-    plain = (str, int, float, bool, type(None), tuple, list, dict)
-    return {
-        key: json.dumps(value, default=str, skipkeys=True)
-        for key, value in values.items()
-        if not key.startswith("_") and isinstance(value, plain)
-    }
+def plain_data(value: Any) -> Any:
+    """``value`` as JSON has it, in which a tuple is a list; else ``NOT_PLAIN``."""
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError):  # an object within, or a list that holds itself
+        return NOT_PLAIN
 
 
 def check_num_images(num_images: int) -> int:

@@ -161,10 +161,15 @@ class _Rows:
 
         Args:
             weight: whose errors are meant, ``[channels, K..]``.
-            part: of the channels.
+            part: of the channels; of several groups, whole ones.
             passing: of all channels.
         """
-        inputs, targets = self.inputs, self.targets[:, :, part]
+        inputs, targets = self.inputs, self.targets
+        if len(inputs) > 1:
+            groups = slice(part.start // targets.shape[2], part.stop // targets.shape[2])
+            inputs, targets = inputs[groups], targets[groups]
+        else:
+            targets = targets[:, :, part]
         errors = targets - inputs @ _by_group(weight[part], inputs)
         is_unseen = (self.image % UNSEEN == UNSEEN - 1).to(inputs.device)
         chosen = (~is_unseen, is_unseen)
@@ -232,12 +237,14 @@ def _fitted(
         ``[channels, K..]``, and a scale that broadcasts to it.
     """
     count = len(weight)
-    if passing is not None and len(rows.inputs) == 1:
-        # The groups of a grouped conv have few inputs; of others, some channels at once.
+    if passing is not None:
         count = max(1, MOST_ENTRIES // weight[0].numel() ** 2)
+        if len(rows.inputs) > 1:  # whole groups of a grouped conv
+            channels = rows.targets.shape[2]
+            count = max(channels, count // channels * channels)
     found = []
     for begin in range(0, len(weight), count):
-        part = slice(begin, begin + count)
+        part = slice(begin, min(begin + count, len(weight)))
         mask = None if layer.weight_mask is None else layer.weight_mask[part]
         moments = rows.moments(weight, part, passing)
         found.append(_rounded(layer.weight_quantizer, weight[part], mask, *moments))
@@ -267,7 +274,7 @@ def _rounded(
         free = fitted if held is None else torch.where(held.isnan(), fitted, 0.0)
         largest = free.abs().argmax(1, keepdim=True)
         value = free.gather(1, largest)
-        scale = value[:, 0].abs().clamp_min(torch.finfo(value.dtype).tiny) / limit
+        scale = (value[:, 0].abs() / limit).clamp_min(torch.finfo(value.dtype).tiny)
         # The scale would change with the largest weight, and with it the grid of all others.
         held = torch.full_like(fitted, torch.nan) if held is None else held
         held = held.scatter(1, largest, value.sign() * limit)

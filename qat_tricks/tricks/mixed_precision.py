@@ -238,7 +238,9 @@ class MixedPrecision(Trick):
     requires = (Calibrate,)
     # Ranges are tuned at the bits that the recipe gives; those that stay keep theirs.
     after = ("tune_ranges",)
-    decides = True
+    decisive = frozenset(
+        {"budget", "share", "weight_bits", "activation_bits", "include", "exclude"}
+    )
 
     def __init__(
         self,

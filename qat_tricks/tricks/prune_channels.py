@@ -16,7 +16,7 @@ import copy
 import math
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -466,7 +466,12 @@ class PruneChannels(Trick):
         QatTricksError: a setting that is not allowed.
     """
 
-    decides = True
+    # The others say how well, or on what the latency is measured.
+    decisive = frozenset(f.name for f in fields(ChannelSettings)) - {
+        "refit",
+        "batch_size",
+        "threads",
+    }
 
     def __init__(
         self,

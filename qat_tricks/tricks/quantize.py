@@ -6,7 +6,9 @@ squared error. A BatchNorm that was not folded becomes a part of its layer, and 
 whenever the network does not train.
 """
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from torch import fx
@@ -18,9 +20,10 @@ from qat_tricks.graph.integers import note_integers
 from qat_tricks.graph.layers import layers
 from qat_tricks.graph.other_bits import fit_low_bit_scale
 from qat_tricks.graph.place import place_quantizers
-from qat_tricks.graph.quantize_settings import QuantizeSettings
-from qat_tricks.graph.spec import spec_of
+from qat_tricks.graph.quantize_settings import FUNCTIONS, QuantizeSettings
+from qat_tricks.graph.spec import mixed_precision_of, spec_of
 from qat_tricks.graph.workbench import Workbench
+from qat_tricks.numerics.scheme import DEFAULT_ACTIVATIONS
 from qat_tricks.trainer.trick import Trick
 
 
@@ -56,7 +59,7 @@ class Quantize(Trick):
     after = ("prune_channels", "fold_batchnorm", "equalize")
     needs_float = True
     quantizes = True
-    decides = True
+    decisive = frozenset(field.name for field in fields(QuantizeSettings))
 
     def __init__(
         self,
@@ -81,6 +84,22 @@ class Quantize(Trick):
             activations=activations,
             functions=functions,
         )
+
+    def arguments(self) -> dict[str, Any]:
+        """The settings, with what None means where there is no target."""
+        settings = super().arguments()
+        defaults = {"activations": DEFAULT_ACTIVATIONS, "functions": FUNCTIONS[0]}
+        return {key: value or defaults.get(key, value) for key, value in settings.items()}
+
+    def check_done(self, work: Workbench, recipe: Collection[str]) -> None:
+        """Tells also where bits were chosen that the recipe does not choose."""
+        super().check_done(work, recipe)
+        if "mixed_precision" not in recipe and mixed_precision_of(work.network) is not None:
+            warnings.warn(
+                "mixed_precision has chosen the bits of each layer, and the recipe is without it: "
+                "they stay as they are; give the float network to have the recipe's",
+                stacklevel=2,
+            )
 
     def restructure(self, work: Workbench) -> None:
         """Places the quantizers."""

@@ -2,6 +2,7 @@ import pytest
 
 import qat_tricks
 from qat_tricks.errors import QatTricksError
+from qat_tricks.graph.quantize_settings import QuantizeSettings
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.trainer.module import workbench_of
 from qat_tricks.trainer.trick import Trick, check_num_images
@@ -84,25 +85,68 @@ def test_other_settings_of_what_is_done_are_told_where_bits_stay():
 
 
 class Noting(Trick):
-    """Has an argument, and notes things in what JSON cannot hold."""
+    """Has arguments, some of which JSON cannot hold, and notes things as it works."""
 
-    def __init__(self, level=1, *, names=("a", "b")):
+    def __init__(self, level=1, *, names=("a", "b"), calls=(), settings=None, **more):
         super().__init__()
-        self.level, self.names = level, names
-        self.noted = {}
+        self.level, self.names, self.calls = level, names, [*calls, self]
+        self.settings, self.count, self.noted = settings, 0, {}
 
     def apply(self, work):
+        self.count += 1
+        self.names = [*self.names, "found"]
         self.noted[(1, 2)] = {3, 4}
 
 
 def test_settings_of_a_users_own_trick_are_its_arguments(recwarn):
     lit = Lit()
-    for trick in (Noting(), Noting(names=["a", "b"])):
+    for settings in (None, [1, 2], {1: 2}, QuantizeSettings, object()):
+        assert Noting(settings=settings).arguments()["level"] == 1
+    for trick in (Noting(), Noting(1.0, names=["a", "b"]), Noting(calls=[print])):
         trainer([*qat_tricks.recipe("int8_ptq"), trick]).validate(lit, Data(), verbose=False)
-    assert workbench_of(lit).settings["noting"] == {"level": "1", "names": '["a", "b"]'}
+    assert workbench_of(lit).settings["noting"] == {
+        "level": 1,
+        "names": ["a", "b"],
+        "settings": None,
+    }
     assert not [w for w in recwarn if "was done with" in str(w.message)]
     with pytest.warns(UserWarning, match="noting was done with level=1 already, and level=2 is"):
         trainer([*qat_tricks.recipe("int8_ptq"), Noting(2)]).validate(lit, Data(), verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("made", "asked"),
+    [
+        ("+overrides={head:{weight_bits:6},left:{weight_bits:4}}",) * 2,
+        (
+            "+overrides={head:{weight_bits:6},left:{weight_bits:4}}",
+            "+overrides={left:{weight_bits:4},head:{weight_bits:6}}",
+        ),
+        ("activations=null", "activations=unsigned_affine"),
+        ("functions=integer", "functions=null"),
+        ("exclude=[head]", "exclude=[head]"),
+    ],
+)
+def test_settings_that_mean_the_same_are_the_same(made, asked, recwarn):
+    lit = Lit()
+    for given in (made, asked):
+        adds = "+" * given.startswith("+")
+        override = f"{adds}stages.ptq.tricks.quantize.{given.removeprefix('+')}"
+        trainer(qat_tricks.recipe("int8_ptq", [override])).validate(lit, Data(), verbose=False)
+    assert not [w for w in recwarn if "was done with" in str(w.message)]
+
+
+def test_bits_that_mixed_precision_has_chosen_are_told_where_a_recipe_is_without_it():
+    lit = Lit()
+    lit.backbone = qat_tricks.quantize(lit.backbone, Data().train_dataloader(), "mixed_ptq")
+    with pytest.warns(UserWarning, match="mixed_precision has chosen the bits of each layer"):
+        trainer(qat_tricks.recipe("int8_ptq")).validate(lit, Data(), verbose=False)
+    few = ["stages.ptq.tricks.mixed_precision.num_images=32"]
+    with pytest.warns(UserWarning, match="num_images=64 already, and num_images=32 is asked for"):
+        trainer(qat_tricks.recipe("mixed_ptq", few)).validate(lit, Data(), verbose=False)
+    small = ["stages.ptq.tricks.mixed_precision.share=0.4"]
+    with pytest.raises(QatTricksError, match=r"share=0\.5 already, and share=0\.4 is asked"):
+        trainer(qat_tricks.recipe("mixed_ptq", small)).validate(lit, Data(), verbose=False)
 
 
 def test_a_checkpoint_goes_on_in_silence_with_the_recipe_that_made_it(tmp_path, recwarn):

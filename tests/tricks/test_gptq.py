@@ -126,6 +126,40 @@ def test_sums_that_the_activation_function_drops_hardly_count(activation, monkey
     assert errors[0] < 0.75 * errors[1]
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-4, 1e-9])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_channel_of_zeros_on_small_inputs_stays_finite(bits, size):
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU())
+    net += nn.Sequential(nn.Flatten(), nn.Linear(128, 4))
+    x = size * images(64)
+    with torch.no_grad():
+        for layer in (net[0], net[2], net[5]):
+            layer.weight[1], layer.bias[:] = 0.0, 0.0
+    traced, reference = (trace(copy.deepcopy(net).eval()) for _ in range(2))
+    calibrate(quantize(traced, weight_bits=bits, first_last_bits=None), [x])
+    gptq(traced, reference, [x])
+    for layer in layers(traced).values():
+        assert layer.weight.isfinite().all()
+        assert (layer.weight[1] == 0).all()
+    assert _error(traced, reference, x) < 0.01 * float(reference(x).square().mean())
+
+
+@pytest.mark.parametrize("entries", [1, 3 * 81])
+def test_groups_of_a_conv_are_fitted_apart_where_they_are_large(entries, monkeypatch):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 12, 3, groups=2), nn.ReLU())
+    results = []
+    for most in (gptq_module.MOST_ENTRIES, entries):
+        monkeypatch.setattr(gptq_module, "MOST_ENTRIES", most)
+        traced, reference = (trace(copy.deepcopy(net).eval()) for _ in range(2))
+        calibrate(quantize(traced, weight_bits=4, first_last_bits=None), [images(64)])
+        before = _error(traced, reference, images(64, seed=5))
+        gptq(traced, reference, [images(64)])
+        results.append(_error(traced, reference, images(64, seed=5)))
+    assert max(results) < 0.6 * before
+    assert abs(results[0] - results[1]) < 0.2 * before
+
+
 @torch.no_grad()
 def test_channels_that_are_fitted_apart_are_those_fitted_together(monkeypatch):
     results = []
