@@ -72,14 +72,15 @@ class Moments:
         """
         groups, rows, size = inputs.shape
         moments = inputs.new_empty(groups, errors.shape[2], size, size)
-        totals = weights.sum(1, keepdim=True)
-        means = (inputs.transpose(1, 2) @ (weights / totals)).transpose(1, 2)
+        means = inputs.new_zeros(groups, errors.shape[2], size)
         if is_centered:
+            totals = weights.sum(1, keepdim=True)
+            means = (inputs.transpose(1, 2) @ (weights / totals)).transpose(1, 2)
             errors = errors - (errors * weights).sum(1, keepdim=True) / totals
         for group, by_row in enumerate(inputs):
             # One product of matrices a channel: all of them at once would take up the memory.
             for channel, weight in enumerate(weights[group].unbind(1)):
-                values = by_row - means[group, channel] if is_centered else by_row
+                values = by_row - means[group, channel]
                 torch.mm(values.T, values * weight[:, None], out=moments[group, channel])
         # Centred errors need no centred inputs beside them.
         by_input = inputs.transpose(1, 2) @ (weights * errors)

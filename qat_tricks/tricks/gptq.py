@@ -144,12 +144,11 @@ class _Rows:
             low: the least value that the function yields.
             high: the largest.
         """
-        weight = layer.effective_weight()
-        size = weight[0].numel()
-        products = weight.numel() * size * (self.inputs.shape[1] + ROWS_TO_SOLVE * size)
+        size = layer.weight[0].numel()
+        products = layer.weight.numel() * size * (self.inputs.shape[1] + ROWS_TO_SOLVE * size)
         if math.isinf(low) or products > MOST_PRODUCTS:
             return None
-        errors = self.targets - self.inputs @ _by_group(weight, self.inputs)
+        errors = self.targets - self.inputs @ _by_group(layer.effective_weight(), self.inputs)
         if self.is_centered:
             errors -= errors.mean(1, keepdim=True)
         return _Passing(low=low, high=high, error=errors.square().mean(1).sqrt().flatten())
