@@ -77,7 +77,8 @@ class TracedTeacher:
 def quantized_tensors(student: fx.GraphModule, teacher: TracedTeacher) -> dict[str, list[str]]:
     """The tensors that training puts on a grid: names for each quantizer, in the order of calls.
 
-    Those of the network's inputs are no features and are left out.
+    Those of the network's inputs are no features and are left out. So are quantizers with readers
+    of their own, which round a tensor that another one has rounded.
     """
     absent = only_in(student.graph, EVALUATION) | only_in(student.graph, TRAINING)
     inputs = {node.name for node in teacher.network.graph.find_nodes(op="placeholder")}
@@ -85,6 +86,8 @@ def quantized_tensors(student: fx.GraphModule, teacher: TracedTeacher) -> dict[s
     for name in activation_quantizers(student):
         calls = [n for n in student.graph.nodes if n.op == "call_module" and n.target == name]
         entry = spec_of(student)["activations"][name.removeprefix(f"{QUANTIZERS}.")]
+        if "readers" in entry:
+            continue
         names = [tensor for tensor in entry["nodes"] if tensor in teacher.nodes]
         # Calls of one mode only would shift the others.
         if len(names) != len(calls) or not absent.isdisjoint(calls) or set(names) & inputs:

@@ -12,9 +12,12 @@ from qat_tricks.numerics import ActivationQuantizer
 def float_names(traced: fx.GraphModule) -> dict[str, str]:
     """For the node of each quantizer and concat by name, the name of that in the float network.
 
+    Quantizers with readers of their own are left out: the one before each has the same tensor.
+
     Args:
         traced: a network with quantizers.
     """
+    entries = spec_of(traced)["activations"]
     names, absorbed = {}, dict[str, list[str]]()
     for node in traced.graph.nodes:
         quantizer = module_of(node, traced)
@@ -22,12 +25,13 @@ def float_names(traced: fx.GraphModule) -> dict[str, str]:
             names[node.name] = node.name
         if not isinstance(quantizer, ActivationQuantizer):
             continue
+        name = str(node.target).removeprefix(f"{QUANTIZERS}.")
+        if "readers" in entries[name]:
+            continue
         # It rounds what the node before it yields, or stands in the place of a ReLU.
         names[node.name] = node.all_input_nodes[0].name
         if quantizer.activation is not None:
-            absorbed.setdefault(str(node.target), []).append(node.name)
-    entries = spec_of(traced)["activations"]
-    for target, called in absorbed.items():
-        of_float = entries[target.removeprefix(f"{QUANTIZERS}.")]["nodes"]
-        names |= dict(zip(called, of_float, strict=True))
+            absorbed.setdefault(name, []).append(node.name)
+    for name, called in absorbed.items():
+        names |= dict(zip(called, entries[name]["nodes"], strict=True))
     return names

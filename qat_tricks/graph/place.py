@@ -2,12 +2,14 @@
 
 They go on the network's inputs, on the output of each conv and linear (after its BatchNorm and
 ReLU), of residual adds, products and average pools, and on whatever else feeds a conv or linear.
-Inputs of a concat share one quantizer, unless only some of them come from a ReLU. Operations that
-only move values need none. Values that depend on no image stay as they are: a runtime computes them
-once. The last linear's output stays float: the integer kernel hands out float logits.
+Where layers take a tensor with fewer than 8 bits and others read it too, as in a residual stream,
+the layers have a second, coarser quantizer behind the one for all. Inputs of a concat share one
+quantizer, unless only some of them come from a ReLU. Operations that only move values need none.
+Values that depend on no image stay as they are: a runtime computes them once. The last linear's
+output stays float: the integer kernel hands out float logits.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -22,7 +24,7 @@ from qat_tricks.graph.in_place import works_in_place
 from qat_tricks.graph.layers import as_layer
 from qat_tricks.graph.patterns import check_patterns, matches
 from qat_tricks.graph.quantize_settings import QuantizeSettings, settings_with
-from qat_tricks.graph.spec import spec_of
+from qat_tricks.graph.spec import NARROW, spec_of
 from qat_tricks.graph.surgery import insert_quantizers
 from qat_tricks.numerics.scheme import MAX_BITS, Scheme, activation_scheme, weight_scheme
 
@@ -39,8 +41,10 @@ class _LayerBits:
 class _Group:
     """Tensors that share one quantizer."""
 
-    # The nodes that make them, each with the bits that the layers behind it ask for.
-    bits: dict[fx.Node, list[int]] = field(default_factory=dict)
+    nodes: set[fx.Node]  # that make them
+    # The bits that each call of a layer asks for of the tensor that it reads.
+    layers: dict[fx.Node, int] = field(default_factory=dict)
+    has_others: bool = False  # whether anything but these layers reads the values
 
 
 def place_quantizers(
@@ -64,7 +68,7 @@ def place_quantizers(
 
     # Surgery reads the spec, here and when a checkpoint is rebuilt.
     spec = spec_of(traced)
-    quantized = {node for group in groups for node in group.bits}
+    quantized = {node for group in groups for node in group.nodes}
     gated = gated_functions(traced, quantized) if settings.splits_gates else []
     if gated:
         spec["gated"] = gated
@@ -156,7 +160,7 @@ def _last_layers(traced: fx.GraphModule, from_images: Collection[fx.Node]) -> It
 def _tensors_to_quantize(
     traced: fx.GraphModule,
     layer_bits: Mapping[str, _LayerBits],
-    from_images: Collection[fx.Node],
+    from_images: Set[fx.Node],
 ) -> list[_Group]:
     """The tensors that integer kernels take and make, in groups that share a quantizer."""
     # Decided first, because a mixed concat ends the search for the sources of a value.
@@ -166,22 +170,22 @@ def _tensors_to_quantize(
     uses = n.uses_of_weights(traced)
     group_of: dict[fx.Node, _Group] = {}
 
-    def require(node: fx.Node, bits: int | None = None) -> None:
-        """Puts the values of ``node`` on one grid of at least ``bits`` bits."""
+    def require(node: fx.Node) -> _Group:
+        """Puts the values of ``node`` on one grid."""
         sources = _sources(node, traced, mixed)
-        # A concat has several sources, and one kernel reads them all: they share a grid.
         for source in sources:
-            # A tensor of two readers has one quantizer, and a list of both wishes.
-            group = group_of.setdefault(source, _Group({source: []}))
-            group.bits[source] += [] if bits is None else [bits]
+            group_of.setdefault(source, _Group({source}))
+        # A concat has several sources, and one kernel reads them all: they share a grid.
         for source in sources[1:]:
             _merge(group_of, sources[0], source)
+        return group_of[sources[0]]
 
     for node in traced.graph.nodes:
         if node not in from_images:
             continue
         if n.calls_layer(node, traced) and node.target in layer_bits:
-            require(node.all_input_nodes[0], layer_bits[str(node.target)].input)
+            read = require(node.all_input_nodes[0])
+            read.layers[node] = layer_bits[str(node.target)].input
             # Without a quantizer behind it, a conv would be computed in float.
             if not _is_final_linear(node, traced):
                 require(_with_activation(node, traced, uses))
@@ -191,7 +195,32 @@ def _tensors_to_quantize(
                 if n.is_tensor(operand) and operand.op != "get_attr":
                     require(operand)
             require(_with_activation(node, traced, uses))
-    return list(dict.fromkeys(group_of.values()))
+    groups = list(dict.fromkeys(group_of.values()))
+    for group in groups:
+        readers = _readers(group.nodes, traced, mixed)
+        # What is computed in training only is never deployed.
+        group.has_others = not readers & from_images <= group.layers.keys()
+    return groups
+
+
+def _readers(
+    nodes: Collection[fx.Node], traced: fx.GraphModule, apart: Collection[fx.Node]
+) -> set[fx.Node]:
+    """Whatever reads the values of ``nodes``, also behind operations that only move them.
+
+    Concats in ``apart`` have a grid of their own, and so read them.
+    """
+    readers, moved, left = set[fx.Node](), set(nodes), list(nodes)
+    while left:
+        for user in left.pop().users:
+            joins = n.is_cat(user, traced) and user not in apart
+            if joins or n.is_passthrough(user, traced):
+                # Paths that part and meet again are walked once.
+                left += {user} - moved
+                moved.add(user)
+            elif n.is_tensor(user):  # others only ask for a size
+                readers.add(user)
+    return readers
 
 
 def _merge(group_of: dict[fx.Node, _Group], node: fx.Node, other: fx.Node) -> None:
@@ -199,8 +228,9 @@ def _merge(group_of: dict[fx.Node, _Group], node: fx.Node, other: fx.Node) -> No
     group, absorbed = group_of[node], group_of[other]
     if group is absorbed:
         return
-    group.bits |= absorbed.bits
-    for member in absorbed.bits:
+    group.nodes |= absorbed.nodes
+    group.layers |= absorbed.layers
+    for member in absorbed.nodes:
         group_of[member] = group
 
 
@@ -263,29 +293,43 @@ def _is_final_linear(node: fx.Node, traced: fx.GraphModule) -> bool:
 
 
 def _describe(traced: fx.GraphModule, groups: Sequence[_Group], default: Scheme) -> dict[str, Any]:
-    """The quantizers as plain data: ``{name: {"scheme", "activation", "nodes"}}``.
+    """The quantizers as plain data: ``{name: {"scheme", "activation", "nodes", "readers"?}}``.
 
     They stand in the order of the graph, and each is called after its first node.
     """
     position = {node: index for index, node in enumerate(traced.graph.nodes)}
-    members_of = {group: sorted(group.bits, key=position.__getitem__) for group in groups}
+    members_of = {group: sorted(group.nodes, key=position.__getitem__) for group in groups}
     described: dict[str, Any] = {}
-    for group in sorted(groups, key=lambda group: position[members_of[group][0]]):
-        members = members_of[group]
-        activations = {_absorbable(node, traced) for node in members}
-        # Of several layers that read a tensor, the one that asks for the most bits decides. What no
-        # layer reads, such as one side of a residual add, saves no multiplication by fewer bits:
-        # they would only add noise to the stream, block after block.
-        bits = max((bits for asked in group.bits.values() for bits in asked), default=MAX_BITS)
-        name = members[0].name
+
+    def describe(
+        name: str, bits: int, activation: str | None, nodes: Collection[fx.Node]
+    ) -> dict[str, Any]:
         # Such as "to": an attribute of every module.
         name = f"{name}_" if hasattr(nn.Module, name) or name == "training" else name
         described[name] = {
             "scheme": replace(default, bits=bits).as_dict(),
-            # One grid for several tensors stands in for their ReLU only if each of them has it.
-            "activation": activations.pop() if len(activations) == 1 else None,
-            "nodes": [node.name for node in members],
+            "activation": activation,
+            "nodes": [node.name for node in nodes],
         }
+        return described[name]
+
+    for group in sorted(groups, key=lambda group: position[members_of[group][0]]):
+        members = members_of[group]
+        activations = {_absorbable(node, traced) for node in members}
+        # One grid for several tensors stands in for their ReLU only if each of them has it.
+        activation = activations.pop() if len(activations) == 1 else None
+        # Of several layers that read a tensor, the one that asks for the most bits decides. What
+        # no layer multiplies, such as one side of a residual add, saves nothing by fewer bits:
+        # they would only add noise to the stream, block after block.
+        bits = max(group.layers.values(), default=MAX_BITS)
+        is_narrowed = group.has_others and bits < MAX_BITS
+        describe(members[0].name, MAX_BITS if is_narrowed else bits, activation, members)
+        if is_narrowed:
+            # So the layers have a grid of their own, behind the one that all read.
+            read = {reader.all_input_nodes[0] for reader in group.layers}
+            name = f"{members[0].name}{NARROW}"
+            narrow = describe(name, bits, None, sorted(read, key=position.__getitem__))
+            narrow["readers"] = [reader.name for reader in group.layers]
     return described
 
 

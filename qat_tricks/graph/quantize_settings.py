@@ -48,7 +48,7 @@ class QuantizeSettings:
     """
 
     # Bits of the weights, and of the activations that convs and linears read, 2 to 8. Others, such
-    # as one side of a residual add, have 8.
+    # as a residual stream where it is added to, have 8.
     weight_bits: int = 8
     activation_bits: int = 8
     # Bits of the weights and inputs of the last layer, and of the first that each input of the

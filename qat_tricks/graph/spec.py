@@ -20,7 +20,10 @@
                          "batchnorm": {"eps": float, "momentum": float | None},
                          "factors": bool}}
     activations  {name: {"scheme": scheme, "activation": "relu" | "relu6" | None,
-                         "nodes": [node, ...], "learned": bool, "low": bool}}
+                         "nodes": [node, ...], "learned": bool, "low": bool,
+                         "readers": [node, ...]}}
+                                               with "readers", only these layers read it, and it
+                                               stands behind the quantizer that the others read
     proofs       [proof, ...]                  what each trick did to the output (``graph.proof``)
     mixed_precision {"budget", "share", "reached", "parts": [{"name", "kind", "bits", "kl"}, ...]}
                                                bits that were chosen, and the error of each part
@@ -41,6 +44,7 @@ from qat_tricks.errors import QatTricksError
 
 # Where surgery adds its submodules, and so the prefixes of their keys in the state dict.
 QUANTIZERS, KERNELS = "activation_quantizers", "kernels"
+NARROW = "_for_layers"  # ends the name of a quantizer that has "readers"
 
 
 def spec_of(traced: fx.GraphModule) -> dict[str, Any]:

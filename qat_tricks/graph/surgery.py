@@ -92,7 +92,9 @@ def _missing_names(traced: fx.GraphModule, spec: Mapping[str, Any]) -> list[str]
     gated = spec.get("gated", [])
     nodes = {node.name for node in traced.graph.nodes} | set(map(gate_of, gated))
     modules = {name for name, _ in traced.named_modules()}
-    quantized = [name for entry in spec.get("activations", {}).values() for name in entry["nodes"]]
+    activations = spec.get("activations", {}).values()
+    quantized = [name for entry in activations for name in entry["nodes"]]
+    quantized += [name for entry in activations for name in entry.get("readers", [])]
     pairs = [*spec.get("folded", []), *spec.get("attached", [])]
     submodules = [name for pair in pairs for name in pair]
     submodules += [*spec.get("convs", []), *spec.get("layers", {})]
@@ -307,9 +309,7 @@ def insert_quantizers(traced: fx.GraphModule) -> None:
     # Without parameters there is no device to follow, and the CPU will do.
     device = next((p.device for p in traced.parameters()), torch.device("cpu"))
     for name, entry in spec.get("activations", {}).items():
-        _insert_activation_quantizer(
-            traced, name, entry, [by_name[node] for node in entry["nodes"]], device
-        )
+        _insert_activation_quantizer(traced, name, entry, by_name, device)
     for name, entry in spec.get("layers", {}).items():
         if "weight" in entry:
             layer = traced.get_submodule(name)
@@ -327,17 +327,26 @@ def _insert_activation_quantizer(
     traced: fx.GraphModule,
     name: str,
     entry: Mapping[str, Any],
-    quantized: Sequence[fx.Node],
+    by_name: Mapping[str, fx.Node],
     device: torch.device,
 ) -> None:
-    """Adds one quantizer and calls it behind, or in the place of, each node in ``quantized``."""
+    """Adds one quantizer and calls it behind, or in the place of, each of its nodes.
+
+    One with readers is called in front of these only, and so behind the quantizer that is there
+    already.
+    """
     quantizer = ActivationQuantizer(Scheme(**entry["scheme"]), activation=entry["activation"])
     quantizer.to(device).scale.requires_grad_(entry.get("learned", False))
     if entry.get("low"):
         quantizer.own_low().requires_grad_(entry.get("learned", False))
     target = f"{QUANTIZERS}.{name}"
     traced.add_submodule(target, quantizer)
-    for node in quantized:
+    if "readers" in entry:
+        readers = [by_name[reader] for reader in entry["readers"]]
+        for node in dict.fromkeys(reader.all_input_nodes[0] for reader in readers):
+            _call_behind(traced, node, target, [r for r in readers if node in r.all_input_nodes])
+        return
+    for node in map(by_name.__getitem__, entry["nodes"]):
         if entry["activation"] is not None:
             # The node is the activation function that the quantizer stands in for.
             replace_with_module(traced, node, target, quantizer, node.all_input_nodes[:1])
@@ -415,9 +424,15 @@ def _kernel_for(node: fx.Node, traced: fx.GraphModule) -> Kernel | None:
     return None
 
 
-def _call_behind(traced: fx.GraphModule, node: fx.Node, module: str) -> None:
-    """Lets all readers of ``node`` read the output of ``module`` for it; the caller recompiles."""
+def _call_behind(
+    traced: fx.GraphModule, node: fx.Node, module: str, readers: Sequence[fx.Node] | None = None
+) -> None:
+    """Lets readers of ``node``, by default all, read the output of ``module`` for it.
+
+    The caller recompiles.
+    """
     with traced.graph.inserting_after(node):
         call = traced.graph.call_module(module, (node,))
-    # The call goes on reading the node itself.
-    node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
+    for reader in list(node.users) if readers is None else readers:
+        if reader is not call:  # it goes on reading the node itself
+            reader.replace_input_with(node, call)

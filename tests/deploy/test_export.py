@@ -16,9 +16,11 @@ from qat_tricks.deploy.cost.coverage import integer_coverage
 from qat_tricks.deploy.cost.weights import WEIGHT_BITS_KEY, weight_size, weight_sparsity
 from qat_tricks.deploy.export import export_onnx
 from qat_tricks.deploy.parity.network import measure_parity
+from qat_tricks.deploy.parity.tensors import measure_tensor_parity
 from qat_tricks.deploy.runtimes.session import open_session, run_batch
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import activation_quantizers, as_layer, layers, trace
+from qat_tricks.graph.spec import NARROW
 from qat_tricks.models.build import build_model
 from qat_tricks.recipes.ptq import quantize
 from tests.helpers import networks
@@ -173,6 +175,18 @@ def test_below_8_bits_values_stay_exact_in_8_bit_containers(bits, tmp_path):
         node.input[:] = [clips.get(name, name) for name in node.input]
     onnx.save(model, path)
     assert measure_parity(path, network.eval(), [images(3)]).sqnr_db < 20
+
+
+def test_layers_with_a_grid_of_their_own_behind_a_shortcut_run_as_simulated(tmp_path):
+    network = quantized(networks.ShortcutOfZeros, weight_bits=4, activation_bits=4)
+    names = [name for name in activation_quantizers(network) if name.endswith(NARROW)]
+    assert names
+    path = tmp_path / "model.onnx"
+    export_onnx(network, path, images(3))
+    assert integer_coverage(path, SHAPE).coverage == 1.0
+    rows = measure_tensor_parity(path, network.eval(), images(3))
+    assert len(rows) == len(activation_quantizers(network))  # the narrow ones are among them
+    assert max(row.differing for row in rows) < 0.01
 
 
 def test_the_network_is_left_as_it_was(tmp_path):

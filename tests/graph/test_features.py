@@ -49,6 +49,16 @@ def in_place(seed=0):
     return net
 
 
+def test_a_tensor_that_is_rounded_twice_is_one_feature():
+    net = small_net()
+    student = qat_tricks.quantize(net, [images(64)], "w4a4_ptq")
+    names = [name.rpartition(".")[2] for name in activation_quantizers(student)]
+    assert "stem_2_for_layers" in names
+    tensors = quantized_tensors(student, TracedTeacher(net, student))
+    of_tensor = [name.rpartition(".")[2] for name, group in tensors.items() if "stem_2" in group]
+    assert of_tensor == ["stem_2"]
+
+
 @pytest.mark.parametrize("make", [small_net, in_place])
 def test_the_teacher_yields_what_the_student_rounds(make):
     """At 8 bits, and without a change of scales, both nearly agree, tensor by tensor."""

@@ -1,12 +1,14 @@
 import copy
 
+import pytest
 import torch
 
-from qat_tricks.graph import trace
+from qat_tricks.graph import activation_quantizers, trace
 from qat_tricks.graph.float_names import float_names
 from qat_tricks.graph.modes import float_mode
+from qat_tricks.graph.spec import NARROW
 from qat_tricks.tricks import calibrate, fold_batchnorm, quantize
-from tests.helpers.networks import Residual, images, seeded
+from tests.helpers.networks import Residual, ShortcutOfZeros, images, seeded
 
 
 def _values(traced, x):
@@ -15,13 +17,17 @@ def _values(traced, x):
     return {node.name: value for node, value in interpreter.env.items()}
 
 
-def test_the_float_node_yields_what_the_quantizer_passes_on_in_float():
-    traced = trace(seeded(Residual))
+# With 4 bits, layers that read a shortcut have grids of their own, which are left out.
+@pytest.mark.parametrize(("kind", "bits"), [(Residual, 8), (ShortcutOfZeros, 4)])
+def test_the_float_node_yields_what_the_quantizer_passes_on_in_float(kind, bits):
+    traced = trace(seeded(kind))
     fold_batchnorm(traced)
     reference = copy.deepcopy(traced)
-    calibrate(quantize(traced), [images()])  # grids of residuals are shared
+    calibrate(quantize(traced, activation_bits=bits), [images()])  # grids of residuals are shared
     names = float_names(traced)
     assert len(names) > 5
+    assert not any(name.endswith(NARROW) for name in names)
+    assert bits == 8 or any(name.endswith(NARROW) for name in activation_quantizers(traced))
     with float_mode(traced), torch.no_grad():
         quantized, expected = _values(traced, images()), _values(reference, images())
     for name, of_float in names.items():

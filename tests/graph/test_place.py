@@ -121,16 +121,81 @@ def test_of_two_heads_both_are_last_layers():
     assert bits == {"stem": 8, "body": 4, "classes": 8, "embedding": 8}
 
 
-def test_only_what_layers_read_has_few_bits():
-    traced = _placed(weight_bits=4, activation_bits=4)
-    bits = {
+def _bits(traced):
+    return {
         name.rpartition(".")[2]: quantizer.scheme.bits
         for name, quantizer in activation_quantizers(traced).items()
     }
-    # The other side of this residual add, and its sum, are read by convs.
-    assert bits["block_bn2"] == 8
-    assert bits["stem_2"] == bits["block_relu"] == bits["block_relu_1"] == 4
+
+
+def test_only_what_layers_read_has_few_bits():
+    bits = _bits(_placed(weight_bits=4, activation_bits=4))
+    # The residual add takes this tensor as it is, and a conv takes it with fewer bits.
+    assert bits["stem_2"] == 8
+    assert bits["stem_2_for_layers"] == 4
+    # A conv reads this one alone, and nothing but convs that one.
+    assert bits["block_relu"] == bits["block_relu_1"] == 4
+    assert bits["block_bn2"] == 8  # which the add reads
     assert bits["relu"] == 8  # which an average reads
+
+
+class Stream(nn.Module):
+    """A residual stream that three layers read, one of them behind a pool."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.c, self.head = nn.Conv2d(4, 4, 2), nn.Linear(4, 10)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.c(nn.functional.max_pool2d(x, 3, 1, 1))
+        z = x + self.a(x) + self.b(x)
+        return self.head(y.mean((2, 3)) + z.mean((2, 3)))
+
+
+def test_layers_that_read_a_stream_share_a_grid_of_few_bits():
+    traced = _placed(Stream(), weight_bits=4, activation_bits=4)
+    bits = _bits(traced)
+    assert bits["stem"] == 8
+    assert bits["stem_for_layers"] == 4
+    narrow = traced.activation_quantizers.stem_for_layers
+    for name in "abc":
+        assert layers(traced)[name].input_quantizer == (narrow,)
+    entry = spec_of(traced)["activations"]["stem_for_layers"]
+    assert entry["nodes"] == ["stem", "max_pool2d"]
+    assert entry["readers"] == ["c", "a", "b"]
+    # Each tensor is rounded once for all layers that read it.
+    calls = [node for node in traced.graph.nodes if str(node.target).endswith("stem_for_layers")]
+    assert len(calls) == 2
+    # The add has the values of 8 bits.
+    (add,) = (node for node in traced.graph.nodes if node.name == "add")
+    assert str(add.all_input_nodes[0].target) == "activation_quantizers.stem"
+    with float_mode(traced):
+        torch.testing.assert_close(traced(images(2)), Stream.forward(traced, images(2)))
+
+
+def test_whatever_computes_in_float_reads_eight_bits():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.body = nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, 1)
+            self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 10)
+
+        def forward(self, x):
+            x = self.stem(x)
+            y = self.body(x).mean((2, 3))
+            return self.head(y), self.norm(x.mean((2, 3))), x
+
+    bits = _bits(_placed(Heads(), weight_bits=4, activation_bits=4))
+    assert bits["stem"] == 8
+    assert bits["stem_for_layers"] == 4
+
+
+def test_with_eight_bits_there_is_one_grid_for_all():
+    for settings in ({}, {"weight_bits": 4}, {"activation_bits": 4, "exclude": ["block.*"]}):
+        found = _bits(_placed(**settings))
+        assert not any(name.endswith("_for_layers") for name in found), settings
 
 
 def test_include_exclude_and_overrides():
