@@ -299,6 +299,7 @@ def _describe(traced: fx.GraphModule, groups: Sequence[_Group], default: Scheme)
     """
     position = {node: index for index, node in enumerate(traced.graph.nodes)}
     members_of = {group: sorted(group.nodes, key=position.__getitem__) for group in groups}
+    names = {node.name for node in position}
     described: dict[str, Any] = {}
 
     def describe(
@@ -328,6 +329,8 @@ def _describe(traced: fx.GraphModule, groups: Sequence[_Group], default: Scheme)
             # So the layers have a grid of their own, behind the one that all read.
             read = {reader.all_input_nodes[0] for reader in group.layers}
             name = f"{members[0].name}{NARROW}"
+            while name in names:  # a node of the network may be called so
+                name += "_"
             narrow = describe(name, bits, None, sorted(read, key=position.__getitem__))
             narrow["readers"] = [reader.name for reader in group.layers]
     return described

@@ -175,6 +175,23 @@ def test_layers_that_read_a_stream_share_a_grid_of_few_bits():
         torch.testing.assert_close(traced(images(2)), Stream.forward(traced, images(2)))
 
 
+def test_a_node_may_have_the_name_of_a_grid_for_layers():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.stem_for_layers = nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, 1)
+            self.head = nn.Linear(4, 10)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.head((x + self.stem_for_layers(x)).mean((2, 3)))
+
+    traced = _placed(Named(), weight_bits=4, activation_bits=4)
+    assert _bits(traced).items() >= {"stem": 8, "stem_for_layers": 8, "stem_for_layers_": 4}.items()
+    with float_mode(traced):
+        torch.testing.assert_close(traced(images(2)), Named.forward(traced, images(2)))
+
+
 def test_whatever_computes_in_float_reads_eight_bits():
     class Heads(nn.Module):
         def __init__(self):
