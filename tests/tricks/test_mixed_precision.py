@@ -129,13 +129,13 @@ def test_the_recipe_repeats_to_the_bit():
     assert all(torch.equal(a, second.state_dict()[k]) for k, a in first.state_dict().items())
 
 
-@pytest.mark.filterwarnings("ignore:correct_:UserWarning")  # either may be rolled back
+@pytest.mark.filterwarnings("ignore:correct_bias:UserWarning")  # it may be rolled back
 def test_the_trick_that_follows_is_judged_at_the_new_bits():
     network = qat_tricks.quantize(small_net(), [images(64)], "mixed_ptq")
     proofs = {proof["trick"]: proof for proof in spec_of(network)["proofs"]}
     assert "mixed_precision" not in proofs  # it harms by design
     # With fewer bits the error before is larger than that which the trick at 8 bits has left.
-    assert proofs["correct_weights"]["kl_before"] > 1.5 * proofs["tune_ranges"]["kl_after"]
+    assert proofs["gptq"]["kl_before"] > 1.5 * proofs["tune_ranges"]["kl_after"]
 
 
 @pytest.mark.parametrize(
