@@ -12,9 +12,10 @@ from qat_tricks.graph.inputs import Inputs, call_network
 from qat_tricks.graph.layers import activation_quantizers, layers
 from qat_tricks.graph.macs import Call, macs_of_calls
 from qat_tricks.graph.modes import evaluating, float_mode
-from qat_tricks.graph.other_bits import activation_on_grid, weight_on_grid
+from qat_tricks.graph.other_bits import activation_on_grid
 from qat_tricks.graph.sensitivity import ACTIVATIONS, WEIGHTS, errors_alone
 from qat_tricks.graph.spec import spec_of
+from qat_tricks.graph.weight_options import weight_on_grid, weight_options
 from qat_tricks.numerics import make_estimator
 from qat_tricks.numerics.choices import Pair
 from qat_tricks.numerics.range_estimators import RangeEstimator
@@ -99,13 +100,28 @@ def activation_places(traced: fx.GraphModule, bits: Sequence[int] | None) -> lis
 
 @torch.no_grad()
 def option_errors(
-    traced: fx.GraphModule, batches: Sequence[Inputs], places: Sequence[Place]
+    traced: fx.GraphModule,
+    batches: Sequence[Inputs],
+    places: Sequence[Place],
+    to_round: Sequence[Inputs],
 ) -> list[list[float]]:
-    """The divergence that each option of each place causes alone; 0 where none is free."""
+    """The divergence that each option of each place causes alone; 0 where none is free.
+
+    Args:
+        traced: the quantized, calibrated network.
+        batches: of its inputs, on which the errors are measured.
+        places: with their options.
+        to_round: the inputs on which weights are rounded. On these they err less than on others.
+    """
     observers = observers_of(traced, batches, places)
+    weights = weight_options(
+        traced,
+        to_round,
+        {place.name: place.options for place in places if place.kind == WEIGHTS and place.is_free},
+    )
     tried = [(place, bits) for place in places for bits in place.options if place.is_free]
     changes = [
-        weight_on_grid(traced, place.name, bits)
+        weight_on_grid(traced, place.name, weights[place.name, bits])
         if place.kind == WEIGHTS
         else activation_on_grid(traced, place.name, bits, observers[place.name])
         for place, bits in tried

@@ -202,6 +202,14 @@ class Layer(nn.Module):
         # In float64, so that the product is rounded once.
         return (weight.double() * self.of_channels(self.normalization())).to(weight.dtype)
 
+    def weight_to_deploy(self, deployed: Tensor) -> Tensor:
+        """The parameter with which the layer is deployed with the weight ``deployed``."""
+        if self.batchnorm is None:
+            return deployed
+        factor = self.of_channels(self.normalization()).to(deployed.dtype)
+        # A channel that the BatchNorm multiplies by 0 stays as it is.
+        return torch.where(factor != 0, deployed / factor, self.weight)
+
     def deployed_bias(self) -> Tensor | None:
         """The bias of the layer as it is deployed, with the BatchNorm folded in."""
         norm: Any = self.batchnorm

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from qat_tricks.graph.layers import Layer, activation_quantizers, layers
+from qat_tricks.graph.layers import Layer, activation_quantizers
 from qat_tricks.graph.sensitivity import Change
 from qat_tricks.numerics import ActivationQuantizer, WeightQuantizer
 from qat_tricks.numerics.range_estimators import RangeEstimator
@@ -27,24 +27,6 @@ def fit_low_bit_scale(quantizer: WeightQuantizer, layer: Layer) -> bool:
     # Of the masked weight: zeros of pruned weights need no range.
     quantizer.fit_mse(layer.masked_weight())
     return True
-
-
-def weight_on_grid(traced: fx.GraphModule, name: str, bits: int) -> Change:
-    """The weight of the layer ``name`` on its grid, with so many bits."""
-    layer = layers(traced)[name]
-    candidate = quantizer_with(layer, bits)
-
-    @contextmanager
-    def applied() -> Iterator[None]:
-        own, was_enabled = layer.weight_quantizer, candidate.enabled
-        layer.weight_quantizer, candidate.enabled = candidate, True
-        try:
-            yield
-        finally:
-            candidate.enabled = was_enabled
-            layer.weight_quantizer = own
-
-    return Change(module=name, applied=applied)
 
 
 def quantizer_with(layer: Layer, bits: int) -> WeightQuantizer:

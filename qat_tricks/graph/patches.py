@@ -6,6 +6,7 @@ are needed, so some are drawn from each image.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qat_tricks.graph.layers import Layer
+
+# Rows that a layer's weights are fitted to: so many, and so many for each input.
+ROWS, ROWS_AN_INPUT = 8192, 4
+# Inputs of a channel, at most: the moments of more, as of VGG's first linear, would take gigabytes.
+MOST_INPUTS = 8192
 
 
 def groups_of(layer: Layer) -> int:
@@ -52,6 +58,38 @@ def rows_of(
     index = [index[0], slice(None), *index[1:]]  # type: ignore[list-item]
     patches, outputs = windows_of(layer, input)[tuple(index)], output[tuple(index)]
     return _by_group(patches, groups_of(layer)), _by_group(outputs, groups_of(layer))
+
+
+def rows_to_fit(
+    layer: Layer,
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """As many rows as weights are fitted to, as many of each image; float32.
+
+    Args:
+        layer: a conv or linear.
+        inputs: of each batch, as of ``rows_of``.
+        outputs: likewise.
+        generator: on the CPU, draws the rows.
+
+    Returns:
+        As ``rows_of``, one batch behind the other.
+    """
+    wanted = max(ROWS, ROWS_AN_INPUT * layer.weight[0].numel())
+    count = math.ceil(wanted / sum(map(len, outputs)))
+    pairs = [
+        rows_of(layer, input, output, count, generator)
+        for input, output in zip(inputs, outputs, strict=True)
+    ]
+    found, beside = (torch.cat(parts, 1).float() for parts in zip(*pairs, strict=True))
+    return found, beside
+
+
+def weight_by_group(weight: Tensor, groups: int) -> Tensor:
+    """A weight ``[channels, K..]`` as ``[groups, K, channels of a group]``."""
+    return weight.reshape(groups, -1, weight[0].numel()).transpose(1, 2)
 
 
 def windows_of(layer: Any, input: Tensor) -> Tensor:

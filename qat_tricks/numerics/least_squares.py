@@ -14,6 +14,7 @@ The fit is a ridge regression towards the float weights. How strong the ridge is
 the fit has not seen.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -156,6 +157,40 @@ class GridRounder:
         ordered = self.moments.gather(1, rows).gather(2, rows.transpose(1, 2))
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
         self.factor = torch.linalg.cholesky(inverse, upper=True)
+
+    def with_limit(self, limit: int) -> "GridRounder":
+        """One for another grid; what the moments cost is not paid again."""
+        other = copy.copy(self)
+        other.limit = limit
+        return other
+
+    def fit(
+        self, weight: Tensor, pruned: Tensor | None = None, *, fits_scale: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Rounds weights with the scale of each output channel, as well as all steps here can.
+
+        Args:
+            weight: ``W^T``, ``[groups, K, channels]``.
+            pruned: of the same shape, True where a weight has to be 0; the others take up its part.
+            fits_scale: whether to find the scales with which the rounded weights err least. Else
+                they follow each channel's largest weight, which stays the largest.
+
+        Returns:
+            The integers in the weight's shape, and the scales, ``[groups, channels]``.
+        """
+        held = None if pruned is None else torch.where(pruned, 0.0, torch.nan)
+        if fits_scale:
+            scale = self.fit_scale(weight, held)
+        else:
+            free = weight if pruned is None else torch.where(pruned, 0.0, weight)
+            largest = free.abs().argmax(1, keepdim=True)
+            value = free.gather(1, largest)
+            scale = (value[:, 0].abs() / self.limit).clamp_min(torch.finfo(value.dtype).tiny)
+            # The scale would change with the largest weight, and with it the grid of all others.
+            held = torch.full_like(weight, torch.nan) if held is None else held
+            held = held.scatter(1, largest, value.sign() * self.limit)
+        integers, _ = self.round(weight, scale, held)
+        return self.refine(weight, integers, scale, held), scale
 
     def round(
         self, weight: Tensor, scale: Tensor, held: Tensor | None = None

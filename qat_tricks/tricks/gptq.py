@@ -29,7 +29,7 @@ from qat_tricks.graph.activation_limits import activation_limits
 from qat_tricks.graph.inputs import Inputs, check_batches
 from qat_tricks.graph.layers import Layer, as_layer, layers
 from qat_tricks.graph.modes import evaluating, unrounded_sums
-from qat_tricks.graph.patches import rows_of
+from qat_tricks.graph.patches import MOST_INPUTS, rows_to_fit, weight_by_group
 from qat_tricks.graph.streams import Stream
 from qat_tricks.graph.submodules import layer_at, module_of
 from qat_tricks.graph.workbench import Workbench
@@ -39,10 +39,6 @@ from qat_tricks.progress import track
 from qat_tricks.trainer.trick import Trick, check_num_images
 from qat_tricks.tricks.calibrate import Calibrate
 
-# Rows that a layer's weights are fitted to: so many, and so many for each input.
-ROWS, ROWS_AN_INPUT = 8192, 4
-# Inputs of a channel, at most: the moments of more, as of VGG's first linear, would take gigabytes.
-MOST_INPUTS = 8192
 # Every so many images are kept apart, to judge the fit.
 UNSEEN = 4
 # Products that a layer may take where each channel has its own moments: about a minute of a core.
@@ -125,16 +121,10 @@ class _Rows:
     ) -> None:
         # A bias takes up every constant.
         self.is_centered = layer.output_bias is not None
-        wanted = max(ROWS, ROWS_AN_INPUT * layer.weight[0].numel())
-        images = sum(map(len, targets))
-        pairs = [
-            rows_of(layer, input, target, math.ceil(wanted / images), generator)
-            for input, target in zip(inputs, targets, strict=True)
-        ]
-        self.inputs = torch.cat([pair[0] for pair in pairs], 1).float()
-        self.targets = torch.cat([pair[1] for pair in pairs], 1).float()
+        self.inputs, self.targets = rows_to_fit(layer, inputs, targets, generator)
         # Each image has as many rows as another.
-        self.image = torch.arange(self.inputs.shape[1]) // (self.inputs.shape[1] // images)
+        rows, images = self.inputs.shape[1], sum(map(len, targets))
+        self.image = torch.arange(rows) // (rows // images)
 
     def passing(self, layer: Layer, low: float, high: float) -> "_Passing | None":
         """How likely the layer's sums pass its activation function, or None: all count alike.
@@ -148,7 +138,9 @@ class _Rows:
         products = layer.weight.numel() * size * (self.inputs.shape[1] + ROWS_TO_SOLVE * size)
         if math.isinf(low) or products > MOST_PRODUCTS:
             return None
-        errors = self.targets - self.inputs @ _by_group(layer.effective_weight(), self.inputs)
+        errors = self.targets - self.inputs @ weight_by_group(
+            layer.effective_weight(), len(self.inputs)
+        )
         if self.is_centered:
             errors -= errors.mean(1, keepdim=True)
         return _Passing(low=low, high=high, error=errors.square().mean(1).sqrt().flatten())
@@ -169,7 +161,7 @@ class _Rows:
             inputs, targets = inputs[groups], targets[groups]
         else:
             targets = targets[:, :, part]
-        errors = targets - inputs @ _by_group(weight[part], inputs)
+        errors = targets - inputs @ weight_by_group(weight[part], len(inputs))
         is_unseen = (self.image % UNSEEN == UNSEEN - 1).to(inputs.device)
         chosen = (~is_unseen, is_unseen)
         if passing is None:
@@ -216,11 +208,6 @@ class _Passing:
         return LEAST_SHARE + (1 - LEAST_SHARE) * passes
 
 
-def _by_group(weight: Tensor, rows: Tensor) -> Tensor:
-    """A weight ``[channels, K..]`` as ``[groups, K, channels]``, for ``rows`` of ``K`` inputs."""
-    return weight.reshape(len(rows), -1, rows.shape[-1]).transpose(1, 2)
-
-
 def _fitted(
     layer: Layer, weight: Tensor, rows: _Rows, passing: _Passing | None
 ) -> tuple[Tensor, Tensor]:
@@ -260,25 +247,11 @@ def _rounded(
 ) -> tuple[Tensor, Tensor]:
     """Some channels' weights on their grid, and the scale of each, ``[channels]``."""
     assert quantizer is not None
-    moments, limit = seen.inputs + unseen.inputs, quantizer.scheme.qmax
-    fitted = _by_group(weight, moments) + fitted_change(seen, unseen)
-    # Pruned weights are 0, and weights that come later take up their part.
-    held = None
-    if mask is not None:
-        held = torch.where(_by_group(mask, moments) != 0, torch.nan, 0.0)
-    rounder = GridRounder(moments, limit)
-    if quantizer.scale is not None:
-        scale = rounder.fit_scale(fitted, held)
-    else:
-        free = fitted if held is None else torch.where(held.isnan(), fitted, 0.0)
-        largest = free.abs().argmax(1, keepdim=True)
-        value = free.gather(1, largest)
-        scale = (value[:, 0].abs() / limit).clamp_min(torch.finfo(value.dtype).tiny)
-        # The scale would change with the largest weight, and with it the grid of all others.
-        held = torch.full_like(fitted, torch.nan) if held is None else held
-        held = held.scatter(1, largest, value.sign() * limit)
-    integers, _ = rounder.round(fitted, scale, held)
-    integers = rounder.refine(fitted, integers, scale, held)
+    moments = seen.inputs + unseen.inputs
+    fitted = weight_by_group(weight, len(moments)) + fitted_change(seen, unseen)
+    pruned = None if mask is None else weight_by_group(mask, len(moments)) == 0
+    rounder = GridRounder(moments, quantizer.scheme.qmax)
+    integers, scale = rounder.fit(fitted, pruned, fits_scale=quantizer.scale is not None)
     on_grid = (integers * scale[:, None]).transpose(1, 2).reshape(weight.shape)
     return on_grid, scale.flatten()
 
@@ -288,9 +261,8 @@ def _set_weight(layer: Layer, weight: Tensor, scale: Tensor) -> None:
     quantizer = layer.weight_quantizer
     assert quantizer is not None
     if layer.batchnorm is not None:
-        # A channel that the BatchNorm multiplies by 0 stays as it is.
         factor = layer.of_channels(layer.normalization()).to(weight.dtype)
-        weight = torch.where(factor != 0, weight / factor, layer.weight)
+        weight = layer.weight_to_deploy(weight)
         scale = torch.where(factor != 0, scale / factor.abs(), quantizer.current_scale(weight))
     layer.weight.copy_(weight)
     if quantizer.scale is not None:

@@ -7,8 +7,9 @@ BOPs are MACs times the bits of the weight times those of the activation.
 
 Where this differs: ``E_l`` is not the trace of a Hessian times the squared error of the weights. It
 is measured: the divergence of the class probabilities from the float network's, with nothing but
-this weight, or activation, on its grid. A layer's bits and those of its input are chosen together,
-each product of both being a variable of the program.
+this weight, or activation, on its grid. The weight is rounded as the tricks that follow would round
+it, on other images than those on which it is measured. A layer's bits and those of its input are
+chosen together, each product of both being a variable of the program.
 """
 
 import math
@@ -28,7 +29,14 @@ from qat_tricks.graph.bit_options import (
     option_errors,
     weight_places,
 )
-from qat_tricks.graph.inputs import Inputs, batch_size, call_network, check_batches
+from qat_tricks.graph.inputs import (
+    Inputs,
+    batch_size,
+    call_network,
+    check_batches,
+    first_of_all,
+    without_first,
+)
 from qat_tricks.graph.layers import activation_quantizers, is_calibrated, layers
 from qat_tricks.graph.logits import logits_of
 from qat_tricks.graph.modes import evaluating, float_mode
@@ -50,6 +58,8 @@ from qat_tricks.trainer.trick import Trick, check_num_images
 from qat_tricks.tricks.calibrate import Calibrate
 
 WEIGHT_BITS = (2, 3, 4, 6, 8)
+# One of so many images measures errors; the others round the weights.
+UNSEEN = 4
 
 
 def mixed_precision(
@@ -120,7 +130,11 @@ def choose_bits(
         *weight_places(traced, sorted(set(weight_bits)), include, exclude),
         *activation_places(traced, activation_bits),
     ]
-    errors = option_errors(traced, batches, places)
+    # Of very few images, all do both.
+    measured = first_of_all(batches, max(1, sum(map(batch_size, batches)) // UNSEEN))
+    images = sum(map(batch_size, measured))
+    to_round = without_first(batches, images) or measured
+    errors = option_errors(traced, measured, places, to_round)
     costs, pairs, whole = option_costs(traced, batches[0], places, budget)
     chosen = choose(errors, costs, share * whole, pairs)
     if chosen is None:
@@ -141,7 +155,7 @@ def choose_bits(
         "unit": UNITS[budget],
         "share": float(share),
         "reached": cost_of(chosen, costs, pairs) / whole,
-        "images": sum(map(batch_size, batches)),
+        "images": images,
         "kl": sum(part["kl"] for part in parts),
         "parts": parts,
     }
@@ -216,7 +230,7 @@ def set_bits(traced: fx.GraphModule, batches: Sequence[Inputs], chosen: dict[str
         entry = spec["activations"][name.removeprefix(f"{QUANTIZERS}.")]
         entry["scheme"] = quantizers[name].scheme.as_dict()
     settle_grids(traced)
-    chosen["together"] = _error_together(traced, batches)
+    chosen["together"] = _error_together(traced, first_of_all(batches, chosen["images"]))
     spec["mixed_precision"] = chosen
 
 
@@ -250,7 +264,7 @@ class MixedPrecision(Trick):
         activation_bits: Sequence[int] | None = None,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
-        num_images: int = 64,
+        num_images: int = 256,
     ) -> None:
         super().__init__()
         check_settings(budget, share, weight_bits, activation_bits)

@@ -2,7 +2,7 @@ import torch
 
 from qat_tricks.graph import activation_quantizers, layers, trace
 from qat_tricks.graph.modes import float_mode
-from qat_tricks.graph.other_bits import activation_on_grid, quantizer_with, weight_on_grid
+from qat_tricks.graph.other_bits import activation_on_grid, quantizer_with
 from qat_tricks.numerics import make_estimator
 from qat_tricks.tricks import calibrate, quantize
 from tests.helpers.nets import images, small_net
@@ -10,19 +10,6 @@ from tests.helpers.nets import images, small_net
 
 def quantized():
     return calibrate(quantize(trace(small_net())), [images(32)])
-
-
-def test_a_weight_has_other_bits_in_the_block_only():
-    traced, x = quantized(), images(4)
-    layer = layers(traced)["right"]
-    own = layer.weight_quantizer
-    with torch.no_grad(), float_mode(traced):
-        before = traced(x)
-        with weight_on_grid(traced, "right", 2).applied():
-            assert len(layer.effective_weight()[0].unique()) <= 3
-            assert not torch.equal(traced(x), before)
-        assert layer.weight_quantizer is own
-        assert torch.equal(traced(x), before)
 
 
 def test_an_activation_has_other_bits_in_the_block_only():

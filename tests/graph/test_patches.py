@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from qat_tricks.graph.layers import as_layer
-from qat_tricks.graph.patches import rows_of
+from qat_tricks.graph.patches import ROWS, rows_of, rows_to_fit, weight_by_group
 
 CASES = {
     "plain": (nn.Conv2d(4, 6, 3, padding=1), (5, 4, 7, 8)),
@@ -29,8 +29,7 @@ def test_rows_times_the_weight_are_the_output(module, shape, count):
     output = layer(input)
     inputs, outputs = rows_of(layer, input, output, count, torch.Generator().manual_seed(0))
     groups = getattr(layer, "groups", 1)
-    weight = layer.weight.reshape(groups, -1, inputs.shape[2]).transpose(1, 2)
-    expected = inputs @ weight + layer.bias.view(groups, 1, -1)
+    expected = inputs @ weight_by_group(layer.weight, groups) + layer.bias.view(groups, 1, -1)
     torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-5)
     positions = output.numel() // len(layer.bias) // len(output)
     assert outputs.shape[1] == len(output) * min(count, positions)
@@ -46,3 +45,15 @@ def test_rows_differ_from_image_to_image_and_come_again():
     assert all(len(set(row)) == 5 for row in drawn().tolist())
     assert not torch.equal(drawn()[0], drawn()[1])
     assert torch.equal(drawn(), drawn())
+
+
+@torch.no_grad()
+def test_as_many_rows_of_each_image_are_fitted_to():
+    layer = as_layer(nn.Conv2d(4, 6, 3, padding=1))
+    batches = [torch.randn(3, 4, 64, 64), torch.randn(2, 4, 64, 64)]
+    outputs = [layer(batch) for batch in batches]
+    inputs, found = rows_to_fit(layer, batches, outputs, torch.Generator().manual_seed(0))
+    count = -(-ROWS // 5)
+    assert inputs.shape == (1, 5 * count, 36)
+    expected = inputs @ weight_by_group(layer.weight, 1) + layer.bias
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -113,6 +113,30 @@ def test_inputs_of_nothing_are_rounded_to_the_nearest(values):
         assert torch.equal(integers, (weight / scale[:, None]).round())
 
 
+@pytest.mark.parametrize("fits_scale", [True, False])
+def test_all_steps_together(fits_scale):
+    inputs, weight = _inputs(), torch.randn(2, 12, 5)
+    pruned = torch.zeros(2, 12, 5, dtype=torch.bool)
+    pruned[:, ::4] = True
+    rounder = GridRounder(inputs.transpose(1, 2) @ inputs, 127).with_limit(3)
+    integers, scale = rounder.fit(weight, pruned, fits_scale=fits_scale)
+    assert integers[pruned].abs().max() == 0
+    assert integers.abs().max() == 3
+    if not fits_scale:  # that of the largest weight that is left, which stays the largest
+        largest = weight.masked_fill(pruned, 0).abs().amax(1)
+        torch.testing.assert_close(scale, largest / 3)
+        torch.testing.assert_close((integers * scale[:, None]).abs().amax(1), largest)
+    nearest = (weight.masked_fill(pruned, 0) / scale[:, None]).round().clamp(-3, 3)
+
+    def error(integers):
+        return (inputs @ (integers * scale[:, None] - weight)).square().mean()
+
+    assert error(integers) < 0.8 * error(nearest)
+    # The moments' own rounder is as it was.
+    assert rounder.with_limit(7).limit == 7
+    assert rounder.limit == 3
+
+
 def test_a_fit_finds_the_weights_of_the_targets():
     inputs, change = _inputs(), torch.randn(2, 12, 5)
     errors = inputs @ change

@@ -142,7 +142,7 @@ def test_bits_that_mixed_precision_has_chosen_are_told_where_a_recipe_is_without
     with pytest.warns(UserWarning, match="mixed_precision has chosen the bits of each layer"):
         trainer(qat_tricks.recipe("int8_ptq")).validate(lit, Data(), verbose=False)
     few = ["stages.ptq.tricks.mixed_precision.num_images=32"]
-    with pytest.warns(UserWarning, match="num_images=64 already, and num_images=32 is asked for"):
+    with pytest.warns(UserWarning, match="num_images=256 already, and num_images=32 is asked for"):
         trainer(qat_tricks.recipe("mixed_ptq", few)).validate(lit, Data(), verbose=False)
     small = ["stages.ptq.tricks.mixed_precision.share=0.4"]
     with pytest.raises(QatTricksError, match=r"share=0\.5 already, and share=0\.4 is asked"):

@@ -1,18 +1,27 @@
+import copy
 import itertools
 
 import onnx
 import pytest
 import torch
+from torch import nn
 
 import qat_tricks
 from qat_tricks.deploy.cost.weights import weight_size
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import activation_quantizers, layers, spec_of, trace
 from qat_tricks.graph.modes import float_mode
-from qat_tricks.graph.other_bits import weight_on_grid
 from qat_tricks.graph.output_error import output_error
 from qat_tricks.graph.surgery import rebuild
-from qat_tricks.tricks import calibrate, fold_batchnorm, learn_scales, mixed_precision, quantize
+from qat_tricks.graph.weight_options import weight_on_grid, weight_options
+from qat_tricks.tricks import (
+    calibrate,
+    fold_batchnorm,
+    gptq,
+    learn_scales,
+    mixed_precision,
+    quantize,
+)
 from qat_tricks.tricks.mixed_precision import MixedPrecision
 from tests.helpers.nets import images, small_net
 
@@ -42,13 +51,17 @@ def test_the_bits_are_those_of_the_least_error_that_fits():
     assert size_of(traced) == pytest.approx(chosen["reached"])
     assert chosen["reached"] <= 0.4
     assert spec_of(traced)["mixed_precision"] == chosen
-    # every other choice, by the errors of all layers at each of the bits
+    # Every other choice, by the errors of all layers at each of the bits, on a quarter of the
+    # images.
     other, alone = quantized(), {}
+    measured, to_round = BATCHES[0][:4], BATCHES[0][4:]
+    options = weight_options(other, [to_round], dict.fromkeys(bits_of(traced), (2, 4, 8)))
     with torch.no_grad(), float_mode(other):
-        expected = other(BATCHES[0])
-        for name, bits in itertools.product(bits_of(traced), (2, 4, 8)):
-            with weight_on_grid(other, name, bits).applied():
-                alone[name, bits] = output_error(expected, other(BATCHES[0])).kl
+        expected = other(measured)
+        for place, option in options.items():
+            with weight_on_grid(other, place[0], option).applied():
+                alone[place] = output_error(expected, other(measured)).kl
+    assert chosen["images"] == 4
     sizes = {name: layer.weight.numel() for name, layer in layers(traced).items()}
     fitting = (
         sum(alone[name, bits] for name, bits in zip(sizes, choice, strict=True))
@@ -69,6 +82,56 @@ def test_it_errs_less_than_one_number_of_bits_for_all():
         expected = small_net()(x)
         errors = [output_error(expected, traced(x)).kl for traced in (mixed, uniform)]
     assert errors[0] < 0.8 * errors[1]
+
+
+class Means(nn.Module):
+    """Two convs of one size. What the first reads is far from 0, so that errors have means."""
+
+    def __init__(self):
+        super().__init__()
+        self.far = nn.Conv2d(8, 32, 3)
+        self.near = nn.Conv2d(32, 8, 3)
+        self.head = nn.Linear(8, 6)
+
+    def forward(self, x):
+        x = torch.relu(self.far(x))
+        return self.head(torch.relu(self.near(x)).mean([2, 3]))
+
+
+def means_net():
+    torch.manual_seed(3)
+    net = Means().eval()
+    with torch.no_grad():
+        # Inputs lie about 6; the bias keeps the sums about 0.
+        net.far.bias.sub_(6 * net.far.weight.sum([1, 2, 3]))
+        # One large weight makes the second conv's grids coarse.
+        net.near.weight[:, 0, 0, 0] = 0.6
+        net.head.weight.mul_(8)
+    return net
+
+
+def test_errors_that_a_bias_takes_up_do_not_count():
+    net, x = means_net(), images(64, channels=8) + 6
+    traced = calibrate(quantize(trace(net)), [x])
+    chosen = mixed_precision(traced, [x], share=0.51, weight_bits=[3, 4, 5], exclude=["head"])
+    bits = {part["name"]: part["bits"] for part in chosen["parts"]}
+    # With the means of its errors, the first errs more than the second.
+    assert bits == {"far": 3, "near": 5}
+
+
+def test_weights_are_judged_on_images_that_they_were_not_rounded_on():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
+    traced = trace(net)
+    reference = copy.deepcopy(traced)
+    calibrate(quantize(traced), [images(64)])
+    # Fewer images than inputs: the weights of 2 bits fit them, and no others.
+    (part,) = mixed_precision(traced, [images(40)], share=1, weight_bits=[2])["parts"]
+    gptq(traced, reference, [images(30, seed=7)])
+    with torch.no_grad():
+        x = images(256, seed=8)
+        unseen = output_error(reference(x), traced(x)).kl
+    assert part["kl"] > 0.6 * unseen
 
 
 def test_bops_change_weights_and_activations_together():
