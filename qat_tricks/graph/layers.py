@@ -204,11 +204,16 @@ class Layer(nn.Module):
 
     def weight_to_deploy(self, deployed: Tensor) -> Tensor:
         """The parameter with which the layer is deployed with the weight ``deployed``."""
+        weight = deployed if self.weight_factor is None else deployed / self.weight_factor
         if self.batchnorm is None:
-            return deployed
-        factor = self.of_channels(self.normalization()).to(deployed.dtype)
+            return weight
+        factor = self.of_channels(self.normalization()).to(weight.dtype)
         # A channel that the BatchNorm multiplies by 0 stays as it is.
-        return torch.where(factor != 0, deployed / factor, self.weight)
+        return torch.where(factor != 0, weight / factor, self.weight)
+
+    def bias_change(self, shift: Tensor) -> Tensor:
+        """The change of ``output_bias`` that moves the deployed output by ``shift``, ``[C]``."""
+        return shift if self.output_factor is None else shift / self.output_factor
 
     def deployed_bias(self) -> Tensor | None:
         """The bias of the layer as it is deployed, with the BatchNorm folded in."""

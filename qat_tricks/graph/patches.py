@@ -26,6 +26,11 @@ def groups_of(layer: Layer) -> int:
     return getattr(layer, "groups", 1)
 
 
+def has_images(layer: Layer, output: Tensor) -> bool:
+    """Whether an output has a dimension of images: a network may average them away."""
+    return output.dim() > (1 if layer.output_axis == -1 else 1 + len(layer.kernel_size))  # type: ignore[arg-type]
+
+
 def rows_of(
     layer: Layer, input: Tensor, output: Tensor, count: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ leave three times the divergence.)
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,7 +19,8 @@ from qat_tricks.graph.inputs import Inputs
 from qat_tricks.graph.layers import Layer, layers
 from qat_tricks.graph.modes import evaluating, float_mode
 from qat_tricks.graph.other_bits import OWN_SCALE_BITS
-from qat_tricks.graph.patches import MOST_INPUTS, rows_to_fit, weight_by_group
+from qat_tricks.graph.patches import MOST_INPUTS, has_images, rows_to_fit, weight_by_group
+from qat_tricks.graph.random_state import kept_random_state
 from qat_tricks.graph.sensitivity import Change
 from qat_tricks.graph.streams import Stream
 from qat_tricks.graph.submodules import module_of
@@ -63,66 +65,69 @@ def weight_options(
     found: dict[tuple[str, int], WeightOption] = {}
     done: set[str] = set()
     generator = torch.Generator().manual_seed(0)
-    with evaluating(traced), float_mode(traced):
+    # A network may draw random numbers in evaluation too.
+    with evaluating(traced), float_mode(traced), kept_random_state():
         stream = Stream(traced, batches)
         for node in track(list(traced.graph.nodes), "round weights"):
             name, layer = str(node.target), module_of(node, traced)
             if name not in bits_of or name in done or not isinstance(layer, Layer):
                 stream.advance()
                 continue
-            inputs = stream.inputs_of(node)
-            rows, _ = rows_to_fit(layer, inputs, stream.advance(), generator)
+            inputs, outputs = stream.inputs_of(node), stream.advance()
+            rows = None
+            if has_images(layer, outputs[0]):
+                rows, _ = rows_to_fit(layer, inputs, outputs, generator)
             options = _options_of(layer, rows, bits_of[name])
             found |= {(name, option.bits): option for option in options}
             done.add(name)
     return found
 
 
-def _options_of(layer: Layer, rows: Tensor, bits: Sequence[int]) -> list[WeightOption]:
-    """The options of one layer, by rows of its inputs, ``[groups, rows, K]``."""
+def _options_of(layer: Layer, rows: Tensor | None, bits: Sequence[int]) -> list[WeightOption]:
+    """The options of one layer, by rows of its inputs, ``[groups, rows, K]``, if there are any."""
     deployed = layer.deployed_weight().float()
-    weight = weight_by_group(deployed, len(rows))
-    mean = rows.mean(1, keepdim=True)
     # A bias takes up every constant.
-    is_centred = layer.output_bias is not None
-    rounder = None
-    if weight.shape[1] <= MOST_INPUTS:
-        centred = rows - mean if is_centred else rows
-        rounder = GridRounder(centred.transpose(1, 2) @ centred, 0)
+    mean = None if rows is None or layer.output_bias is None else rows.mean(1, keepdim=True)
+    rounder = None if rows is None else _rounder(rows if mean is None else rows - mean)
     options = []
     for number in bits:
         if rounder is None:
             integers, scale = _nearest(layer, deployed, number)
         else:
-            integers, scale = _least_squares(layer, rounder, weight, number)
-        error = weight - weight_by_group(integers * scale, len(rows))
-        shift = (mean @ error).flatten() if is_centred else None
+            integers, scale = _least_squares(layer, rounder, deployed, number)
+        shift = None
+        if mean is not None:
+            error = deployed - integers * scale
+            shift = (mean @ weight_by_group(error, len(mean))).flatten()
         options.append(
             WeightOption(bits=number, integers=integers.to(torch.int8), scale=scale, shift=shift)
         )
     return options
 
 
-def _least_squares(
-    layer: Layer, rounder: GridRounder, weight: Tensor, bits: int
-) -> tuple[Tensor, Tensor]:
-    """Integers in the weight's shape, and a scale that broadcasts to them.
+def _rounder(rows: Tensor) -> GridRounder | None:
+    """By the moments of ``rows``, ``[groups, rows, K]``; None where there would be too many."""
+    if rows.shape[2] > MOST_INPUTS:
+        return None
+    # Their unit does not matter, and squares of large numbers would leave float32's range.
+    rows = torch.ldexp(rows, -torch.frexp(rows.abs().amax()).exponent)
+    return GridRounder(rows.transpose(1, 2) @ rows, 0)
 
-    Args:
-        layer: whose weight it is.
-        rounder: with the moments of its inputs.
-        weight: by group.
-        bits: of the grid.
-    """
-    mask = layer.weight_mask
-    pruned = None if mask is None else weight_by_group(mask, len(weight)) == 0
-    rounder = rounder.with_limit(_scheme(layer, bits).qmax)
-    integers, scale = rounder.fit(weight, pruned, fits_scale=bits <= OWN_SCALE_BITS)
-    return integers.transpose(1, 2).reshape(layer.weight.shape), layer.of_channels(scale.flatten())
+
+def _least_squares(
+    layer: Layer, rounder: GridRounder, deployed: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    """Integers in the weight's shape, and a scale that broadcasts to them."""
+    groups, mask = len(rounder.moments), layer.weight_mask
+    pruned = None if mask is None else weight_by_group(mask, groups) == 0
+    integers, scale = rounder.with_limit(_scheme(layer, bits).qmax).fit(
+        weight_by_group(deployed, groups), pruned, fits_scale=bits <= OWN_SCALE_BITS
+    )
+    return integers.transpose(1, 2).reshape(deployed.shape), layer.of_channels(scale.flatten())
 
 
 def _nearest(layer: Layer, deployed: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """The same of a weight ``deployed`` with too many inputs for their moments."""
+    """The same of a layer whose inputs' moments are not to be had."""
     quantizer = WeightQuantizer(_scheme(layer, bits), channel_axis=layer.channel_axis)
     quantizer.to(deployed.device)
     if bits <= OWN_SCALE_BITS:
@@ -142,18 +147,17 @@ def weight_on_grid(traced: fx.GraphModule, name: str, option: WeightOption) -> C
 
     @contextmanager
     def applied() -> Iterator[None]:
-        weight, bias = layer.weight, layer.output_bias if option.shift is not None else None
+        weight, bias, shift = layer.weight, layer.output_bias, option.shift
+        owner: Any = layer if layer.batchnorm is None else layer.batchnorm
         deployed = (option.integers * option.scale).to(weight.dtype)
-        # Another object: what else reads the parameter, such as an embedding, keeps its values.
+        # Other objects: what else reads a parameter, such as an embedding, keeps its values.
         layer.weight = nn.Parameter(layer.weight_to_deploy(deployed), requires_grad=False)
-        if bias is not None:
-            before = bias.detach().clone()
-            bias.add_(option.shift)  # type: ignore[arg-type]
+        if bias is not None and shift is not None:
+            moved = bias + layer.bias_change(shift.to(bias.dtype))
+            owner.bias = nn.Parameter(moved, requires_grad=False)
         try:
             yield
         finally:
-            layer.weight = weight
-            if bias is not None:
-                bias.copy_(before)
+            layer.weight, owner.bias = weight, bias
 
     return Change(module=name, applied=applied)

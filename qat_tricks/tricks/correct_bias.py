@@ -76,7 +76,7 @@ def _correct(traced: fx.GraphModule, quantized: Stream, reference: Stream) -> No
             continue
         low, high = activation_limits(node, traced)
         error = bias_error(_samples(outputs, layer), _samples(expected, layer), low, high)
-        bias.add_(error)
+        bias.add_(layer.bias_change(error))
         # What follows sees the corrected output, without the layer being run again.
         for output in outputs:
             output.movedim(layer.output_axis, -1).add_(error)

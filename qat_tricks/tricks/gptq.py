@@ -29,7 +29,7 @@ from qat_tricks.graph.activation_limits import activation_limits
 from qat_tricks.graph.inputs import Inputs, check_batches
 from qat_tricks.graph.layers import Layer, as_layer, layers
 from qat_tricks.graph.modes import evaluating, unrounded_sums
-from qat_tricks.graph.patches import MOST_INPUTS, rows_to_fit, weight_by_group
+from qat_tricks.graph.patches import MOST_INPUTS, has_images, rows_to_fit, weight_by_group
 from qat_tricks.graph.streams import Stream
 from qat_tricks.graph.submodules import layer_at, module_of
 from qat_tricks.graph.workbench import Workbench
@@ -91,7 +91,8 @@ def gptq(
             # does whatever else reads the parameter, such as an embedding.
             passing = None
             is_alone = n.is_used_once(node, uses)
-            if is_alone and layer.weight[0].numel() <= MOST_INPUTS:
+            is_fitted = is_alone and has_images(layer, targets[0])
+            if is_fitted and layer.weight[0].numel() <= MOST_INPUTS:
                 original = as_layer(layer_at(reference, str(node.target)))
                 weight = original.deployed_weight().float()
                 rows = _Rows(layer, quantized.inputs_of(node), targets, generator)
@@ -260,9 +261,9 @@ def _set_weight(layer: Layer, weight: Tensor, scale: Tensor) -> None:
     """Gives a layer the weight, and a scale of its own the value, that it is deployed with."""
     quantizer = layer.weight_quantizer
     assert quantizer is not None
+    weight = layer.weight_to_deploy(weight)
     if layer.batchnorm is not None:
         factor = layer.of_channels(layer.normalization()).to(weight.dtype)
-        weight = layer.weight_to_deploy(weight)
         scale = torch.where(factor != 0, scale / factor.abs(), quantizer.current_scale(weight))
     layer.weight.copy_(weight)
     if quantizer.scale is not None:
@@ -290,7 +291,7 @@ def _fit_bias(
             error += ((wanted - values) * shares).sum(0, dtype=torch.float64)
             counted += shares.sum(0, dtype=torch.float64)
     error /= counted
-    bias.add_(error.to(bias.dtype))
+    bias.add_(layer.bias_change(error.to(bias.dtype)))
     # What follows sees the corrected output, without the layer being run again.
     for output in outputs:
         output.movedim(layer.output_axis, -1).add_(error.to(output.dtype))

@@ -7,8 +7,9 @@ from torch import nn
 from qat_tricks.graph import layers, trace
 from qat_tricks.graph import weight_options as module
 from qat_tricks.graph.modes import float_mode
+from qat_tricks.graph.surgery import give_factors
 from qat_tricks.graph.weight_options import weight_on_grid, weight_options
-from qat_tricks.tricks import calibrate, fold_batchnorm, prune, quantize
+from qat_tricks.tricks import calibrate, fold_batchnorm, gptq, prune, quantize
 from tests.helpers.nets import images, small_net
 
 BITS = (2, 4, 8)
@@ -113,24 +114,103 @@ def test_weights_with_too_many_inputs_are_rounded_to_the_nearest(monkeypatch):
 
 
 class Tied(nn.Module):
-    """A linear called twice, without a bias, whose weight something else reads as well."""
+    """A linear that is called twice, and whose weight and bias something else reads as well."""
 
     def __init__(self):
         super().__init__()
-        self.shared = nn.Linear(64, 64, bias=False)
+        self.shared = nn.Linear(64, 64)
+        self.other = nn.Linear(64, 64)
+        self.other.weight, self.other.bias = self.shared.weight, self.shared.bias
         self.head = nn.Linear(64, 5)
 
     def forward(self, x):
         x = torch.relu(self.shared(x.flatten(1)))
-        return self.head(torch.relu(self.shared(x))) + self.shared.weight.mean()
+        return self.head(torch.relu(self.shared(self.other(x)))) + self.shared.weight.mean()
 
 
 @torch.no_grad()
-def test_what_else_reads_the_weight_keeps_its_values():
+def test_what_else_reads_the_parameters_keeps_their_values():
     traced = quantized(Tied().eval())
     option = options_of(traced)["shared", 2]
-    assert option.shift is None
-    own = layers(traced)["shared"].weight
-    values = own.clone()
+    layer, other = layers(traced)["shared"], layers(traced)["other"]
+    weight, bias = (parameter.clone() for parameter in (other.weight, other.bias))
     with weight_on_grid(traced, "shared", option).applied():
-        assert torch.equal(own, values)
+        assert not torch.equal(layer.weight, weight)
+        assert not torch.equal(layer.bias, bias)
+        assert torch.equal(other.weight, weight)
+        assert torch.equal(other.bias, bias)
+    assert layer.weight is other.weight
+    assert layer.bias is other.bias
+
+
+@pytest.mark.parametrize("folds", [True, False])
+@torch.no_grad()
+def test_factors_that_stand_beside_the_parameters_are_kept(folds):
+    traced, x = quantized(folds=folds), images(16)
+    layer = layers(traced)["block.conv1"]
+    with float_mode(traced):
+        before = traced(x)
+        give_factors(layer)
+        layer.weight_factor.fill_(4)
+        layer.output_factor.fill_(3)
+        owner = layer if layer.batchnorm is None else layer.batchnorm
+        for parameter in (layer.bias,) if owner is layer else owner.parameters():
+            parameter.div_(3)
+        # A BatchNorm's gain has taken the factor of the outputs; its statistics are of the input.
+        layer.weight.div_(4)
+        torch.testing.assert_close(traced(x), before)
+        option = options_of(traced)["block.conv1", 8]
+        with weight_on_grid(traced, "block.conv1", option).applied():
+            torch.testing.assert_close(traced(x), before, rtol=0.02, atol=0.02)
+            torch.testing.assert_close(layer.deployed_weight(), option.integers * option.scale)
+
+
+class Averaged(nn.Module):
+    """A linear that reads the mean over all images."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 6, 3)
+        self.gate = nn.Linear(6, 8)
+        self.head = nn.Linear(6, 8)
+
+    def forward(self, x):
+        x = torch.relu(self.conv(x))
+        return self.head(x.mean([2, 3])) + self.gate(x.mean([0, 2, 3]))
+
+
+def test_a_linear_without_images_is_rounded_to_the_nearest():
+    traced = trace(Averaged().eval())
+    reference = copy.deepcopy(traced)
+    calibrate(quantize(traced), [images(32)])
+    assert options_of(traced)["gate", 2].shift is None
+    weight = layers(traced)["gate"].weight.clone()
+    gptq(traced, reference, [images(32)])
+    assert torch.equal(layers(traced)["gate"].weight, weight)
+    assert not torch.equal(layers(traced)["gate"].bias, reference.get_submodule("gate").bias)
+
+
+class Random(nn.Module):
+    """Draws random numbers in evaluation too."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 6, 3)
+        self.head = nn.Linear(6, 8)
+
+    def forward(self, x):
+        x = nn.functional.dropout(torch.relu(self.conv(x)), training=True)
+        return self.head(x.mean([2, 3]))
+
+
+def test_the_random_state_is_kept():
+    traced = quantized(Random().eval())
+    before = torch.get_rng_state()
+    options_of(traced)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_inputs_whose_squares_are_too_large_have_options_too():
+    traced = quantized()
+    options = options_of(traced, [images(16) * 1e18])
+    assert all(option.integers.any() for option in options.values())
