@@ -17,7 +17,7 @@ from qat_tricks.graph.sensitivity import ACTIVATIONS, WEIGHTS, errors_alone
 from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.weight_options import weight_on_grid, weight_options
 from qat_tricks.numerics import make_estimator
-from qat_tricks.numerics.choices import Pair
+from qat_tricks.numerics.choices import Pair, cost_of
 from qat_tricks.numerics.range_estimators import RangeEstimator
 from qat_tricks.numerics.scheme import MAX_BITS
 
@@ -189,3 +189,11 @@ def option_costs(
         else:
             pairs.append(Pair(places=(weight, activation), costs=table))
     return costs, pairs, whole
+
+
+def present_cost(traced: fx.GraphModule, inputs: Inputs, budget: str) -> float:
+    """The cost with the bits that the weights and activations of ``traced`` have."""
+    # No name pattern, no change: each place has its own bits as its only option.
+    places = [*weight_places(traced, (), (), ()), *activation_places(traced, None)]
+    costs, pairs, _ = option_costs(traced, inputs, places, budget)
+    return cost_of([0] * len(places), costs, pairs)

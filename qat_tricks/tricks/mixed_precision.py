@@ -27,6 +27,7 @@ from qat_tricks.graph.bit_options import (
     observers_of,
     option_costs,
     option_errors,
+    present_cost,
     weight_places,
 )
 from qat_tricks.graph.inputs import (
@@ -67,7 +68,7 @@ def mixed_precision(
     batches: Sequence[Inputs],
     *,
     budget: str = "size",
-    share: float = 0.5,
+    share: float | None = 0.5,
     weight_bits: Sequence[int] = WEIGHT_BITS,
     activation_bits: Sequence[int] | None = None,
     include: Sequence[str] = ("*",),
@@ -80,7 +81,7 @@ def mixed_precision(
         batches: the network's inputs, a batch each.
         budget: ``size``: bits of all weights; ``bops``: MACs times both their bits.
         share: of what the network costs with 8 bits everywhere, above 0 and up to 1. For
-            ``size``, 0.5 is 4 bits on average.
+            ``size``, 0.5 is 4 bits on average. None: what it costs with the bits that it has.
         weight_bits: those that a weight may get.
         activation_bits: those that an activation may get; None leaves them as they are.
         include, exclude: name patterns of the layers whose weights are to change; others keep their
@@ -113,7 +114,7 @@ def choose_bits(
     batches: Sequence[Inputs],
     *,
     budget: str,
-    share: float,
+    share: float | None,
     weight_bits: Sequence[int],
     activation_bits: Sequence[int] | None,
     include: Sequence[str],
@@ -136,6 +137,8 @@ def choose_bits(
     to_round = without_first(batches, images) or measured
     errors = option_errors(traced, measured, places, to_round)
     costs, pairs, whole = option_costs(traced, batches[0], places, budget)
+    if share is None:
+        share = present_cost(traced, batches[0], budget) / whole
     chosen = choose(errors, costs, share * whole, pairs)
     if chosen is None:
         least = math.ceil(cost_of([0] * len(places), costs, pairs) / whole * 1000) / 1000
@@ -163,7 +166,7 @@ def choose_bits(
 
 def check_settings(
     budget: str,
-    share: float,
+    share: float | None,
     weight_bits: Sequence[int],
     activation_bits: Sequence[int] | None,
 ) -> None:
@@ -176,8 +179,11 @@ def check_settings(
         )
     elif budget not in UNITS:
         problems.append(f'unknown budget "{budget}": {did_you_mean(str(budget), UNITS)}')
-    if not 0 < share <= 1:
-        problems.append(f"share={share} is not allowed: give a number above 0, up to 1")
+    if share is not None and not 0 < share <= 1:
+        problems.append(
+            f"share={share} is not allowed: give a number above 0, up to 1, or null for the cost "
+            "with the bits that the network has"
+        )
     for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
         if bits is None and name == "activation_bits":
             continue
@@ -259,7 +265,7 @@ class MixedPrecision(Trick):
     def __init__(
         self,
         budget: str = "size",
-        share: float = 0.5,
+        share: float | None = 0.5,
         weight_bits: Sequence[int] = WEIGHT_BITS,
         activation_bits: Sequence[int] | None = None,
         include: Sequence[str] = ("*",),

@@ -10,6 +10,7 @@ import qat_tricks
 from qat_tricks.deploy.cost.weights import weight_size
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import activation_quantizers, layers, spec_of, trace
+from qat_tricks.graph.macs import macs_of_calls
 from qat_tricks.graph.modes import float_mode
 from qat_tricks.graph.output_error import output_error
 from qat_tricks.graph.surgery import rebuild
@@ -43,6 +44,13 @@ def size_of(traced):
     found = layers(traced)
     bits = sum(found[name].weight.numel() * bits for name, bits in bits_of(traced).items())
     return bits / sum(layer.weight.numel() * 8 for layer in found.values())
+
+
+def bops_of(traced):
+    """MACs times both bits, as a share of those with 8 bits each."""
+    bits, calls = bits_of(traced), macs_of_calls(traced, images(2))
+    products = sum(call.macs * bits[call.layer] * call.grid.scheme.bits for call in calls)
+    return products / sum(call.macs * 8 * 8 for call in calls)
 
 
 def test_the_bits_are_those_of_the_least_error_that_fits():
@@ -190,6 +198,36 @@ def test_the_recipe_repeats_to_the_bit():
     )
     assert spec_of(first) == spec_of(second)
     assert all(torch.equal(a, second.state_dict()[k]) for k, a in first.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:correct_bias:UserWarning")  # it may be rolled back
+@pytest.mark.parametrize(
+    ("recipe", "uniform", "least_gain"),
+    [("mixed_w4a8_ptq", "w4a8_ptq", 1.2), ("mixed_w4a4_ptq", "w4a4_ptq", 2)],
+)
+def test_for_the_cost_of_uniform_bits_the_output_is_nearer_to_float(recipe, uniform, least_gain):
+    net, seen, unseen = small_net(), [images(64), images(64, seed=3)], images(256, seed=9)
+
+    def error(network):
+        with torch.no_grad():
+            return output_error(net(unseen), network(unseen)).kl
+
+    of_uniform = qat_tricks.quantize(net, seen, uniform)
+    mixed = qat_tricks.quantize(net, seen, recipe)
+    chosen = spec_of(mixed)["mixed_precision"]
+    cost = {"size": size_of, "bops": bops_of}[chosen["budget"]]
+    assert chosen["share"] == pytest.approx(cost(of_uniform))
+    assert chosen["reached"] == pytest.approx(cost(mixed))
+    assert chosen["reached"] <= chosen["share"]
+    assert error(mixed) * least_gain < error(of_uniform)
+
+
+def test_layers_behind_a_residual_stream_have_bits_of_their_own():
+    network = qat_tricks.quantize(small_net(), [images(64)], "mixed_w4a4_ptq")
+    bits = {part["name"]: part["bits"] for part in spec_of(network)["mixed_precision"]["parts"]}
+    # Where it is added to, the stream costs no product. The layers behind it pay for theirs.
+    assert bits["stem_2"] == 8
+    assert bits["stem_2_for_layers"] < 8
 
 
 @pytest.mark.filterwarnings("ignore:correct_bias:UserWarning")  # it may be rolled back
