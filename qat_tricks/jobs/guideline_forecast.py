@@ -57,7 +57,7 @@ class Forecaster:
         self._rehearse, self._load, self._work = rehearse, load, work
         self._known: dict[tuple[str, ...], float | None] = {}
         # Of the images that rehearsals of other steps leave out: known from the first step.
-        self._images_left_out = 0.0
+        self._images_left_out: float | None = None
 
     def seconds(self, step: Step) -> float | None:
         """The seconds of ``step`` with its judgement; None where an epoch has no known length.
@@ -84,10 +84,15 @@ class Forecaster:
             iterations = rounding[0].settings.iterations
             points = [Scale(images=IMAGES[0], iterations=few) for few in ITERATIONS]
             fixed, slope = self._line(recipe, points, ITERATIONS)
-            return fixed + slope * iterations + self._images_left_out
+            return fixed + slope * iterations + self._of_images_left_out()
         fixed, slope = self._line(recipe, [Scale(images=share) for share in IMAGES], IMAGES)
-        self._images_left_out = slope * (1 - IMAGES[0])
+        if self._images_left_out is None:  # later ones may look at images longer
+            self._images_left_out = slope * (1 - IMAGES[0])
         return fixed + slope
+
+    def _of_images_left_out(self) -> float:
+        assert self._images_left_out is not None
+        return self._images_left_out
 
     def _training_seconds(self, recipe: StagedRecipe) -> float | None:
         if self._work.batches is None:
@@ -103,7 +108,7 @@ class Forecaster:
         epochs = sum(stage.epochs for stage in recipe.training)
         # Each epoch ends with the trainer's own validation.
         validation = epochs * self._work.pass_seconds
-        return fixed + slope * epochs * each + validation + self._images_left_out
+        return fixed + slope * epochs * each + validation + self._of_images_left_out()
 
     def _line(
         self, recipe: StagedRecipe, scales: Sequence[Scale], amounts: Sequence[float]

@@ -2,8 +2,8 @@
 
 Hu, Zeng, Wu 2023, "Bag of Tricks with Quantized Convolutional Neural Networks for Image
 Classification" (arXiv 2303.07080) quantize to 8 bits without training first, train only for fewer
-bits, and prune behind that. Where this differs: between the two stand learned rounding and a few
-layers at more bits, which cost less than training.
+bits, and prune behind that. Where this differs: between the two stand, below 8 bits, bits of each
+layer's own and learned rounding, and a few layers at more bits, which all cost less than training.
 """
 
 import json
@@ -83,7 +83,8 @@ class Step:
 def quality_steps(settings: GuidelineSettings) -> list[Step]:
     """The steps to come within the budget, the cheapest first.
 
-    Learned rounding is none at 8 bits, where it leaves the weights as they are.
+    Two are none at 8 bits: bits of each layer's own, for there are no more to give, and learned
+    rounding, which leaves the weights as they are.
     """
     int8 = settings.is_int8
     ptq, qat = ("int8_ptq", "int8_qat") if int8 else ("w4a8_ptq", _trained(settings))
@@ -95,14 +96,20 @@ def quality_steps(settings: GuidelineSettings) -> list[Step]:
     alone, taught = ((), (f"{trick}.qat.tricks=distill",)) if int8 else ((f"~{distill}",), ())
     steps = [Step(name="ptq", does="quantize without training", recipe=ptq, overrides=bits)]
     if not int8:
-        steps.append(
+        steps += [
+            Step(
+                name="mixed_bits",
+                does="each layer gets bits of its own at the same cost",
+                recipe="mixed_w4a4_ptq" if settings.activation_bits < 8 else "mixed_w4a8_ptq",
+                overrides=bits,
+            ),
             Step(
                 name="learned_rounding",
                 does="learn the rounding of each weight",
                 recipe=ptq,
                 overrides=(*bits, *rounding),
-            )
-        )
+            ),
+        ]
     return [
         *steps,
         Step(

@@ -169,7 +169,12 @@ def test_an_interrupted_run_goes_on_where_it_was_stopped(tmp_path, monkeypatch, 
     with pytest.raises(KeyboardInterrupt):
         run(trained, **aims)
     state = json.loads((tmp_path / "guideline.json").read_text())
-    assert list(state["outcomes"]) == ["ptq", "learned_rounding", "sensitive_layers"]
+    assert list(state["outcomes"]) == [
+        "ptq",
+        "mixed_bits",
+        "learned_rounding",
+        "sensitive_layers",
+    ]
 
     again = []
 
@@ -181,7 +186,7 @@ def test_an_interrupted_run_goes_on_where_it_was_stopped(tmp_path, monkeypatch, 
     result = run(trained, **aims)
     assert result.kept.name == "ptq"  # the first of those that lose the same
     assert again == ["qat", "qat_distill"]  # no rehearsal, and no step that was done
-    assert asdict(result.outcomes[1]) == state["outcomes"]["learned_rounding"]
+    assert asdict(result.outcomes[2]) == state["outcomes"]["learned_rounding"]
     # a step that was kept from before has its network back
     done = {outcome.name: outcome for outcome in result.outcomes}
     restored = module_under_test.load_into(Lit(seed=1), tmp_path / "learned_rounding.ckpt")

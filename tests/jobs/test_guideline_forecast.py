@@ -21,7 +21,7 @@ def load(step):
 
 def rehearse(recipe, scale):
     """A machine on which everything is exactly as long as it is much."""
-    seconds = 2.0 + 16.0 * scale.images
+    seconds = 2.0 + (32.0 if recipe.name.startswith("mixed") else 16.0) * scale.images
     seconds += 0.5 * (scale.iterations or 0)
     epochs = min(scale.epochs, *(stage.epochs for stage in recipe.training or recipe.stages), 99)
     return seconds + (1.0 + 0.25 * epochs * scale.batches if scale.batches else 0)
@@ -30,11 +30,12 @@ def rehearse(recipe, scale):
 def test_a_step_takes_what_lines_through_two_rehearsals_say():
     forecaster = Forecaster(rehearse, load, WORK)
     steps = quality_steps(GuidelineSettings(weight_bits=4, activation_bits=4))
-    ptq, rounding, sensitive, qat, _ = [forecaster.seconds(step) for step in steps]
+    ptq, mixed, rounding, sensitive, qat, _ = [forecaster.seconds(step) for step in steps]
     assert ptq == pytest.approx(2 + 16 + WORK.pass_seconds)
+    assert mixed == pytest.approx(ptq + 16)
     assert rounding == pytest.approx(ptq + 0.5 * 500)
     assert sensitive == pytest.approx(rounding + WORK.sensitivity_seconds)
-    epochs = load(steps[3]).training[0].epochs
+    epochs = load(steps[4]).training[0].epochs
     assert qat == pytest.approx(ptq + 1 + epochs * (0.25 * WORK.batches + WORK.pass_seconds))
 
 
@@ -60,8 +61,8 @@ def test_short_epochs_are_foretold_as_long_ones(batches):
         rehearse, load, Work(batches=batches, pass_seconds=0.5, sensitivity_seconds=1)
     )
     steps = quality_steps(GuidelineSettings(weight_bits=4, activation_bits=4))
-    ptq, qat = forecaster.seconds(steps[0]), forecaster.seconds(steps[3])
-    epochs = load(steps[3]).training[0].epochs
+    ptq, qat = forecaster.seconds(steps[0]), forecaster.seconds(steps[4])
+    epochs = load(steps[4]).training[0].epochs
     assert qat == pytest.approx(ptq + 1 + epochs * (0.25 * batches + 0.5))
 
 
@@ -77,9 +78,9 @@ def test_batches_are_rehearsed_until_they_are_seen_beside_the_fixed_part():
 
     forecaster = Forecaster(slow, load, WORK)
     steps = quality_steps(GuidelineSettings(weight_bits=4, activation_bits=4))
-    ptq, qat = forecaster.seconds(steps[0]), forecaster.seconds(steps[3])
+    ptq, qat = forecaster.seconds(steps[0]), forecaster.seconds(steps[4])
     assert rehearsed == list(BATCHES)
-    epochs = load(steps[3]).training[0].epochs
+    epochs = load(steps[4]).training[0].epochs
     whole = ptq + 99.0 + epochs * (2.0 * WORK.batches + WORK.pass_seconds)
     assert qat == pytest.approx(whole, rel=0.04)
 

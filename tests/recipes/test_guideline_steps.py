@@ -71,6 +71,21 @@ def test_steps_have_the_bits_that_were_asked_for_and_train_only_at_the_end(aims)
     assert taught == [False] * (len(steps) - 1) + [True]
 
 
+def test_below_8_bits_each_layer_gets_its_own_for_the_cost_of_those_asked_for():
+    def mixed(**aims):
+        steps = [s for s in quality_steps(GuidelineSettings(**aims)) if s.name == "mixed_bits"]
+        loaded = [load_recipe(step.recipe, step.overrides) for step in steps]
+        return [t for recipe in loaded for t in recipe.tricks if t.name == "mixed_precision"]
+
+    assert mixed() == []
+    (of_weights,) = mixed(weight_bits=4)
+    assert (of_weights.budget, of_weights.activation_bits) == ("size", None)
+    (of_both,) = mixed(weight_bits=3, activation_bits=4)
+    assert of_both.budget == "bops"
+    assert 4 in of_both.activation_bits
+    assert of_weights.share is of_both.share is None
+
+
 def test_pruning_goes_up_to_what_was_asked_for():
     names = [step.name for step in pruning_steps(GuidelineSettings(sparsity=0.6))]
     assert names == ["sparsity_0.2", "sparsity_0.4", "sparsity_0.6"]
