@@ -85,14 +85,28 @@ def weight_places(
     return places
 
 
-def activation_places(traced: fx.GraphModule, bits: Sequence[int] | None) -> list[Place]:
-    """The activation quantizers, each with its options; None leaves each its own bits."""
+def activation_places(
+    traced: fx.GraphModule, inputs: Inputs, bits: Sequence[int] | None
+) -> list[Place]:
+    """The activation quantizers, each with its options; None leaves each its own bits.
+
+    One that no conv or linear reads, such as that of a residual stream, keeps its own too: there
+    are no products for its bits to make cheaper.
+    """
+    read = set()
+    if bits is not None:
+        found = layers(traced)
+        read = {
+            call.grid
+            for call in macs_of_calls(traced, inputs)
+            if call.layer in found and found[call.layer].weight_quantizer is not None
+        }
     return [
         Place(
             name=name,
             kind=ACTIVATIONS,
-            options=sorted(set(bits or [quantizer.scheme.bits])),
-            is_free=bits is not None,
+            options=sorted(set(bits)) if bits and quantizer in read else [quantizer.scheme.bits],
+            is_free=quantizer in read,
         )
         for name, quantizer in activation_quantizers(traced).items()
     ]
@@ -194,6 +208,6 @@ def option_costs(
 def present_cost(traced: fx.GraphModule, inputs: Inputs, budget: str) -> float:
     """The cost with the bits that the weights and activations of ``traced`` have."""
     # No name pattern, no change: each place has its own bits as its only option.
-    places = [*weight_places(traced, (), (), ()), *activation_places(traced, None)]
+    places = [*weight_places(traced, (), (), ()), *activation_places(traced, inputs, None)]
     costs, pairs, _ = option_costs(traced, inputs, places, budget)
     return cost_of([0] * len(places), costs, pairs)

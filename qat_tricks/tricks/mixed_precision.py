@@ -83,7 +83,8 @@ def mixed_precision(
         share: of what the network costs with 8 bits everywhere, above 0 and up to 1. For
             ``size``, 0.5 is 4 bits on average. None: what it costs with the bits that it has.
         weight_bits: those that a weight may get.
-        activation_bits: those that an activation may get; None leaves them as they are.
+        activation_bits: those that an activation may get which a conv or linear reads; None leaves
+            them as they are.
         include, exclude: name patterns of the layers whose weights are to change; others keep their
             bits, and count.
 
@@ -129,7 +130,7 @@ def choose_bits(
         )
     places = [
         *weight_places(traced, sorted(set(weight_bits)), include, exclude),
-        *activation_places(traced, activation_bits),
+        *activation_places(traced, batches[0], activation_bits),
     ]
     # Of very few images, all do both.
     measured = first_of_all(batches, max(1, sum(map(batch_size, batches)) // UNSEEN))

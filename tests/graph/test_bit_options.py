@@ -20,7 +20,7 @@ def quantized(**settings):
 
 def places_of(traced, activations=None):
     weights = weight_places(traced, [2, 4, 8], ["*"], ["head"])
-    return [*weights, *activation_places(traced, activations)]
+    return [*weights, *activation_places(traced, images(2), activations)]
 
 
 def test_fewer_bits_err_more():
@@ -28,10 +28,17 @@ def test_fewer_bits_err_more():
     places = places_of(traced, [2, 8])
     found = option_errors(traced, [images(16)], places, [images(48, seed=3)])
     for place, errors in zip(places, found, strict=True):
-        if place.name == "head":  # which keeps its bits
-            assert (place.options, errors) == ([8], [0.0])
-        else:
+        if place.is_free:
             assert errors[0] > errors[-1] > 0
+        else:
+            assert (place.options, errors) == ([8], [0.0])
+
+
+def test_what_no_layer_reads_keeps_its_bits():
+    places = places_of(quantized(), [2, 8])
+    kept = {place.name.rpartition(".")[2] for place in places if not place.is_free}
+    # "head" keeps them by its name. A residual add reads the second, and the mean the third.
+    assert kept == {"head", "block_conv2", "relu"}
 
 
 def test_bops_are_macs_times_the_bits_of_both():

@@ -224,10 +224,14 @@ def test_for_the_cost_of_uniform_bits_the_output_is_nearer_to_float(recipe, unif
 
 def test_layers_behind_a_residual_stream_have_bits_of_their_own():
     network = qat_tricks.quantize(small_net(), [images(64)], "mixed_w4a4_ptq")
-    bits = {part["name"]: part["bits"] for part in spec_of(network)["mixed_precision"]["parts"]}
+    grids = activation_quantizers(network)
+    bits = {name.rpartition(".")[2]: grid.scheme.bits for name, grid in grids.items()}
     # Where it is added to, the stream costs no product. The layers behind it pay for theirs.
     assert bits["stem_2"] == 8
     assert bits["stem_2_for_layers"] < 8
+    chosen = {part["name"] for part in spec_of(network)["mixed_precision"]["parts"]}
+    assert chosen >= {"stem_2_for_layers"}
+    assert not chosen & {"stem_2"}
 
 
 @pytest.mark.filterwarnings("ignore:correct_bias:UserWarning")  # it may be rolled back

@@ -132,7 +132,8 @@ def _run(
         if node.op_type in ("QuantizeLinear", "Clip") and name.endswith(QUANTIZED):
             # the simulated integers are clamped
             shown.append(clipped.get(name, name))
-            grid = node.input[1:3] if node.op_type == "QuantizeLinear" else read[name]
+            # A hardsigmoid of fewer bits is read behind the Clip that bounds it.
+            grid = node.input[1:3] if node.op_type == "QuantizeLinear" else read[shown[-1]]
             scale, zero_point = (values[value] for value in grid)
             grids[name] = (float(scale), int(zero_point))
             kind = TensorProto.INT8 if zero_point.dtype == np.int8 else TensorProto.UINT8
