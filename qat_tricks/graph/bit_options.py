@@ -93,14 +93,7 @@ def activation_places(
     One that no conv or linear reads, such as that of a residual stream, keeps its own too: there
     are no products for its bits to make cheaper.
     """
-    read = set()
-    if bits is not None:
-        found = layers(traced)
-        read = {
-            call.grid
-            for call in macs_of_calls(traced, inputs)
-            if call.layer in found and found[call.layer].weight_quantizer is not None
-        }
+    read = set() if bits is None else {call.grid for call in _quantized_calls(traced, inputs)}
     return [
         Place(
             name=name,
@@ -186,8 +179,7 @@ def option_costs(
     index = {place.name: number for number, place in enumerate(places)}
     names = {quantizer: name for name, quantizer in activation_quantizers(traced).items()}
     pairs, whole = [], 0.0
-    calls: list[Call] = [c for c in macs_of_calls(traced, inputs) if c.layer in index]
-    for call in calls:
+    for call in _quantized_calls(traced, inputs):
         whole += call.macs * MAX_BITS * MAX_BITS
         weight = index[call.layer]
         of_weight = [call.macs * bits for bits in places[weight].options]
@@ -203,6 +195,16 @@ def option_costs(
         else:
             pairs.append(Pair(places=(weight, activation), costs=table))
     return costs, pairs, whole
+
+
+def _quantized_calls(traced: fx.GraphModule, inputs: Inputs) -> list[Call]:
+    """The calls of layers whose weight is quantized."""
+    found = layers(traced)
+    return [
+        call
+        for call in macs_of_calls(traced, inputs)
+        if call.layer in found and found[call.layer].weight_quantizer is not None
+    ]
 
 
 def present_cost(traced: fx.GraphModule, inputs: Inputs, budget: str) -> float:
