@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from qat_tricks.cli.check_evaluate import check_evaluate
 from qat_tricks.cli.checks import check_folder
 from qat_tricks.errors import QatTricksError
-from qat_tricks.jobs.config import REPORT, evaluation_folder
+from qat_tricks.jobs.config import EXPORTED, REPORT, evaluation_folder
 from qat_tricks.models.build import register_models, register_timm_models
 from qat_tricks.settings.binding import Problems
 from qat_tricks.settings.compose import Composer, one_line
@@ -186,9 +186,13 @@ def _check_artifact(config: DictConfig) -> None:
             f"artifact={config.artifact} is not a file: give the path of a .onnx or .ckpt"
         )
     folder = evaluation_folder(config)
-    if (folder / REPORT).exists():
+    # A checkpoint is exported into the folder; what lies in one that was given may be the user's.
+    is_exported = config.folder and not str(config.artifact).endswith(".onnx")
+    there = {REPORT: "a report", **({EXPORTED: f"a {EXPORTED}"} if is_exported else {})}
+    found = next((what for name, what in there.items() if (folder / name).exists()), None)
+    if found:
         raise QatTricksError(
-            f"folder={folder} has a report already: give another folder, or delete that one"
+            f"folder={folder} has {found} already: give another folder, or delete that one"
         )
     check_folder(folder)
 

@@ -12,6 +12,7 @@ from qat_tricks.graph.inputs import Inputs, call_network
 from qat_tricks.graph.layers import activation_quantizers, layers
 from qat_tricks.graph.macs import Call, macs_of_calls
 from qat_tricks.graph.modes import evaluating, float_mode
+from qat_tricks.graph.nodes import modules_before_logits
 from qat_tricks.graph.other_bits import activation_on_grid
 from qat_tricks.graph.sensitivity import ACTIVATIONS, WEIGHTS, errors_alone
 from qat_tricks.graph.spec import spec_of
@@ -42,6 +43,9 @@ def weight_places(
 ) -> list[Place]:
     """The quantized weights, each with its options.
 
+    One that the logits do not depend on, as of a second head, keeps its bits: no error tells what
+    fewer would do.
+
     Args:
         traced: the quantized network.
         bits: those that a weight may get.
@@ -66,10 +70,12 @@ def weight_places(
             f"the scale of {learned[0]} is learned already, and would be lost with its bits: put "
             "mixed_precision before learn_scales"
         )
-    places = []
+    places, judged = [], modules_before_logits(traced)
     for name, layer in found.items():
-        changes = any(fnmatchcase(name, pattern) for pattern in include) and not any(
-            fnmatchcase(name, pattern) for pattern in exclude
+        changes = (
+            name in judged
+            and any(fnmatchcase(name, pattern) for pattern in include)
+            and not any(fnmatchcase(name, pattern) for pattern in exclude)
         )
         assert layer.weight_quantizer is not None
         own = [layer.weight_quantizer.scheme.bits]
@@ -91,18 +97,16 @@ def activation_places(
     """The activation quantizers, each with its options; None leaves each its own bits.
 
     One that no conv or linear reads, such as that of a residual stream, keeps its own too: there
-    are no products for its bits to make cheaper.
+    are no products for its bits to make cheaper. So does one that the logits do not depend on.
     """
     read = set() if bits is None else {call.grid for call in _quantized_calls(traced, inputs)}
-    return [
-        Place(
-            name=name,
-            kind=ACTIVATIONS,
-            options=sorted(set(bits)) if bits and quantizer in read else [quantizer.scheme.bits],
-            is_free=quantizer in read,
-        )
-        for name, quantizer in activation_quantizers(traced).items()
-    ]
+    judged = modules_before_logits(traced)
+    places = []
+    for name, quantizer in activation_quantizers(traced).items():
+        changes = quantizer in read and name in judged
+        options = sorted(set(bits)) if bits and changes else [quantizer.scheme.bits]
+        places.append(Place(name=name, kind=ACTIVATIONS, options=options, is_free=changes))
+    return places
 
 
 @torch.no_grad()

@@ -17,6 +17,8 @@ from qat_tricks.numerics import ActivationQuantizer
 
 CHUNK = 32  # images computed at a time
 LARGEST_HALF = 60_000.0  # float16 holds a little more
+# Its steps end at 2^-24, so that it holds no tensor whose values are all smaller than this.
+SMALLEST_HALF = 2.0**-10
 
 
 class KeptTensor:
@@ -73,7 +75,10 @@ class KeptTensor:
 
 
 def _fits_into_half(values: Tensor) -> bool:
-    return values.dtype == torch.float32 and float(values.abs().amax()) < LARGEST_HALF
+    if values.dtype != torch.float32:
+        return False
+    largest = float(values.abs().amax())
+    return largest == 0 or SMALLEST_HALF < largest < LARGEST_HALF
 
 
 def keep_inputs(inputs: Sequence[fx.Node], batches: Sequence[Inputs]) -> dict[str, KeptTensor]:

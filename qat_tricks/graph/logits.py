@@ -66,6 +66,15 @@ def check_batch_first(logits: Tensor, images: int) -> None:
         )
 
 
+def part_with_logits(output: Any) -> Any:
+    """What stands where logits do in an output, or in the arguments of a graph's output node."""
+    if isinstance(output, Mapping) and output:
+        return output[next((key for key in ("logits", "out") if key in output), next(iter(output)))]
+    if isinstance(output, (list, tuple)) and output:
+        return output[0]
+    return output
+
+
 def logits_of(output: Any) -> Tensor:
     """The logits in the output of a network.
 
@@ -76,12 +85,7 @@ def logits_of(output: Any) -> Tensor:
     Raises:
         QatTricksError: there is no tensor in that place.
     """
-    logits = output
-    if isinstance(output, Mapping) and output:
-        key = next((key for key in ("logits", "out") if key in output), next(iter(output)))
-        logits = output[key]
-    elif isinstance(output, (list, tuple)) and output:
-        logits = output[0]
+    logits = part_with_logits(output)
     if isinstance(logits, Tensor):
         return logits
     raise QatTricksError(

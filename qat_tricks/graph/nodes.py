@@ -12,6 +12,7 @@ from torch import fx
 
 from qat_tricks.graph.integer_ops import Elementwise, Mean
 from qat_tricks.graph.layers import BATCHNORMS, is_layer
+from qat_tricks.graph.logits import part_with_logits
 from qat_tricks.graph.operations import (
     BITWISE,
     INDICES_SECOND,
@@ -22,7 +23,7 @@ from qat_tricks.graph.operations import (
     entries_for,
 )
 from qat_tricks.graph.submodules import attribute_at, layer_at, module_of
-from qat_tricks.graph.two_modes import TRAINING, only_in
+from qat_tricks.graph.two_modes import TRAINING, by_mode, only_in
 
 # The key in a node's meta under which ``note_integers`` says that it yields integers.
 INTEGERS = "qat_tricks.integers"
@@ -107,6 +108,26 @@ def nodes_from_images(traced: fx.GraphModule) -> set[fx.Node]:
         if node.op == "placeholder" or not dependent.isdisjoint(node.all_input_nodes):
             dependent.add(node)
     return dependent
+
+
+def modules_before_logits(traced: fx.GraphModule) -> set[str]:
+    """The names of the modules that the logits depend on, in evaluation.
+
+    A network may yield more than its logits. Of what only those other values depend on, the error
+    of the logits says nothing, and it would seem to do no harm whatever becomes of it.
+    """
+    logits = part_with_logits(traced.graph.output_node().args[0])
+    if isinstance(logits, fx.Node) and logits.target is by_mode:
+        logits = part_with_logits(logits.args[0])
+    if not isinstance(logits, fx.Node):
+        return {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}
+    # Not recursive: deep networks would exceed Python's limit.
+    seen, left = {logits}, [logits]
+    while left:
+        new = [source for source in left.pop().all_input_nodes if source not in seen]
+        seen.update(new)
+        left += new
+    return {str(node.target) for node in seen if node.op == "call_module"}
 
 
 def calls_layer(node: fx.Node, traced: fx.GraphModule) -> bool:

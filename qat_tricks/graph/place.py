@@ -96,10 +96,12 @@ def _bits_of_layers(
         )
     )
     check_patterns([*settings.include, *settings.exclude, *settings.overrides], names)
+    # A conv or linear by itself is one call, traced through or not.
+    untraced = spec_of(traced).get("untraced", ())
     included = [
         name
         for name in names
-        if matches(name, settings.include) and not matches(name, settings.exclude)
+        if matches(name, settings.include) and not matches(name, [*settings.exclude, *untraced])
     ]
     if not included:
         raise QatTricksError(

@@ -4,7 +4,7 @@ The output is compared with the float network's, without labels: the divergence 
 Leibler, ``KL(softmax(float) || softmax(quantized))``, of each image, and the SQNR of the logits. A
 trick harms if the mean of the divergences' change, paired by image, lies above 0 with its interval
 of 95 % (Student 1908). Then it is rolled back: by thirds of the layers that it changed where the
-others help, else as a whole.
+others help, else as a whole. Of a network with several outputs the logits are judged.
 
 A trick that comes before the quantizers, such as equalization, keeps the float function; its effect
 shows only in the network quantized. So a copy with the trick and one without are quantized as the

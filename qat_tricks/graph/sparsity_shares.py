@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from qat_tricks.graph.bit_options import LARGEST_ERROR
 from qat_tricks.graph.inputs import Inputs, check_batches
 from qat_tricks.graph.layers import Layer
+from qat_tricks.graph.nodes import modules_before_logits
 from qat_tricks.graph.pruning import count_of
 from qat_tricks.graph.sensitivity import Change, errors_alone
 from qat_tricks.numerics.choices import choose
@@ -37,6 +38,9 @@ def sparsity_shares(
 ) -> dict[str, float]:
     """The sparsity of each layer, as a multiple of that of the whole network.
 
+    A layer that the logits do not depend on, as of a second head, has just that of the network: no
+    error tells what another would do.
+
     Args:
         traced: the network, which stays as it is.
         pruned: its layers that are to be pruned.
@@ -54,9 +58,15 @@ def sparsity_shares(
     # With the sparsity itself among them there is always a choice that reaches it.
     levels = sorted({*(level for level in LEVELS if level <= most), sparsity})
     called = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}
+    judged = modules_before_logits(traced)
+    callers = {name: _caller_of(name, called) for name in pruned}
+    alike = {name: 1.0 for name in pruned if callers[name] not in judged}
+    pruned = {name: layer for name, layer in pruned.items() if name not in alike}
+    if not pruned:
+        return alike
     changes = [
         Change(
-            module=_caller_of(name, called),
+            module=callers[name],
             applied=_pruned_alone(layer, scores[name], level, (hessians or {}).get(name)),
         )
         for name, layer in pruned.items()
@@ -73,7 +83,7 @@ def sparsity_shares(
     reached = [(0.0, *levels)[index] for index in chosen]
     # Levels are coarse, so that the choice reaches a little more than was asked for.
     mean = sum(a * size for a, size in zip(reached, sizes, strict=True)) / sum(sizes)
-    return {name: level / mean for name, level in zip(pruned, reached, strict=True)}
+    return alike | {name: level / mean for name, level in zip(pruned, reached, strict=True)}
 
 
 def _caller_of(name: str, called: set[str]) -> str:

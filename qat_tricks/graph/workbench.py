@@ -70,6 +70,8 @@ class Workbench:
         images: the most images that a trick has taken.
         proves: whether tricks that ask for it are judged by the network's output (see ``proof``).
         quantizing: the tricks that will quantize the network, for trials on a copy.
+        restored: names of the tricks that the current stage had done in the checkpoint of which
+            the values are yet to be loaded; None: the network has its values.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class Workbench:
         self.proves = False
         self.quantizing: Sequence[Callable[[Workbench], None]] = ()
         self.prover: Prover | None = None
+        self.restored: frozenset[str] | None = None
         self.most_images: int | None = None  # that a trick can have; None: as many as it asks for
         self._held_out = 0  # images kept from the tricks
         # All images of the loader that a stage needs, while its tricks are judged: a loader that
@@ -200,14 +203,20 @@ class Workbench:
             "_remembered": None,
             "_held_out": 0,
             "_reference": None,
+            "restored": None,
         }
 
     def begin_stage(self) -> None:
         """Begins a stage with the network as it is deployed; its steps are compared with it."""
         fold_restored_batchnorms(self.network)
+        self._compare_from_here()
+
+    def _compare_from_here(self) -> None:
+        """Lets the steps that follow be compared with the network as it is."""
         if self.gate is not None:
             self.gate.rebase(self.network)
-        elif self.loader is not None:
+        # A network that was rebuilt from a checkpoint has no values yet to compare with.
+        elif self.loader is not None and self.restored is None:
             self.gate = Gate(self.network, self._load(self.loader, GATE_IMAGES)[0])
 
     def begin_tricks(self, tricks: Sequence[Judged], *, prove: bool) -> None:
@@ -229,7 +238,11 @@ class Workbench:
         # Before the tricks that come first: they would change a network that is done.
         check_needs(self.network, tricks)
         if self.history and tricks:
-            self.begin_stage()
+            # Tricks that join a stage find what the others have made of the network.
+            if self.applied:
+                self._compare_from_here()
+            else:
+                self.begin_stage()
         self.begin_proofs(tricks, prove=prove)
 
     def begin_proofs(self, tricks: Sequence[Judged], *, prove: bool) -> None:

@@ -140,6 +140,8 @@ def timing(measure: Any) -> dict[str, Any]:
 
 REPORT = "report.json"
 """The file by which a folder is known to have a report."""
+EXPORTED = "model.onnx"
+"""The file to which an evaluation exports a checkpoint."""
 
 
 def evaluation_folder(config: DictConfig) -> Path:

@@ -37,7 +37,7 @@ from qat_tricks.jobs.artifact import (
     load_artifact,
     preprocessing_changes,
 )
-from qat_tricks.jobs.config import command, evaluation_folder, timing
+from qat_tricks.jobs.config import EXPORTED, command, evaluation_folder, timing
 from qat_tricks.jobs.isolation import torch_threads
 from qat_tricks.jobs.pictures import disagreement_pictures
 from qat_tricks.jobs.sensitivity import check_sensitivity, measure_artifact
@@ -94,7 +94,7 @@ def _evaluate_artifact(config: DictConfig) -> dict[str, Any]:
         float_metrics = evaluation.measure_float(float_artifact)
     deployed = artifact  # the ONNX file: the artifact itself, or its export
     if artifact.simulated is not None:
-        deployed = evaluation.export_checkpoint(artifact, folder / "model.onnx")
+        deployed = evaluation.export_checkpoint(artifact, folder / EXPORTED)
     metrics = evaluation.enter("onnx", deployed, deployed.predict(config.measure.threads))
 
     paths = {"int8": deployed.path}

@@ -215,7 +215,8 @@ class _CheckSpec:
         if problem:
             raise QatTricksError(
                 f"the checkpoint is of other steps than this {name} has been through ({problem}): "
-                f"load it with qat_tricks.load_from_checkpoint({name}, path)"
+                f"load it with qat_tricks.load_from_checkpoint({name}, path), and run what that "
+                "returns without ckpt_path"
             )
 
 

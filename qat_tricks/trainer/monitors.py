@@ -17,7 +17,7 @@ import torch
 
 from qat_tricks.trainer.averaging import is_averaging, restart_average
 from qat_tricks.trainer.framework import package_of
-from qat_tricks.trainer.schedule import done_before, total_batches
+from qat_tricks.trainer.schedule import done_before, fit_progress, foreseen_batches
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
@@ -71,13 +71,18 @@ class Hold:
         """
         if not self.held or not self.trainer.is_global_zero:
             return
-        total, an_epoch = total_batches(self.trainer), self.trainer.num_training_batches
-        batch = math.ceil(end * total)
-        epoch = done_before(self.trainer).epochs + min(batch, total - 1) // an_epoch
+        fit_progress(self.trainer)  # raises for a fit without an end
+        total, an_epoch = foreseen_batches(self.trainer), self.trainer.num_training_batches
+        if math.isinf(total):  # it ends by steps that the module makes by hand
+            when = f"when {end:.0%} of the fit is done"
+        else:
+            batch = math.ceil(end * total)
+            when = f"at batch {batch} of {total:.0f}"
+            if math.isfinite(an_epoch):
+                epoch = done_before(self.trainer).epochs + min(batch, total - 1) // an_epoch
+                when += f" (epoch {epoch:.0f})"
         logging.getLogger(f"{package_of(self.trainer).__name__}.utilities.rank_zero").info(
-            f"pruning ends at batch {batch} of {total:.0f}"
-            + (f" (epoch {epoch:.0f})" if math.isfinite(an_epoch) else "")
-            + f", and {describe(self.held)} will not count what comes before"
+            f"pruning ends {when}, and {describe(self.held)} will not count what comes before"
         )
 
     def forget(self) -> None:

@@ -66,17 +66,24 @@ def _log(trainer: "Trainer") -> logging.Logger:
     return logging.getLogger(f"{package_of(trainer).__name__}.utilities.rank_zero")
 
 
-def check_restore(trainer: "Trainer") -> None:
-    """Checks the checkpoint that this run is about to restore into a quantized module.
+def spec_for_quantized(trainer: "Trainer") -> dict[str, Any] | None:
+    """The spec in the checkpoint that this run is about to restore into a quantized module.
+
+    Returns:
+        The spec; None if the run restores no checkpoint.
 
     Raises:
         QatTricksError: it is a float network.
     """
     path, _ = _checkpoint_to_restore(trainer)
-    if path is not None and CHECKPOINT_KEY not in _read_or_previous(trainer)[0]:
+    if path is None:
+        return None
+    checkpoint = _read_or_previous(trainer)[0]
+    if CHECKPOINT_KEY not in checkpoint:
         raise QatTricksError(
             f"{path} holds a float network and this module is quantized already: give a fresh one"
         )
+    return checkpoint[CHECKPOINT_KEY]["spec"]
 
 
 def _read_or_previous(trainer: "Trainer") -> tuple[dict[str, Any], str | Path]:

@@ -69,33 +69,55 @@ def check_trained(trainer: "Trainer", what: str) -> None:
         )
 
 
-def total_batches(trainer: "Trainer") -> float:
-    """The number of training batches that the fit will have.
+@dataclass(frozen=True, kw_only=True)
+class _Limit:
+    """What ends a fit.
 
-    Raises:
-        QatTricksError: the trainer has no end that can be foreseen.
+    Attributes:
+        done: how much of it is done.
+        allowed: how much of it the fit may do.
+        counts_steps: whether it counts steps of optimizers; else batches.
     """
-    batches = foreseen_batches(trainer)
-    if math.isinf(batches):
-        raise QatTricksError(
-            "schedules are fractions of the training, and this trainer has no foreseeable end: "
-            "give it max_epochs (and a loader that has a length) or max_steps"
-        )
-    return batches
+
+    done: int
+    allowed: float
+    counts_steps: bool = False
+
+    @property
+    def share(self) -> float:
+        """The share that is done, 0 to 1."""
+        return min(1.0, self.done / self.allowed) if self.allowed > 0 else 1.0
 
 
-def foreseen_batches(trainer: "Trainer") -> float:
-    """The number of training batches that the fit will have; infinite where none is foreseeable."""
-    before, ends = done_before(trainer), []
+def _limits(trainer: "Trainer") -> list[_Limit]:
+    """What may end the fit, as far as it can be foreseen; the first to be reached does."""
+    before, limits = done_before(trainer), []
+    batches = fit_batches(trainer)
     if (
         trainer.max_epochs is not None
         and trainer.max_epochs > 0
         and math.isfinite(trainer.num_training_batches)
     ):
-        ends.append((trainer.max_epochs - before.epochs) * trainer.num_training_batches)
+        epochs = trainer.max_epochs - before.epochs
+        limits.append(_Limit(done=batches, allowed=epochs * trainer.num_training_batches))
     if trainer.max_steps > 0:
-        ends.append(_batches_of(trainer, trainer.max_steps - before.steps))
-    return min(ends, default=math.inf)
+        steps = trainer.max_steps - before.steps
+        if trainer.lightning_module.automatic_optimization:
+            limits.append(_Limit(done=batches, allowed=_batches_of(trainer, steps)))
+        else:
+            # A module that optimizes by hand makes any number of steps of a batch: none, as while
+            # it accumulates gradients, or one with each of its optimizers.
+            done = done_by(trainer).steps - before.steps
+            limits.append(_Limit(done=done, allowed=steps, counts_steps=True))
+    return limits
+
+
+def foreseen_batches(trainer: "Trainer") -> float:
+    """The number of training batches that the fit will have; infinite where none is foreseeable."""
+    limits = _limits(trainer)
+    if any(limit.counts_steps for limit in limits):
+        return math.inf
+    return min((limit.allowed for limit in limits), default=math.inf)
 
 
 def _batches_of(trainer: "Trainer", steps: int) -> float:
@@ -111,19 +133,27 @@ def _batches_of(trainer: "Trainer", steps: int) -> float:
 def is_last_batch(trainer: "Trainer") -> bool:
     """Whether the fit's last batch has just been trained on.
 
-    For ``on_train_batch_end``, where the batch does not count as done yet. Of a fit without a
-    foreseeable end, no batch is the last.
+    For ``on_train_batch_end``, where the batch does not count as done yet, and its steps do. Of a
+    fit without a foreseeable end, no batch is the last.
     """
-    return fit_batches(trainer) + 1 >= foreseen_batches(trainer)
+    return any(limit.done + (not limit.counts_steps) >= limit.allowed for limit in _limits(trainer))
 
 
 def fit_progress(trainer: "Trainer") -> float:
-    """The share of the fit's batches that are done, 0 to 1.
+    """The share of the fit that is done, 0 to 1: of its batches, or of steps made by hand.
 
     It also holds right after a resume, and when training has ended.
+
+    Raises:
+        QatTricksError: the trainer has no end that can be foreseen.
     """
-    batches, total = fit_batches(trainer), total_batches(trainer)
-    return min(1.0, batches / total) if total > 0 else 1.0
+    limits = _limits(trainer)
+    if not limits:
+        raise QatTricksError(
+            "schedules are fractions of the training, and this trainer has no foreseeable end: "
+            "give it max_epochs (and a loader that has a length) or max_steps"
+        )
+    return max(limit.share for limit in limits)
 
 
 def check_fraction(name: str, value: float) -> float:

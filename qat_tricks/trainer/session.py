@@ -53,7 +53,7 @@ from qat_tricks.trainer.optimizers import renew_parameters
 from qat_tricks.trainer.order import Ordered, check_order
 from qat_tricks.trainer.own_hooks import call_hooks_early, end_run
 from qat_tricks.trainer.ranks import loaded_once
-from qat_tricks.trainer.resume import check_restore, resumes, spec_to_restore
+from qat_tricks.trainer.resume import resumes, spec_for_quantized, spec_to_restore
 from qat_tricks.trainer.schedule import Done, check_not_done, done_by
 
 if TYPE_CHECKING:
@@ -268,8 +268,9 @@ class Session(Callback):
     ) -> Workbench:
         """The workbench of ``pl_module``, for this run."""
         if has_workbench(pl_module):
-            check_restore(trainer)
+            spec = spec_for_quantized(trainer)
             work = workbench_of(pl_module)
+            work.restored = None if spec is None else frozenset(spec.get("applied", ()))
             # A workbench of an earlier run still has that run's loaders.
             _give_loaders(work, trainer, pl_module, work.network_name)
         else:
@@ -321,6 +322,7 @@ class Session(Callback):
                 )
             _give_loaders(work, trainer, pl_module, name)
             work.parameters_before = before  # an optimizer made in ``__init__`` holds these
+            work.restored = None if spec is None else frozenset(work.applied)
             attach_workbench(pl_module, work, name)
         if is_whole(pl_module, name):
             _warn_of_outside(work.network)

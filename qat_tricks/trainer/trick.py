@@ -8,6 +8,8 @@ from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.progress import begin
@@ -66,7 +68,7 @@ class Trick(Callback):
     def apply_once(self, work: Workbench) -> bool:
         """Applies the trick unless this stage has done so; returns whether it did."""
         # A validation after the fit sets the same module up again.
-        if self.name in work.applied:
+        if self.name in work.applied or self._is_too_late(work):
             return False
         settings = self.arguments()  # it may note other things as it works
         begin(self.name)
@@ -83,6 +85,27 @@ class Trick(Callback):
         work.history.append(self.name)
         if not self._acts_in_training:
             work.settings[self.name] = settings
+        return True
+
+    def _is_too_late(self, work: Workbench) -> bool:
+        """Whether a checkpoint, whose values are loaded next, was made without this trick's work.
+
+        They would undo it in silence. A trick that only makes a network better is left out: recipes
+        have got more of these since older checkpoints.
+
+        Raises:
+            QatTricksError: the trick decides what network it is.
+        """
+        if work.restored is None or self.name in work.restored or self._acts_in_training:
+            return False
+        line = (
+            f"the checkpoint was made without {self.name}, and its values replace what that would "
+            "do; for another recipe, load it with qat_tricks.load_from_checkpoint, and run what "
+            "that returns without ckpt_path"
+        )
+        if not self.judged:
+            raise QatTricksError(line)
+        rank_zero_warn(f"{self.name} is left out: {line}")
         return True
 
     @property

@@ -177,6 +177,7 @@ class _Step:
         assert work.teacher is not None
         self.teacher: nn.Module | TracedTeacher = work.teacher
         self.features: _Features | None = None
+        self.has_skipped = self.has_taught = False
         # What the network yields in training may be other than in evaluation, where alone a folded
         # teacher is the network.
         by_mode = yields_by_mode(work.network.graph)
@@ -223,16 +224,24 @@ class _Step:
                 result = self.__wrapped__(*args, **kwargs)
         finally:
             handle.remove()
-        if result is None or not losses:
-            raise QatTricksError(
-                f"distill needs {type(self.pl_module).__name__}.training_step to run the network "
-                "and to return its loss: let it do both, or leave distill out"
-            )
+        if result is None:  # the module skips this batch, as Lightning allows
+            self.has_skipped = True
+            return None
+        if not losses:
+            raise self.needs_both()
+        self.has_taught = True
         loss: Any = result["loss"] if isinstance(result, dict) else result
         loss = (1 - trick.weight) * loss + trick.weight * torch.stack(losses).mean()
         if of_features:
             loss = loss + trick.feature_weight * torch.stack(of_features).mean()
         return {**result, "loss": loss} if isinstance(result, dict) else loss
+
+    def needs_both(self) -> QatTricksError:
+        """The error of a step without a loss, or without the network's output."""
+        return QatTricksError(
+            f"distill needs {type(self.pl_module).__name__}.training_step to run the network and "
+            "to return its loss: let it do both, or leave distill out"
+        )
 
 
 class Distill(Trick):
@@ -301,6 +310,12 @@ class Distill(Trick):
             _yield_as_in_training(work.teacher)
         self._teacher_state = work.teacher.state_dict()
         pl_module.training_step = _Step(self, pl_module)  # type: ignore[method-assign]
+
+    def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Raises QatTricksError if no step of the fit has returned a loss."""
+        step = pl_module.training_step
+        if isinstance(step, _Step) and step.has_skipped and not step.has_taught:
+            raise step.needs_both()
 
     def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Gives the module its own ``training_step`` back."""

@@ -26,6 +26,7 @@ from qat_tricks.graph.pruning import (
     NEED_IMAGES,
     SCOPES,
     check_settings,
+    count_of,
     grow_masks,
     prunable,
     scores_of,
@@ -138,7 +139,7 @@ class Prune(Trick):
             )
         self.schedule = schedule
         self.include, self.exclude = tuple(include), tuple(exclude)
-        self.done = 0  # how many of the updates have been made
+        self.done = 0  # how many of the updates of this schedule have been made
         self.reached = 0.0
         self.measured: Measured | None = None  # once it was
         self._hold: Hold | None = None  # until the first validation after the schedule
@@ -169,6 +170,12 @@ class Prune(Trick):
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Holds back what judges networks, until they are as sparse as they are to be."""
+        most = self._most(workbench_of(pl_module))
+        if self.reached > most:
+            rank_zero_warn(
+                f"the network has a sparsity of {self.reached:.3f} already, more than sparsity="
+                f"{self.sparsity}: a pruned weight stays pruned"
+            )
         # Sums of masks are floats. Masks of an earlier fit may be the last ones already.
         if self.done < self.updates and self.end > 0 and self.reached < self.sparsity - 1e-6:
             self._hold = Hold(trainer)
@@ -257,6 +264,17 @@ class Prune(Trick):
         self._prune(work, sparsity)
         return True
 
+    def _most(self, work: Workbench) -> float:
+        """The largest sparsity that ``sparsity`` gives, where each layer's count is rounded up."""
+        sizes = [layer.weight.numel() for layer in self._prunable(work).values()]
+        return sum(count_of(self.sparsity, size) + 1 for size in sizes) / sum(sizes)
+
+    @property
+    def _plan(self) -> dict[str, Any]:
+        """The settings on which ``done`` depends."""
+        names = ("sparsity", "initial", "start", "end", "updates", "schedule")
+        return {name: getattr(self, name) for name in names}
+
     def _prunable(self, work: Workbench) -> dict[str, Layer]:
         return prunable(work.network, self.choices["granularity"], self.include, self.exclude)
 
@@ -290,10 +308,14 @@ class Prune(Trick):
     def state_dict(self) -> dict[str, Any]:
         """The place in the schedule, and what was measured for it."""
         measured = None if self.measured is None else self.measured.as_dict()
-        return {"done": self.done, "reached": self.reached, "measured": measured}
+        state = {"done": self.done, "reached": self.reached, "measured": measured}
+        return state | {"plan": self._plan}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on at a place in the schedule."""
-        self.done, self.reached = state_dict["done"], state_dict["reached"]
+        """Goes on at a place in the schedule; in another one from where the masks are."""
+        # Checkpoints of before have no plan.
+        is_same = state_dict.get("plan", self._plan) == self._plan
+        self.done = state_dict["done"] if is_same else 0
+        self.reached = state_dict["reached"]
         measured = state_dict.get("measured")  # checkpoints of before have none
         self.measured = None if measured is None else Measured.of(measured)

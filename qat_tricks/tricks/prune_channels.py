@@ -46,6 +46,7 @@ from qat_tricks.graph.channel_removal import mask_channels, read_masks, remove_c
 from qat_tricks.graph.channel_scores import CRITERIA, score_channels
 from qat_tricks.graph.hessians import input_hessians
 from qat_tricks.graph.inputs import Inputs, as_tensors, check_batches, first_images, first_of_all
+from qat_tricks.graph.nodes import modules_before_logits
 from qat_tricks.graph.patterns import check_patterns, matches
 from qat_tricks.graph.processes import from_rank_zero
 from qat_tricks.graph.spec import spec_of
@@ -198,7 +199,7 @@ class _Chooser:
     ) -> None:
         self.traced, self.settings = traced, settings
         channels = sound_channels(traced, find_channels(traced, batches[0]), batches[0])
-        groups = _chosen(channels, settings.include, settings.exclude)
+        groups = _chosen(traced, channels, settings.include, settings.exclude)
         self.channels = replace(channels, groups=groups)
         self.costs = ChannelCosts(traced, self.channels, batches[0])
         self.hessians = cache(partial(_hessians, traced, self.channels, batches))
@@ -292,9 +293,11 @@ def _check_float(traced: fx.GraphModule) -> None:
 
 
 def _chosen(
-    channels: Channels, include: Sequence[str], exclude: Sequence[str]
+    traced: fx.GraphModule, channels: Channels, include: Sequence[str], exclude: Sequence[str]
 ) -> list[ChannelGroup]:
     """The groups that the patterns leave; see ``ChannelSettings``.
+
+    Those that the logits do not depend on stay: no score tells what they are worth.
 
     Raises:
         QatTricksError: a pattern matches no layer, or none whose channels can be removed.
@@ -313,10 +316,17 @@ def _chosen(
     def one_matches(group: ChannelGroup, patterns: Sequence[str]) -> bool:
         return any(matches(name, patterns) for name in members[group.name])
 
+    judged = modules_before_logits(traced)
+    others = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"} - judged
+
+    def is_judged(group: ChannelGroup) -> bool:
+        names = members[group.name]
+        return others.isdisjoint(names) or not judged.isdisjoint(names)
+
     chosen = [
         group
         for group in channels.groups
-        if one_matches(group, include) and not one_matches(group, exclude)
+        if one_matches(group, include) and not one_matches(group, exclude) and is_judged(group)
     ]
     if not chosen:
         reasons = [

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, fx
 
 from qat_tricks.errors import QatTricksError
@@ -21,6 +22,7 @@ from qat_tricks.graph.submodules import module_of
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.progress import track
 from qat_tricks.trainer.module import workbench_of
+from qat_tricks.trainer.schedule import is_last_batch
 from qat_tricks.trainer.trick import Trick, check_num_images
 
 if TYPE_CHECKING:
@@ -167,11 +169,21 @@ def _beyond_chance(old: Tensor, by_batch: Tensor, eps: float) -> Tensor:
     return old + share * (new - old)
 
 
+def last_batches(work: Workbench, num_images: int) -> list[Inputs]:
+    """The images for statistics after the last step; none, with a warning, if there are no more."""
+    try:
+        return work.training_batches(num_images)
+    except QatTricksError as error:
+        # A loader that can be gone through only once: what was trained must not be lost.
+        rank_zero_warn(f"BatchNorm keeps its running statistics as they are: {error}")
+        return []
+
+
 class ReestimateBatchnorm(Trick):
     """Callback of ``reestimate_batchnorm``.
 
-    It acts at once where nothing is trained, else at the end of the last epoch, before its
-    checkpoint is written.
+    It acts at once where nothing is trained, else after the last step, before the last validation
+    and checkpoint; after a fit that is stopped early, when it has ended.
     """
 
     after = ("quantize", "calibrate", "correct_weights", "correct_bias")
@@ -179,6 +191,7 @@ class ReestimateBatchnorm(Trick):
     def __init__(self, num_images: int = 512) -> None:
         super().__init__()
         self.num_images = check_num_images(num_images)
+        self._is_due = False
 
     def apply(self, work: Workbench) -> None:
         """Re-estimates at once where nothing is trained."""
@@ -186,8 +199,23 @@ class ReestimateBatchnorm(Trick):
         if not work.trains:
             reestimate_batchnorm(work.network, work.training_batches(self.num_images))
 
-    def on_train_epoch_end(self, trainer: "Trainer", pl_module: "LightningModule", *_: Any) -> None:
-        """Re-estimates at the end of the last epoch."""
-        if trainer.current_epoch + 1 == trainer.max_epochs:
-            work = workbench_of(pl_module)
-            reestimate_batchnorm(work.network, work.training_batches(self.num_images))
+    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """A fit begins, after which the statistics are to be estimated."""
+        self._is_due = True
+
+    def on_train_batch_end(self, trainer: "Trainer", pl_module: "LightningModule", *_: Any) -> None:
+        """Re-estimates after the last step."""
+        if self._is_due and is_last_batch(trainer):
+            self._reestimate(pl_module)
+
+    def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Re-estimates after a fit that was stopped before what could be foreseen."""
+        if self._is_due:
+            self._reestimate(pl_module)
+
+    def _reestimate(self, pl_module: "LightningModule") -> None:
+        self._is_due = False
+        work = workbench_of(pl_module)
+        batches = last_batches(work, self.num_images)
+        if batches:
+            reestimate_batchnorm(work.network, batches)

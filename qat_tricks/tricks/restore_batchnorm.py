@@ -39,12 +39,11 @@ from operator import methodcaller
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, fx
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.inputs import Inputs, call_network, check_batches, map_tensors
-from qat_tricks.graph.layers import Equalized, Layer, activation_quantizers, layers
+from qat_tricks.graph.layers import Equalized, Layer, layers
 from qat_tricks.graph.modes import evaluating, unrounded_sums
 from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.surgery import give_batchnorm, give_factors
@@ -54,7 +53,7 @@ from qat_tricks.trainer.averaging import averaged_networks
 from qat_tricks.trainer.module import workbench_of
 from qat_tricks.trainer.schedule import is_last_batch
 from qat_tricks.trainer.trick import Trick, check_num_images
-from qat_tricks.tricks.reestimate_batchnorm import reestimate_batchnorm
+from qat_tricks.tricks.reestimate_batchnorm import last_batches, reestimate_batchnorm
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -258,8 +257,7 @@ class RestoreBatchnorm(Trick):
         """Restores the BatchNorms."""
         # A fit resumed from a checkpoint of before this trick goes on without it: the values are
         # loaded only after the set-up.
-        quantizers = activation_quantizers(work.network).values()
-        is_resumed = not all(quantizer.is_calibrated for quantizer in quantizers)
+        is_resumed = work.restored is not None and self.name not in work.restored
         if work.trains and not is_resumed:
             images = work.training_batches(self.num_images)
             restore_batchnorm(work.network, images, which=self.which, frozen=work.unfreezes)
@@ -294,7 +292,8 @@ class RestoreBatchnorm(Trick):
     def _reestimate(self, pl_module: "LightningModule") -> None:
         self._is_due, self._has_ended = False, True
         work = workbench_of(pl_module)
-        batches = self._last_batches(work) if _has_batchnorm(work.network) else []
+        has_batchnorm = _has_batchnorm(work.network)
+        batches = last_batches(work, self.num_images) if has_batchnorm else []
         if batches:
             reestimate_batchnorm(work.network, batches, keep_certain=True)
 
@@ -303,21 +302,12 @@ class RestoreBatchnorm(Trick):
         work = workbench_of(pl_module)
         averages = averaged_networks(trainer, work.network_name) if is_due else []
         networks = [network for network in averages if _has_batchnorm(network)]
-        batches = self._last_batches(work) if networks else []
+        batches = last_batches(work, self.num_images) if networks else []
         for network in networks if batches else ():
             # The copy may be kept on another device.
             to_device = methodcaller("to", next(network.parameters()).device)
             moved = [map_tensors(batch, to_device) for batch in batches]
             reestimate_batchnorm(network, moved, keep_certain=True)
-
-    def _last_batches(self, work: Workbench) -> list[Inputs]:
-        """The images for the last statistics; none, with a warning, if there are no more."""
-        try:
-            return work.training_batches(self.num_images)
-        except QatTricksError as error:
-            # A loader that can be gone through only once: what was trained must not be lost.
-            rank_zero_warn(f"BatchNorm keeps its running statistics as they are: {error}")
-            return []
 
 
 def _has_batchnorm(network: fx.GraphModule) -> bool:

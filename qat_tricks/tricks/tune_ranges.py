@@ -152,6 +152,8 @@ class _GradientHistogram:
 
         One end is tried after the other, twice: they interact only through the step between them.
         """
+        if not self.sums:  # the logits do not depend on it: no range is better than another
+            return
         sums = torch.cat(self.sums).double().cpu()
         centers = self.first + self.width * (torch.arange(BINS, dtype=torch.float64) + 0.5)
         if self.quantizer.scheme.symmetric:  # one end follows from the other

@@ -60,3 +60,10 @@ def test_images_of_several_sizes_are_refused():
     cells = Cells(traced, float_names(traced))
     with pytest.raises(QatTricksError, match="give images of one size"):
         keep_inputs(cells.inputs, [images(2), images(2)[..., :16]])
+
+
+def test_small_values_are_kept_as_well_as_large_ones():
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    for factor in (1.0, 2.0**-12, 2.0**-27, 2.0**-60, 0.0):
+        kept = KeptTensor([x * factor], 4).of(slice(0, 4))
+        assert float((kept - x * factor).abs().amax()) <= 2.0**-10 * factor

@@ -308,3 +308,9 @@ def test_a_batchnorm_that_became_a_conv_has_eight_bits():
     assert bits == {"a": 8, "norm": 8, "b": 4, "c": 4, "fc": 8}
     read = {name: layer.input_quantizer[0].scheme.bits for name, layer in layers(traced).items()}
     assert read == {"a": 8, "norm": 8, "b": 4, "c": 4, "fc": 8}
+
+
+def test_an_untraced_layer_stays_in_float():
+    traced = place_quantizers(trace(small_net(), untraced=["stem.0", "block"]))
+    assert layers(traced)
+    assert layers(traced).keys().isdisjoint({"stem.0", "block.conv1", "block.conv2"})

@@ -196,3 +196,18 @@ def quantized(kind: type[nn.Module], *, fold: bool = True, **settings: Any) -> f
     if fold:
         fold_batchnorm(traced)
     return calibrate(quantize(traced, **settings), [images()], estimator="minmax")
+
+
+class TwoHeads(nn.Module):
+    """A classifier with a second head, such as one that tells where a box is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.trunk = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)
+        self.side = nn.Sequential(nn.Conv2d(16, 16, 3), nn.ReLU())
+        self.classes, self.box = nn.Linear(16, 5), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = F.relu(self.stem(x))
+        side = self.side(x).mean((2, 3))
+        return self.classes(F.relu(self.trunk(x)).mean((2, 3))), self.box(side)

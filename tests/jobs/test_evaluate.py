@@ -368,3 +368,12 @@ def test_a_report_is_never_overwritten(own, tmp_path, monkeypatch, capfd):
     with pytest.raises(SystemExit):
         cli.evaluate([f"artifact={folder / 'own.onnx'}", "data=fake", f"folder={folder / name}"])
     assert "has a report already: give another folder" in capfd.readouterr().err
+
+
+def test_a_file_of_the_users_is_never_overwritten(own, tmp_path, capfd):
+    file = tmp_path / "model.onnx"
+    file.write_bytes(b"the user's own")
+    with pytest.raises(SystemExit):
+        cli.evaluate([f"artifact={own[0] / 'own.ckpt'}", "data=fake", f"folder={tmp_path}"])
+    assert "has a model.onnx already: give another folder" in capfd.readouterr().err
+    assert file.read_bytes() == b"the user's own"

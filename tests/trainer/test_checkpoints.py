@@ -9,12 +9,13 @@ import torch
 
 import qat_tricks
 from qat_tricks.errors import QatTricksError
-from qat_tricks.graph import activation_quantizers, layers
+from qat_tricks.graph import activation_quantizers, layers, spec_of
 from qat_tricks.trainer.checkpoints import save_checkpoint
 from qat_tricks.tricks.prune import sparsity_of
 from tests.helpers.lightning import pl
 from tests.helpers.lit import Data, Lit, ResumableLoader, differences, loader, trainer
 from tests.helpers.nets import images
+from tests.helpers.weights import zeros
 
 needs_averaging = pytest.mark.skipif(
     not hasattr(pl.callbacks, "EMAWeightAveraging"), reason="came with Lightning 2.6"
@@ -311,3 +312,51 @@ def test_accumulated_batches_are_one_large_batch():
     large, small = end(16, 1), end(4, 4)
     for key, value in large.items():
         assert torch.allclose(value.float(), small[key].float(), rtol=1e-3, atol=1e-5), key
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A checkpoint of ``int8_qat``."""
+    path = tmp_path_factory.mktemp("trained") / "qat.ckpt"
+    run = trainer(qat_tricks.recipe("int8_qat"), max_epochs=1)
+    run.fit(Lit().train(), datamodule=Data())
+    run.save_checkpoint(path)
+    return path
+
+
+def resumed(path, *overrides):
+    lit = Lit().train()
+    run = trainer(qat_tricks.recipe("int8_qat", overrides), max_epochs=2)
+    run.fit(lit, datamodule=Data(), ckpt_path=path)
+    return lit
+
+
+@pytest.mark.parametrize(
+    ("trick", "told"),
+    [
+        ("qat.tricks=prune", "of other steps than this Lit has been through"),
+        ("ptq.tricks=mixed_precision", "the checkpoint was made without mixed_precision"),
+    ],
+)
+def test_a_trick_that_comes_too_late_for_a_checkpoint_is_refused(trained, trick, told):
+    with pytest.raises(QatTricksError, match=told) as caught:
+        resumed(trained, f"+trick@stages.{trick}")
+    assert "load it with qat_tricks.load_from_checkpoint" in str(caught.value)
+
+
+def test_a_checkpoint_from_before_a_recipe_got_better_is_resumed(trained):
+    with pytest.warns(UserWarning, match="gptq is left out: the checkpoint was made without gptq"):
+        lit = resumed(trained, "+trick@stages.ptq.tricks=gptq")
+    assert "gptq" not in spec_of(lit.backbone)["history"]
+    # One that acts in training alone comes in time.
+    history = spec_of(resumed(trained, "+trick@stages.qat.tricks=freeze_batchnorm").backbone)
+    assert history["history"][-1] == "freeze_batchnorm"
+
+
+def test_another_recipe_goes_on_from_a_loaded_checkpoint_with_its_batchnorms(trained):
+    lit = qat_tricks.load_from_checkpoint(Lit, trained).train()
+    run = trainer(qat_tricks.recipe("int8_qat", ["+trick@stages.qat.tricks=prune"]), max_epochs=2)
+    run.fit(lit, datamodule=Data())
+    assert spec_of(lit.backbone)["history"][-1] == "prune"
+    assert any(layer.batchnorm is not None for layer in layers(lit.backbone).values())
+    assert zeros(lit) >= 0.5

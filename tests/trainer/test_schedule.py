@@ -1,9 +1,15 @@
-import pytest
+import math
 
+import pytest
+from torch import nn, optim
+
+import qat_tricks
 from qat_tricks.errors import QatTricksError
-from qat_tricks.trainer.schedule import check_fraction, fit_progress, total_batches
+from qat_tricks.graph import layers
+from qat_tricks.trainer.schedule import check_fraction, fit_progress, foreseen_batches
 from tests.helpers.lightning import pl
 from tests.helpers.lit import Data, Lit, ResumableLoader, trainer
+from tests.helpers.weights import zeros
 
 PER_EPOCH = 4
 
@@ -15,18 +21,38 @@ class Note(pl.Callback):
         self.stop_before, self.seen = stop_before, []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.seen.append((total_batches(trainer), fit_progress(trainer)))
+        self.seen.append((foreseen_batches(trainer), fit_progress(trainer)))
         if trainer.global_step == self.stop_before:
             raise RuntimeError("stopped")
 
     def on_train_end(self, trainer, pl_module):
-        self.seen.append((total_batches(trainer), fit_progress(trainer)))
+        self.seen.append((foreseen_batches(trainer), fit_progress(trainer)))
 
 
-def fit(note, **settings):
+def fit(note, lit=None, **settings):
     run = trainer([note], **settings)
-    run.fit(Lit().train(), datamodule=Data())
+    run.fit((lit or Lit()).train(), datamodule=Data())
     return run
+
+
+class ByHand(Lit):
+    """Steps with both of its optimizers, once in ``every`` batches."""
+
+    def __init__(self, every):
+        super().__init__()
+        self.automatic_optimization, self.every = False, every
+        self.other, self.sparsities = nn.PReLU(), []
+
+    def configure_optimizers(self):
+        return [optim.SGD(part.parameters(), 0.01) for part in (self.backbone, self.other)]
+
+    def training_step(self, batch, index):
+        self.manual_backward(super().training_step(batch, index))
+        if self.trainer.fit_loop.epoch_loop.total_batch_idx % self.every == self.every - 1:
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+        self.sparsities.append(zeros(self) if layers(self) else 0.0)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +75,33 @@ def test_progress_is_the_share_of_the_batches_that_are_done(settings, total):
     fit(note, **settings)
     assert {of for of, _ in note.seen} == {total}
     assert [share for _, share in note.seen] == [batch / total for batch in range(total + 1)]
+
+
+@pytest.mark.parametrize(("every", "batches"), [(1, 6), (3, 18)])
+def test_of_a_module_that_optimizes_by_hand_steps_count(every, batches):
+    note, lit = Note(), ByHand(every)
+    fit(note, lit, max_epochs=-1, max_steps=12)  # of two optimizers
+    done = [step // every for step in range(batches + 1)]
+    assert note.seen == [(math.inf, 2 * count / 12) for count in done]
+    # what ends first counts
+    note = Note()
+    fit(note, ByHand(every), max_epochs=1, max_steps=1000)
+    assert [share for _, share in note.seen] == [batch / 4 for batch in range(5)]
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_module_that_optimizes_by_hand_is_pruned_by_its_steps(every, caplog):
+    lit = ByHand(every)
+    callbacks = qat_tricks.recipe("int8_prune50", ["~stages.prune_qat.tricks.distill"])
+    best = pl.callbacks.ModelCheckpoint(monitor="val_acc", dirpath=None)
+    with caplog.at_level("INFO"):
+        run = trainer([*callbacks, best], max_epochs=-1, max_steps=24, enable_checkpointing=True)
+        run.fit(lit.train(), datamodule=Data())
+    batches = 12 * every
+    assert len(lit.sparsities) == batches
+    assert lit.sparsities[-1] >= 0.5
+    assert lit.sparsities[batches // 4] < 0.5  # the schedule ends at 0.6 of the fit
+    assert "pruning ends when 60% of the fit is done" in caplog.text
 
 
 def test_a_resumed_fit_goes_on_where_it_was(tmp_path):

@@ -224,6 +224,18 @@ def test_a_step_that_cannot_be_distilled_is_refused(kind, told):
         trainer([Distill()], max_epochs=1).fit(kind().train(), datamodule=Data())
 
 
+@pytest.mark.parametrize("runs_network", [True, False])
+def test_a_step_may_skip_a_batch(runs_network):
+    class Skipping(Lit):
+        def training_step(self, batch, index):
+            loss = super().training_step(batch, index) if runs_network or index != 1 else None
+            return None if index == 1 else loss
+
+    lit, run = Skipping().train(), trainer([Distill()], max_epochs=2)
+    run.fit(lit, datamodule=Data())
+    assert run.current_epoch == 2
+
+
 def test_a_network_that_was_quantized_before_has_no_teacher():
     lit = Lit()
     trainer(qat_tricks.recipe("int8_ptq")).validate(lit, Data(), verbose=False)

@@ -248,3 +248,20 @@ def test_masks_that_images_decide_resume_to_the_bit(tmp_path):
     )
     assert rest == reached[-len(rest) :]
     assert differences(dict(whole.state_dict()), dict(other.state_dict())) == []
+
+
+def test_a_resumed_fit_goes_on_to_another_sparsity(tmp_path):
+    def run(sparsity, epochs, **settings):
+        lit = Lit().train()
+        fit = trainer([Prune(sparsity=sparsity)], max_epochs=epochs)
+        fit.fit(lit, ResumableLoader(), **settings)
+        return fit, lit
+
+    first, lit = run(0.5, 1)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    assert zeros(lit) == pytest.approx(0.5, abs=0.01)
+    _, lit = run(0.8, 3, ckpt_path=tmp_path / "half.ckpt")
+    assert zeros(lit) == pytest.approx(0.8, abs=0.01)
+    with pytest.warns(UserWarning, match=r"sparsity of 0\.50\d already, more than sparsity=0\.3"):
+        _, lit = run(0.3, 3, ckpt_path=tmp_path / "half.ckpt")
+    assert zeros(lit) == pytest.approx(0.5, abs=0.01)

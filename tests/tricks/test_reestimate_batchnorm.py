@@ -154,6 +154,29 @@ def test_in_a_fit_it_is_done_once_at_the_end_of_the_last_epoch():
     assert_statistics(lit.backbone, averages(lit.backbone, as_the_network_sees()))
 
 
+class Stop(pl.Callback):
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.global_step >= 6
+
+
+@pytest.mark.parametrize(
+    ("settings", "callbacks"),
+    [
+        ({"max_steps": 6}, []),
+        ({"max_steps": 6, "max_epochs": -1}, []),
+        ({"max_epochs": 9}, [Stop()]),
+    ],
+    ids=["steps", "steps alone", "stopped"],
+)
+def test_in_a_fit_that_ends_otherwise_it_is_done_too(settings, callbacks):
+    recipe = qat_tricks.recipe(
+        "int8_qat", [*UNFOLDED, "+trick@recipe.stages.qat.tricks=reestimate_batchnorm"]
+    )
+    lit = Lit().train()
+    trainer([*recipe, *callbacks], **settings).fit(lit, datamodule=OrderedData())
+    assert_statistics(lit.backbone, averages(lit.backbone, as_the_network_sees()))
+
+
 def test_running_statistics_that_chance_explains_are_kept_and_lagging_ones_are_not():
     def spoiled(by):
         network = trace(small_net())
