@@ -1,6 +1,7 @@
 """What has to be so before a network can be traced, and what is taken over from other tools."""
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -12,6 +13,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
 from qat_tricks.errors import QatTricksError, one_line
+from qat_tricks.graph.inputs import input_names
 from qat_tricks.graph.layers import LAYER_OF
 from qat_tricks.graph.outside import has_steps
 from qat_tricks.graph.spec import KERNELS, QUANTIZERS
@@ -73,6 +75,13 @@ def check_traceable(network: nn.Module, untraced: Sequence[str] = ()) -> None:
         raise QatTricksError(
             f"the forward of {type(network).__name__} was replaced on the object, and a tracer "
             "reads its class: define a class with that forward"
+        )
+    parameters = inspect.signature(type(network).forward).parameters.values()
+    variable = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
+    if variable is not None and not input_names(network):
+        raise QatTricksError(
+            f"the forward of {type(network).__name__} takes *{variable}, which does not tell its "
+            "inputs: give each of them a name, as in forward(self, image)"
         )
     _check_names(network)
     floats = [p for p in network.named_parameters() if p[1].is_floating_point()]

@@ -149,3 +149,14 @@ def test_parts_that_are_not_called_may_have_any_precision():
     with pytest.raises(QatTricksError, match=r'"1.running_mean" is in float64'):
         trace(kept)
     trace(kept, untraced=["1"])
+
+
+@pytest.mark.parametrize("inputs", [1, 2])
+def test_inputs_need_names(inputs):
+    class Nameless(Base):
+        def forward(self, *images):
+            return super().forward(sum(images))
+
+    batch = (torch.randn(4, 3, 8, 8),) * inputs
+    with pytest.raises(QatTricksError, match=r"takes \*images, which does not tell its inputs"):
+        qat_tricks.quantize(Nameless(), [batch if inputs > 1 else batch[0]])
