@@ -13,6 +13,10 @@ from typing import Any
 from qat_tricks.errors import QatTricksError
 
 
+class UnwritableError(QatTricksError):
+    """A file or its folder cannot be written, which says nothing of what was to be kept there."""
+
+
 @contextmanager
 def replacing(path: str | PathLike[str]) -> Iterator[Path]:
     """Yields a draft's path beside ``path``, whose folder is made.
@@ -20,7 +24,7 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
     The draft becomes ``path`` after the block. After an error it is deleted.
 
     Raises:
-        QatTricksError: the folder cannot be made or written; a file that was at ``path`` stays.
+        UnwritableError: the folder cannot be made or written; a file that was at ``path`` stays.
     """
     path = Path(path)
     # in the same folder, since a move to another disk would not be one step
@@ -35,7 +39,7 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
             draft.unlink(missing_ok=True)
     except OSError as error:
         reason = error.strerror or error
-        raise QatTricksError(
+        raise UnwritableError(
             f'"{path}" cannot be written ({reason}): give a path in a folder of yours'
         ) from error
 
@@ -44,7 +48,7 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file atomically, making its folder.
 
     Raises:
-        QatTricksError: the folder cannot be made or written.
+        UnwritableError: the folder cannot be made or written.
     """
     with replacing(path) as draft:
         draft.write_text(text, encoding="utf-8")
@@ -54,7 +58,7 @@ def write_json(path: Path, data: Any) -> None:
     """Writes plain data as JSON, atomically; infinity and NaN become null.
 
     Raises:
-        QatTricksError: the folder cannot be made or written.
+        UnwritableError: the folder cannot be made or written.
     """
     write_text(path, json.dumps(finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -90,7 +94,7 @@ def write_tensors(data: Any, path: str | PathLike[str]) -> None:
     """Writes tensors with ``torch.save``, atomically.
 
     Raises:
-        QatTricksError: the folder cannot be made or written.
+        UnwritableError: the folder cannot be made or written.
     """
     import torch  # slow to load, and JSON does without
 

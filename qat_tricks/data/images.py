@@ -1,5 +1,7 @@
 """Labelled images as torch data sets: in memory, augmented a batch at a time, or on disk."""
 
+import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,16 @@ class ImageSet(Dataset[tuple[Tensor, Tensor]]):
         """Returns a batch: images ``[B, C, H, W]``, float32 or uint8, and labels int64 ``[B]``."""
         raise NotImplementedError
 
+    def fingerprint(self) -> str:
+        """A hash of the images, as they are stored, and of their labels."""
+        digest = hashlib.sha256(self.labels.contiguous().numpy().tobytes())
+        self._add_images(digest.update)
+        return digest.hexdigest()
+
+    def _add_images(self, add: Callable[[bytes], None]) -> None:
+        """Adds what tells the images from others to a hash."""
+        raise NotImplementedError
+
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """Returns the images and labels of one batch, drawn together; torch's loader calls this."""
         return list(zip(*self.batch(indices), strict=True))
@@ -54,6 +66,10 @@ class MemoryImages(ImageSet):
         """Returns the transformed images at ``indices``, and their labels."""
         rows = torch.as_tensor(indices)
         return self.transform(self.images[rows]), self.labels[rows]
+
+    def _add_images(self, add: Callable[[bytes], None]) -> None:
+        for image in self.images:
+            add(image.contiguous().numpy().tobytes())
 
 
 class FolderImages(ImageSet):
@@ -90,6 +106,12 @@ class FolderImages(ImageSet):
                 )
         return torch.stack(images), self.labels[torch.as_tensor(indices)]
 
+    def _add_images(self, add: Callable[[bytes], None]) -> None:
+        # To read all of them would take as long as an epoch.
+        for path in self.paths:
+            file = os.stat(path)
+            add(f"{path} {file.st_size} {file.st_mtime_ns}\n".encode())
+
 
 class SeededImages(ImageSet):
     """A data set whose random transforms draw from a stream of their own.
@@ -104,6 +126,9 @@ class SeededImages(ImageSet):
     def __init__(self, source: ImageSet, seed: int) -> None:
         self.source, self.labels = source, source.labels
         self._state = torch.Generator().manual_seed(seed).get_state()
+
+    def _add_images(self, add: Callable[[bytes], None]) -> None:
+        self.source._add_images(add)
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Returns a batch of the source, drawn from its own random stream."""

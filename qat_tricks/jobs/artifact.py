@@ -4,7 +4,7 @@ An ONNX file is opened without Lightning and the training code.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ class Artifact:
     model: dict[str, Any]
     data: dict[str, Any]
     preprocessing: Preprocessing
+    class_names: Sequence[str] | None = None  # in the order of the logits; None: it says none
     normalizes: bool = False  # it takes uint8 pixels and normalizes them itself
     simulated: nn.Module | None = None  # the network of a checkpoint
     # From a batch of images and labels to the network's inputs, where a module changes the images.
@@ -131,10 +132,29 @@ def export_artifact(
     # loads Lightning, which an ONNX file does without
     from qat_tricks.jobs.checkpoint import export_network
 
-    described = {"recipe": artifact.recipe, "model": artifact.model, "data": artifact.data}
+    described: dict[str, Any] = {
+        "recipe": artifact.recipe,
+        "model": artifact.model,
+        "data": artifact.data,
+    }
     described["preprocessing"] = artifact.preprocessing.described()
+    if artifact.class_names is not None:
+        described["class_names"] = list(artifact.class_names)
     export_network(artifact.network, path, described, images, min_sqnr_db)
     return replace(load_artifact(path), inputs=artifact.inputs)
+
+
+def check_classes(artifact: Artifact, data: ImageData) -> None:
+    """Raises QatTricksError unless the classes of ``data`` are the artifact's, in their order."""
+    own, others = artifact.class_names, data.class_names
+    if own is None or list(own) == list(others):
+        return
+    differing = [pair for pair in zip(own, others, strict=False) if pair[0] != pair[1]]
+    which = f', the first that differs "{differing[0][0]}" and "{differing[0][1]}"'
+    raise QatTricksError(
+        f"the {len(others)} classes of the data are not the {len(own)} of {artifact.path.name}"
+        f"{which if differing else ''}: give data with the same classes, by the same names"
+    )
 
 
 def preprocessing_changes(artifact: Artifact, data: ImageData, *, allowed: bool) -> list[str]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from platformdirs import user_cache_dir
+from torch import nn
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.files import write_tensors
@@ -42,8 +44,8 @@ def prepare_baseline(
 ) -> None:
     """Gives ``module`` its float weights: from ``model.weights``, from the cache, or trained here.
 
-    A network trained here is cached under a key of everything that made it (model, data, training,
-    seed, versions), so that a sweep trains it once.
+    A network trained here is cached under a key of everything that made it (model and its code,
+    settings and images of the data, training, seed, versions), so that a sweep trains it once.
 
     Args:
         config: the composed config of a run.
@@ -63,7 +65,7 @@ def prepare_baseline(
         if not config.baseline.finetune:
             return
     # Also with ``finetune``: the key holds the content of the weights' file.
-    cached = cache_dir() / f"{_key(config)}.pt"
+    cached = cache_dir() / f"{ranks.on_zero(_key, config, module, datamodule)}.pt"
     if not (config.baseline.cache and ranks.on_zero(_restore, module, cached)):
         module.train().lr = config.baseline.lr
         fit = pl.Trainer(max_epochs=config.baseline.epochs, enable_checkpointing=False, **trainer)
@@ -77,8 +79,10 @@ def prepare_baseline(
     module.network.load_state_dict(ranks.on_zero(module.network.state_dict))
 
 
-def _key(config: DictConfig) -> str:
+def _key(config: DictConfig, module: Classifier, datamodule: pl.LightningDataModule) -> str:
     """Returns a hash of everything that the trained weights depend on."""
+    datamodule.setup("fit")
+    dataset: Any = datamodule.train_dataloader().dataset
     made_by: dict[str, Any] = {
         name: OmegaConf.to_container(config[name], resolve=True)
         for name in ("model", "data", "baseline", "optimizer", "trainer")
@@ -90,10 +94,24 @@ def _key(config: DictConfig) -> str:
     made_by |= {
         "seed": config.seed,
         "weights": digest,
+        "images": dataset.fingerprint(),
+        "code": _code(module.network, str(config.model.factory)),
         "torch": torch.__version__,
         "qat_tricks": __version__,
     }
     return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _code(network: nn.Module, factory: str) -> str:
+    """Returns a hash of a network's structure and, where they are the user's own, its sources."""
+    digest = hashlib.sha256(repr(network).encode())
+    modules = {type(part).__module__ for part in network.modules()} | {factory.rpartition(".")[0]}
+    for name in sorted(modules):
+        path = getattr(sys.modules.get(name), "__file__", None)
+        # Of installed ones the version counts; without a file, as in a notebook, there is no more.
+        if path is not None and name.partition(".")[0] not in ("torch", "torchvision", "timm"):
+            digest.update(Path(path).read_bytes())
+    return digest.hexdigest()
 
 
 def _restore(module: Classifier, cached: Path) -> bool:
@@ -109,6 +127,7 @@ def _restore(module: Classifier, cached: Path) -> bool:
             "training it again"
         )
         return False
+    console().print(f"  float baseline: from the cache, {cached.name} (baseline.cache=false: anew)")
     return True
 
 

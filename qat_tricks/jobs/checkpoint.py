@@ -131,6 +131,7 @@ def describe(module: Classifier) -> dict[str, Any]:
         "model": module.hparams["model"],
         "data": data,
         "preprocessing": preprocessing,
+        "class_names": module.hparams.get("class_names"),  # older checkpoints have none
     }
 
 

@@ -26,6 +26,7 @@ class Classifier(pl.LightningModule):
             them.
         data: the settings of the data; an evaluation of the checkpoint reads them.
         preprocessing: from ``Preprocessing.described``, for an evaluation too.
+        class_names: in the order of the logits, likewise.
         lr: peak learning rate.
         momentum: of SGD.
         weight_decay: of SGD.
@@ -37,6 +38,7 @@ class Classifier(pl.LightningModule):
         model: dict[str, Any],
         data: dict[str, Any] | None = None,
         preprocessing: dict[str, Any] | None = None,
+        class_names: list[str] | None = None,
         lr: float = 0.1,
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
@@ -112,6 +114,7 @@ def make_classifier(config: DictConfig, data: ImageData) -> Classifier:
         },
         data=settings,
         preprocessing=data.preprocessing.described(),
+        class_names=list(data.class_names),
         lr=config.baseline.lr,
         **config.optimizer,
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from qat_tricks.deploy.cost.latency import MIN_RUNS
 from qat_tricks.deploy.parity.logits import LARGEST_SQNR_DB, MIN_SQNR_DB
@@ -142,6 +142,13 @@ REPORT = "report.json"
 """The file by which a folder is known to have a report."""
 EXPORTED = "model.onnx"
 """The file to which an evaluation exports a checkpoint."""
+
+
+def settle_root(config: DictConfig) -> None:
+    """Makes ``data.root`` absolute: files that say it are read from other folders too."""
+    root = OmegaConf.select(config, "data.root")
+    if isinstance(root, str) and root:
+        OmegaConf.update(config, "data.root", str(Path(root).expanduser().absolute()))
 
 
 def evaluation_folder(config: DictConfig) -> Path:

@@ -10,6 +10,7 @@ from qat_tricks.errors import QatTricksError
 
 PREFIX = "qat_tricks."  # of our keys
 REQUIRED = ("recipe", "model", "data", "preprocessing")  # an evaluation needs them
+OPTIONAL = ("class_names",)  # an older file, or one of a user's own, does not say them
 
 
 def to_metadata(description: Mapping[str, Any]) -> dict[str, str]:
@@ -20,7 +21,7 @@ def to_metadata(description: Mapping[str, Any]) -> dict[str, str]:
 def from_metadata(
     metadata: Mapping[str, str], path: Path, data: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Returns the required part of the description of the ONNX file at ``path``.
+    """Returns the description of the ONNX file at ``path``, as far as an evaluation asks for it.
 
     Args:
         metadata: of the file.
@@ -36,7 +37,11 @@ def from_metadata(
             f"{path} was not written by train.py: it does not say its {', '.join(missing)}; "
             f"{NEEDS_DATA}"
         )
-    known = {key: json.loads(metadata[PREFIX + key]) for key in REQUIRED if key not in missing}
+    known = {
+        key: json.loads(metadata[PREFIX + key])
+        for key in (*REQUIRED, *OPTIONAL)
+        if PREFIX + key in metadata
+    }
     return {**foreign(path.stem, data), **known} if data is not None else known
 
 

@@ -33,11 +33,12 @@ from qat_tricks.graph.spec import channels_of, mixed_precision_of
 from qat_tricks.graph.tensor_figures import FEW_IMAGES, layer_figures
 from qat_tricks.jobs.artifact import (
     Artifact,
+    check_classes,
     export_artifact,
     load_artifact,
     preprocessing_changes,
 )
-from qat_tricks.jobs.config import EXPORTED, command, evaluation_folder, timing
+from qat_tricks.jobs.config import EXPORTED, command, evaluation_folder, settle_root, timing
 from qat_tricks.jobs.isolation import torch_threads
 from qat_tricks.jobs.pictures import disagreement_pictures
 from qat_tricks.jobs.sensitivity import check_sensitivity, measure_artifact
@@ -70,6 +71,7 @@ def _evaluate_artifact(config: DictConfig) -> dict[str, Any]:
     # Before the measurements, which take minutes.
     check_runtimes(runtimes)
     folder = evaluation_folder(config)
+    settle_root(config)
 
     given = {"module": config.module, "data": _given_data(config)}
     artifact = load_artifact(Path(config.artifact), **given)
@@ -81,6 +83,7 @@ def _evaluate_artifact(config: DictConfig) -> dict[str, Any]:
         artifact, data_as_configured, allowed=config.allow_preprocessing_change
     )
     data = _loaded(data_as_configured.with_preprocessing(artifact.preprocessing))
+    check_classes(artifact, data)
     folder.mkdir(parents=True, exist_ok=True)
 
     evaluation = _Evaluation(config=config, data=data)

@@ -22,9 +22,9 @@ from qat_tricks.errors import QatTricksError, one_line
 from qat_tricks.evidence.language import ENGLISH
 from qat_tricks.evidence.paired import show_change
 from qat_tricks.evidence.show import show
-from qat_tricks.files import read_json, write_json
+from qat_tricks.files import UnwritableError, read_json, write_json
 from qat_tricks.graph.random_state import kept_random_state, seed_all
-from qat_tricks.jobs.guideline_data import train_batches, validation_batches
+from qat_tricks.jobs.guideline_data import train_batches, training_fingerprint, validation_batches
 from qat_tricks.jobs.guideline_forecast import IMAGES, Forecaster, Scale, Work, scaled
 from qat_tricks.jobs.guideline_judge import Judge, Judgement
 from qat_tricks.jobs.guideline_result import FAILED, OVER, WITHIN, Guideline, Outcome
@@ -191,8 +191,9 @@ class _Run:
         """Whether the state is of these images and this network, by what it makes of a few."""
         few = self.judge.reference_of_few
         seen = {key: getattr(few, key).tolist() for key in ("labels", "predictions", "confidences")}
+        seen["training"] = training_fingerprint(self.data, self.seed)
         known = self.state.setdefault("seen", seen)
-        if known["labels"] != seen["labels"] or known["predictions"] != seen["predictions"]:
+        if any(known.get(key) != seen[key] for key in ("labels", "predictions", "training")):
             return False
         # On other numbers of threads sums differ in their last bits.
         differences = torch.tensor(known["confidences"]) - few.confidences
@@ -234,7 +235,7 @@ class _Run:
             if step.spares_sensitive:
                 step = sparing(step, sensitive_layers(self._plain(step), self.judge.few))
             self.last = self._run_step(step)
-        except DamagedError:  # says nothing of the step
+        except (DamagedError, UnwritableError):  # they say nothing of the step
             raise
         except QatTricksError as error:
             return None, step, one_line(error)
@@ -368,8 +369,15 @@ class _Run:
         recipes = [self._load(step) for step in [*self.quality, *self.pruning]]
         kinds = (str, int, float, bool, type(None))
         plain = {k: v for k, v in self.trainer.items() if isinstance(v, kinds)}
+        hparams = sorted(self.module.hparams.items(), key=lambda item: str(item[0]))
+        trained_by = [(str(key), value) for key, value in hparams if isinstance(value, kinds)]
         return run_key(
-            self.module, recipes, asdict(self.settings), self.seed, sorted(plain.items())
+            self.module,
+            recipes,
+            asdict(self.settings),
+            self.seed,
+            sorted(plain.items()),
+            [*trained_by, getattr(self.module, "lr", None)],
         )
 
     def _read_state(self) -> dict[str, Any]:

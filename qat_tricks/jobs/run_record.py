@@ -41,12 +41,13 @@ from qat_tricks.jobs.config import command, timing
 from qat_tricks.jobs.description import to_metadata
 from qat_tricks.jobs.guideline_result import Guideline
 from qat_tricks.jobs.isolation import torch_threads
-from qat_tricks.jobs.loggers import log_report
+from qat_tricks.jobs.loggers import FILES, log_report
 from qat_tricks.jobs.pictures import disagreement_pictures
 from qat_tricks.progress import console, enter
 from qat_tricks.recipes.recipe import GUIDELINE, Stage, StagedRecipe
 from qat_tricks.trainer.checkpoints import save_checkpoint
 
+EARLIER = "earlier"  # gets the results of a run that was in the folder before
 PARITY_IMAGES = 512  # images on which each export is compared with its simulation
 
 
@@ -91,8 +92,16 @@ class RunRecord:
         return self.folder / "model_fp32.onnx"
 
     def save_config(self) -> None:
-        """Writes the composed config into the folder."""
+        """Writes the composed config into the folder.
+
+        Results of an earlier run in it go into a folder ``earlier``: if this one fails, they must
+        not pass for its own.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
+        results = [self.folder / name for name in (*FILES, "model.ckpt")]
+        for path in filter(Path.exists, results):
+            (self.folder / EARLIER).mkdir(exist_ok=True)
+            path.replace(self.folder / EARLIER / path.name)
         OmegaConf.save(self.config, self.folder / "config.yaml", resolve=True)
 
     def measure_float(self, network: nn.Module) -> None:

@@ -16,6 +16,7 @@ from qat_tricks.graph.modes import evaluating
 from qat_tricks.graph.trace import check_untraced
 from qat_tricks.jobs.baseline import prepare_baseline
 from qat_tricks.jobs.classifier import Classifier, make_classifier
+from qat_tricks.jobs.config import settle_root
 from qat_tricks.jobs.datamodule import ImageDataModule, load_data
 from qat_tricks.jobs.fitted_recipe import fit_recipe, fitted_recipe
 from qat_tricks.jobs.guideline import guideline
@@ -64,6 +65,7 @@ def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[st
     """
     package = default_package()
     package.seed_everything(config.seed, workers=True, verbose=False)
+    settle_root(config)
     recipe = fitted_recipe(config)
     data = load_data(config.data)
     module = make_classifier(config, data)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qat_tricks.errors import QatTricksError
+from qat_tricks.trainer.framework import package_of
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
@@ -122,12 +123,25 @@ def foreseen_batches(trainer: "Trainer") -> float:
 
 def _batches_of(trainer: "Trainer", steps: int) -> float:
     """The number of batches that so many steps of an optimizer take."""
-    accumulated, an_epoch = trainer.accumulate_grad_batches, trainer.num_training_batches
-    if not math.isfinite(an_epoch) or an_epoch < 1:
-        return steps * accumulated
-    # An epoch ends with a step, also where fewer batches are left for it.
-    epochs, rest = divmod(steps, math.ceil(an_epoch / accumulated))
-    return epochs * an_epoch + min(rest * accumulated, an_epoch)
+    an_epoch, epoch, batches = trainer.num_training_batches, done_before(trainer).epochs, 0
+    while True:
+        accumulated = _accumulated(trainer, epoch)
+        if not math.isfinite(an_epoch) or an_epoch < 1:
+            return steps * accumulated
+        # An epoch ends with a step, also where fewer batches are left for it.
+        steps_of_epoch = math.ceil(an_epoch / accumulated)
+        if steps <= steps_of_epoch:
+            return batches + min(max(steps, 0) * accumulated, an_epoch)
+        steps, batches, epoch = steps - steps_of_epoch, batches + int(an_epoch), epoch + 1
+
+
+def _accumulated(trainer: "Trainer", epoch: int) -> int:
+    """The number of batches of which the gradients make a step in an epoch."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        # Lightning's own would give the trainer the number of a later epoch only then.
+        if isinstance(callback, package_of(trainer).callbacks.GradientAccumulationScheduler):
+            return callback.get_accumulate_grad_batches(epoch)
+    return trainer.accumulate_grad_batches
 
 
 def is_last_batch(trainer: "Trainer") -> bool:

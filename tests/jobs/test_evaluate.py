@@ -5,8 +5,10 @@ preprocessing unawares.
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -91,7 +93,7 @@ def folders(tmp_path_factory):
     images, labels = data.splits.pixels.batch(range(64))
     for part in ("train", "val"):
         for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-            path = root / part / f"class{label}" / f"{index:03}.png"
+            path = root / part / data.class_names[label] / f"{index:03}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
     same = [
@@ -377,3 +379,30 @@ def test_a_file_of_the_users_is_never_overwritten(own, tmp_path, capfd):
         cli.evaluate([f"artifact={own[0] / 'own.ckpt'}", "data=fake", f"folder={tmp_path}"])
     assert "has a model.onnx already: give another folder" in capfd.readouterr().err
     assert file.read_bytes() == b"the user's own"
+
+
+def test_data_with_other_classes_are_refused(ran, folders, tmp_path):
+    root = Path(folders[1].removeprefix("data.root="))
+    shutil.copytree(root, tmp_path / "renamed")
+    first = min(path.name for path in root.glob("train/*"))
+    for part in ("train", "val"):
+        (tmp_path / "renamed" / part / first).rename(tmp_path / "renamed" / part / "zebra")
+    for artifact in ("model.onnx", "model.ckpt"):
+        renamed = [*folders, f"data.root={tmp_path / 'renamed'}", "allow_preprocessing_change=true"]
+        with pytest.raises(
+            QatTricksError, match=rf"4 classes of the data are not the 4 of {artifact}"
+        ):
+            evaluate(ran / artifact, tmp_path / "out", *renamed)
+        assert not (tmp_path / "out").exists()
+
+
+def test_an_artifact_knows_its_data_from_every_folder(folders, tmp_path, monkeypatch):
+    root = Path(folders[1].removeprefix("data.root="))
+    monkeypatch.chdir(root.parent)
+    config = job_config("recipe=int8_ptq", *QUICK, *folders, f"data.root={root.name}")
+    run_job(config, tmp_path / "run")
+    assert load_artifact(tmp_path / "run" / "model.onnx").data["root"] == str(root)
+    monkeypatch.chdir(tmp_path)
+    own = evaluate(tmp_path / "run" / "model.onnx", tmp_path / "own")
+    given = evaluate(tmp_path / "run" / "model.onnx", tmp_path / "given", *folders)
+    assert own["stages"][-1]["accuracy"] == given["stages"][-1]["accuracy"]

@@ -1,3 +1,4 @@
+import copy
 import json
 from dataclasses import asdict, replace
 
@@ -7,6 +8,7 @@ import torch
 import qat_tricks
 from qat_tricks.cli.check_train import check_train
 from qat_tricks.errors import QatTricksError
+from qat_tricks.files import UnwritableError
 from qat_tricks.graph import layers, spec_of
 from qat_tricks.jobs import guideline as module_under_test
 from qat_tricks.jobs import guideline_judge
@@ -463,3 +465,32 @@ def test_other_recipes_have_no_budget_and_the_guideline_is_no_list_of_callbacks(
     for call in (qat_tricks.recipe, load_recipe):
         with pytest.raises(QatTricksError, match=r"qat_tricks\.guideline\(module, datamodule"):
             call("guideline")
+
+
+def test_a_full_disk_says_nothing_of_a_step(trained, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise UnwritableError("no space left")
+
+    monkeypatch.setattr(module_under_test, "run_stages", full)
+    with pytest.raises(UnwritableError, match="no space left"):
+        run(trained, budget=5, folder=tmp_path)
+    state = tmp_path / "guideline.json"
+    assert not state.exists() or not json.loads(state.read_text())["outcomes"]
+
+
+class OtherTraining(NoTest):
+    def train_dataloader(self):
+        return loader(64, seed=9)
+
+
+@pytest.mark.usefixtures("rehearsed")
+def test_other_training_images_are_another_run(trained, tmp_path):
+    aims = {"budget": 100, "folder": tmp_path}
+    run(trained, **aims)
+    module = copy.deepcopy(trained)
+    assert [outcome.name for outcome in run(module, **aims).outcomes] == ["ptq"]
+    with pytest.raises(QatTricksError, match="another network, other images, other settings"):
+        qat_tricks.guideline(module, OtherTraining(), trainer={**QUIET, "devices": 1}, **aims)
+    module.lr = 0.5
+    with pytest.raises(QatTricksError, match="another network, other images, other settings"):
+        run(module, **aims)

@@ -105,3 +105,19 @@ def test_parity_is_measured_on_images_of_all_classes(tmp_path, monkeypatch):
     with pytest.raises(QatTricksError, match="stop"):
         run.measure_float(run.module.network)
     assert sorted(seen) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_results_of_an_earlier_run_do_not_pass_for_this_ones(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("report.json", "report.html", "model.onnx", "model.ckpt"):
+        (folder / name).write_text("of the earlier run")
+    (folder / "notes.txt").write_text("the user's")
+    record(folder).save_config()
+    assert files_in(folder) == {"config.yaml", "notes.txt", "earlier"}
+    assert files_in(folder / "earlier") == {
+        "report.json",
+        "report.html",
+        "model.onnx",
+        "model.ckpt",
+    }

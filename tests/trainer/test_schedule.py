@@ -77,6 +77,22 @@ def test_progress_is_the_share_of_the_batches_that_are_done(settings, total):
     assert [share for _, share in note.seen] == [batch / total for batch in range(total + 1)]
 
 
+@pytest.mark.parametrize(
+    ("plan", "steps", "total"),
+    [
+        # 4 steps, then 2 in an epoch: the second one's batches 1 to 3, and its last
+        ({0: 1, 1: 3}, 7, 11),
+        ({0: 3, 2: 1}, 6, 10),
+    ],
+)
+@pytest.mark.parametrize("settings", [{"max_epochs": -1}, {"max_epochs": 9}], ids=str)
+def test_gradients_of_more_batches_from_an_epoch_on_are_foreseen(plan, steps, total, settings):
+    note, accumulation = Note(), pl.callbacks.GradientAccumulationScheduler(plan)
+    run = trainer([accumulation, note], max_steps=steps, **settings)
+    run.fit(Lit().train(), datamodule=Data())
+    assert note.seen == [(total, batch / total) for batch in range(total + 1)]
+
+
 @pytest.mark.parametrize(("every", "batches"), [(1, 6), (3, 18)])
 def test_of_a_module_that_optimizes_by_hand_steps_count(every, batches):
     note, lit = Note(), ByHand(every)
