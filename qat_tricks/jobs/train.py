@@ -70,8 +70,7 @@ def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[st
     data = load_data(config.data)
     module = make_classifier(config, data)
     trainer = _trainer_settings(config, logger)
-    _check_classes(module.network, data)  # now: training would fail only at its first loss
-    check_untraced(module.network, recipe.untraced)  # before the baseline is trained
+    _check_network(module.network, data, recipe)
 
     datamodule = ImageDataModule(data)
     # Before the baseline: the other processes start here, from the top of the program.
@@ -143,7 +142,9 @@ def _logging(logger: Logger) -> list[Any]:
     return [LogLayers(), ValidateDeployed(max_share=DEPLOYED_SHARE)] if logger else []
 
 
-def _check_classes(network: nn.Module, data: ImageData) -> None:
+def _check_network(network: nn.Module, data: ImageData, recipe: StagedRecipe) -> None:
+    """Refuses what would fail only when the baseline is trained, or at its first loss."""
+    check_untraced(network, recipe.untraced)
     images, _ = next(iter(data.test_dataloader()))
     with evaluating(network), torch.no_grad():
         logits = network(images[:1])
