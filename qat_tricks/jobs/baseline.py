@@ -65,15 +65,17 @@ def prepare_baseline(
         if not config.baseline.finetune:
             return
     # Also with ``finetune``: the key holds the content of the weights' file.
-    cached = cache_dir() / f"{ranks.on_zero(_key, config, module, datamodule)}.pt"
-    if not (config.baseline.cache and ranks.on_zero(_restore, module, cached)):
+    cached = None
+    if config.baseline.cache:
+        cached = cache_dir() / f"{ranks.on_zero(_key, config, module, datamodule)}.pt"
+    if cached is None or not ranks.on_zero(_restore, module, cached):
         module.train().lr = config.baseline.lr
         fit = pl.Trainer(max_epochs=config.baseline.epochs, enable_checkpointing=False, **trainer)
         enter("float baseline")
         name_stage(fit, "float baseline").fit(module, datamodule=datamodule)
         if config.baseline.epochs > 0:
             check_trained(fit, "the float baseline")
-        if config.baseline.cache:
+        if cached is not None:
             ranks.on_zero(_cache, module, cached)
     # the ranks may have restored, trained or begun differently
     module.network.load_state_dict(ranks.on_zero(module.network.state_dict))
