@@ -250,9 +250,14 @@ def _output_names(output: object) -> list[str]:
         for path, _ in leaves
     ]
     names = [f"output_{i}" if key is None else str(key) for i, key in enumerate(keys)]
-    return [
-        OUTPUT if leaf is logits else name for name, (_, leaf) in zip(names, leaves, strict=True)
-    ]
+    first = next(i for i, (_, leaf) in enumerate(leaves) if leaf is logits)
+    taken = {OUTPUT}
+    for i, name in enumerate(names):
+        # The same key may stand in two places, and a tensor may be yielded twice.
+        unique = (name, *(f"{name}_{number}" for number in range(len(names) + 1)))
+        names[i] = OUTPUT if i == first else next(n for n in unique if n not in taken)
+        taken.add(names[i])
+    return names
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -15,7 +15,7 @@ from torch import fx, nn
 from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.graph.fingerprint import CODE, fingerprint
 from qat_tricks.graph.functional import functions_to_modules
-from qat_tricks.graph.in_place import works_in_place
+from qat_tricks.graph.in_place import read_after_change, works_in_place
 from qat_tricks.graph.layers import as_layer
 from qat_tricks.graph.operations import entries_for
 from qat_tricks.graph.outside import has_steps
@@ -187,6 +187,7 @@ def _prepare(
     if settings.training_mode:
         _detach_no_grad(traced)
         _clone_changed_inputs(traced)
+        _refuse_changed_views(traced)
         _read_results(traced)
         _refuse_changed_parameters(traced)
     if settings.functions_to_modules:
@@ -263,6 +264,19 @@ def _clone_changed_inputs(traced: fx.GraphModule) -> None:
         node.replace_all_uses_with(
             clone, delete_user_cb=lambda user, clone=clone: user is not clone
         )
+
+
+def _refuse_changed_views(traced: TracedNetwork) -> None:
+    """Refuses code that changes a part of a tensor in place and then reads the tensor."""
+    for node in traced.graph.nodes:
+        if read_after_change(node, traced) is not None:
+            where = f' in "{node.meta[OWNER]}"' if node.meta.get(OWNER) else ""
+            name = node.target if isinstance(node.target, str) else node.name
+            raise QatTricksError(
+                f'{type(traced).__name__} changes a view of a tensor in place ("{name}"{where}) '
+                "and reads the tensor behind it: compute a new one, as with torch.cat, or keep "
+                "that part in float with untraced"
+            )
 
 
 def _refuse_changed_parameters(traced: TracedNetwork) -> None:

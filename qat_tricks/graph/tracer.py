@@ -5,6 +5,7 @@ import inspect
 import linecache
 import random
 import sys
+import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,8 @@ from qat_tricks.graph.two_modes import NO_GRAD, OWNER, structure_of
 # theirs is a tensor. Those that draw random numbers have to be called each time.
 _DRAWING = ("rand", "randn", "randint", "randperm")
 _MAKING = ("zeros", "ones", "full", "empty", "arange", "linspace")
+TRACING = threading.RLock()
+"""Held while a network is traced: ``torch.fx`` then patches ``nn.Module`` for the whole process."""
 _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -192,6 +195,11 @@ def follow(network: nn.Module, tracer: Tracer, *, training: bool) -> Followed:
         QatTricksError: the code cannot be followed, draws random numbers itself, or changes a
             buffer in place.
     """
+    with TRACING:
+        return _follow(network, tracer, training=training)
+
+
+def _follow(network: nn.Module, tracer: Tracer, *, training: bool) -> Followed:
     mode = "training" if training else "evaluation"
     before = random_state()
     own = [value for module in network.modules() for value in vars(module).values()]

@@ -16,6 +16,7 @@ from qat_tricks.deploy.normalization import BUILT_IN, NORMALIZATION_KEY
 from qat_tricks.deploy.parity.runtimes import Predict, predictor
 from qat_tricks.deploy.runtimes.registry import REFERENCE
 from qat_tricks.deploy.runtimes.session import open_session
+from qat_tricks.deploy.targets import target_named
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.logits import logits_of
 from qat_tricks.jobs.description import NEEDS_DATA, foreign, from_metadata
@@ -31,6 +32,8 @@ class Artifact:
     data: dict[str, Any]
     preprocessing: Preprocessing
     class_names: Sequence[str] | None = None  # in the order of the logits; None: it says none
+    # The target and the opset of a run's own file; None: those of ``export_onnx``.
+    export: Mapping[str, Any] | None = None
     normalizes: bool = False  # it takes uint8 pixels and normalizes them itself
     simulated: nn.Module | None = None  # the network of a checkpoint
     # From a batch of images and labels to the network's inputs, where a module changes the images.
@@ -140,7 +143,12 @@ def export_artifact(
     described["preprocessing"] = artifact.preprocessing.described()
     if artifact.class_names is not None:
         described["class_names"] = list(artifact.class_names)
-    export_network(artifact.network, path, described, images, min_sqnr_db)
+    choices = {}
+    if artifact.export is not None:
+        target, choices["opset"] = artifact.export["target"], artifact.export["opset"]
+        choices["layout"] = target_named(target).layout
+        described["target"] = target
+    export_network(artifact.network, path, described, images, min_sqnr_db, **choices)
     return replace(load_artifact(path), inputs=artifact.inputs)
 
 

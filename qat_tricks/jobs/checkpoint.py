@@ -131,7 +131,9 @@ def describe(module: Classifier) -> dict[str, Any]:
         "model": module.hparams["model"],
         "data": data,
         "preprocessing": preprocessing,
-        "class_names": module.hparams.get("class_names"),  # older checkpoints have none
+        # Older checkpoints have neither.
+        "class_names": module.hparams.get("class_names"),
+        "export": module.hparams.get("export"),
     }
 
 
@@ -141,6 +143,7 @@ def export_network(
     description: dict[str, Any],
     images: Iterable[Any],
     min_sqnr_db: float = MIN_SQNR_DB,
+    **choices: Any,
 ) -> None:
     """Writes a network to an ONNX file with a description.
 
@@ -151,6 +154,7 @@ def export_network(
         images: at least one batch ``[N, C, H, W]``, or pairs of one and labels, on which the file
             is compared with the network.
         min_sqnr_db: the least ratio of the network's logits to their error in the file.
+        choices: further arguments of ``export_onnx``.
 
     Raises:
         QatTricksError: there are no images, or the file does not run as simulated.
@@ -164,4 +168,5 @@ def export_network(
         images=batches,
         metadata=to_metadata(description),
         min_sqnr_db=min_sqnr_db,
+        **choices,
     )

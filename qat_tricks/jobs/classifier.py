@@ -27,6 +27,7 @@ class Classifier(pl.LightningModule):
         data: the settings of the data; an evaluation of the checkpoint reads them.
         preprocessing: from ``Preprocessing.described``, for an evaluation too.
         class_names: in the order of the logits, likewise.
+        export: the target and the opset of the file that a run deploys, likewise.
         lr: peak learning rate.
         momentum: of SGD.
         weight_decay: of SGD.
@@ -39,6 +40,7 @@ class Classifier(pl.LightningModule):
         data: dict[str, Any] | None = None,
         preprocessing: dict[str, Any] | None = None,
         class_names: list[str] | None = None,
+        export: dict[str, Any] | None = None,
         lr: float = 0.1,
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
@@ -115,6 +117,7 @@ def make_classifier(config: DictConfig, data: ImageData) -> Classifier:
         data=settings,
         preprocessing=data.preprocessing.described(),
         class_names=list(data.class_names),
+        export={"target": config.target, "opset": config.export.opset},
         lr=config.baseline.lr,
         **config.optimizer,
     )

@@ -159,6 +159,7 @@ class _Evaluation:
         """Measures the float network, which must have the artifact's preprocessing."""
         # Accuracies under different preprocessing cannot be compared.
         preprocessing_changes(original, self.data, allowed=False)
+        check_classes(original, self.data)
         return self.enter("fp32", original, original.predict(self.config.measure.threads))
 
     def export_checkpoint(self, artifact: Artifact, path: Path) -> Artifact:

@@ -102,7 +102,8 @@ def evaluate(
     other = None if reference is None else _opened(reference, module, arguments)
     theirs: list[Tensor] = []
     with evaluating(*(opened.owner for opened in (measured, other) if opened and opened.owner)):
-        pairs = _pairs(measured, other, theirs, _batches(loaders))
+        batches, data = _batches(loaders)
+        pairs = _pairs(measured, other, theirs, batches, data)
         metrics = _measure(pairs)
     share = float_accuracy = None
     if other is not None:
@@ -119,12 +120,13 @@ def evaluate(
     )
 
 
-def metrics_of(module: nn.Module, batches: Iterable[Any]) -> Metrics:
+def metrics_of(module: nn.Module, batches: Iterable[Any], data: Any = None) -> Metrics:
     """The metrics of a LightningModule or a network, with what it gives each image.
 
     Args:
         module: its ``forward`` is measured, in evaluation mode; it stays as it is.
         batches: ``(inputs, labels)``, or mappings with such names.
+        data: the data module that they are of, whose batch hooks run; anything else has none.
 
     Raises:
         QatTricksError: as of ``evaluate``.
@@ -132,7 +134,7 @@ def metrics_of(module: nn.Module, batches: Iterable[Any]) -> Metrics:
     opened = _opened(module, None, {})
     assert opened.owner is not None
     with evaluating(opened.owner):
-        return _measure(_pairs(opened, None, [], iter(batches)))
+        return _measure(_pairs(opened, None, [], iter(batches), data))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,10 +148,9 @@ class _Opened:
     path: Path | None = None  # of an ONNX file
     takes_batch: bool = False  # whether it is called with whole batches
 
-    def logits(self, batch: Any) -> Tensor:
-        """The logits for a batch of a loader."""
-        if self.owner is not None:
-            batch = _on_device(self.owner, batch)
+    def logits(self, batch: Any, data: Any) -> Tensor:
+        """The logits for a batch of a loader, which may be that of a data module."""
+        batch = _on_device(self.owner, data, batch)
         with torch.no_grad():
             if self.takes_batch:
                 return logits_of(self.run(batch)).detach().float().cpu()
@@ -220,31 +221,56 @@ def _base(module: nn.Module) -> type:
     return package_of(module).LightningModule
 
 
-def _on_device(owner: nn.Module, batch: Any) -> Any:
-    """A batch on the device of ``owner``, after the hooks that a LightningModule has for it."""
-    device = next((p.device for p in owner.parameters()), torch.device("cpu"))
-    moved = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
-    if not _is_lightning(owner):
-        return moved
-    hooks: Any = owner
-    try:
-        batch = hooks.on_before_batch_transfer(batch, 0)
-        batch = hooks.transfer_batch_to_device(batch, device, 0)
-        return hooks.on_after_batch_transfer(batch, 0)
-    except Exception as error:  # whatever the user's code raises
-        raise QatTricksError(
-            f"a batch hook of {type(owner).__name__} fails without a trainer "
-            f"({type(error).__name__}: {one_line(error)}): use trainer.test(module, loaders)"
-        ) from error
+def _on_device(owner: nn.Module | None, data: Any, batch: Any) -> Any:
+    """A batch on the device of ``owner``, after the hooks that Lightning would call for it.
+
+    Args:
+        owner: what is evaluated; a LightningModule has hooks.
+        data: likewise a data module, whose hooks, where it has any of its own, come in the place of
+            the module's.
+        batch: of a loader.
+    """
+    parameters = iter(()) if owner is None else owner.parameters()
+    device = next((p.device for p in parameters), torch.device("cpu"))
+    calls = (("on_before_batch_transfer", ()), ("transfer_batch_to_device", (device,)))
+    for name, arguments in (*calls, ("on_after_batch_transfer", ())):
+        hooks: Any = data if _has_hook(data, name) else owner
+        if not _is_lightning(hooks):
+            if arguments:
+                batch = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
+            continue
+        try:
+            batch = getattr(hooks, name)(batch, *arguments, 0)
+        except Exception as error:  # whatever the user's code raises
+            raise QatTricksError(
+                f"a batch hook of {type(hooks).__name__} fails without a trainer "
+                f"({type(error).__name__}: {one_line(error)}): use trainer.test(module, loaders)"
+            ) from error
+    return batch
 
 
-def _batches(loaders: Any) -> Iterator[Any]:
-    """The batches of a loader, of several, or of a data module."""
-    if _is_lightning(loaders):
-        kind = package_of(loaders).LightningDataModule
-        tests = is_overridden("test_dataloader", loaders, kind)
-        loaders.setup("test" if tests else "validate")
-        loaders = loaders.test_dataloader() if tests else loaders.val_dataloader()
+def _has_hook(data: Any, name: str) -> bool:
+    """Whether ``data`` is a data module with a batch hook of its own."""
+    if not _is_lightning(data):
+        return False
+    kind = package_of(data).LightningDataModule
+    return isinstance(data, kind) and is_overridden(name, data, kind)
+
+
+def _batches(loaders: Any) -> tuple[Iterator[Any], Any]:
+    """The batches of a loader, of several, or of a data module; and that data module or None."""
+    if not _is_lightning(loaders):
+        return _batches_of(loaders), None
+    kind = package_of(loaders).LightningDataModule
+    tests = is_overridden("test_dataloader", loaders, kind)
+    loaders.prepare_data()
+    loaders.setup("test" if tests else "validate")
+    given = loaders.test_dataloader() if tests else loaders.val_dataloader()
+    return _batches_of(given), loaders
+
+
+def _batches_of(loaders: Any) -> Iterator[Any]:
+    """The batches of a loader, or of several."""
     if isinstance(loaders, (list, tuple)) and all(map(is_loader, loaders)):
         for loader in loaders:
             yield from loader
@@ -285,7 +311,11 @@ def labels_of(batch: Any, names: Sequence[str], index: int) -> Tensor:
 
 
 def _pairs(
-    measured: _Opened, other: _Opened | None, theirs: list[Tensor], batches: Iterable[Any]
+    measured: _Opened,
+    other: _Opened | None,
+    theirs: list[Tensor],
+    batches: Iterable[Any],
+    data: Any,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields logits and labels.
 
@@ -294,12 +324,13 @@ def _pairs(
         other: runs on the same batches, which another pass might shuffle otherwise.
         theirs: gets the logits of ``other``, each followed by the labels.
         batches: of a loader.
+        data: the data module that they are of, if they are.
     """
     for index, batch in enumerate(batches):
         labels = labels_of(batch, measured.names, index)
         if other is not None:
-            theirs += [other.logits(batch), labels]
-        yield measured.logits(batch), labels
+            theirs += [other.logits(batch, data), labels]
+        yield measured.logits(batch, data), labels
 
 
 def _regrouped(flat: list[Tensor]) -> list[tuple[Tensor, Tensor]]:

@@ -24,7 +24,7 @@ from qat_tricks.evidence.paired import show_change
 from qat_tricks.evidence.show import show
 from qat_tricks.files import UnwritableError, read_json, write_json
 from qat_tricks.graph.random_state import kept_random_state, seed_all
-from qat_tricks.jobs.guideline_data import train_batches, training_fingerprint, validation_batches
+from qat_tricks.jobs.guideline_data import train_batches, validation_batches
 from qat_tricks.jobs.guideline_forecast import IMAGES, Forecaster, Scale, Work, scaled
 from qat_tricks.jobs.guideline_judge import Judge, Judgement
 from qat_tricks.jobs.guideline_result import FAILED, OVER, WITHIN, Guideline, Outcome
@@ -39,7 +39,7 @@ from qat_tricks.recipes.guideline_steps import (
     sparing,
 )
 from qat_tricks.recipes.recipe import StagedRecipe, load_recipe
-from qat_tricks.recipes.run_key import run_key
+from qat_tricks.recipes.run_key import plain_settings, run_key, training_fingerprint
 from qat_tricks.recipes.stages import check_arguments, run_stages
 from qat_tricks.settings.binding import make
 from qat_tricks.trainer.checkpoints import load_into, save_checkpoint
@@ -167,6 +167,7 @@ class _Run:
                 self.module, self.data, self.val, {**self.trainer, **QUIET}, self.seed
             ),
             FEW,
+            self.data if self.val is None else None,
         )
         if not self._knows_images():
             raise self._other_run()
@@ -191,7 +192,9 @@ class _Run:
         """Whether the state is of these images and this network, by what it makes of a few."""
         few = self.judge.reference_of_few
         seen = {key: getattr(few, key).tolist() for key in ("labels", "predictions", "confidences")}
-        seen["training"] = training_fingerprint(self.data, self.seed)
+        data = self.data
+        loader = data.train_dataloader() if hasattr(data, "train_dataloader") else data
+        seen["training"] = training_fingerprint(loader, self.seed)
         known = self.state.setdefault("seen", seen)
         if any(known.get(key) != seen[key] for key in ("labels", "predictions", "training")):
             return False
@@ -233,7 +236,9 @@ class _Run:
         """Runs a step; returns its judgement, the step as it was run, or why it does not work."""
         try:
             if step.spares_sensitive:
-                step = sparing(step, sensitive_layers(self._plain(step), self.judge.few))
+                step = sparing(
+                    step, sensitive_layers(self._plain(step), self.judge.few, self.judge.data)
+                )
             self.last = self._run_step(step)
         except (DamagedError, UnwritableError):  # they say nothing of the step
             raise
@@ -367,17 +372,12 @@ class _Run:
     def _key(self) -> str:
         """A hash of what the outcomes depend on, as far as it is known."""
         recipes = [self._load(step) for step in [*self.quality, *self.pruning]]
-        kinds = (str, int, float, bool, type(None))
-        plain = {k: v for k, v in self.trainer.items() if isinstance(v, kinds)}
-        hparams = sorted(self.module.hparams.items(), key=lambda item: str(item[0]))
-        trained_by = [(str(key), value) for key, value in hparams if isinstance(value, kinds)]
         return run_key(
             self.module,
             recipes,
             asdict(self.settings),
             self.seed,
-            sorted(plain.items()),
-            [*trained_by, getattr(self.module, "lr", None)],
+            plain_settings(self.trainer),
         )
 
     def _read_state(self) -> dict[str, Any]:

@@ -1,24 +1,18 @@
 """The images of the guideline: those that decide, and how many it trains on."""
 
-import hashlib
 import sys
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any
 
-import numpy as np
-import torch
 from lightning_utilities.core.overrides import is_overridden
-from torch.utils._pytree import tree_leaves
 
-from qat_tricks.data.images import ImageSet
 from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.inputs import is_loader
-from qat_tricks.graph.random_state import kept_random_state, seed_all
+from qat_tricks.graph.random_state import seed_all
 from qat_tricks.jobs.guideline_judge import other_images
+from qat_tricks.recipes.run_key import bytes_in
 from qat_tricks.trainer.framework import PACKAGES, package_of
-
-SEEN = 8  # training images by which a data set is known
 
 
 def validation_batches(
@@ -97,47 +91,7 @@ def _is_empty(loader: Any) -> bool:
 
 def _first_images(loader: Any) -> bytes:
     """What a loader's first batch holds."""
-    return _bytes_in(next(iter(loader), None))
-
-
-def _bytes_in(batch: Any) -> bytes:
-    """The values in a batch, or in one image and its label."""
-    parts = []
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, (torch.Tensor, np.ndarray)):
-            parts.append(torch.as_tensor(leaf).detach().cpu().contiguous().numpy().tobytes())
-        elif isinstance(leaf, (str, int, float)):
-            parts.append(repr(leaf).encode())
-    return b"".join(parts)
-
-
-def training_fingerprint(data: Any, seed: int) -> str | None:
-    """A hash of the training images, by a few of them; None where they cannot be told apart.
-
-    Only a data set that has places is asked: a stream would lose what is read from it.
-
-    Args:
-        data: a data module that is set up, or a loader.
-        seed: of what a data set draws, such as augmentation.
-    """
-    loader = data.train_dataloader() if hasattr(data, "train_dataloader") else data
-    dataset: Any = getattr(loader, "dataset", None)
-    if isinstance(dataset, ImageSet):  # ours knows all of its images
-        return dataset.fingerprint()
-    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-        return None
-    length = len(dataset)
-    places = sorted({place * length // SEEN for place in range(SEEN)}) if length else []
-    digests = []
-    for _ in range(2):
-        digest = hashlib.sha256(str(length).encode())
-        with kept_random_state():
-            seed_all(seed)
-            for place in places:
-                digest.update(_bytes_in(dataset[place]))
-        digests.append(digest.hexdigest())
-    # What draws from a generator of its own gives others each time.
-    return digests[0] if digests[0] == digests[1] else None
+    return bytes_in(next(iter(loader), None))
 
 
 def train_batches(data: Any, trainer: Mapping[str, Any]) -> float | None:

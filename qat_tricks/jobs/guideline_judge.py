@@ -36,19 +36,22 @@ class Judge:
         module: in float.
         batches: of validation images, the same ones in the same order in each pass.
         few: images of a subset in which each class has the same share; it is kept in memory.
+        data: the data module that the images are of, if they are.
 
     Raises:
         QatTricksError: there are no labels, or no images.
     """
 
-    def __init__(self, module: nn.Module, batches: Iterable[Any], few: int) -> None:
-        self.batches = batches
-        self.reference = metrics_of(module, batches)
+    def __init__(
+        self, module: nn.Module, batches: Iterable[Any], few: int, data: Any = None
+    ) -> None:
+        self.batches, self.data = batches, data
+        self.reference = metrics_of(module, batches, data)
         self.images = len(self.reference.labels)
         names = input_names(module)
         chosen = balanced_subset(self.reference.labels, few, seed=0).sort().values
         self.few = list(_rows(batches, chosen, names))
-        self.reference_of_few = metrics_of(module, self.few)
+        self.reference_of_few = metrics_of(module, self.few, data)
 
     def judge(self, module: nn.Module) -> Judgement:
         """Judges ``module`` on all images.
@@ -56,11 +59,11 @@ class Judge:
         Raises:
             QatTricksError: the loader gives the images in another order than before.
         """
-        return _compare(self.reference, metrics_of(module, self.batches))
+        return _compare(self.reference, metrics_of(module, self.batches, self.data))
 
     def judge_on_few(self, module: nn.Module) -> Judgement:
         """Judges ``module`` on the subset."""
-        return _compare(self.reference_of_few, metrics_of(module, self.few))
+        return _compare(self.reference_of_few, metrics_of(module, self.few, self.data))
 
     def pass_seconds(self, module: nn.Module) -> float:
         """About how long ``judge`` takes for ``module``, which has run on the subset before.
@@ -69,7 +72,7 @@ class Judge:
         how much longer the network takes; the first pass of a network would be longer than others.
         """
         float_seconds = self.reference_of_few.seconds
-        computing = metrics_of(module, self.few).seconds - float_seconds
+        computing = metrics_of(module, self.few, self.data).seconds - float_seconds
         return self.reference.seconds + max(0.0, computing) * self.images / len(
             self.reference_of_few.labels
         )

@@ -47,7 +47,7 @@ def without_rounding(recipe: StagedRecipe) -> StagedRecipe:
     )
 
 
-def sensitive_layers(module: Any, batches: Iterable[Any]) -> list[str]:
+def sensitive_layers(module: Any, batches: Iterable[Any], data: Any = None) -> list[str]:
     """A tenth of the convs and linears of fewest decibels, of those that could have more bits.
 
     The noise of a layer is that of its weights and of the activations that it reads, each alone.
@@ -61,7 +61,7 @@ def sensitive_layers(module: Any, batches: Iterable[Any]) -> list[str]:
         QatTricksError: no layer could have more bits.
     """
     network: Any = workbench_of(module).network
-    sensitivities = measure_sensitivity(network, _inputs(module, network, batches))
+    sensitivities = measure_sensitivity(network, _inputs(module, network, batches, data))
     noise = Counter[str]()
     for part in sensitivities.parts:
         noise[part.name] = 10 ** (-part.error.sqnr_db / 10)  # type: ignore[assignment]
@@ -85,7 +85,9 @@ def sensitive_layers(module: Any, batches: Iterable[Any]) -> list[str]:
     return sorted(chosen)
 
 
-def _inputs(module: nn.Module, network: nn.Module, batches: Iterable[Any]) -> Sequence[Inputs]:
+def _inputs(
+    module: nn.Module, network: nn.Module, batches: Iterable[Any], data: Any
+) -> Sequence[Inputs]:
     """What the module hands to its network for the first images."""
     seen: list[Any] = []
     missing = IMAGES
@@ -100,7 +102,7 @@ def _inputs(module: nn.Module, network: nn.Module, batches: Iterable[Any]) -> Se
     handle = network.register_forward_pre_hook(see)
     try:
         with torch.no_grad():
-            metrics_of(module, takewhile(lambda _: missing > 0, batches))
+            metrics_of(module, takewhile(lambda _: missing > 0, batches), data)
     finally:
         handle.remove()
     return seen

@@ -10,6 +10,7 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.inputs import Replayed, call_network, first_images, input_names, inputs_of
 from qat_tricks.graph.layers import activation_quantizers
 from qat_tricks.graph.traceable import check_traceable, copy_of
+from qat_tricks.graph.tracer import TRACING
 from qat_tricks.graph.unwrap import unwrapped
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.recipes.recipe import load_recipe
@@ -51,14 +52,16 @@ def quantize(
         raise QatTricksError(
             f"{type(net).__name__} is quantized already: give the float network that it came from"
         )
-    float_copy = copy_of(net)
-    float_copy.eval()  # a network's own may return nothing
-    work = Workbench(
-        float_copy, lambda num_images: _taken_by(float_copy, batches), untraced=loaded.untraced
-    )
-    for stage in loaded.stages:
-        stage.apply(work, prove=loaded.prove)
-    work.network.eval()
+    # Of several threads one after the other: no network can run while another one is traced.
+    with TRACING:
+        float_copy = copy_of(net)
+        float_copy.eval()  # a network's own may return nothing
+        work = Workbench(
+            float_copy, lambda num_images: _taken_by(float_copy, batches), untraced=loaded.untraced
+        )
+        for stage in loaded.stages:
+            stage.apply(work, prove=loaded.prove)
+        work.network.eval()
     return work.network
 
 

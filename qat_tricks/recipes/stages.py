@@ -13,7 +13,7 @@ from qat_tricks.files import write_text
 from qat_tricks.graph.inputs import check_loader, is_loader
 from qat_tricks.graph.workbench import check_needs
 from qat_tricks.recipes.recipe import Stage, StagedRecipe, load_recipe
-from qat_tricks.recipes.run_key import run_key
+from qat_tricks.recipes.run_key import plain_settings, run_key, training_fingerprint
 from qat_tricks.settings.ranges import AUTO
 from qat_tricks.trainer.framework import package_of
 from qat_tricks.trainer.learning_rate import MeasuredRate, set_rate
@@ -66,7 +66,7 @@ def run_stages(
     settings, extra_callbacks = _trainer_settings(trainer)
     data = _data(datamodule, val_dataloaders)
     frozen = _held_in_evaluation(module, recipe.network)
-    folder = None if checkpoints is None else _own_folder(Path(checkpoints), module, recipe)
+    folder = _own_folder(checkpoints, module, recipe, settings, datamodule)
     own_rate = getattr(module, "lr", None)
     # A recipe without stages still gives a network that was traced, as for export.
     for stage in recipe.stages or [Stage(name="float", tricks=[])]:
@@ -93,17 +93,29 @@ def run_stages(
     return module
 
 
-def _own_folder(folder: Path, module: nn.Module, recipe: StagedRecipe) -> Path:
-    """Makes ``folder`` that of this run.
+def _own_folder(
+    checkpoints: str | Path | None,
+    module: nn.Module,
+    recipe: StagedRecipe,
+    settings: Mapping[str, Any],
+    datamodule: Any,
+) -> Path | None:
+    """Makes the folder ``checkpoints`` that of this run; returns it, None without one.
 
     Raises:
-        QatTricksError: it has fits of another module or recipe.
+        QatTricksError: it has fits of another module or recipe, with other arguments of the
+            trainer, or on other images.
     """
-    path, key = folder / KEY, run_key(module, [recipe])
+    if checkpoints is None:
+        return None
+    folder, of_recipe = Path(checkpoints), (recipe.network, recipe.untraced, recipe.prove)
+    # A data module is set up only by its trainer, and has no data set yet.
+    besides = (plain_settings(settings), training_fingerprint(datamodule))
+    path, key = folder / KEY, run_key(module, [recipe], *besides, of_recipe)
     if path.is_file() and path.read_text(encoding="utf-8") != key:
         raise QatTricksError(
-            f"{folder} has fits of another module or recipe: give another folder, or delete that "
-            "one"
+            f"{folder} has fits of another module or recipe, of other settings or other images: "
+            "give another folder, or delete that one"
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, key)

@@ -14,7 +14,7 @@ from torch import nn
 from qat_tricks.deploy import export
 from qat_tricks.deploy.cost.coverage import integer_coverage
 from qat_tricks.deploy.cost.weights import WEIGHT_BITS_KEY, weight_size, weight_sparsity
-from qat_tricks.deploy.export import export_onnx
+from qat_tricks.deploy.export import _output_names, export_onnx
 from qat_tricks.deploy.parity.network import measure_parity
 from qat_tricks.deploy.parity.tensors import measure_tensor_parity
 from qat_tricks.deploy.runtimes.session import open_session, run_batch
@@ -359,3 +359,17 @@ def test_the_error_names_the_first_tensor_that_differs(
         export_onnx(network(), tmp_path / "m.onnx", images(8), min_top1_agreement=0)
     assert "\n" not in str(refused.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("outputs", "names"),
+    [
+        (lambda y, f: (y, y, f), ["logits", "output_1", "output_2"]),
+        (lambda y, f: {"logits": y, "again": y}, ["logits", "again"]),
+        (lambda y, f: {"logits": y, "p": {"f": f}, "q": {"f": f * 2}}, ["logits", "f", "f_0"]),
+        (lambda y, f: {"out": y, "f": [f, f * 2]}, ["logits", "f", "f_0"]),
+        (lambda y, f: {"out": y, "logits_of_box": f}, ["logits", "logits_of_box"]),
+    ],
+)
+def test_each_output_has_a_name_of_its_own(outputs, names):
+    assert _output_names(outputs(torch.zeros(2, 4), torch.zeros(2, 8))) == names

@@ -406,3 +406,16 @@ def test_an_artifact_knows_its_data_from_every_folder(folders, tmp_path, monkeyp
     own = evaluate(tmp_path / "run" / "model.onnx", tmp_path / "own")
     given = evaluate(tmp_path / "run" / "model.onnx", tmp_path / "given", *folders)
     assert own["stages"][-1]["accuracy"] == given["stages"][-1]["accuracy"]
+
+
+def test_a_checkpoint_is_exported_for_the_runs_own_target(tmp_path):
+    run(tmp_path / "run", "target=tensorrt", "export.opset=20")
+    evaluate(tmp_path / "run" / "model.ckpt", tmp_path / "evaluated", "runtimes=[onnxruntime]")
+    own, exported = (onnx.load(tmp_path / folder / "model.onnx") for folder in ("run", "evaluated"))
+    for found in (own, exported):
+        assert {entry.key: entry.value for entry in found.metadata_props}[
+            "qat_tricks.target"
+        ] == '"tensorrt"'
+    kinds = [[node.op_type for node in found.graph.node] for found in (own, exported)]
+    assert kinds[0] == kinds[1]
+    assert own.opset_import[0].version == exported.opset_import[0].version == 20

@@ -120,3 +120,34 @@ def test_what_cannot_be_evaluated_is_one_line(what, loaders, told):
     with pytest.raises(QatTricksError, match=told) as caught:
         qat_tricks.evaluate(what, loaders)
     assert "\n" not in str(caught.value)
+
+
+class Normalizing(Data):
+    """A data module whose hook makes of its images what the network takes."""
+
+    def on_after_batch_transfer(self, batch, _):
+        return batch[0] * 2 - 1, batch[1]
+
+
+class OwnHook(Lit):
+    def on_before_batch_transfer(self, batch, _):
+        return batch[0] + 0.25, batch[1]
+
+    def on_after_batch_transfer(self, batch, _):
+        raise AssertionError("the data module's comes in its place")
+
+
+def test_hooks_of_a_data_module_run_in_the_place_of_the_modules(tmp_path):
+    def changed(change):
+        return [(change(images), labels) for images, labels in loader(32, seed=4)]
+
+    network, normalized = Lit().backbone, changed(lambda images: images * 2 - 1)
+    qat_tricks.export_onnx(network, tmp_path / "net.onnx", normalized[0][0])
+    expected = qat_tricks.evaluate(network, normalized).nll
+    assert qat_tricks.evaluate(network, loader(32, seed=4)).nll != pytest.approx(expected, abs=1e-3)
+    for what in (network, tmp_path / "net.onnx"):
+        assert qat_tricks.evaluate(what, Normalizing()).nll == pytest.approx(expected, abs=1e-4)
+    both = changed(lambda images: (images + 0.25) * 2 - 1)
+    lit = OwnHook()
+    expected = qat_tricks.evaluate(Lit(), both).nll
+    assert qat_tricks.evaluate(lit, Normalizing()).nll == pytest.approx(expected, abs=1e-4)

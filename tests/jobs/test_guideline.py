@@ -109,7 +109,7 @@ def script(monkeypatch, **points):
         module_under_test._Run, "_foretell", lambda self, steps: {step.name: 2.0 for step in steps}
     )
     monkeypatch.setattr(module_under_test._Run, "_plain", lambda self, step: None)
-    monkeypatch.setattr(module_under_test, "sensitive_layers", lambda module, batches: ["head"])
+    monkeypatch.setattr(module_under_test, "sensitive_layers", lambda *_: ["head"])
     return tried
 
 

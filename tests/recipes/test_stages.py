@@ -249,7 +249,10 @@ def test_fits_of_another_module_or_recipe_are_refused(tmp_path):
         (Lit(seed=1), []),
         (Lit(), ["stages.ptq.tricks.calibrate.num_images=9"]),
     ]:
-        with pytest.raises(QatTricksError, match="fits of another module or recipe: give another"):
+        with pytest.raises(
+            QatTricksError,
+            match="fits of another module or recipe, of other settings or other images",
+        ):
             run(lit, *overrides)
 
 
@@ -297,3 +300,28 @@ def test_a_stage_that_trains_on_nothing_is_refused():
     with pytest.raises(QatTricksError, match="stage qat has trained on no batch: give a train"):
         qat_tricks.run_stages(Lit(), Data(), "int8_qat", trainer=nothing)
     qat_tricks.run_stages(Lit(), Data(), "int8_ptq", trainer=nothing)  # trains nothing anyway
+
+
+def test_fits_with_other_settings_or_images_are_refused(tmp_path):
+    def run(images=None, *, lr=0.01, **settings):
+        lit = Rated().train()
+        lit.lr = lr
+        recipe = ["stages.qat.epochs=1", "stages.qat.lr=null"]
+        trainer = {**QUIET, **settings}
+        return qat_tricks.run_stages(
+            lit,
+            images or loader(64),
+            load_recipe("int8_qat", recipe),
+            trainer=trainer,
+            checkpoints=tmp_path / "fits",
+        )
+
+    run()
+    run()  # the same again is taken over
+    for images, settings in (
+        (loader(64, seed=9), {}),
+        (None, {"lr": 0.02}),
+        (None, {"gradient_clip_val": 0.1}),
+    ):
+        with pytest.raises(QatTricksError, match="of other settings or other images"):
+            run(images, **settings)
