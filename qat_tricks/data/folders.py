@@ -17,6 +17,8 @@ from qat_tricks.errors import QatTricksError, did_you_mean
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 VAL_NAMES = ("val", "valid", "validation")
+SPLIT_NAMES = (*VAL_NAMES, "train", "training", "dev", "eval", "evaluation", "test", "testing")
+"""Names of folders, in lower case, that hold a part of the images rather than a class."""
 
 Files = tuple[list[str], Tensor]  # paths and their labels, int64 [N]
 
@@ -66,7 +68,7 @@ def imagefolder(
 
     Raises:
         QatTricksError: ``root`` is missing or settings contradict one another; later, in ``setup``,
-            folders have no images or unknown classes.
+            folders have no images or unknown classes, or bear the name of a split that is not read.
     """
     folder = existing_root(root, "imagefolder")
     preprocessing = _preprocessing(channels, resize, crop, interpolation, mean, std, scale)
@@ -177,13 +179,7 @@ def scan(folder: Path, classes: Sequence[str] | None = None) -> tuple[list[str],
     """
     if not folder.is_dir():
         raise QatTricksError(f"{folder} is missing: it should hold one folder of images a class")
-    # Sorted, because the order on disk differs from machine to machine.
-    folder_names = sorted(
-        entry.name
-        for entry in os.scandir(folder)
-        # hidden folders are caches of tools
-        if entry.is_dir() and not entry.name.startswith(".")
-    )
+    folder_names = _folder_names(folder)
     if not folder_names:
         raise QatTricksError(
             f"{folder} has no class folders: put each class's images into a folder of its own"
@@ -208,6 +204,16 @@ def scan(folder: Path, classes: Sequence[str] | None = None) -> tuple[list[str],
     return names, paths, torch.tensor(labels)
 
 
+def _folder_names(folder: Path) -> list[str]:
+    # Sorted, because the order on disk differs from machine to machine.
+    return sorted(
+        entry.name
+        for entry in os.scandir(folder)
+        # hidden folders are caches of tools
+        if entry.is_dir() and not entry.name.startswith(".")
+    )
+
+
 def _image_files(folder: Path) -> list[str]:
     return sorted(
         os.path.join(parent, name)
@@ -223,6 +229,7 @@ def _user_files(
 ) -> tuple[list[str], list[Files]]:
     """Returns the class names, and the files of train, val and test."""
     if not (root / "train").is_dir():
+        _check_classes(root)
         names, paths, labels = scan(root)
         # No split is given, so all three are made.
         shares = (1 - val_fraction - test_fraction, val_fraction, test_fraction)
@@ -231,6 +238,7 @@ def _user_files(
     names, paths, labels = scan(root / "train")
     # folders that are there are used as they are
     val_folder = next((root / name for name in VAL_NAMES if (root / name).is_dir()), None)
+    _check_all_read(root, val_folder)
     train: Files = (paths, labels)
     if val_folder is not None:
         val: Files = scan(val_folder, names)[1:]
@@ -239,6 +247,34 @@ def _user_files(
         train, val = _pick(paths, labels, parts)
     test = scan(root / "test", names)[1:] if (root / "test").is_dir() else val
     return names, [train, val, test]
+
+
+def _check_classes(root: Path) -> None:
+    """Refuses a root without ``train`` whose folders are splits, which would become classes."""
+    names = _folder_names(root)
+    if len(names) > 1 and all(name.lower() in SPLIT_NAMES for name in names):
+        raise QatTricksError(
+            f"{root} has the folders {', '.join(names)}, which are named as splits and not as "
+            'classes: call the train folder "train", beside "val" or "validation" and "test"'
+        )
+
+
+def _check_all_read(root: Path, val_folder: Path | None) -> None:
+    """Refuses a split beside ``train`` that would be left out."""
+    places = (root / "train", val_folder, root / "test")
+    read = [folder for folder in places if folder is not None and folder.is_dir()]
+    unread = [
+        name
+        for name in _folder_names(root)
+        # A link to a folder that is read holds nothing new.
+        if name.lower() in SPLIT_NAMES and not any((root / name).samefile(one) for one in read)
+    ]
+    if unread:
+        raise QatTricksError(
+            f"{root} has {', '.join(unread)} beside {', '.join(one.name for one in read)}, and "
+            'would not read it: of "train", "val" (or "valid", "validation") and "test" there may '
+            "be one each; rename it to one that is missing, or move it elsewhere"
+        )
 
 
 def _imagenet_files(

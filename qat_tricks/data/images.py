@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -17,6 +18,8 @@ from qat_tricks.data.preprocessing import Preprocessing
 from qat_tricks.errors import QatTricksError, one_line
 
 Transform = Callable[[Any], Tensor]
+
+_BITS_PER_SAMPLE = 258  # the tag of a TIFF
 
 
 class ImageSet(Dataset[tuple[Tensor, Tensor]]):
@@ -156,7 +159,7 @@ class Splits:
 
 
 class UnreadableImageError(QatTricksError):
-    """A file is no image.
+    """A file is no image, or not one of 8 or 16 bits.
 
     The text stays one line when a loader's worker process puts a traceback before it.
     """
@@ -166,19 +169,41 @@ class UnreadableImageError(QatTricksError):
 
 
 def read_image(path: str | Path, channels: int) -> Image.Image:
-    """Decodes an image file as RGB (``channels=3``) or grey (1).
+    """Decodes an image file as RGB (``channels=3``) or grey (1), 8 bits a channel.
+
+    Grey values of 16 bits are scaled to 8.
 
     Raises:
-        UnreadableImageError: it cannot be decoded.
+        UnreadableImageError: it cannot be decoded, or its grey values have no known range.
     """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB" if channels == 3 else "L")
+            return _eight_bits(image, path).convert("RGB" if channels == 3 else "L")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = one_line(error)
         raise UnreadableImageError(
             f"cannot read the image {path} ({reason}): replace or delete it"
         ) from error
+
+
+def _eight_bits(image: Image.Image, path: str | Path) -> Image.Image:
+    """Returns the image with its grey values as bytes, where they are wider."""
+    # Pillow's own conversion of these modes clips the values at 255.
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image)
+    if image.mode == "F":
+        reason = "its grey values are floats, whose range is not known"
+    elif getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE) == (12,):
+        reason = "its grey values have 12 bits"  # Pillow opens it as one of 16 bits
+    elif values.min() < 0 or values.max() > 65535:
+        reason = f"its grey values are {values.min()} to {values.max()}, beyond 0 to 65535"
+    else:
+        # 257 is 65535 / 255, and half of it rounds to the nearest.
+        return Image.fromarray(((values.astype(np.int32) + 128) // 257).astype(np.uint8))
+    raise UnreadableImageError(
+        f"cannot read the image {path} ({reason}): save it with 8 or 16 bits a channel"
+    )
 
 
 def random_shift(images: Tensor, pixels: int) -> Tensor:

@@ -50,6 +50,43 @@ def test_folders_without_images_or_with_unknown_classes_are_named(tmp_path):
         ready("imagefolder", root=str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "names", [("training", "testing"), ("Training", "Val", "Test"), ("valid", "eval", "test")]
+)
+def test_splits_without_a_train_folder_are_not_taken_for_classes(tmp_path, names):
+    for name in names:
+        make_folders(tmp_path / name, {"ant": 4, "bee": 4})
+    with pytest.raises(QatTricksError) as caught:
+        ready("imagefolder", root=str(tmp_path))
+    for said in (", ".join(sorted(names)), 'call the train folder "train"', '"validation"'):
+        assert said in str(caught.value)
+
+
+def test_classes_may_bear_the_name_of_a_split(tmp_path):
+    make_folders(tmp_path, {"ant": 10, "test": 10})
+    assert ready("imagefolder", root=str(tmp_path), **SMALL).class_names == ("ant", "test")
+
+
+@pytest.mark.parametrize(
+    ("read", "unread"), [("val", "testing"), ("val", "validation"), ("test", "eval")]
+)
+def test_a_split_beside_train_that_is_not_read_is_refused(tmp_path, read, unread):
+    for name in ("train", read):
+        make_folders(tmp_path / name, {"ant": 4, "bee": 4})
+    (tmp_path / "figures").mkdir()
+    ready("imagefolder", root=str(tmp_path), **SMALL)
+    make_folders(tmp_path / unread, {"ant": 4, "bee": 4})
+    with pytest.raises(QatTricksError, match=f"has {unread} beside train, {read}, .*rename it"):
+        ready("imagefolder", root=str(tmp_path), **SMALL)
+
+
+def test_a_second_name_of_a_split_that_is_read_is_allowed(tmp_path):
+    make_folders(tmp_path / "train", {"ant": 4})
+    make_folders(tmp_path / "val", {"ant": 3})
+    (tmp_path / "validation").symlink_to(tmp_path / "val")
+    assert len(ready("imagefolder", root=str(tmp_path), **SMALL).splits.val) == 3
+
+
 def test_imagenet_labels_are_places_among_the_train_classes(tmp_path):
     make_folders(tmp_path / "train", {f"n{index:08}": 1 for index in range(5)})
     make_folders(tmp_path / "val", {"n00000003": 2, "n00000001": 1})

@@ -58,6 +58,17 @@ def test_pixels_give_the_logits_of_normalized_images(path, settings):
     assert properties["qat_tricks.normalization"] == '"built in"'
 
 
+def test_normalized_images_are_refused_by_a_file_that_takes_pixels(path):
+    build_in_normalization(path, batches(SETTINGS), **SETTINGS)
+    network = open_network(path, threads=1)
+    given, normalized = batches(SETTINGS)[0]
+    np.testing.assert_array_equal(
+        network.prepare(given.astype(np.float32))(), network.prepare(given)()
+    )
+    with pytest.raises(QatTricksError, match=r"float32 given, .*uint8.*exported without norm"):
+        network.prepare(normalized)
+
+
 def test_a_file_that_does_not_agree_is_left_as_it_was(path):
     before = path.read_bytes()
     with pytest.raises(QatTricksError, match=r"export\.normalize=false"):

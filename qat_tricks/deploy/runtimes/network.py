@@ -55,7 +55,8 @@ class Network(Protocol):
             A function that runs this batch and returns logits ``[batch, classes]``.
 
         Raises:
-            QatTricksError: the number of inputs, or a shape, is not the network's.
+            QatTricksError: the number of inputs, or a shape, is not the network's, or an input of
+                integers or truth values would be changed by the cast.
         """
 
 
@@ -63,16 +64,33 @@ def feed(specs: Sequence[InputSpec], inputs: Sequence[np.ndarray]) -> dict[str, 
     """Returns the inputs by name, cast to the network's dtypes.
 
     Raises:
-        QatTricksError: the number of inputs, or a shape, is not the network's.
+        QatTricksError: the number of inputs, or a shape, is not the network's, or an input of
+            integers or truth values would be changed by the cast.
     """
     _check_number(specs, len(inputs))
     for spec, values in zip(specs, inputs, strict=True):
         _check_shape(spec, values.shape)
-    return {
+    return {spec.name: _cast(spec, values) for spec, values in zip(specs, inputs, strict=True)}
+
+
+def _cast(spec: InputSpec, values: np.ndarray) -> np.ndarray:
+    """Returns the values in the network's dtype."""
+    with np.errstate(invalid="ignore"):  # a NaN in place of an integer is refused below
         # Runtimes read memory directly, so a view of other strides is copied first.
-        spec.name: np.ascontiguousarray(values, dtype=spec.dtype)
-        for spec, values in zip(specs, inputs, strict=True)
-    }
+        cast = np.ascontiguousarray(values, dtype=spec.dtype)
+    # Floats may be rounded; most batches need no look at their values.
+    keeps = spec.dtype.kind == "f" or np.can_cast(values.dtype, spec.dtype)
+    if not keeps and not np.array_equal(cast, values):
+        remedy = (
+            "give the pixels as uint8, 0 to 255, or a file exported without normalization"
+            if spec.dtype == np.uint8
+            else f"give values that {spec.dtype} can hold"
+        )
+        raise QatTricksError(
+            f"{values.dtype} given, whose values are not all {spec.dtype}, which the ONNX network "
+            f"takes as {spec.name}: {remedy}"
+        )
+    return cast
 
 
 def batch_shapes(

@@ -138,8 +138,8 @@ def run_batch(session: ort.InferenceSession, *inputs: np.ndarray) -> np.ndarray:
         The first output, logits of shape [batch, classes].
 
     Raises:
-        QatTricksError: the number of inputs, or a shape, is not the network's, or ONNX Runtime
-            cannot run it.
+        QatTricksError: the number of inputs, or a shape, is not the network's, an input of
+            integers or truth values would be changed by the cast, or ONNX Runtime cannot run it.
     """
     return run_session(session, None, feed(input_specs(session), inputs))[0]
 
