@@ -196,8 +196,11 @@ def _eight_bits(image: Image.Image, path: str | Path) -> Image.Image:
         reason = "its grey values are floats, whose range is not known"
     elif getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE) == (12,):
         reason = "its grey values have 12 bits"  # Pillow opens it as one of 16 bits
-    elif values.min() < 0 or values.max() > 65535:
-        reason = f"its grey values are {values.min()} to {values.max()}, beyond 0 to 65535"
+    # Of PNG and PGM Pillow opens 16 bits so; a TIFF has 32, of which nobody knows the range.
+    elif image.mode == "I" and image.format == "TIFF":
+        if values.min() >= 0 and values.max() <= 255:
+            return Image.fromarray(values.astype(np.uint8))
+        reason = f"its grey values are integers of 32 bits, {values.min()} to {values.max()}"
     else:
         # 257 is 65535 / 255, and half of it rounds to the nearest.
         return Image.fromarray(((values.astype(np.int32) + 128) // 257).astype(np.uint8))
