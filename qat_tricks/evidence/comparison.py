@@ -13,6 +13,7 @@ from rich.table import Table
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence import page_plots as plots
+from qat_tricks.evidence.compared_networks import float_networks, job_networks
 from qat_tricks.evidence.comparison_plot import plot_comparison
 from qat_tricks.evidence.language import ENGLISH
 from qat_tricks.evidence.objectives import undominated
@@ -44,6 +45,9 @@ COLUMNS = (
     "error",
 )
 
+_RESULTS = ("report.json", "error.json")
+_OF_A_RUN = (".hydra", "config.yaml")  # in the folder of a run, and of no evaluation
+
 Row = dict[str, Any]
 
 
@@ -65,7 +69,8 @@ def write_comparison(sweep_folder: Path) -> Path:
     path = sweep_folder / "comparison.csv"
     write_text(path, text.getvalue())
     names = labels(rows)
-    plot_comparison(rows, names, sweep_folder / "comparison.png")
+    jobs, floats = job_networks(rows, names), float_networks(rows)
+    plot_comparison(jobs, floats, sweep_folder / "comparison.png")
     reports = {row["job"] for row in rows if (sweep_folder / row["job"] / PAGE).is_file()}
     write_text(sweep_folder / "comparison.html", render_comparison(rows, names, reports))
     return path
@@ -85,30 +90,21 @@ def render_comparison(rows: Sequence[Row], names: Sequence[str], reports: Collec
         {"name": name, "best": job_is_best, "has_page": row["job"] in reports, **row}
         for row, name, job_is_best in zip(rows, names, best, strict=True)
     ]
-    points = [_point(job, job["name"], "onnx", "int8") for job in jobs]
-    # Several jobs may begin from the same float network.
-    floats = {(job["model"], job["data"]): job for job in jobs if job["accuracy_fp32"] is not None}
-    originals = [
-        _point(job, f"float {model}", "fp32", "fp32") for (model, _), job in floats.items()
-    ]
-    figure = plots.sweep_plot(points, originals)
-    known = {"jobs": jobs, "figures": _FIGURES, "figure": figure, "validated": _validated(rows)}
+    known = {
+        "jobs": jobs,
+        "figures": _FIGURES,
+        "figure": plots.sweep_plot(job_networks(rows, names), float_networks(rows)),
+        "validated": _validated(rows),
+        "several_data": len({row["data"] for row in rows if row["data"]}) > 1,
+    }
     return fill_in("comparison.html.j2", known, ENGLISH)
 
 
-def _point(row: Row, name: str, stage: str, file: str) -> dict[str, Any]:
-    return {
-        "name": name,
-        "accuracy": row[f"accuracy_{stage}"],
-        "size_bytes": row[f"size_bytes_{file}"],
-        "latency_ms": row[f"latency_p50_ms_{file}"],
-    }
-
-
 def front(rows: Sequence[Row]) -> list[bool]:
-    """Whether each job is on the front of accuracy, size and latency.
+    """Whether each job is on the front of accuracy, size and latency of its data.
 
-    No other job is as good in all three and better in one. A job without one of them is not.
+    No other job on the same data is as good in all three and better in one: accuracies on different
+    data cannot be compared. A job without one of them is not.
 
     The accuracy is that of the validation images in a search, which measures it, so that the test
     images choose nothing there.
@@ -116,7 +112,13 @@ def front(rows: Sequence[Row]) -> list[bool]:
     accuracy = "accuracy_validation" if _validated(rows) else "accuracy_onnx"
     keys = (accuracy, "size_bytes_int8", "latency_p50_ms_int8")
     figures: list[list[Any]] = [[row.get(key) for key in keys] for row in rows]
-    return undominated([None if None in own else (-own[0], *own[1:]) for own in figures])
+    costs = [None if None in own else (-own[0], *own[1:]) for own in figures]
+    best = [False] * len(rows)
+    for data in {row["data"] for row in rows}:
+        places = [place for place, row in enumerate(rows) if row["data"] == data]
+        for place, is_best in zip(places, undominated([costs[i] for i in places]), strict=True):
+            best[place] = is_best
+    return best
 
 
 def _validated(rows: Sequence[Row]) -> bool:
@@ -130,18 +132,20 @@ def comparison_rows(sweep_folder: Path) -> list[Row]:
     A figure that was not measured is None.
 
     A job is a folder, one or two levels down, with a ``report.json`` or, where it failed, an
-    ``error.json``.
+    ``error.json``. What else is in a job's folder is none: its evaluations, and the results of an
+    earlier run.
 
     Raises:
         QatTricksError: there is no job.
     """
     sweep_folder = Path(sweep_folder)
-    jobs = {
+    found = {
         path.parent
-        for name in ("report.json", "error.json")
+        for name in _RESULTS
         for pattern in (f"*/{name}", f"*/*/{name}")
         for path in sweep_folder.glob(pattern)
     }
+    jobs = {folder for folder in found if _has(folder, _OF_A_RUN) or not _in_a_job(folder)}
     if not jobs:
         raise QatTricksError(
             f'no job in "{sweep_folder}": expected folders, one or two levels down, with '
@@ -156,6 +160,15 @@ def comparison_rows(sweep_folder: Path) -> list[Row]:
         row["settings"] = settings
         row["recipe"] = row["recipe"] or own.get("recipe")  # of a job that failed
     return rows
+
+
+def _has(folder: Path, names: Sequence[str]) -> bool:
+    return any((folder / name).exists() for name in names)
+
+
+def _in_a_job(folder: Path) -> bool:
+    # A run that was interrupted has no result, but may keep those of an earlier one.
+    return _has(folder.parent, (*_RESULTS, *_OF_A_RUN))
 
 
 def _swept(given: Sequence[Mapping[str, str]]) -> list[str]:

@@ -1,12 +1,14 @@
 """Draws a sweep: accuracy against size and against latency, with a labelled point a network."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from qat_tricks.evidence.compared_networks import Network
 from qat_tricks.files import replacing
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f7f7f")
@@ -23,23 +25,23 @@ class _Point(NamedTuple):
     marker: str
 
 
-def plot_comparison(rows: list[dict[str, Any]], names: list[str], path: Path) -> None:
-    """Draws a comparison's rows as PNG; a panel leaves out jobs that lack its figure.
+def plot_comparison(jobs: Sequence[Network], floats: Sequence[Network], path: Path) -> None:
+    """Draws the networks of a sweep as PNG; a panel leaves out those that lack its figure.
 
     Args:
-        rows: of ``comparison_rows``.
-        names: a label for each row.
+        jobs: of ``job_networks``.
+        floats: of ``float_networks``.
         path: of the picture.
 
     Raises:
         QatTricksError: the file cannot be written.
     """
     panels = [
-        ("model file (MB)", _points(rows, names, "size_bytes", 1e-6)),
-        ("latency, median of a batch (ms)", _points(rows, names, "latency_p50_ms", 1.0)),
+        ("model file (MB)", _points(jobs, floats, "size_bytes", 1e-6)),
+        ("latency, median of a batch (ms)", _points(jobs, floats, "latency_ms", 1.0)),
     ]
     labels = max(len(points) for _, points in panels)
-    width = _LETTER_INCHES * max((len(name) for name in names), default=0)
+    width = _LETTER_INCHES * max((len(own["name"]) for own in (*jobs, *floats)), default=0)
     # each panel has a column of labels at its right
     size = (10 + 2 * width, max(4.2, 1.2 + _LABEL_INCHES * labels))
     figure = Figure(figsize=size, layout="constrained")
@@ -51,29 +53,17 @@ def plot_comparison(rows: list[dict[str, Any]], names: list[str], path: Path) ->
         figure.savefig(draft, format="png", dpi=130)
 
 
-def _several(rows: list[dict[str, Any]], key: str) -> bool:
-    return len({row[key] for row in rows if row[key] is not None}) > 1
-
-
 def _points(
-    rows: list[dict[str, Any]], names: list[str], figure: str, scale: float
+    jobs: Sequence[Network], floats: Sequence[Network], figure: str, scale: float
 ) -> list[_Point]:
-    """Returns the quantized networks, and each float network that they came from once."""
-    points: list[_Point] = []
-    floats: dict[tuple, _Point] = {}
-    for index, (row, name) in enumerate(zip(rows, names, strict=True)):
-        x, accuracy = row[f"{figure}_int8"], row["accuracy_onnx"]
-        if x is not None and accuracy is not None:
-            points.append(
-                _Point(name, x * scale, accuracy * 100, _COLOURS[index % len(_COLOURS)], "o")
-            )
-        x, accuracy = row[f"{figure}_fp32"], row["accuracy_fp32"]
-        if x is not None and accuracy is not None:
-            parts = ["float", *(str(row[key]) for key in ("model", "data") if _several(rows, key))]
-            point = _Point(" · ".join(parts), x * scale, accuracy * 100, _FLOAT_COLOUR, "D")
-            # Several jobs may begin from the same float network.
-            floats.setdefault((row["model"], row["data"], round(accuracy, 6)), point)
-    return points + list(floats.values())
+    """Returns the networks that have the figure and an accuracy: those of the jobs, then floats."""
+    coloured = [(own, _COLOURS[place % len(_COLOURS)], "o") for place, own in enumerate(jobs)]
+    coloured += [(own, _FLOAT_COLOUR, "D") for own in floats]
+    return [
+        _Point(own["name"], own[figure] * scale, own["accuracy"] * 100, colour, marker)
+        for own, colour, marker in coloured
+        if own[figure] is not None and own["accuracy"] is not None
+    ]
 
 
 def _panel(axes: Axes, title: str, points: list[_Point]) -> None:

@@ -292,16 +292,16 @@ def layers_plot(layers: Sequence[Mapping[str, Any]], say: Language) -> Markup | 
 
 
 def sweep_plot(points: Sequence[Mapping[str, Any]], floats: Sequence[Mapping[str, Any]]) -> Markup:
-    """Accuracy against the size of the file and against latency, with the front of each.
+    """Accuracy against the size of the file and against latency, with the front of each data set.
 
     Args:
-        points: of the jobs: ``name``, ``accuracy``, ``size_bytes``, ``latency_ms``, None where it
-            was not measured. A name shows under the reader's pointer.
-        floats: of the float networks, likewise.
+        points: of ``job_networks``. A name shows under the reader's pointer.
+        floats: of ``float_networks``.
     """
 
     def panel(axes: Axes, key: str, scale: float, label: str) -> None:
-        found = []
+        # Accuracies on different data cannot be compared.
+        found: dict[str | None, list[tuple[float, float]]] = {}
         for kind, rows in (("fp32", floats), ("int8", points)):
             for row in rows:
                 if row[key] is None or row["accuracy"] is None:
@@ -313,12 +313,16 @@ def sweep_plot(points: Sequence[Mapping[str, Any]], floats: Sequence[Mapping[str
                 )
                 drawn.set_gid(f"{_TITLE}{len(titles)}-")
                 titles.append(f"{row['name']}: {y:.2f} %, {x:.3g} {label.rpartition(' ')[2]}")
-                found.append((x, y))
-        front = _front(found)
-        axes.step([x for x, _ in front], [y for _, y in front], where="post", color=MUTED, lw=1)
+                found.setdefault(row["data"], []).append((x, y))
+        for data, own in found.items():
+            (line,) = axes.step(*zip(*_front(own), strict=True), where="post", color=MUTED, lw=1)
+            if len(found) > 1:
+                line.set_gid(f"{_TITLE}{len(titles)}-")
+                titles.append(f"front of {data}")
         if found:
-            axes.set_xlim(0, 1.15 * max(x for x, _ in found))
-            _accuracy_axis(axes, [y for _, y in found], ENGLISH)
+            shown = [point for own in found.values() for point in own]
+            axes.set_xlim(0, 1.15 * max(x for x, _ in shown))
+            _accuracy_axis(axes, [y for _, y in shown], ENGLISH)
         axes.set_xlabel(label)
 
     def draw(left: Axes, right: Axes) -> None:

@@ -105,6 +105,37 @@ def test_jobs_without_figures_still_compare(tmp_path):
     assert (tmp_path / "comparison.png").stat().st_size > 0
 
 
+def made_by_hydra(job, result=None):
+    (job / ".hydra").mkdir(parents=True)
+    if result is not None:
+        write_report(job, result)
+
+
+@pytest.mark.parametrize("inner", ["earlier", "evaluation", "evaluation_2"])
+def test_what_lies_in_a_jobs_folder_is_no_job(sweep, inner):
+    made_by_hydra(sweep / "3", report())
+    made_by_hydra(sweep / "4")  # a run that was interrupted: it has no result
+    (sweep / "5").mkdir()
+    (sweep / "5" / "config.yaml").touch()  # likewise, where Hydra was told to keep nothing
+    jobs = ["0", "1", "2", "3", "10/nested"]
+    for job in (*jobs, "4", "5"):
+        write_report(sweep / job / inner, report())
+    assert [row["job"] for row in comparison_rows(sweep)] == jobs
+    with pytest.raises(QatTricksError, match="no job"):
+        comparison_rows(sweep / "0")
+
+
+def test_a_sweep_in_the_folder_of_a_single_run_has_its_jobs(tmp_path):
+    made_by_hydra(tmp_path, report())
+    write_report(tmp_path / "evaluation", report())
+    made_by_hydra(tmp_path / "0", report())
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "config.yaml").touch()
+    write_report(tmp_path / "1", report())
+    made_by_hydra(tmp_path / "0" / "inner", report())
+    assert [row["job"] for row in comparison_rows(tmp_path)] == ["0", "0/inner", "1"]
+
+
 def test_a_sweep_without_jobs_is_refused(tmp_path):
     with pytest.raises(QatTricksError, match="no job"):
         write_comparison(tmp_path)
@@ -124,16 +155,22 @@ def test_the_page_has_every_job_and_the_reason_of_one_that_failed(sweep):
     assert "title-" not in text
 
 
-def row(accuracy, size, latency):
-    return {
-        "accuracy_onnx": accuracy, "size_bytes_int8": size, "latency_p50_ms_int8": latency
-    }  # fmt: skip
+def row(accuracy, size, latency, data="digits"):
+    figures = {"size_bytes_int8": size, "latency_p50_ms_int8": latency}
+    return {"data": data, "accuracy_onnx": accuracy, **figures}
 
 
 def test_the_front_is_of_all_three():
     rows = [row(0.9, 10, 1.0), row(0.8, 5, 2.0), row(0.8, 10, 2.0), row(0.9, 10, 1.0)]
     rows += [row(0.99, 50, 0.5), row(None, 1, 0.1)]
     assert front(rows) == [True, True, False, True, True, False]
+
+
+def test_each_data_set_has_its_own_front():
+    easy, hard = row(0.99, 10, 1.0), row(0.7, 20, 2.0, data="cifar10")
+    worse = row(0.6, 20, 2.0, data="cifar10")
+    assert front([hard, easy, worse]) == [True, True, False]
+    assert front([hard | {"data": "digits"}, easy]) == [False, True]
 
 
 def test_the_front_of_a_search_is_of_validation_images():
@@ -149,6 +186,20 @@ def test_the_page_of_a_search_says_which_accuracy_its_stars_are_of(sweep):
     assert "on validation images" not in render_comparison(rows, names, set())
     rows = [one | {"accuracy_validation": one["accuracy_onnx"]} for one in rows]
     assert "accuracy on validation images, size" in render_comparison(rows, names, set())
+
+
+def test_the_page_says_that_several_data_sets_have_fronts_of_their_own(sweep):
+    write_comparison(sweep)
+    one = Page((sweep / "comparison.html").read_text()).text
+    assert "front of digits" not in one
+    assert "on the same data" not in one
+    write_report(sweep / "3", report(data="cifar10", accuracy=0.5))
+    write_comparison(sweep)
+    several = Page((sweep / "comparison.html").read_text()).text
+    # in each of two panels
+    assert several.count("front of digits") == several.count("front of cifar10") == 2
+    assert "Each line is the front of one data set" in several
+    assert "no other job on the same data is as good" in several
 
 
 def test_names_on_the_page_are_escaped(sweep):

@@ -366,6 +366,8 @@ def test_a_report_is_never_overwritten(own, tmp_path, monkeypatch, capfd):
     for name in ("evaluation", "evaluation_2"):
         cli.evaluate([f"artifact={folder / 'own.onnx'}", "data=fake", *EVALUATE])
         assert (folder / name / "report.json").is_file()
+        # by these a comparison of jobs tells a run from an evaluation
+        assert not {".hydra", "config.yaml"} & {path.name for path in (folder / name).iterdir()}
         assert f"{name}: report.html" in capfd.readouterr().out
     with pytest.raises(SystemExit):
         cli.evaluate([f"artifact={folder / 'own.onnx'}", "data=fake", f"folder={folder / name}"])

@@ -7,12 +7,14 @@ import torch
 from omegaconf import OmegaConf
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.evidence.report import read_report
+from qat_tricks.evidence.comparison import comparison_rows
+from qat_tricks.evidence.report import read_report, write_report
 from qat_tricks.jobs.classifier import make_classifier
 from qat_tricks.jobs.datamodule import load_data
 from qat_tricks.jobs.fitted_recipe import fitted_recipe
 from qat_tricks.jobs.run_record import RunRecord
 from tests.helpers.configs import job_config, quick_job
+from tests.helpers.samples import report
 
 QUICK = quick_job()
 
@@ -121,3 +123,14 @@ def test_results_of_an_earlier_run_do_not_pass_for_this_ones(tmp_path):
         "model.onnx",
         "model.ckpt",
     }
+
+
+def test_a_job_that_is_done_again_is_one_job_of_its_sweep(tmp_path):
+    folder = tmp_path / "0_int8_ptq"
+    write_report(folder, report())
+    record(folder).save_config()
+    assert (folder / "earlier" / "report.json").is_file()
+    with pytest.raises(QatTricksError, match="no job"):  # it has no result yet
+        comparison_rows(tmp_path)
+    write_report(folder, report())
+    assert [row["job"] for row in comparison_rows(tmp_path)] == ["0_int8_ptq"]
