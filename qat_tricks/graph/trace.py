@@ -185,9 +185,9 @@ def _prepare(
     if has_steps(network):
         _erase_moves(traced)
     if settings.training_mode:
+        _refuse_changed_views(traced)
         _detach_no_grad(traced)
         _clone_changed_inputs(traced)
-        _refuse_changed_views(traced)
         _read_results(traced)
         _refuse_changed_parameters(traced)
     if settings.functions_to_modules:

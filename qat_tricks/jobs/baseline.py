@@ -129,7 +129,7 @@ def _restore(module: Classifier, cached: Path) -> bool:
             "training it again"
         )
         return False
-    console().print(f"  float baseline: from the cache, {cached.name} (baseline.cache=false: anew)")
+    console().print("  float baseline: from the cache (baseline.cache=false trains it anew)")
     return True
 
 

@@ -98,7 +98,8 @@ class RunRecord:
         not pass for its own.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        results = [self.folder / name for name in (*FILES, "model.ckpt")]
+        names = (*FILES, "model.ckpt", "model_fp32.onnx", "ledger.json")
+        results = [self.folder / name for name in names]
         for path in filter(Path.exists, results):
             (self.folder / EARLIER).mkdir(exist_ok=True)
             path.replace(self.folder / EARLIER / path.name)

@@ -112,7 +112,7 @@ def test_parity_is_measured_on_images_of_all_classes(tmp_path, monkeypatch):
 def test_results_of_an_earlier_run_do_not_pass_for_this_ones(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    for name in ("report.json", "report.html", "model.onnx", "model.ckpt"):
+    for name in ("report.json", "report.html", "model.onnx", "model_fp32.onnx", "ledger.json"):
         (folder / name).write_text("of the earlier run")
     (folder / "notes.txt").write_text("the user's")
     record(folder).save_config()
@@ -121,7 +121,8 @@ def test_results_of_an_earlier_run_do_not_pass_for_this_ones(tmp_path):
         "report.json",
         "report.html",
         "model.onnx",
-        "model.ckpt",
+        "model_fp32.onnx",
+        "ledger.json",
     }
 
 

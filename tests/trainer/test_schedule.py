@@ -1,3 +1,4 @@
+import logging
 import math
 
 import pytest
@@ -110,7 +111,7 @@ def test_a_module_that_optimizes_by_hand_is_pruned_by_its_steps(every, caplog):
     lit = ByHand(every)
     callbacks = qat_tricks.recipe("int8_prune50", ["~stages.prune_qat.tricks.distill"])
     best = pl.callbacks.ModelCheckpoint(monitor="val_acc", dirpath=None)
-    with caplog.at_level("INFO"):
+    with caplog.at_level(logging.INFO, logger=f"{pl.__name__}.utilities.rank_zero"):
         run = trainer([*callbacks, best], max_epochs=-1, max_steps=24, enable_checkpointing=True)
         run.fit(lit.train(), datamodule=Data())
     batches = 12 * every
