@@ -14,6 +14,7 @@ from qat_tricks.graph.macs import Call, macs_of_calls
 from qat_tricks.graph.modes import evaluating, float_mode
 from qat_tricks.graph.nodes import modules_before_logits
 from qat_tricks.graph.other_bits import activation_on_grid
+from qat_tricks.graph.patterns import matches
 from qat_tricks.graph.sensitivity import ACTIVATIONS, WEIGHTS, errors_alone
 from qat_tricks.graph.spec import spec_of
 from qat_tricks.graph.weight_options import weight_on_grid, weight_options
@@ -72,11 +73,7 @@ def weight_places(
         )
     places, judged = [], modules_before_logits(traced)
     for name, layer in found.items():
-        changes = (
-            name in judged
-            and any(fnmatchcase(name, pattern) for pattern in include)
-            and not any(fnmatchcase(name, pattern) for pattern in exclude)
-        )
+        changes = name in judged and matches(name, include) and not matches(name, exclude)
         assert layer.weight_quantizer is not None
         own = [layer.weight_quantizer.scheme.bits]
         places.append(

@@ -58,6 +58,8 @@ def read_after_change(node: fx.Node, traced: fx.GraphModule) -> fx.Node | None:
     if not works_in_place(node, traced) or node.target is operator.setitem or not node.args:
         return None
     view: Any = node.args[0]
+    if not isinstance(view, fx.Node) or not _is_view(view):  # most are none
+        return None
     position = {n: place for place, n in enumerate(traced.graph.nodes)}
     chain: set[fx.Node] = set()
     while isinstance(view, fx.Node):

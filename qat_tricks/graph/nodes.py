@@ -4,7 +4,7 @@ Every other module asks here, and not in the graph or the table itself.
 """
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -83,16 +83,19 @@ def depends_on_images(node: fx.Node) -> bool:
 
     Otherwise it is the same for all images. ``nodes_from_images`` asks it of all nodes at once.
     """
+    return any(source.op == "placeholder" for source in _upstream(node))
+
+
+def _upstream(node: fx.Node) -> Iterator[fx.Node]:
+    """``node``, and the nodes that its result depends on."""
     # Not recursive: deep networks would exceed Python's limit.
     seen, left = {node}, [node]
     while left:
         node = left.pop()
-        if node.op == "placeholder":
-            return True
+        yield node
         new = [source for source in node.all_input_nodes if source not in seen]
         seen.update(new)
         left += new
-    return False
 
 
 def nodes_from_images(traced: fx.GraphModule) -> set[fx.Node]:
@@ -121,13 +124,7 @@ def modules_before_logits(traced: fx.GraphModule) -> set[str]:
         logits = part_with_logits(logits.args[0])
     if not isinstance(logits, fx.Node):
         return {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}
-    # Not recursive: deep networks would exceed Python's limit.
-    seen, left = {logits}, [logits]
-    while left:
-        new = [source for source in left.pop().all_input_nodes if source not in seen]
-        seen.update(new)
-        left += new
-    return {str(node.target) for node in seen if node.op == "call_module"}
+    return {str(node.target) for node in _upstream(logits) if node.op == "call_module"}
 
 
 def calls_layer(node: fx.Node, traced: fx.GraphModule) -> bool:
