@@ -27,10 +27,26 @@ LONGEST = (
     "jobs/test_guideline.py",
     "cli/test_search.py",
 )
+NAMES_BEFORE = pytest.StashKey()  # of what lies in the repository
 
 
 def pytest_report_header():
     return f"Lightning: {LIGHTNING}"
+
+
+def visible_names(folder):
+    return {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+def pytest_sessionstart(session):
+    session.config.stash[NAMES_BEFORE] = visible_names(session.config.rootpath)
+
+
+def pytest_sessionfinish(session):
+    """Fails a session that leaves files in the repository: they would be committed."""
+    left = visible_names(session.config.rootpath) - session.config.stash[NAMES_BEFORE]
+    if left and not hasattr(session.config, "workerinput"):
+        raise pytest.UsageError(f"tests left {sorted(left)} in the repository")
 
 
 def pytest_configure(config):

@@ -100,7 +100,7 @@ class RunRecord:
         self.folder.mkdir(parents=True, exist_ok=True)
         names = (*FILES, "model.ckpt", "model_fp32.onnx", "ledger.json")
         results = [self.folder / name for name in names]
-        for path in filter(Path.exists, results):
+        for path in filter(Path.is_file, results):  # a folder of such a name is not ours
             (self.folder / EARLIER).mkdir(exist_ok=True)
             path.replace(self.folder / EARLIER / path.name)
         OmegaConf.save(self.config, self.folder / "config.yaml", resolve=True)

@@ -115,8 +115,9 @@ def test_results_of_an_earlier_run_do_not_pass_for_this_ones(tmp_path):
     for name in ("report.json", "report.html", "model.onnx", "model_fp32.onnx", "ledger.json"):
         (folder / name).write_text("of the earlier run")
     (folder / "notes.txt").write_text("the user's")
+    (folder / "model.ckpt").mkdir()  # a folder is no result of ours
     record(folder).save_config()
-    assert files_in(folder) == {"config.yaml", "notes.txt", "earlier"}
+    assert files_in(folder) == {"config.yaml", "notes.txt", "model.ckpt", "earlier"}
     assert files_in(folder / "earlier") == {
         "report.json",
         "report.html",

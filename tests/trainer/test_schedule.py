@@ -107,10 +107,10 @@ def test_of_a_module_that_optimizes_by_hand_steps_count(every, batches):
 
 
 @pytest.mark.parametrize("every", [1, 3])
-def test_a_module_that_optimizes_by_hand_is_pruned_by_its_steps(every, caplog):
+def test_a_module_that_optimizes_by_hand_is_pruned_by_its_steps(every, tmp_path, caplog):
     lit = ByHand(every)
     callbacks = qat_tricks.recipe("int8_prune50", ["~stages.prune_qat.tricks.distill"])
-    best = pl.callbacks.ModelCheckpoint(monitor="val_acc", dirpath=None)
+    best = pl.callbacks.ModelCheckpoint(tmp_path, monitor="val_acc")
     with caplog.at_level(logging.INFO, logger=f"{pl.__name__}.utilities.rank_zero"):
         run = trainer([*callbacks, best], max_epochs=-1, max_steps=24, enable_checkpointing=True)
         run.fit(lit.train(), datamodule=Data())
