@@ -6,6 +6,7 @@ An ONNX file is opened without Lightning and the training code.
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -157,11 +158,12 @@ def check_classes(artifact: Artifact, data: ImageData) -> None:
     own, others = artifact.class_names, data.class_names
     if own is None or list(own) == list(others):
         return
-    differing = [pair for pair in zip(own, others, strict=False) if pair[0] != pair[1]]
-    which = f', the first that differs "{differing[0][0]}" and "{differing[0][1]}"'
+    # one list may be the beginning of the other
+    differing = (pair for pair in zip(own, others, strict=False) if pair[0] != pair[1])
+    which = "".join(f', the first that differs "{a}" and "{b}"' for a, b in islice(differing, 1))
     raise QatTricksError(
         f"the {len(others)} classes of the data are not the {len(own)} of {artifact.path.name}"
-        f"{which if differing else ''}: give data with the same classes, by the same names"
+        f"{which}: give data with the same classes, by the same names"
     )
 
 
