@@ -6,7 +6,6 @@ An ONNX file is opened without Lightning and the training code.
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +158,9 @@ def check_classes(artifact: Artifact, data: ImageData) -> None:
     if own is None or list(own) == list(others):
         return
     # one list may be the beginning of the other
-    differing = (pair for pair in zip(own, others, strict=False) if pair[0] != pair[1])
-    which = "".join(f', the first that differs "{a}" and "{b}"' for a, b in islice(differing, 1))
+    pairs = zip(own, others, strict=False)
+    differing = next((pair for pair in pairs if pair[0] != pair[1]), None)
+    which = f', the first that differs "{differing[0]}" and "{differing[1]}"' if differing else ""
     raise QatTricksError(
         f"the {len(others)} classes of the data are not the {len(own)} of {artifact.path.name}"
         f"{which}: give data with the same classes, by the same names"

@@ -112,19 +112,15 @@ def test_parity_is_measured_on_images_of_all_classes(tmp_path, monkeypatch):
 def test_results_of_an_earlier_run_do_not_pass_for_this_ones(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    for name in ("report.json", "report.html", "model.onnx", "model_fp32.onnx", "ledger.json"):
+    results = {"report.json", "report.html", "model.onnx", "model.ckpt"}
+    results |= {"model_fp32.onnx", "ledger.json"}
+    for name in results:
         (folder / name).write_text("of the earlier run")
     (folder / "notes.txt").write_text("the user's")
-    (folder / "model.ckpt").mkdir()  # a folder is no result of ours
+    (folder / "report.md").mkdir()  # a folder is no result of ours
     record(folder).save_config()
-    assert files_in(folder) == {"config.yaml", "notes.txt", "model.ckpt", "earlier"}
-    assert files_in(folder / "earlier") == {
-        "report.json",
-        "report.html",
-        "model.onnx",
-        "model_fp32.onnx",
-        "ledger.json",
-    }
+    assert files_in(folder) == {"config.yaml", "notes.txt", "report.md", "earlier"}
+    assert files_in(folder / "earlier") == results
 
 
 def test_a_job_that_is_done_again_is_one_job_of_its_sweep(tmp_path):
