@@ -8,7 +8,7 @@ import copy
 import functools
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
@@ -104,10 +104,16 @@ def _refusals(path: str) -> dict[str, Any]:
     return {"forward": _Refusal(path), **hooks}
 
 
-def is_inside(path: str, called: set[str]) -> bool:
+def is_inside(path: str, called: Collection[str]) -> bool:
     """Whether a module is called, or a part of one that is."""
+    return caller_of(path, called) != ""
+
+
+def caller_of(path: str, called: Collection[str]) -> str:
+    """What is called for a module: itself, or one that holds it; "" if nothing is."""
     parts = path.split(".")
-    return any(".".join(parts[: i + 1]) in called for i in range(len(parts)))
+    prefixes = (".".join(parts[: i + 1]) for i in range(len(parts)))
+    return next((prefix for prefix in prefixes if prefix in called), "")
 
 
 def guarded_method(name: str, method: FunctionType) -> Callable[..., Any]:

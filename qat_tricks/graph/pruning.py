@@ -4,6 +4,8 @@
 * scope: each layer alike, or global, where all weights compete. A magnitude is divided by its
   layer's root mean square; without that a layer's scale would decide instead of its use, for
   folding and equalization change scales freely. Or by sensitivity, see ``sparsity_shares``.
+
+Layers that share a weight are pruned as one: they have the same mask.
 """
 
 import math
@@ -14,11 +16,11 @@ import torch
 from torch import Tensor, fx
 
 from qat_tricks.errors import QatTricksError, did_you_mean
-from qat_tricks.graph.calls_beside import is_inside
+from qat_tricks.graph.calls_beside import caller_of, is_inside
 from qat_tricks.graph.layers import Layer, as_layer, is_layer
 from qat_tricks.graph.patterns import check_patterns, matches
 from qat_tricks.graph.spec import spec_of
-from qat_tricks.numerics.optimal_brain import Curvature, saliencies
+from qat_tricks.numerics.optimal_brain import Curvature, refit, saliencies
 from qat_tricks.numerics.sparsity import (
     GRANULARITIES,
     SCHEDULES,
@@ -82,25 +84,32 @@ def prunable(
 ) -> dict[str, Layer]:
     """The convs and linears that ``prune`` prunes, by name, made ready to carry a mask.
 
+    They are in the order of the calls. Of layers that share a weight, all are pruned if one is
+    included and none is excluded.
+
     Raises:
         QatTricksError: a pattern matches no layer, or no layer is left.
     """
     # A conv that was a BatchNorm has one weight a channel: without it the channel is lost.
     factors = spec_of(traced).get("convs", [])
-    called = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}
+    calls = [str(node.target) for node in traced.graph.nodes if node.op == "call_module"]
     modules = {
         name: module
         for name, module in traced.named_modules()
-        if is_layer(module) and is_inside(name, called) and name not in factors
+        if is_layer(module) and is_inside(name, calls) and name not in factors
     }
     check_patterns([*include, *exclude], list(modules))
     fits = GRANULARITIES[granularity]
+    sharing: dict[int, list[str]] = {}
+    for name in sorted(modules, key=lambda name: calls.index(caller_of(name, calls))):
+        sharing.setdefault(id(modules[name].weight), []).append(name)
     pruned = {
-        name: as_layer(module)
-        for name, module in modules.items()
-        if matches(name, include)
-        and not matches(name, exclude)
-        and fits(module.weight.detach().abs()) is not None
+        name: as_layer(modules[name])
+        for names in sharing.values()
+        if any(matches(name, include) for name in names)
+        and not any(matches(name, exclude) for name in names)
+        and fits(modules[names[0]].weight.detach().abs()) is not None
+        for name in names
     }
     if not pruned:
         raise QatTricksError(
@@ -151,12 +160,24 @@ def scores_of(
     granularity: str,
     curvatures: Mapping[str, Curvature],
 ) -> dict[str, Tensor]:
-    """The scores of each layer's weights; infinite where a granularity lets a weight not go."""
-    scores = {}
+    """The scores of each weight, by the name of the first layer that has it.
+
+    They are infinite where a granularity lets a weight not go.
+    """
+    sums: dict[int, Tensor] = {}
+    firsts: dict[str, Layer] = {}
     for name, layer in pruned.items():
-        score = GRANULARITIES[granularity](CRITERIA[criterion](layer, curvatures.get(name)))
-        assert score is not None  # ``prunable`` leaves out layers that do not fit
-        scores[name] = score
+        score, key = CRITERIA[criterion](layer, curvatures.get(name)), id(layer.weight)
+        firsts |= {} if key in sums else {name: layer}
+        sums[key] = sums[key] + score if key in sums else score
+    scores = {}
+    for name, layer in firsts.items():
+        assert layer.weight_mask is not None
+        # What is pruned goes first, whatever its score: it stays pruned, and so counts.
+        score = sums[id(layer.weight)].masked_fill(layer.weight_mask == 0, -math.inf)
+        fitting = GRANULARITIES[granularity](score)
+        assert fitting is not None  # ``prunable`` leaves out layers that do not fit
+        scores[name] = fitting
     return scores
 
 
@@ -165,6 +186,11 @@ def grow_masks(pruned: Mapping[str, Layer], scores: Mapping[str, Tensor], groups
     """Prunes the smallest scores of each group, in place, and returns the sparsity reached.
 
     A pruned weight stays pruned: masks only grow, and pruned weights are set to exactly zero.
+
+    Args:
+        pruned: the layers, of those that share a weight all.
+        scores: of each weight, as ``scores_of`` gives them.
+        groups: of the names in ``scores``.
     """
     for names, share in groups:
         flat = torch.cat([scores[name].flatten() for name in names])
@@ -176,7 +202,21 @@ def grow_masks(pruned: Mapping[str, Layer], scores: Mapping[str, Tensor], groups
             # Masks are multiplied, so a pruned weight stays pruned.
             layer.weight_mask.mul_(part.view_as(layer.weight_mask))
             layer.weight.mul_(layer.weight_mask)
+    masks = {id(pruned[name].weight): pruned[name].weight_mask for name in scores}
+    for layer in pruned.values():
+        mask = masks[id(layer.weight)]
+        assert layer.weight_mask is not None
+        assert mask is not None
+        layer.weight_mask.copy_(mask)  # no one tensor for all: an average has copies of each
     return sparsity_of(pruned.values())
+
+
+@torch.no_grad()
+def refit_layer(layer: Layer, target: Tensor, keep: Tensor, hessian: Tensor) -> None:
+    """Fits the weights that stay, where ``keep`` is 1, to the output of the weight ``target``."""
+    found = refit(target, keep, hessian, layer.masked_weight())
+    # Equalized layers hold a weight that is multiplied, and factors are never zero.
+    layer.weight.copy_(found if layer.weight_factor is None else found / layer.weight_factor)
 
 
 def count_of(share: float, weights: int) -> int:

@@ -20,10 +20,11 @@ from qat_tricks.graph.pruning import (
     check_settings,
     grow_masks,
     prunable,
+    refit_layer,
     scores_of,
 )
 from qat_tricks.graph.sparsity_shares import sparsity_shares
-from qat_tricks.numerics.optimal_brain import Curvature, curvature, refit
+from qat_tricks.numerics.optimal_brain import Curvature, curvature
 from qat_tricks.numerics.sparsity import cubic_schedule
 from qat_tricks.progress import track
 
@@ -150,15 +151,9 @@ def prune_and_refit(
     for done in track(range(1, ROUNDS + 1), "prune"):
         scores = scores_of(pruned, "obs", granularity, curvatures)
         now = cubic_schedule(done / ROUNDS, initial=0.0, final=sparsity, start=0.0, end=1.0)
-        reached = grow_masks(pruned, scores, SCOPES[scope](list(pruned), now, shares))
+        reached = grow_masks(pruned, scores, SCOPES[scope](list(scores), now, shares))
         for name, hessian in hessians.items():
-            _refit(pruned[name], first[name], hessian)
+            layer = pruned[name]
+            assert layer.weight_mask is not None
+            refit_layer(layer, first[name], layer.weight_mask, hessian)
     return reached
-
-
-def _refit(layer: Layer, first: Tensor, hessian: Tensor) -> None:
-    """Fits the weights that stay to the output of the layer's weights at first."""
-    assert layer.weight_mask is not None
-    found = refit(first, layer.weight_mask, hessian, layer.masked_weight())
-    # Equalized layers hold a weight that is multiplied, and factors are never zero.
-    layer.weight.copy_(found if layer.weight_factor is None else found / layer.weight_factor)

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, fx
 
 from qat_tricks.graph.bit_options import LARGEST_ERROR
+from qat_tricks.graph.calls_beside import caller_of
 from qat_tricks.graph.inputs import Inputs, check_batches
 from qat_tricks.graph.layers import Layer
 from qat_tricks.graph.nodes import modules_before_logits
-from qat_tricks.graph.pruning import count_of
+from qat_tricks.graph.pruning import count_of, refit_layer
 from qat_tricks.graph.sensitivity import Change, errors_alone
 from qat_tricks.numerics.choices import choose
-from qat_tricks.numerics.optimal_brain import refit
 from qat_tricks.numerics.sparsity import largest_sparsity, without_smallest
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
@@ -44,7 +44,7 @@ def sparsity_shares(
     Args:
         traced: the network, which stays as it is.
         pruned: its layers that are to be pruned.
-        scores: of their weights; the smallest go first.
+        scores: of their weights, each under the name of one layer; the smallest go first.
         batches: the network's inputs, a batch each.
         sparsity: of all these layers together, above 0.
         granularity: limits the sparsity of a layer.
@@ -59,9 +59,9 @@ def sparsity_shares(
     levels = sorted({*(level for level in LEVELS if level <= most), sparsity})
     called = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}
     judged = modules_before_logits(traced)
-    callers = {name: _caller_of(name, called) for name in pruned}
-    alike = {name: 1.0 for name in pruned if callers[name] not in judged}
-    pruned = {name: layer for name, layer in pruned.items() if name not in alike}
+    callers = {name: caller_of(name, called) for name in scores}
+    alike = {name: 1.0 for name in scores if callers[name] not in judged}
+    pruned = {name: pruned[name] for name in scores if name not in alike}
     if not pruned:
         return alike
     changes = [
@@ -86,28 +86,19 @@ def sparsity_shares(
     return alike | {name: level / mean for name, level in zip(pruned, reached, strict=True)}
 
 
-def _caller_of(name: str, called: set[str]) -> str:
-    """What the graph calls for a layer: itself, or an untraced part that holds it."""
-    while name not in called:
-        name = name.rpartition(".")[0]
-    return name
-
-
 def _pruned_alone(
     layer: Layer, score: Tensor, level: float, hessian: Tensor | None
 ) -> Callable[[], AbstractContextManager[None]]:
     @contextmanager
     def applied() -> Iterator[None]:
-        weight, mask = layer.weight.detach().clone(), layer.weight_mask
-        assert mask is not None
-        keep = mask * without_smallest(score, count_of(level, score.numel())).to(mask)
+        weight = layer.weight.detach().clone()
+        keep = without_smallest(score, count_of(level, score.numel())).to(weight)
         if hessian is not None:
-            layer.weight.copy_(refit(layer.masked_weight(), keep, hessian, weight))
-        layer.weight_mask = keep
+            refit_layer(layer, layer.masked_weight(), keep, hessian)
+        layer.weight.mul_(keep)  # and not the mask: other layers may have the weight too
         try:
             yield
         finally:
-            layer.weight_mask = mask
             layer.weight.copy_(weight)
 
     return applied

@@ -85,7 +85,7 @@ def prune(
         settings = {"criterion": criterion, "scope": scope, "granularity": granularity}
         measured = measure(traced, pruned, batches, sparsity=sparsity, **settings)
     scores = scores_of(pruned, criterion, granularity, measured.curvatures)
-    return grow_masks(pruned, scores, SCOPES[scope](list(pruned), sparsity, measured.shares))
+    return grow_masks(pruned, scores, SCOPES[scope](list(scores), sparsity, measured.shares))
 
 
 class Prune(Trick):
@@ -275,6 +275,13 @@ class Prune(Trick):
         names = ("sparsity", "initial", "start", "end", "updates", "schedule")
         return {name: getattr(self, name) for name in names}
 
+    @property
+    def _measured_for(self) -> dict[str, Any]:
+        """The settings on which ``measured`` depends."""
+        patterns = {"include": list(self.include), "exclude": list(self.exclude)}
+        others = {"sparsity": self.sparsity, "num_images": self.num_images}
+        return self.choices | patterns | others
+
     def _prunable(self, work: Workbench) -> dict[str, Layer]:
         return prunable(work.network, self.choices["granularity"], self.include, self.exclude)
 
@@ -309,7 +316,7 @@ class Prune(Trick):
         """The place in the schedule, and what was measured for it."""
         measured = None if self.measured is None else self.measured.as_dict()
         state = {"done": self.done, "reached": self.reached, "measured": measured}
-        return state | {"plan": self._plan}
+        return state | {"plan": self._plan, "measured_for": self._measured_for}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on at a place in the schedule; in another one from where the masks are."""
@@ -318,4 +325,6 @@ class Prune(Trick):
         self.done = state_dict["done"] if is_same else 0
         self.reached = state_dict["reached"]
         measured = state_dict.get("measured")  # checkpoints of before have none
-        self.measured = None if measured is None else Measured.of(measured)
+        # Measured for other settings, or it is not known for which, it is measured anew.
+        fits = state_dict.get("measured_for") == self._measured_for
+        self.measured = Measured.of(measured) if measured is not None and fits else None

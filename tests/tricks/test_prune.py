@@ -11,6 +11,7 @@ from qat_tricks.graph.output_error import output_error
 from qat_tricks.graph.pruning import sparsity_of
 from qat_tricks.graph.workbench import Workbench
 from qat_tricks.recipes.recipe import build_recipe
+from qat_tricks.trainer.module import workbench_of
 from qat_tricks.tricks import prune
 from qat_tricks.tricks.prune import Prune
 from tests.helpers.lightning import pl
@@ -265,3 +266,89 @@ def test_a_resumed_fit_goes_on_to_another_sparsity(tmp_path):
     with pytest.warns(UserWarning, match=r"sparsity of 0\.50\d already, more than sparsity=0\.3"):
         _, lit = run(0.3, 3, ckpt_path=tmp_path / "half.ckpt")
     assert zeros(lit) == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"criterion": "obs"},
+        {"scope": "sensitivity"},
+        {"scope": "global"},
+        {"criterion": "obs", "scope": "global"},
+        {"exclude": ["left"]},
+    ],
+)
+def test_a_resumed_fit_goes_on_with_other_choices(changed, tmp_path):
+    def run(epochs, sparsity=0.5, ckpt_path=None, **choices):
+        lit = Lit().train()
+        pruning = Prune(sparsity=sparsity, end=0.9, num_images=16, **choices)
+        fit = trainer([pruning], max_epochs=epochs)
+        fit.fit(lit, ResumableLoader(), ckpt_path=ckpt_path)
+        return fit, lit, pruning
+
+    first, _, _ = run(1)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    _, lit, pruning = run(3, 0.8, tmp_path / "half.ckpt", **changed)
+    reached = sparsity_of(pruning._prunable(workbench_of(lit)).values())
+    assert reached == pytest.approx(0.8, abs=0.01)
+    assert pruning.reached == reached
+
+
+def test_shares_are_measured_for_the_sparsity_that_is_asked_for(tmp_path):
+    def run(sparsity, epochs, ckpt_path=None):
+        fit = trainer(
+            [pruning := Prune(sparsity=sparsity, scope="sensitivity", num_images=16)],
+            max_epochs=epochs,
+        )
+        fit.fit(lit := Lit().train(), ResumableLoader(), ckpt_path=ckpt_path)
+        return fit, lit, pruning
+
+    first, _, before = run(0.5, 1)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    _, lit, after = run(0.9, 3, tmp_path / "half.ckpt")
+    assert zeros(lit) == pytest.approx(0.9, abs=0.01)
+    assert after.measured.shares != before.measured.shares
+
+
+class SharedWeights(nn.Module):
+    """Two pairs of layers with one weight each; the first by name is not the first to be called."""
+
+    def __init__(self):
+        super().__init__()
+        self.later, self.sooner = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+        self.later.weight = self.sooner.weight
+        self.stem = nn.Conv2d(1, 8, 3, padding=1)
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.later(torch.relu(self.sooner(torch.relu(self.stem(x))))))
+        return self.head(torch.relu(self.second(torch.relu(self.first(x.mean((2, 3)))))))
+
+
+@pytest.mark.parametrize("scope", ["layer", "global", "sensitivity"])
+@pytest.mark.parametrize("criterion", ["magnitude", "obs"])
+def test_layers_that_share_a_weight_are_pruned_as_one(criterion, scope):
+    network = SharedWeights().eval()
+    traced = trace(network)
+    with torch.no_grad():
+        reached = prune(traced, 0.5, scope=scope, criterion=criterion, batches=[images()])
+    found = layers(traced)
+    for one, other in (("later", "sooner"), ("first", "second")):
+        assert torch.equal(found[one].weight_mask, found[other].weight_mask)
+        assert found[one].weight_mask is not found[other].weight_mask
+    shared = [found[name] for name in ("sooner", "stem", "first", "head")]
+    count = sum(layer.weight.numel() for layer in shared)
+    assert sum(int((layer.weight == 0).sum()) for layer in shared) / count == pytest.approx(
+        0.5, abs=len(shared) / count
+    )
+    assert reached == pytest.approx(sparsity_of(found.values()))
+
+
+def test_a_pattern_that_excludes_one_of_two_layers_with_one_weight_spares_both():
+    traced = trace(SharedWeights())
+    prune(traced, 0.5, exclude=["second"])
+    found = layers(traced)
+    assert _zeros(found["first"]) == _zeros(found["second"]) == 0
+    assert _zeros(found["head"]) == 0.5
