@@ -18,6 +18,7 @@ from torch.utils._pytree import MappingKey, tree_flatten_with_path
 
 from qat_tricks.deploy.cost.weights import WEIGHT_BITS_KEY
 from qat_tricks.deploy.exporter_registry import kept_registry
+from qat_tricks.deploy.functions import ExportableFunctions
 from qat_tricks.deploy.layouts import DEFAULT_LAYOUT
 from qat_tricks.deploy.parity.logits import MIN_SQNR_DB, check_agreement
 from qat_tricks.deploy.parity.network import ParityReport, measure_parity
@@ -192,7 +193,7 @@ def _to_onnx(
     # two images: the exporter would freeze a batch size of one
     pair = as_tensors(map_tensors(one, lambda values: torch.cat([values] * 2)))
     try:
-        with _quiet(), kept_registry(), ExportablePools():
+        with _quiet(), kept_registry(), ExportablePools(), ExportableFunctions():
             # The file takes any number of images, and a squeeze() changes the shape of one alone.
             check_batch_first(logits_of(call_network(network, one)), 1)
             output = network(*pair)

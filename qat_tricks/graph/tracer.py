@@ -325,9 +325,15 @@ def _no_trace(network: nn.Module, tracer: Tracer, error: Exception, mode: str) -
     in_training = " in training mode" if mode == "training" else ""
     return (
         f"{type(network).__name__} cannot be traced{in_training}: {_user_line(error)}: "
-        f"{_first_line(error)}; mend that line so that it does not depend on the values or the "
-        f"shape of the input, or {way_out}"
+        f"{_first_line(error)}; {_advice(error)}, or {way_out}"
     )
+
+
+def _advice(error: Exception) -> str:
+    """How to mend the line that cannot be traced."""
+    if "does not support item assignment" in str(error):
+        return "make the tensor anew in place of writing into it (torch.cat, torch.where)"
+    return "mend that line so that it does not depend on the values or the shape of the input"
 
 
 def _code_of(network: nn.Module, path: str | None) -> str:

@@ -352,3 +352,15 @@ def test_assertions_are_taken_as_held_and_branches_are_not():
     assert qat_tricks.quantize(net, [x])(x).shape == (2, 5)
     with pytest.raises(QatTricksError, match="cannot be traced"):
         trace(Branching())
+
+
+class Assigning(Base):
+    def forward(self, x):
+        features = self.features(x)
+        features[:, 0] = 0
+        return self.fc(features)
+
+
+def test_an_assignment_into_a_tensor_is_told_what_to_write_in_its_place():
+    with pytest.raises(QatTricksError, match=r"item assignment; make the tensor anew .*torch\.cat"):
+        trace(Assigning())

@@ -110,12 +110,13 @@ def _recurrent(kind: Any) -> Callable[[], nn.Module]:
     return _between(compute, c=_c, rnn=lambda: kind(8, 8, batch_first=True), fc=lambda: L(8, 5))
 
 
-def _attending(call: Callable[[Any, Tensor], Tensor]) -> Callable[[], nn.Module]:
+def _attending(call: Callable[[Any, Tensor], Tensor], **parts: Any) -> Callable[[], nn.Module]:
     return _between(
         lambda s, x: s.fc(call(s, F.relu(s.c(x)).flatten(2).transpose(1, 2)).mean(1)),
         c=lambda: C(3, 8, 3, stride=4),
         attn=lambda: nn.MultiheadAttention(8, 2, batch_first=True),
         fc=lambda: L(8, 5),
+        **parts,
     )
 
 
@@ -619,6 +620,22 @@ STRUCTURES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "cross_attention": (_attending(lambda s, t: s.attn(t[:, :2], t, t)[0]), IMAGE),
     "attention_maps": (_attending(lambda s, t: s.attn(t, t, t)[1] @ t), IMAGE),
+    "attention_without_heads": (
+        _attending(lambda s, t: F.scaled_dot_product_attention(s.q(t), t, t), q=lambda: L(8, 8)),
+        IMAGE,
+    ),
+    "attention_with_a_mask": (
+        _attending(
+            lambda s, t: F.scaled_dot_product_attention(
+                s.q(t), t, t, attn_mask=torch.ones(16, 16, dtype=torch.bool).tril()
+            ),
+            q=lambda: L(8, 8),
+        ),
+        IMAGE,
+    ),
+    "rrelu": (
+        _head(lambda s, x: F.rrelu(s.d(s.act(x))), d=lambda: C(8, 8, 3), act=nn.RReLU), IMAGE
+    ),
     # Integers
     "embedding_of_argmax": (
         _between(
