@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from qat_tricks.errors import QatTricksError
+from qat_tricks.errors import QatTricksError, one_line
 from qat_tricks.graph.finite import check_finite
-from qat_tricks.graph.inputs import Inputs, call_network, first_images, map_tensors
+from qat_tricks.graph.inputs import Inputs, as_tensors, call_network, first_images, map_tensors
 from qat_tricks.graph.layers import BATCHNORMS
 from qat_tricks.graph.modes import float_mode, kept_modes
 from qat_tricks.graph.random_state import kept_random_state, seed_all
@@ -75,7 +75,17 @@ class Gate:
     def __post_init__(self) -> None:
         self.inputs = first_images(self.inputs, GATE_IMAGES)
         self.kind = type(self.network).__name__
-        self.reference = _run(self.network, self.inputs, thawed=True, frozen=True)
+        try:
+            self.reference = _run(self.network, self.inputs, thawed=True, frozen=True)
+        except QatTricksError:
+            raise
+        # Whatever the user's network raises, as it was given: of shapes, most often.
+        except Exception as error:
+            shapes = ", ".join(str(list(each.shape)) for each in as_tensors(self.inputs))
+            raise QatTricksError(
+                f"{self.kind} does not run on images {shapes} of the loader ({one_line(error)}): "
+                "give batches [N, C, H, W] of what it was trained on"
+            ) from error
         _check_finite(self.network, self.reference.evaluation)
         # The user's network is about to be changed: its outputs are what is kept.
         del self.network

@@ -81,7 +81,12 @@ class Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Traces through self-attention, so that its projections are linears like any other."""
+        """Traces through self-attention, so that its projections are linears like any other.
+
+        And through a module that ``forward`` itself makes, such as a slice of a ``Sequential``.
+        """
+        if self.submodule_paths is not None and m not in self.submodule_paths:
+            return forward(*args, **kwargs)
         is_attention = self.splits_attention and isinstance(m, nn.MultiheadAttention)
         if is_attention and attention.is_plain(m, args, kwargs):  # type: ignore[arg-type]
             return attention.attend(m, args[0]), None  # type: ignore[arg-type]

@@ -620,6 +620,13 @@ STRUCTURES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "cross_attention": (_attending(lambda s, t: s.attn(t[:, :2], t, t)[0]), IMAGE),
     "attention_maps": (_attending(lambda s, t: s.attn(t, t, t)[1] @ t), IMAGE),
+    "modules_made_in_forward": (
+        _head(
+            lambda s, x: nn.Softplus()(s.parts[:2](x)) + nn.AvgPool2d(3, 1, 1)(s.parts[2:](x)),
+            parts=lambda: nn.Sequential(C(8, 8, 1), nn.ReLU(), C(8, 8, 3, padding=1), B(8)),
+        ),
+        IMAGE,
+    ),
     "attention_without_heads": (
         _attending(lambda s, t: F.scaled_dot_product_attention(s.q(t), t, t), q=lambda: L(8, 8)),
         IMAGE,

@@ -30,6 +30,8 @@ def test_the_network_handed_in_stays_as_it_was():
         ([["no image"]], "holds no images"),
         ([torch.arange(3)], "may be labels"),
         ([images().byte()], r"does not take images of torch.uint8 .*float\(\) / 255"),
+        ([images(channels=2)], r"SmallNet does not run on images \[\d+, 2, 8, 8\].*give batches"),
+        (list(images()), r"does not run on images \[1, 8, 8\].*give batches"),
         (iter([]), "empty"),
         (lambda: [images()], "the loader is a function"),
         (images(), "the loader is a tensor"),
