@@ -23,15 +23,20 @@ _VALUES = (
 )
 
 
-def check_evaluate(config: DictConfig) -> None:
+def check_evaluate(config: DictConfig, *, needs_artifact: bool = True) -> None:
     """Checks a config composed from ``conf/evaluate.yaml``; opens no file.
+
+    Args:
+        config: composed.
+        needs_artifact: whether a missing artifact is an error.
 
     Raises:
         QatTricksError: one line with every error.
     """
-    if OmegaConf.is_missing(config, "artifact"):
-        raise QatTricksError("artifact is missing: give artifact=PATH, a .onnx or .ckpt")
     problems = Problems()
+    if OmegaConf.is_missing(config, "artifact"):
+        config = config.copy()
+        config.artifact = None
     settings = sections(config, ["measure", "report"], _VALUES, problems)
     # Every part is checked, and all errors are reported at once.
     problems.of(lambda: make("measure", DeviceMeasure, settings["measure"]))
@@ -46,10 +51,11 @@ def check_evaluate(config: DictConfig) -> None:
             "sensitivity=true needs a .ckpt, for the layers of a .onnx cannot be put back into "
             "float: give artifact=model.ckpt, which lies beside it"
         )
+    if settings["artifact"] is None and needs_artifact:
+        problems.messages.append("artifact is missing: give artifact=PATH, a .onnx or .ckpt")
     for name in ("artifact", "float", "folder"):
         path = settings[name]
-        is_optional = name != "artifact"
-        if not (isinstance(path, str) and path) and not (path is None and is_optional):
+        if path is not None and not (isinstance(path, str) and path):
             problems.messages.append(f"{name}={path!r} is not allowed: give a path")
     module = settings["module"]
     if not (module is None or (isinstance(module, str) and "." in module.strip("."))):

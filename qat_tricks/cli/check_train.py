@@ -17,12 +17,13 @@ from qat_tricks.jobs.fitted_recipe import fitted_recipe
 from qat_tricks.jobs.isolation import isolated
 from qat_tricks.jobs.loggers import LoggerOptions
 from qat_tricks.jobs.processes import other_processes
-from qat_tricks.models.build import build_model, model_names, register_models
+from qat_tricks.models.build import build_model, check_weights, model_names, register_models
 from qat_tricks.recipes.guideline_steps import GuidelineSettings
 from qat_tricks.recipes.recipe import GUIDELINE
 from qat_tricks.settings.binding import Problems, bind, make
 from qat_tricks.settings.compose import one_line
 from qat_tricks.settings.config_dir import options
+from qat_tricks.settings.ranges import SEED
 from qat_tricks.trainer.framework import default_package
 
 OF_THE_JOB = (
@@ -96,7 +97,7 @@ def _is_guideline(config: DictConfig) -> bool:
 
 def _check_guideline(config: DictConfig, aims: Mapping[str, Any]) -> None:
     make("guideline", GuidelineSettings, aims)
-    if config.recipe.stages:
+    if OmegaConf.select(config, "recipe.stages"):
         raise QatTricksError(
             "recipe=guideline chooses its stages itself: leave recipe.stages out, or run the "
             "recipe whose stages these are"
@@ -132,6 +133,7 @@ def _check_model(model: Mapping[str, Any]) -> None:
         )
     if problems:
         raise QatTricksError("; ".join(problems))
+    check_weights(str(name), model.get("weights"))
 
 
 def _check_data(data: Mapping[str, Any], objectives: Any) -> None:
@@ -159,16 +161,20 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
     others = {
         key: value for key, value in trainer.items() if key not in OF_THE_JOB and key != "compile"
     }
-    problems += bind("trainer", package.Trainer.__init__, others, without=OF_THE_JOB)
+    init = package.Trainer.__init__
+    problems += bind("trainer", init, others, without=OF_THE_JOB)
+    # Lightning judges those that bind, so that all errors are told at once.
+    bound = {
+        key: value
+        for key, value in others.items()
+        if not bind("trainer", init, {key: value}, without=OF_THE_JOB)
+    }
+    try:
+        launcher = _launcher(bound)
+    except Exception as error:  # Lightning raises many kinds of errors for bad arguments
+        problems += _refused(bound) or [f"trainer: {one_line(error)}"]
     if problems:
         raise QatTricksError("; ".join(problems))
-    try:
-        with isolated():  # a trainer may set torch's precision and determinism
-            launcher = package.Trainer(
-                **others, logger=False, enable_checkpointing=False, max_epochs=1
-            ).strategy.launcher
-    except Exception as error:  # Lightning raises many kinds of errors for bad arguments
-        raise QatTricksError(f"trainer: {one_line(error)}") from error
     if not isinstance(launcher, package.strategies.launchers._SubprocessScriptLauncher | None):
         raise QatTricksError(
             f"trainer.strategy={trainer['strategy']} trains in processes that hand back weights "
@@ -176,9 +182,33 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
         )
 
 
+def _launcher(arguments: Mapping[str, Any]) -> Any:
+    """Makes a trainer of Lightning's and returns its launcher."""
+    with isolated():  # a trainer may set torch's precision and determinism
+        return (
+            default_package()
+            .Trainer(**arguments, logger=False, enable_checkpointing=False, max_epochs=1)
+            .strategy.launcher
+        )
+
+
+def _refused(arguments: Mapping[str, Any]) -> list[str]:
+    """Adds one argument after the other, and returns a message for each that Lightning refuses."""
+    taken: dict[str, Any] = {}
+    problems: list[str] = []
+    # The accelerator comes first, because it decides which devices and precisions there are.
+    for key in sorted(arguments, key=lambda key: key != "accelerator"):
+        if key == "devices" and "accelerator" in arguments and "accelerator" not in taken:
+            continue  # they are those of an accelerator that was refused
+        try:
+            _launcher({**taken, key: arguments[key]})
+            taken[key] = arguments[key]
+        except Exception as error:  # as above
+            problems.append(f"trainer.{key}={arguments[key]!r}: {one_line(error)}")
+    return problems
+
+
 def _check_seed(seed: Any) -> None:
     # True and False are whole numbers to Python
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise QatTricksError(
-            f"seed={seed!r} is not allowed: give a whole number from 0 to {2**32 - 1}"
-        )
+    if isinstance(seed, bool) or not isinstance(seed, int) or not SEED.contains(seed):
+        raise QatTricksError(f"seed={seed!r} is not allowed: give a whole number, {SEED.text}")

@@ -8,10 +8,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qat_tricks.data import build_data, data_builder
+from qat_tricks.data import build_data, check_counts, data_builder
 from qat_tricks.errors import QatTricksError
-from qat_tricks.settings.binding import Problems, bind, unknown_keys
+from qat_tricks.settings.binding import Problems, bind
 from qat_tricks.settings.compose import one_line
+from qat_tricks.settings.config_dir import no_such_part
 
 
 def sections(
@@ -30,7 +31,7 @@ def sections(
     """
     names = sorted({*groups, *values})
     present = sorted(str(key) for key in config if key != "hydra")
-    problems.messages += unknown_keys("the config", present, names)
+    problems.messages += [no_such_part(key, names) for key in present if key not in names]
     parts: dict[str, Any] = {}
     for name in names:
         try:
@@ -58,7 +59,7 @@ def check_data(data: Mapping[str, Any]) -> None:
         QatTricksError: one line with every error.
     """
     options = {key: value for key, value in data.items() if key != "name"}
-    problems = bind("data", data_builder(str(data.get("name"))), options)
+    problems = bind("data", data_builder(str(data.get("name"))), options) + check_counts(options)
     if problems:
         raise QatTricksError("; ".join(problems))
     build_data(**data)  # refuses values that contradict one another

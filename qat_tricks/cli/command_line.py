@@ -116,11 +116,12 @@ def _checked_jobs(name: str, parsed: Namespace, overrides: list[str]) -> list[Di
 def _check_evaluation(config: DictConfig, is_sweep: bool, problems: Problems) -> None:
     if is_sweep:
         raise QatTricksError("evaluate.py takes one artifact at a time: leave out --multirun")
-    if problems.messages and OmegaConf.is_missing(config, "artifact"):
-        return  # it was given, and could not be read
-    problems.of(lambda: check_evaluate(config))
-    if not problems.messages:
-        problems.of(lambda: _check_artifact(config))
+    # Where something could not be read, that may have been the artifact.
+    needs_artifact = not problems.messages
+    problems.of(lambda: check_evaluate(config, needs_artifact=needs_artifact))
+    for name in ("artifact", "float"):
+        problems.of(lambda name=name: _check_file(config, name))  # type: ignore[misc]
+    problems.of(lambda: _check_evaluation_folder(config))
 
 
 def _check_run(config: DictConfig, overrides: list[str], problems: Problems) -> list[DictConfig]:
@@ -180,11 +181,22 @@ def _sweep_overrides(
     return [[*of_hydra, *job] for job in jobs]
 
 
-def _check_artifact(config: DictConfig) -> None:
-    if not Path(config.artifact).is_file():
-        raise QatTricksError(
-            f"artifact={config.artifact} is not a file: give the path of a .onnx or .ckpt"
-        )
+def _path(config: DictConfig, name: str) -> str | None:
+    """A path in the config; None where there is none, or no text."""
+    path = OmegaConf.select(config, name, throw_on_resolution_failure=False)
+    return path if isinstance(path, str) and path else None
+
+
+def _check_file(config: DictConfig, name: str) -> None:
+    path = _path(config, name)
+    if path is not None and not Path(path).is_file():
+        raise QatTricksError(f"{name}={path} is not a file: give the path of a .onnx or .ckpt")
+
+
+def _check_evaluation_folder(config: DictConfig) -> None:
+    has_folder = "folder" in config and config.folder in (None, _path(config, "folder"))
+    if _path(config, "artifact") is None or not has_folder:
+        return  # they are told already, and decide where the report goes
     folder = evaluation_folder(config)
     # A checkpoint is exported into the folder; what lies in one that was given may be the user's.
     is_exported = config.folder and not str(config.artifact).endswith(".onnx")

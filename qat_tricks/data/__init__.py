@@ -8,12 +8,20 @@ from qat_tricks.data.cifar10 import cifar10
 from qat_tricks.data.digits import digits
 from qat_tricks.data.fake import fake
 from qat_tricks.data.folders import imagefolder, imagenet
-from qat_tricks.data.module import ImageData
+from qat_tricks.data.module import ImageData, check_counts
 from qat_tricks.data.preprocessing import Preprocessing
 from qat_tricks.data.splits import check_labels
 from qat_tricks.errors import QatTricksError, did_you_mean
 
-__all__ = ["ImageData", "Preprocessing", "build_data", "check_labels", "data_builder", "data_names"]
+__all__ = [
+    "ImageData",
+    "Preprocessing",
+    "build_data",
+    "check_counts",
+    "check_labels",
+    "data_builder",
+    "data_names",
+]
 
 _BUILDERS: dict[str, Callable[..., ImageData]] = {
     build.__name__: build for build in (digits, cifar10, imagefolder, imagenet, fake)
@@ -52,4 +60,6 @@ def build_data(name: str, **options: Any) -> ImageData:
     unknown = [f'"{key}" ({did_you_mean(key, allowed)})' for key in options if key not in allowed]
     if unknown:
         raise QatTricksError(f"data={name} has no option {', '.join(unknown)}")
+    if problems := check_counts(options):
+        raise QatTricksError("; ".join(problems))
     return build(**options)

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from qat_tricks.data.images import Splits, memory_splits
 from qat_tricks.data.module import ImageData
 from qat_tricks.data.preprocessing import Preprocessing, pair
-from qat_tricks.errors import QatTricksError
 
 
 def fake(
@@ -42,16 +41,14 @@ def fake(
     Raises:
         QatTricksError: a number is out of range.
     """
-    images = {"train": train_images, "val": val_images, "test": test_images}
-    for name, value in {"num_classes": num_classes, **images}.items():
-        if value < 1:
-            raise QatTricksError(f"data=fake: {name} asks for {value}: give 1 or more")
     size = pair("image_size", image_size)
     assert size is not None
     preprocessing = Preprocessing(
         image_size=size, channels=channels, mean=(0.5,) * channels, std=(0.25,) * channels
     )
-    load = partial(_load, (channels, *size), num_classes, tuple(images.values()), noise, seed)
+    load = partial(
+        _load, (channels, *size), num_classes, (train_images, val_images, test_images), noise, seed
+    )
     return ImageData(
         load, preprocessing=preprocessing, batch_size=batch_size, num_workers=num_workers, seed=seed
     )

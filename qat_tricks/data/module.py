@@ -1,18 +1,41 @@
 """A loaded data set in batches, without Lightning, so that a device can measure on it."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from qat_tricks.data.images import ImageSet, SeededImages, Splits
-from qat_tricks.data.preprocessing import Preprocessing
+from qat_tricks.data.preprocessing import MAX_SIDE, Preprocessing
 from qat_tricks.data.splits import balanced_subset, check_labels
 from qat_tricks.errors import QatTricksError
 
 Batches = DataLoader[tuple[Tensor, Tensor]]
+
+# Of the options that are counts, by name. Larger ones end in a traceback of torch.
+_COUNTS = {
+    "batch_size": (1, 10**6),
+    "num_workers": (0, 1024),
+    "seed": (0, 2**32 - 1),
+    "split_seed": (0, 2**32 - 1),
+    "shift": (0, MAX_SIDE),
+    "num_classes": (1, 10**5),
+    "train_images": (1, 10**6),
+    "val_images": (1, 10**6),
+    "test_images": (1, 10**6),
+}
+
+
+def check_counts(options: Mapping[str, Any]) -> list[str]:
+    """Returns a message for each whole number of ``options`` that is out of its range."""
+    return [
+        f"data.{name}={options[name]} is not allowed: give {lowest} to {highest}"
+        for name, (lowest, highest) in _COUNTS.items()
+        if isinstance(options.get(name), int) and not lowest <= options[name] <= highest
+    ]
 
 
 class ImageData:
@@ -31,7 +54,7 @@ class ImageData:
         tests_on_val: whether the test images are the validation images, for want of others.
 
     Raises:
-        QatTricksError: the batch size or the number of workers is out of range.
+        QatTricksError: the batch size, the number of workers or the seed is out of range.
     """
 
     def __init__(
@@ -45,12 +68,11 @@ class ImageData:
         prepare: Callable[[], None] | None = None,
         tests_on_val: bool = False,
     ) -> None:
-        if batch_size < 1:
-            raise QatTricksError(f"batch_size={batch_size}: give a number of images, 1 or greater")
-        if num_workers < 0:
-            raise QatTricksError(
-                f"num_workers={num_workers}: give a number of processes, 0 or greater"
-            )
+        problems = check_counts(
+            {"batch_size": batch_size, "num_workers": num_workers, "seed": seed}
+        )
+        if problems:
+            raise QatTricksError("; ".join(problems))
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.preprocessing, self.tests_on_val = preprocessing, tests_on_val
         # Not loaded yet: evaluations ask for options before they read images.

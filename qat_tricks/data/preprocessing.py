@@ -11,6 +11,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from qat_tricks.errors import QatTricksError, did_you_mean
 
+MAX_SIDE = 4096  # pixels; much larger images exhaust the memory
 SCALES = ("0..1", "0..255")
 INTERPOLATIONS = tuple(mode.value for mode in InterpolationMode)
 
@@ -166,9 +167,9 @@ def pair(name: str, size: int | Sequence[int] | None) -> tuple[int, int] | None:
     if size is None:
         return None
     sides = [size, size] if isinstance(size, int) else list(size)
-    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+    if len(sides) != 2 or not all(isinstance(side, int) and 0 < side <= MAX_SIDE for side in sides):
         raise QatTricksError(
-            f"{name}={size}: give a number of pixels greater than 0, or [height, width]"
+            f"{name}={size}: give a number of pixels from 1 to {MAX_SIDE}, or [height, width]"
         )
     return sides[0], sides[1]
 

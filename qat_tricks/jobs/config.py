@@ -15,17 +15,22 @@ from qat_tricks.deploy.parity.logits import LARGEST_SQNR_DB, MIN_SQNR_DB
 from qat_tricks.deploy.targets import OPSET
 from qat_tricks.evidence.language import check_language
 from qat_tricks.settings.ranges import (
+    BATCH,
     EPOCHS,
     LEARNING_RATE,
     MAX_DROP,
     NOT_NEGATIVE,
     POSITIVE,
+    THREADS,
+    Range,
     at_least,
     below,
     between,
     check_ranges,
     counts,
 )
+
+MOST_RUNS = 10**6  # the time of each is kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,15 +73,17 @@ class Measure:
     min_sqnr_db: float = MIN_SQNR_DB  # of the simulated logits to their error in the exported file
 
     def __post_init__(self) -> None:
-        check_ranges(
-            self,
-            batch_size=at_least(1),
-            threads=at_least(1),
-            runs=at_least(MIN_RUNS),
-            max_seconds=POSITIVE,
-            min_top1_agreement=between(0, 1),
-            min_sqnr_db=between(-LARGEST_SQNR_DB, LARGEST_SQNR_DB),
-        )
+        check_ranges(self, **self._ranges())
+
+    def _ranges(self) -> dict[str, Range]:
+        return {
+            "batch_size": BATCH,
+            "threads": THREADS,
+            "runs": between(MIN_RUNS, MOST_RUNS),
+            "max_seconds": POSITIVE,
+            "min_top1_agreement": between(0, 1),
+            "min_sqnr_db": between(-LARGEST_SQNR_DB, LARGEST_SQNR_DB),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,14 +97,13 @@ class DeviceMeasure(Measure):
     thread_counts: Sequence[int] = (1, 2)
     point_seconds: float = 0.3  # for one combination of the two
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_ranges(
-            self,
-            batch_sizes=counts("[1,8,32]"),
-            thread_counts=counts("[1,2]"),
-            point_seconds=POSITIVE,
-        )
+    def _ranges(self) -> dict[str, Range]:
+        return {
+            **super()._ranges(),
+            "batch_sizes": counts(BATCH, "[1,8,32]"),
+            "thread_counts": counts(THREADS, "[1,2]"),
+            "point_seconds": POSITIVE,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

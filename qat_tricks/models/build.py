@@ -12,7 +12,7 @@ from torch import nn
 from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.graph.inputs import input_names
 from qat_tricks.models.cifar_resnet import CIFAR_RESNETS, CifarResNet
-from qat_tricks.models.weights import load_weights
+from qat_tricks.models.weights import load_weights, weights_file
 
 TIMM = "timm/"
 IMAGENET_CLASSES = 1000  # of torchvision's weights
@@ -66,6 +66,22 @@ def build_model(
     return network if weights is None else load_weights(network, weights, num_classes)
 
 
+def check_weights(name: str, weights: str | None) -> None:
+    """Raises QatTricksError if ``weights`` are neither a file nor known for the model by name."""
+    names = _weight_names(name)
+    if weights is not None and weights not in names:
+        weights_file(weights, names)
+
+
+def _weight_names(name: str) -> list[str]:
+    """Weights of a model that can be downloaded."""
+    if name.startswith(TIMM):
+        return ["pretrained"]
+    if name not in _torchvision_names():
+        return []
+    return [*(entry.name for entry in torchvision.models.get_model_weights(name)), "DEFAULT"]
+
+
 def model_names() -> list[str]:
     """Returns the names that ``build_model`` knows, sorted; timm's only where timm is installed."""
     return sorted([*CIFAR_RESNETS, *_torchvision_names(), *_timm_names()])
@@ -98,18 +114,18 @@ def _torchvision_names() -> list[str]:
 def _torchvision_model(
     name: str, num_classes: int, in_channels: int, weights: str | None
 ) -> nn.Module:
-    known_weights = {entry.name: entry for entry in torchvision.models.get_model_weights(name)}
+    known_weights = _weight_names(name)
     options: dict[str, Any] = {"num_classes": num_classes}
     has_heads = name in ("googlenet", "inception_v3")  # auxiliary ones, and a slow initialization
     if has_heads:
         options |= {"aux_logits": False, "init_weights": True}
-    if not (weights == "DEFAULT" or weights in known_weights):
+    if weights not in known_weights:
         network = torchvision.models.get_model(name, weights=None, **options)
         if in_channels != 3:
             _replace_first_conv(network, in_channels)
         if weights is None:
             return network
-        return load_weights(network, weights, num_classes, [*known_weights, "DEFAULT"])
+        return load_weights(network, weights, num_classes, known_weights)
     _check_pretrained(name, weights, num_classes, IMAGENET_CLASSES)
     if in_channels != 3:
         raise QatTricksError(
@@ -161,7 +177,7 @@ def _timm_model(name: str, num_classes: int, in_channels: int, weights: str | No
         network = timm.create_model(timm_name, **options)
         if weights is None:
             return network
-        return load_weights(network, weights, num_classes, ["pretrained"])
+        return load_weights(network, weights, num_classes, _weight_names(name))
     pretrained = timm.get_pretrained_cfg(timm_name)
     # a network without weights fails in the download, with timm's own reason
     trained_classes = num_classes if pretrained is None else pretrained.num_classes

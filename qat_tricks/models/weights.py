@@ -33,10 +33,7 @@ def load_weights(
         QatTricksError: the file is missing, damaged or foreign, holds two such networks, or does
             not fit.
     """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        hint = f", nor weights by name: {did_you_mean(path, names)}" if names else ""
-        raise QatTricksError(f"model.weights={path} is not a file{hint}")
+    file = weights_file(path, names)
     expected = network.state_dict()
     state = _without_prefix(_read(file), expected, file)
     _check_fit(state, expected, file, num_classes)
@@ -45,6 +42,17 @@ def load_weights(
             state.setdefault(key, torch.tensor(0))
     network.load_state_dict(state)
     return network
+
+
+def weights_file(path: str, names: Sequence[str] = ()) -> Path:
+    """Returns the file at ``path``; raises QatTricksError if there is none."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        hint = f", nor weights by name: {did_you_mean(path, names)}" if names else ""
+        raise QatTricksError(
+            f"model.weights={path} is not a file{hint or ': give the path of a state_dict'}"
+        )
+    return file
 
 
 def _read(file: Path) -> dict[str, Tensor]:

@@ -20,6 +20,8 @@ from qat_tricks.trainer.trick import Trick
 
 GUIDELINE = "guideline"
 """The name under which ``train.py`` runs the guideline."""
+FLOAT = "fp32"
+"""The name of the recipe without stages, which trains only the float network."""
 RECIPE_KEYS = {"name", "network", "untraced", "prove", "stages"}
 
 
@@ -177,6 +179,11 @@ def build_recipe(settings: DictConfig | Mapping[str, Any]) -> StagedRecipe:
     prove = config.get("prove", True)
     if not isinstance(prove, bool):
         problems.messages.append(f"recipe.prove={prove!r} is not allowed: give true or false")
+    if not config.get("stages") and name not in (FLOAT, GUIDELINE):
+        problems.messages.append(
+            f"recipe {name} has no stage, so it would change nothing: give it one, or "
+            "recipe=fp32 for the float network alone"
+        )
     stages: list[Stage] = []
     done: list[str] = []
     for stage_name, of_stage in _mapping("recipe.stages", config.get("stages"), problems).items():
@@ -198,6 +205,11 @@ def _build_stage(name: str, settings: Any, done: list[str], problems: Problems) 
     """
     where = f"stage {name}"
     settings = _mapping(where, settings, problems)
+    if not settings.get("tricks") and not settings.get("epochs"):
+        problems.messages.append(
+            f"{where} has no trick and no epochs, so it would do nothing: give it a trick, or "
+            f"leave it out with ~recipe.stages.{name}"
+        )
     of_tricks = _mapping(f"{where}.tricks", settings.pop("tricks", None), problems)
     tricks: list[Trick] = []
     for trick_name, trick_settings in of_tricks.items():

@@ -91,15 +91,29 @@ def make(where: str, target: Callable[..., T], settings: Mapping[str, Any]) -> T
         settings: plain data by name.
 
     Raises:
-        QatTricksError: the settings do not bind, or ``target`` itself refuses them.
+        QatTricksError: the settings do not bind, or ``target`` itself refuses them; one line with
+            every error.
     """
     problems = bind(where, target, settings)
+    parameters, hints = inspect.signature(target).parameters, _hints(target)
+    # Those that bind are tried beside others that do not: all errors are told at once.
+    bound = {
+        name: value
+        for name, value in settings.items()
+        if name in parameters and _fits(value, hints.get(name, Any))
+    }
+    lacks = any(
+        name not in bound and p.default is p.empty and p.kind is not p.VAR_KEYWORD
+        for name, p in parameters.items()
+    )
+    try:
+        if not (problems and lacks):
+            made = target(**(bound if problems else settings))
+    except QatTricksError as error:
+        raise QatTricksError("; ".join([*problems, f"{where}: {error}"])) from error
     if problems:
         raise QatTricksError("; ".join(problems))
-    try:
-        return target(**settings)
-    except QatTricksError as error:
-        raise QatTricksError(f"{where}: {error}") from error
+    return made
 
 
 def unknown_keys(where: str, keys: Collection[str], allowed: Collection[str]) -> list[str]:

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qat_tricks.errors import QatTricksError, did_you_mean
-from qat_tricks.settings.config_dir import config_dir
+from qat_tricks.settings.config_dir import config_dir, no_such_part
 from qat_tricks.settings.plain import one_line
 
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
@@ -176,6 +176,9 @@ class Composer:
                 f'"{override.input_line}" is not the only choice for its place: give all in one '
                 f"list, {key}=[OTHER,{value}]"
             )
+        node = OmegaConf.select(config, override.key_or_group, throw_on_resolution_failure=False)
+        if isinstance(node, DictConfig) and isinstance(override.value(), list):
+            return _list_for_settings(override, list(map(str, node)))
         if choices and not override.is_delete():
             hint = did_you_mean(value, choices)
             return f'"{override.input_line}" chooses nothing: {hint}'
@@ -194,6 +197,17 @@ class Composer:
 
     def _options(self, group: str) -> list[str]:
         return self.loader.get_group_options(group, ObjectType.CONFIG)
+
+
+def _list_for_settings(override: Override, keys: Sequence[str]) -> str:
+    """The message for a list in place of a part that holds settings by name."""
+    key = override.key_or_group
+    group = ", add one with +trick@" + key + "=NAME" if key.endswith(".tricks") else ""
+    return (
+        f'"{override.input_line}" gives a list, and {key} holds settings by name '
+        f"({', '.join(keys)}): change one with {key}.NAME.SETTING=VALUE, leave one out with "
+        f"~{key}.NAME{group}"
+    )
 
 
 def _way_to_write(override: str) -> str:
@@ -223,6 +237,8 @@ def unknown_path(config: DictConfig, key: str) -> str | None:
             elsewhere = [longer for longer in _paths(config) if longer.endswith(f".{key}")]
             if elsewhere:
                 hint = f"did you mean {' or '.join(elsewhere)}?"
+            elif not path:
+                return no_such_part(part, keys)
             else:
                 hint = did_you_mean(part, keys)
             if path == ["trainer"]:

@@ -35,20 +35,25 @@ def below(lowest: float, limit: float) -> Range:
     return Range(lambda value: lowest <= value < limit, f"{lowest} to below {limit}")
 
 
-def counts(example: str) -> Range:
-    """Lists of whole numbers from 1 on; the error shows ``example``, such as "[1,8,32]"."""
+def counts(each: Range, example: str) -> Range:
+    """Lists of at least one number, ``each`` in a range; the error shows ``example``."""
 
     def contains(values: Sequence[int]) -> bool:
-        return len(values) > 0 and min(values) >= 1
+        return len(values) > 0 and all(map(each.contains, values))
 
-    return Range(contains, f"a list of whole numbers, 1 or more, as in {example}")
+    return Range(contains, f"a list of whole numbers, each {each.text}, as in {example}")
 
 
 POSITIVE = Range(lambda value: 0 < value < math.inf, "a number above 0")
 NOT_NEGATIVE = Range(lambda value: 0 <= value < math.inf, "0 or more")
 
+# Libraries in C and Python's own floats fail at larger numbers, each with a traceback.
+SEED = between(0, 2**32 - 1)  # what NumPy takes
+THREADS = between(1, 1024)  # more than any processor runs at once
+BATCH = between(1, 4096)  # images of 224 px take 2.5 GB then
+
 # of the stages of a recipe, and of the settings that replace theirs
-EPOCHS = at_least(0)
+EPOCHS = between(0, 10**6)
 MAX_DROP = at_least(0, "points of accuracy").or_null()
 AUTO = "auto"  # a learning rate that is measured
 LEARNING_RATE = Range(

@@ -97,9 +97,11 @@ class ChannelSettings:
             problems.append(f"share={self.share} is not allowed: give a share above 0 and up to 1")
         if not 0 <= self.least < 1:
             problems.append(f"least={self.least} is not allowed: give a share from 0 to below 1")
-        for name in ("multiple", "batch_size", "threads"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                problems.append(f"{name}={getattr(self, name)!r} is not allowed: give 1 or more")
+        # Larger ones end in a traceback of ONNX Runtime or NumPy.
+        for name, most in (("multiple", 4096), ("batch_size", 4096), ("threads", 1024)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or not 1 <= value <= most:
+                problems.append(f"{name}={value!r} is not allowed: give 1 to {most}")
         if self.latency_ms is not None:
             if not 0 < self.latency_ms < math.inf:
                 problems.append(f"latency_ms={self.latency_ms} is not allowed: give more than 0")

@@ -11,7 +11,9 @@ def refusal(*settings):
 
 
 def test_evaluate_needs_an_artifact_and_knows_where_to_write():
-    assert "artifact is missing" in refusal()
+    told = refusal("measure.runs=0")
+    assert "artifact is missing" in told
+    assert "runs=0" in told
     assert "float=3" in refusal("artifact=a.onnx", "float=3")
     assert "data.shift" in refusal("artifact=a", "data.name=digits", "data.shift=x")
     config = composed("artifact=runs/a.onnx", "data=digits", name="evaluate")

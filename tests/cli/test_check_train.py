@@ -26,15 +26,23 @@ def refusal(*settings, check=check_train):
         ("recipe.stages.ptq.tricks.quantize.bits=3", 'quantize has no setting "bits"'),
         ("data.batch_size=many", "data.batch_size='many' is not allowed: give a whole number"),
         ("data.batch_size=true", "data.batch_size=True is not allowed"),
-        ("trainer.devices=many", "trainer: "),
+        ("trainer.devices=many", "trainer.devices='many': "),
         ("trainer.compile=yes_please", "trainer.compile='yes_please' is not allowed: give true or"),
         ("trainer.precision=17", "trainer.precision=17 is not allowed"),
-        ("trainer.accelerator=abacus", "trainer: "),
+        ("trainer.accelerator=abacus", "trainer.accelerator='abacus': "),
         ("baseline.lr=0", "baseline: lr=0 is not allowed: give a number above 0"),
         ("baseline.lr=.nan", "baseline: lr=nan is not allowed"),
         ("baseline.finetune=1", "baseline.finetune=1 is not allowed: give true or false"),
         ("optimizer.momentum=1", "optimizer: momentum=1 is not allowed"),
         ("measure.runs=0", "measure: runs=0 is not allowed"),
+        ("measure.threads=100000000000", "threads=100000000000 is not allowed: give 1 to 1024"),
+        ("measure.batch_size=1000000000", "batch_size=1000000000 is not allowed: give 1 to 4096"),
+        ("baseline.epochs=10000000", "epochs=10000000 is not allowed: give 0 to 1000000"),
+        ("data.seed=18446744073709551616", "data.seed=18446744073709551616 is not allowed"),
+        ("model.weights=/nope.pt", "model.weights=/nope.pt is not a file: give the path of"),
+        ("budget=0.5", "budget belongs to recipe=guideline"),
+        ("recipe.stages=null", "recipe int8_prune50 has no stage, so it would change nothing"),
+        ("recipe.stages.ptq=null", "stage ptq has no trick and no epochs, so it would do nothing"),
         ("measure.min_top1_agreement=2", "min_top1_agreement=2"),
         ("stage.epochs=-1", "stage: epochs=-1"),
         ("stage.max_drop=x", "stage.max_drop='x'"),
@@ -64,6 +72,31 @@ def test_a_wrong_setting_is_one_line(override, told):
     assert told in refusal(*override.split())
 
 
+def test_each_wrong_argument_of_the_trainer_is_named():
+    told = refusal(
+        "trainer.accelerator=abacus",
+        "trainer.devices=[0]",
+        "trainer.strategy=foo",
+        "trainer.limit_val_batches=-1",
+        "trainer.precision=17",
+    )
+    for key in ("accelerator='abacus'", "strategy='foo'", "limit_val_batches=-1", "precision=17"):
+        assert f"trainer.{key}" in told
+    # They are those of the accelerator.
+    assert "trainer.devices" not in told
+
+
+def test_weights_known_by_name_need_no_file():
+    check_train(composed("model.name=mobilenet_v2", "model.weights=IMAGENET1K_V1"))
+    told = refusal("model.name=mobilenet_v2", "model.weights=IMAGENET1K_V3")
+    assert 'did you mean "IMAGENET1K_V' in told
+
+
+def test_a_stage_beside_another_may_be_left_out():
+    check_train(composed("~recipe.stages.prune_qat"))
+    check_train(composed("recipe=fp32"))
+
+
 def test_a_part_that_is_missing_is_told():
     with pytest.raises(QatTricksError, match="the config lacks baseline"):
         check_train(composed("~baseline"))
@@ -71,9 +104,27 @@ def test_a_part_that_is_missing_is_told():
 
 def test_all_wrong_settings_are_told_at_once():
     told = refusal(
-        "seed=x", "baseline.lr=-1", "foo=1", "data.shift=x", "recipe.stages.prune_qat.epochs=-2"
+        "seed=x",
+        "baseline.lr=-1",
+        "foo=1",
+        "data.shift=x",
+        "recipe.stages.prune_qat.epochs=-2",
+        "data.batch_size=0",
+        "data.seed=-1",
+        "model.weights=/nope.pt",
+        "baseline.epochs=x",
     )
-    for part in ("seed='x'", "lr=-1", '"foo"', "data.shift='x'", "epochs=-2"):
+    for part in (
+        "seed='x'",
+        "lr=-1",
+        '"foo"',
+        "data.shift='x'",
+        "epochs=-2",
+        "data.batch_size=0",
+        "data.seed=-1",
+        "model.weights=/nope.pt",
+        "baseline.epochs='x'",
+    ):
         assert part in told
 
 

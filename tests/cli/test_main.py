@@ -91,6 +91,13 @@ def status(run, *arguments):
         ("target=onnxruntime", 'unknown target "onnxruntime": did you mean "onnxruntime_cpu"'),
         ("export.normalize=3", "export.normalize=3 is not allowed: give true or false"),
         ("--resolve", "--resolve belongs to --cfg"),
+        (
+            "recipe.stages.ptq.tricks=[calibrate,quantize]",
+            "gives a list, and recipe.stages.ptq.tricks holds settings by name (fold_batchnorm, ",
+        ),
+        ("budget=0.5", "budget belongs to recipe=guideline: give that, or leave budget out"),
+        ("recipe=int8_ptq ~recipe.stages.ptq", "recipe int8_ptq has no stage"),
+        ("recipe=guideline ~recipe.stages model.weights=no.pt", "model.weights=no.pt is not a"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_run_or_written(tmp_path, ran, capfd, arguments, told):
@@ -155,6 +162,26 @@ def test_bad_input_of_evaluate_is_one_line(tmp_path, monkeypatch, capfd, argumen
     assert told in printed.err
     assert printed.err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_everything_wrong_with_an_evaluation_is_told_at_once(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    arguments = (
+        "artifact=a.onnx float=b.onnx measure.threads=100000000000 measure.batch_sizes=[] "
+        "measure.runs=x folder=/dev/null/x"
+    )
+    assert status(cli.evaluate, *arguments.split()) == 2
+    told = capfd.readouterr().err
+    assert told.count("\n") == 1
+    for part in (
+        "artifact=a.onnx is not a file",
+        "float=b.onnx is not a file",
+        "threads=100000000000 is not allowed: give 1 to 1024",
+        "batch_sizes=[] is not allowed",
+        "measure.runs='x'",
+        "cannot be written",
+    ):
+        assert part in told
 
 
 def test_a_run_says_what_and_where_and_keeps_its_config(tmp_path, ran, capsys):

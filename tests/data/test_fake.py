@@ -1,10 +1,20 @@
 """Made-up images that a network can learn."""
 
+import pytest
 import torch
 
 from qat_tricks.data import build_data
+from qat_tricks.errors import QatTricksError
 from qat_tricks.jobs.datamodule import ImageDataModule
 from tests.helpers.lightning import pl
+
+
+def test_all_counts_out_of_range_are_named():
+    counts = {"train_images": 0, "num_classes": 10**9, "batch_size": 0, "seed": 2**64}
+    with pytest.raises(QatTricksError) as caught:
+        build_data("fake", **counts)
+    for name, value in counts.items():
+        assert f"data.{name}={value} is not allowed: give " in str(caught.value)
 
 
 def test_fake_images_can_be_learned_in_a_real_trainer():

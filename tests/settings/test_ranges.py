@@ -28,7 +28,7 @@ from qat_tricks.settings.ranges import (
         (POSITIVE, [1e-9], [0, -1, math.inf, math.nan]),
         (NOT_NEGATIVE, [0, 1e9], [-1, math.inf, math.nan]),
         (POSITIVE.or_null(), [None, 1], [0]),
-        (counts("[1]"), [[1], (1, 8)], [[], [0], [1, 0]]),
+        (counts(between(1, 8), "[1]"), [[1], (1, 8)], [[], [0], [1, 0], [9]]),
     ],
     ids=lambda value: getattr(value, "text", None),
 )
