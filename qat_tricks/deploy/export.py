@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,6 +31,7 @@ from qat_tricks.deploy.qdq import Emitted, to_qdq
 from qat_tricks.deploy.targets import OPSET
 from qat_tricks.errors import QatTricksError, one_line
 from qat_tricks.files import replacing
+from qat_tricks.graph.equivalence import tensors_in
 from qat_tricks.graph.inputs import (
     Inputs,
     as_tensors,
@@ -46,6 +48,10 @@ from qat_tricks.graph.unwrap import unwrapped
 from qat_tricks.version import __version__
 
 INPUT, OUTPUT = "images", "logits"
+_HOOKS = (
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+)
 TENSOR_IMAGES = 8  # for parity tensor by tensor, which holds the values of all tensors at once
 
 FAULT = "the ONNX file does not run as simulated, so it was not kept"
@@ -105,6 +111,7 @@ def export_onnx(
     # Under a trainer's autocast the file would hold bfloat16, which ONNX Runtime does not run.
     with replacing(path) as draft, torch.autocast("cpu", enabled=False):
         model = _to_onnx(copy.deepcopy(simulated), on_cpu(example), file_inputs, opset, layout)
+        _check_hooks(network, simulated, on_cpu(example))
         _save(model, draft, metadata or {})
         report = _compare(draft, simulated, batches)
         limits = {"min_top1_agreement": min_top1_agreement, "min_sqnr_db": min_sqnr_db}
@@ -224,6 +231,31 @@ def _to_onnx(
         bits = _bits_of_initializers(model.graph, emitted.bits)
         helper.set_model_props(model, {WEIGHT_BITS_KEY: json.dumps(bits)})
     return model
+
+
+def _check_hooks(network: nn.Module, simulated: nn.Module, example: Inputs) -> None:
+    """Refuses a hook of the user's that changes the output: the exporter follows forward alone.
+
+    Args:
+        network: whose hooks they are; the copy of a traced one has none.
+        simulated: a copy of it, on the CPU and in evaluation mode.
+        example: its inputs.
+    """
+    hooks = {name: vars(network)[name] for name in _HOOKS}
+    if not any(hooks.values()):
+        return
+    before = {name: vars(simulated)[name] for name in _HOOKS}
+    with torch.no_grad():
+        vars(simulated).update({name: OrderedDict() for name in _HOOKS})
+        alone = tensors_in(call_network(simulated, example))
+        vars(simulated).update(hooks)
+        values = tensors_in(call_network(simulated, example))
+        vars(simulated).update(before)
+    if len(values) != len(alone) or not all(map(torch.equal, values, alone)):
+        raise QatTricksError(
+            "a hook on the network changes its output, which the file would not have: do its work "
+            "in forward"
+        )
 
 
 def _put_logits_first(graph: onnx.GraphProto) -> None:

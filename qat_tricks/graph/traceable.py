@@ -96,6 +96,7 @@ def check_traceable(network: nn.Module, untraced: Sequence[str] = ()) -> None:
         _check_weights(module, where)
         if path:
             _check_hooks(module, where)
+            _check_forward(module, where)
 
 
 def check_precision(traced: fx.GraphModule, untraced: Sequence[str] = ()) -> None:
@@ -215,6 +216,18 @@ def _check_hooks(module: nn.Module, where: str) -> None:
         raise QatTricksError(_hook(where, hook))
     for hook in (*module._backward_hooks.values(), *module._backward_pre_hooks.values()):
         raise QatTricksError(_hook(where, hook).replace("forward hook", "backward hook", 1))
+
+
+def _check_forward(module: nn.Module, where: str) -> None:
+    """Refuses a part of torch's own that computes by another forward; others are traced through."""
+    forward = vars(module).get("forward")
+    is_ours = type(forward).__module__.startswith("qat_tricks.")  # of parts traced before
+    if forward is not None and not is_ours and type(module).__module__.startswith("torch.nn."):
+        raise QatTricksError(
+            f"the forward of {where} was replaced on the object, and tricks would put back that of "
+            f"its class: derive a class from {type(module).__name__} with that forward, or keep "
+            "that part in float with untraced"
+        )
 
 
 def _hook(where: str, hook: Any) -> str:

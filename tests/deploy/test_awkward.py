@@ -384,3 +384,23 @@ def test_a_part_that_cannot_be_traced_is_named_and_can_be_kept_whole(tmp_path):
     rebuilt = rebuild(seeded(PartlyUntraceable), spec_of(quantized)).eval()
     rebuilt.load_state_dict(quantized.state_dict())
     assert torch.equal(rebuilt(images(4)), quantized(images(4)))
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_hook_on_the_network_may_watch_and_not_change(quantized, tmp_path):
+    network = seeded(Head)
+    seen = []
+    if quantized:
+        network = qat_tricks.quantize(network, [images()])
+    watching = network.register_forward_hook(lambda module, args, output: seen.append(output))
+    qat_tricks.export_onnx(network, tmp_path / "model.onnx", images())
+    assert seen
+    watching.remove()
+    for hook in (
+        network.register_forward_hook(lambda module, args, output: output * 1.01),
+        network.register_forward_pre_hook(lambda module, args: (args[0] * 1.01,)),
+    ):
+        with pytest.raises(QatTricksError, match="a hook on the network changes its output"):
+            qat_tricks.export_onnx(network, tmp_path / "changed.onnx", images())
+        hook.remove()
+    assert not (tmp_path / "changed.onnx").exists()

@@ -33,6 +33,12 @@ def forward_on_object(net):
     return net
 
 
+def forward_on_part(net):
+    conv = net.conv
+    conv.forward = lambda x: nn.Conv2d.forward(conv, x) * 1.02
+    return net
+
+
 def compiled_in_place(net):
     net.fc.compile()
     return net
@@ -46,6 +52,7 @@ def compiled_in_place(net):
         (compiled_in_place, '"fc" was compiled in place'),
         (nn.DataParallel, "hand over its .module"),
         (forward_on_object, "replaced on the object"),
+        (forward_on_part, 'the forward of "conv" was replaced .*derive a class from Conv2d'),
         (with_hook, '"conv" has a forward hook'),
         (lambda net: changed(net, weight_norm), "remove_weight_norm"),
         (lambda net: changed(net, spectral_norm), "remove_spectral_norm"),
@@ -72,6 +79,7 @@ def test_what_a_tracer_would_follow_wrong_is_one_line(change, told):
     [
         with_hook,
         forward_on_object,
+        forward_on_part,
         lambda net: changed(net, weight_norm),
         lambda net: changed(net, parametrizations.weight_norm),
         lambda net: changed(net, prune.l1_unstructured, "bias", 0.5),
