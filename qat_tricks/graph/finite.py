@@ -11,6 +11,8 @@ from qat_tricks.numerics import ActivationQuantizer
 def check_finite(network: nn.Module) -> None:
     """Raises QatTricksError if a parameter, or a statistic of a BatchNorm, is NaN or infinite.
 
+    A negative variance, whose root is NaN, counts as well.
+
     The scale of a quantizer is NaN until it is calibrated, and a mask in a buffer may be infinite:
     these do not count.
 
@@ -26,8 +28,10 @@ def check_finite(network: nn.Module) -> None:
         for name, values in tensors.items():
             if values.is_meta or not values.is_floating_point():
                 continue
-            if not torch.isfinite(values).all():
+            is_finite = bool(torch.isfinite(values).all())
+            if not is_finite or (name == "running_var" and bool((values < 0).any())):
+                kind = "negative" if is_finite else "NaN or infinite"
                 raise QatTricksError(
-                    f'"{prefix + "." if prefix else ""}{name}" of the network holds NaN or '
-                    "infinite numbers: give a network whose training has not diverged"
+                    f'"{prefix + "." if prefix else ""}{name}" of the network holds {kind} '
+                    "numbers: give a network whose training has not diverged"
                 )

@@ -230,6 +230,19 @@ def without_first(batches: Sequence[Inputs], count: int) -> list[Inputs]:
     return left
 
 
+def are_constant(batches: Sequence[Inputs]) -> bool:
+    """Whether all values of the floating inputs in ``batches`` are the same."""
+    floats = [
+        values
+        for batch in batches
+        for values in as_tensors(batch)
+        if values.is_floating_point() and values.numel() > 0
+    ]
+    return len(floats) > 0 and all(
+        bool((values == floats[0].flatten()[0]).all()) for values in floats
+    )
+
+
 def are_finite(inputs: Inputs) -> bool:
     """Whether no value is NaN or infinite."""
     return all(bool(torch.isfinite(values).all()) for values in as_tensors(inputs))

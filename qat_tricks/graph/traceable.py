@@ -234,7 +234,7 @@ def _hook(where: str, hook: Any) -> str:
     name = getattr(hook, "__qualname__", type(hook).__name__)
     return (
         f"{where} has a forward hook ({name}), which a traced network would not call: remove it, "
-        "register it on the network itself, or do its work in forward"
+        "do its work in forward, or, if it only watches, register it on the network itself"
     )
 
 

@@ -12,6 +12,7 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.graph.equivalence import GATE_IMAGES, Gate
 from qat_tricks.graph.inputs import (
     Inputs,
+    are_constant,
     are_finite,
     batch_size,
     first_images,
@@ -127,6 +128,12 @@ class Workbench:
             batches = self._load(self.loader, num_images)
         else:
             batches = first_of_all(without_first(self._remembered, self._held_out), num_images)
+        if are_constant(batches):
+            warnings.warn(
+                "all values that the calibration loader yields are the same: what is measured on "
+                "them says nothing of other images; give it images as the network will see them",
+                stacklevel=2,
+            )
         return self._counted(batches)
 
     def training_batches(self, num_images: int) -> list[Inputs]:

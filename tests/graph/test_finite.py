@@ -27,6 +27,13 @@ def test_the_number_is_named(number, value):
         quantize(net, [images()])
 
 
+def test_a_negative_variance_is_named():
+    net = small_net()
+    net.stem[1].running_var[0] = -1
+    with pytest.raises(QatTricksError, match=r'^"stem\.1\.running_var" .* holds negative numbers'):
+        quantize(net, [images()])
+
+
 def test_a_network_that_is_calibrated_by_itself_is_checked_too():
     traced = place(trace(small_net()))
     with torch.no_grad():

@@ -1,4 +1,5 @@
 import itertools
+import warnings
 
 import numpy as np
 import pytest
@@ -40,6 +41,14 @@ def test_the_network_handed_in_stays_as_it_was():
 def test_loaders_that_cannot_be_calibrated_on(loader, message):
     with pytest.raises(QatTricksError, match=message):
         qat_tricks.quantize(small_net(), loader)
+
+
+def test_images_that_are_all_alike_are_warned_of():
+    with pytest.warns(UserWarning, match="all values that the calibration loader yields are the"):
+        qat_tricks.quantize(small_net(), [torch.zeros(4, 1, 8, 8), torch.zeros(4, 1, 8, 8)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        qat_tricks.quantize(small_net(), [torch.zeros(4, 1, 8, 8), images()])
 
 
 def test_a_recipe_that_trains_is_refused():
