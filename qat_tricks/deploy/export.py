@@ -25,7 +25,7 @@ from qat_tricks.deploy.parity.logits import MIN_SQNR_DB, check_agreement
 from qat_tricks.deploy.parity.network import ParityReport, measure_parity
 from qat_tricks.deploy.parity.tensors import measure_tensor_parity
 from qat_tricks.deploy.passes import COPY, name_quantized, tidy
-from qat_tricks.deploy.pools import ExportablePools, mend_pools
+from qat_tricks.deploy.pools import mend_pools
 from qat_tricks.deploy.prepare import prepare_for_export
 from qat_tricks.deploy.qdq import Emitted, to_qdq
 from qat_tricks.deploy.targets import OPSET
@@ -200,7 +200,7 @@ def _to_onnx(
     # two images: the exporter would freeze a batch size of one
     pair = as_tensors(map_tensors(one, lambda values: torch.cat([values] * 2)))
     try:
-        with _quiet(), kept_registry(), ExportablePools(), ExportableFunctions():
+        with _quiet(), kept_registry(), ExportableFunctions():
             # The file takes any number of images, and a squeeze() changes the shape of one alone.
             check_batch_first(logits_of(call_network(network, one)), 1)
             output = network(*pair)

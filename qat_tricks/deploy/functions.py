@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from qat_tricks.deploy.pools import EXPORTABLE_POOLS
+
 
 def _rrelu(
     input: Tensor,
@@ -33,7 +35,8 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: 
     return F.scaled_dot_product_attention(query, key, value, *rest, **kwargs).squeeze(1)
 
 
-_BY: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
+_BY: Mapping[Callable[..., Any], Callable[..., Any]] = {
+    **EXPORTABLE_POOLS,
     F.rrelu: _rrelu,
     torch.rrelu: _rrelu,
     F.scaled_dot_product_attention: _attention,

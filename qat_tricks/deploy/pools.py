@@ -8,7 +8,8 @@ the places that are not there.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,31 +18,31 @@ import torch
 from onnx import helper, numpy_helper
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 _RANKS = {F.avg_pool2d: 2, F.avg_pool3d: 3}
 _SOURCE = "pkg.torch.onnx.fx_node"  # the exporter's key for the node that it translated
 
 
-class ExportablePools(TorchFunctionMode):
-    """While it is active, pools that the exporter does not know are computed by what it knows."""
+def _adaptive_max_pool(*args: Any, **kwargs: Any) -> Any:
+    """The exporter knows it neither with nor without indices; without them there is a way."""
+    if kwargs.get("return_indices", False):
+        return F.adaptive_max_pool2d(*args, **kwargs)
+    return _adaptive_max(args[0], args[1] if len(args) > 1 else kwargs["output_size"])
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Calls ``func``, or computes what it computes."""
-        kwargs = kwargs or {}
-        if func is F.adaptive_max_pool2d and not kwargs.get("return_indices", False):
-            return _adaptive_max(args[0], args[1] if len(args) > 1 else kwargs["output_size"])
-        # A seventh argument, or one by name, is the divisor.
-        divisor = args[6] if len(args) > 6 else kwargs.get("divisor_override")
-        if func not in _RANKS or divisor is None:
-            return func(*args, **kwargs)
-        return _with_divisor(func, *args[:6], **{**kwargs, "divisor_override": divisor})
+
+def _average_pool(pool: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    # A seventh argument, or one by name, is the divisor.
+    divisor = args[6] if len(args) > 6 else kwargs.get("divisor_override")
+    if divisor is None:
+        return pool(*args, **kwargs)
+    return _with_divisor(pool, *args[:6], **{**kwargs, "divisor_override": divisor})
+
+
+EXPORTABLE_POOLS: Mapping[Callable[..., Any], Callable[..., Any]] = {
+    F.adaptive_max_pool2d: _adaptive_max_pool,
+    **{pool: partial(_average_pool, pool) for pool in _RANKS},
+}
+"""Pools that the exporter does not know, each with what computes it by what it knows."""
 
 
 def _adaptive_max(input: Tensor, output_size: Any) -> Tensor:

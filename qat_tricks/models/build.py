@@ -68,8 +68,7 @@ def build_model(
 
 def check_weights(name: str, weights: str | None) -> None:
     """Raises QatTricksError if ``weights`` are neither a file nor known for the model by name."""
-    names = _weight_names(name)
-    if weights is not None and weights not in names:
+    if weights is not None and weights not in (names := _weight_names(name)):
         weights_file(weights, names)
 
 
