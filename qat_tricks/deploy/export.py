@@ -28,7 +28,7 @@ from qat_tricks.deploy.passes import COPY, name_quantized, tidy
 from qat_tricks.deploy.pools import mend_pools
 from qat_tricks.deploy.prepare import prepare_for_export
 from qat_tricks.deploy.qdq import Emitted, to_qdq
-from qat_tricks.deploy.targets import OPSET
+from qat_tricks.deploy.targets import NEWEST_OPSET, OPSET
 from qat_tricks.errors import QatTricksError, one_line
 from qat_tricks.files import replacing
 from qat_tricks.graph.equivalence import tensors_in
@@ -90,7 +90,7 @@ def export_onnx(
         min_top1_agreement: least share of the images, 0..1, with the same class as in the
             simulation; one differing image is always tolerated unless it is 1.
         min_sqnr_db: least ratio of the logits to their error, in dB.
-        opset: ONNX operator set, 18 or newer.
+        opset: ONNX operator set, 18 to 25.
         layout: ``onnxruntime`` or ``tensorrt`` (see ``deploy.layouts``); ONNX Runtime runs the
             latter too, mostly in float.
 
@@ -98,8 +98,8 @@ def export_onnx(
         QatTricksError: the network does not take ``example``, cannot be exported, or has quantizers
             without a range; parity is below a limit; or ``path`` cannot be written.
     """
-    if opset < OPSET:
-        raise QatTricksError(f"opset={opset} is not supported: give {OPSET} or newer")
+    if not OPSET <= opset <= NEWEST_OPSET:
+        raise QatTricksError(f"opset={opset} is not supported: give {OPSET} to {NEWEST_OPSET}")
     network = unwrapped(network)
     names = input_names(network)
     example = inputs_of(example, names)
@@ -222,6 +222,7 @@ def _to_onnx(
     assert program is not None
     assert program.exported_program is not None
     model = program.model_proto
+    _check_opset(model, opset)
     _put_logits_first(model.graph)
     mend_pools(model.graph, program.exported_program)
     name_quantized(model.graph, emitted.calls)
@@ -231,6 +232,16 @@ def _to_onnx(
         bits = _bits_of_initializers(model.graph, emitted.bits)
         helper.set_model_props(model, {WEIGHT_BITS_KEY: json.dumps(bits)})
     return model
+
+
+def _check_opset(model: onnx.ModelProto, opset: int) -> None:
+    """Refuses a file that the exporter left at another operator set: it warns, and goes on."""
+    written = next(entry.version for entry in model.opset_import if not entry.domain)
+    if written != opset:
+        raise QatTricksError(
+            f"opset={opset} cannot be written of this network with this PyTorch, which stayed at "
+            f"{written}: give {written}, or take a newer onnxscript"
+        )
 
 
 def _check_hooks(network: nn.Module, simulated: nn.Module, example: Inputs) -> None:

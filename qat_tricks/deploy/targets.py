@@ -15,6 +15,7 @@ from qat_tricks.errors import QatTricksError, did_you_mean
 from qat_tricks.numerics.scheme import ACTIVATIONS
 
 OPSET = 18  # PyTorch's exporter writes it without converting, and all targets read it
+NEWEST_OPSET = 25  # to which the exporter's library converts (onnxscript 0.7)
 
 
 @dataclass(frozen=True, kw_only=True)

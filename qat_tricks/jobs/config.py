@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qat_tricks.deploy.cost.latency import MIN_RUNS
 from qat_tricks.deploy.parity.logits import LARGEST_SQNR_DB, MIN_SQNR_DB
-from qat_tricks.deploy.targets import OPSET
+from qat_tricks.deploy.targets import NEWEST_OPSET, OPSET
 from qat_tricks.evidence.language import check_language
 from qat_tricks.settings.ranges import (
     BATCH,
@@ -23,7 +23,6 @@ from qat_tricks.settings.ranges import (
     POSITIVE,
     THREADS,
     Range,
-    at_least,
     below,
     between,
     check_ranges,
@@ -114,7 +113,7 @@ class Export:
     opset: int = OPSET  # ONNX operator set
 
     def __post_init__(self) -> None:
-        check_ranges(self, opset=at_least(OPSET))
+        check_ranges(self, opset=between(OPSET, NEWEST_OPSET))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """PyTorch's exporter builds its registry once, and exports what it exports otherwise."""
 
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -8,6 +9,7 @@ from torch.onnx._internal.exporter import _registration
 import qat_tricks
 from qat_tricks.deploy import exporter_registry
 from qat_tricks.deploy.exporter_registry import kept_registry
+from qat_tricks.errors import QatTricksError
 
 
 @pytest.fixture
@@ -54,6 +56,24 @@ def test_another_opset_or_more_operators_have_a_registry_of_their_own(built, tmp
     library.define("nothing(Tensor x) -> Tensor")
     exported(tmp_path / "d.onnx")
     assert len(built) == 2
+
+
+def test_a_file_at_another_opset_than_asked_for_is_not_kept(tmp_path, monkeypatch):
+    def older(*args, opset_version, **kwargs):
+        return own(*args, opset_version=opset_version - 2, **kwargs)
+
+    own = torch.onnx.export
+    monkeypatch.setattr(torch.onnx, "export", older)
+    with pytest.raises(QatTricksError, match=r"opset=23 cannot be written .* at 21: give 21, or"):
+        exported(tmp_path / "a.onnx", opset=23)
+    assert not list(tmp_path.glob("*.onnx"))
+
+
+@pytest.mark.parametrize("opset", [20, 25])
+def test_a_file_has_the_opset_asked_for(opset, tmp_path):
+    exported(tmp_path / "a.onnx", opset=opset)
+    versions = [entry.version for entry in onnx.load(tmp_path / "a.onnx").opset_import]
+    assert versions == [opset]
 
 
 def test_functions_that_an_export_enters_do_not_stay(built):

@@ -186,7 +186,8 @@ def test_both_layouts_are_the_same_network(for_tensorrt, tmp_path):
             "signed symmetric with 4 bits",
         ),
         ({}, {"layout": "tensorflow"}, 'unknown layout "tensorflow": did you mean "tensorrt"'),
-        ({}, {"opset": 17}, "opset=17 is not supported: give 18 or newer"),
+        ({}, {"opset": 17}, "opset=17 is not supported: give 18 to 25"),
+        ({}, {"opset": 26}, "opset=26 is not supported: give 18 to 25"),
     ],
 )
 def test_files_that_cannot_be_are_refused(settings, export, told, tmp_path):
