@@ -28,6 +28,8 @@ from qat_tricks.graph.two_modes import TRAINING, by_mode, only_in
 # The key in a node's meta under which ``note_integers`` says that it yields integers.
 INTEGERS = "qat_tricks.integers"
 _SIZES = {"size", "dim", "numel", "shape"}  # methods that yield no tensor
+# Modules of functions that yield a tensor only of tensors, as ``+``, ``math.ceil`` and ``max``.
+_OF_NUMBERS = ("_operator", "math", "builtins")
 
 
 def operation_of(node: fx.Node, traced: fx.GraphModule) -> Operation:
@@ -72,7 +74,7 @@ def is_tensor(node: fx.Node) -> bool:
         return node.args[1] not in ("shape", "ndim", "dtype", "device")
     if node.op == "call_function" and (
         # Part of a tuple of tensors, or arithmetic with sizes: the inputs tell which.
-        node.target is operator.getitem or getattr(node.target, "__module__", "") == "_operator"
+        node.target is operator.getitem or getattr(node.target, "__module__", "") in _OF_NUMBERS
     ):
         return any(is_tensor(n) for n in node.all_input_nodes)
     return True

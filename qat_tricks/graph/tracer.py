@@ -1,5 +1,6 @@
 """Follows a network's code in one mode, and leaves all that is around it as it was."""
 
+import builtins
 import copy
 import inspect
 import linecache
@@ -25,6 +26,7 @@ from qat_tricks.errors import QatTricksError
 from qat_tricks.graph import attention
 from qat_tricks.graph.layers import BATCHNORMS
 from qat_tricks.graph.modes import kept_modes
+from qat_tricks.graph.nodes import is_tensor
 from qat_tricks.graph.random_state import has_moved, random_state, restore_random_state
 from qat_tricks.graph.two_modes import NO_GRAD, OWNER, structure_of
 
@@ -215,6 +217,7 @@ def _follow(network: nn.Module, tracer: Tracer, *, training: bool) -> Followed:
         _attributes_kept(network) as changes,
         _grad_enabled(),
         _factories_recorded(tracer),
+        _extremes_of_sizes_recorded(tracer),
         _gradients_recorded(tracer),
     ):
         try:
@@ -428,6 +431,32 @@ def _factories_recorded(tracer: Tracer) -> Iterator[None]:
     finally:
         for name, function in originals.items():
             setattr(torch, name, function)
+
+
+@contextmanager
+def _extremes_of_sizes_recorded(tracer: Tracer) -> Iterator[None]:
+    """Lets ``max`` and ``min`` of sizes become nodes, as where a padding follows the image's size.
+
+    Of values of the input they are a branch, which cannot be followed.
+    """
+    originals = {name: getattr(builtins, name) for name in ("max", "min")}
+
+    def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nodes = [arg.node for arg in args if isinstance(arg, fx.Proxy)]
+            if len(args) > 1 and nodes and not any(map(is_tensor, nodes)):
+                return tracer.create_proxy("call_function", function, args, kwargs)
+            return function(*args, **kwargs)
+
+        return call
+
+    try:
+        for name, function in originals.items():
+            setattr(builtins, name, recorded(function))
+        yield
+    finally:
+        for name, function in originals.items():
+            setattr(builtins, name, function)
 
 
 @contextmanager

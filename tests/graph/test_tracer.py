@@ -361,6 +361,22 @@ class Assigning(Base):
         return self.fc(features)
 
 
+def test_an_extreme_of_sizes_is_computed_and_one_of_values_is_a_branch():
+    class OfSizes(nn.Module):
+        def forward(self, x):
+            return x[:, : max(x.size(1) - 2, min(x.shape[2], 1))]
+
+    class OfValues(nn.Module):
+        def forward(self, x):
+            return max(x.sum(), 0) * x
+
+    traced = trace(OfSizes())
+    for width in (1, 2, 5):
+        assert traced(torch.rand(1, width, 3)).shape[1] == max(width - 2, 1)
+    with pytest.raises(QatTricksError, match=r"return max\(x\.sum\(\), 0\) \* x.*control flow"):
+        trace(OfValues())
+
+
 def test_an_assignment_into_a_tensor_is_told_what_to_write_in_its_place():
     with pytest.raises(QatTricksError, match=r"item assignment; make the tensor anew .*torch\.cat"):
         trace(Assigning())

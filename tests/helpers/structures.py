@@ -4,6 +4,7 @@
 with the same weights, and the shape of one input image.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -147,6 +148,14 @@ def _in_place(s: Any, x: Tensor) -> Tensor:
     y = s.c(x)
     z = s.relu(y)
     return s.fc(s.d(z + y).mean((2, 3)))
+
+
+def _padded_by_its_size(s: Any, x: Tensor) -> Tensor:
+    """A conv with stride 2 as TensorFlow pads it: more at the end, as the image's size asks for."""
+    rows, columns = x.shape[-2:]
+    down = max((math.ceil(rows / 2) - 1) * 2 + 3 - rows, 0)
+    right = max((math.ceil(columns / 2) - 1) * 2 + 3 - columns, 0)
+    return F.relu(s.d(F.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2))))
 
 
 def _squeeze_excite(s: Any, x: Tensor) -> Tensor:
@@ -444,6 +453,7 @@ STRUCTURES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         ),
         IMAGE,
     ),
+    "padded_by_its_size": (_head(_padded_by_its_size, d=lambda: C(8, 8, 3, stride=2)), IMAGE),
     "valid_padded_conv": (
         _head(
             lambda s, x: s.e(F.relu(s.b(s.d(x)))),
