@@ -1,3 +1,4 @@
+import copy
 import functools
 import gc
 import importlib
@@ -54,6 +55,7 @@ def pytest_configure(config):
         "markers", "feature(name): a row of docs/results/lightning.md that the test proves"
     )
     _read_translations_once()
+    _compose_recipes_once()
     _keep_standard_error()
 
 
@@ -88,6 +90,24 @@ def _read_translations_once():
         return importlib.import_module(lazy._name).get_torchlib_ops()
 
     lazy.get_torchlib_ops = lambda: list(parsed())
+
+
+def _compose_recipes_once():
+    """Hydra reads its files anew for each recipe: an eighth of the time of a small training."""
+    # Only now: what is imported here must come behind the package of Lightning's that is tested.
+    recipe = importlib.import_module("qat_tricks.recipes.recipe")
+    compose, composed = recipe._compose, {}
+
+    def once(name, overrides, problems):
+        key = (str(recipe.config_dir()), name, *overrides)
+        if key not in composed:
+            config = compose(name, overrides, problems)
+            if problems.messages:  # they are told each time
+                return config
+            composed[key] = config
+        return copy.deepcopy(composed[key])
+
+    recipe._compose = once
 
 
 def _keep_standard_error():
