@@ -10,7 +10,15 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from qat_tricks.errors import QatTricksError
+
+LOCK = ".lock"  # the file of a folder that a run has for itself
+
+
+class InUseError(QatTricksError):
+    """A folder belongs to another run, which is still going."""
 
 
 class UnwritableError(QatTricksError):
@@ -38,10 +46,40 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
         finally:
             draft.unlink(missing_ok=True)
     except OSError as error:
-        reason = error.strerror or error
-        raise UnwritableError(
-            f'"{path}" cannot be written ({reason}): give a path in a folder of yours'
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> UnwritableError:
+    reason = error.strerror or error
+    return UnwritableError(
+        f'"{path}" cannot be written ({reason}): give a path in a folder of yours'
+    )
+
+
+@contextmanager
+def reserved(folder: Path) -> Iterator[None]:
+    """Makes ``folder``, and keeps others out of it until the block ends or this process dies.
+
+    Raises:
+        UnwritableError: the folder cannot be made or written.
+        InUseError: another run, which is still going, has it.
+    """
+    lock = FileLock(folder / LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InUseError(
+            f'another run that is still going writes into "{folder}": wait for its end, or give '
+            "another folder"
         ) from error
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    try:
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)  # while it is held: no other's is taken away
+        lock.release()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,12 +1,23 @@
 """Files that appear whole or not at all."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from qat_tricks.errors import QatTricksError
-from qat_tricks.files import read_json, replacing, write_json, write_tensors, write_text
+from qat_tricks.files import (
+    LOCK,
+    InUseError,
+    read_json,
+    replacing,
+    reserved,
+    write_json,
+    write_tensors,
+    write_text,
+)
 
 
 def test_a_file_whose_writing_fails_is_the_one_before(tmp_path):
@@ -60,3 +71,38 @@ def test_tensors_read_back(tmp_path):
     again = torch.load(tmp_path / "new" / "t.pt", weights_only=True)
     assert torch.equal(again["weight"], data["weight"])
     assert again["step"] == 4
+
+
+def test_a_folder_is_one_runs_at_a_time(tmp_path):
+    folder = tmp_path / "run"
+    with reserved(folder):
+        told = r'still going writes into ".*run": wait for its end'
+        with pytest.raises(InUseError, match=told), reserved(folder):
+            pass
+        with reserved(tmp_path / "other"):
+            pass
+        assert (folder / LOCK).exists(), "the refused one has taken the lock away"
+    with reserved(folder):
+        pass
+    assert list(folder.iterdir()) == []
+
+
+def test_a_folder_of_a_run_that_was_killed_is_free(tmp_path):
+    program = (
+        "import os, pathlib, signal, sys\n"
+        "from qat_tricks.files import reserved\n"
+        "with reserved(pathlib.Path(sys.argv[1])):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], timeout=60)
+    assert killed.returncode < 0
+    assert (tmp_path / LOCK).exists()
+    with reserved(tmp_path):
+        pass
+
+
+def test_a_folder_that_cannot_be_reserved_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    told = r"cannot be written .*give a path in a folder of"
+    with pytest.raises(QatTricksError, match=told), reserved(tmp_path / "file" / "run"):
+        pass

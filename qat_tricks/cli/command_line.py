@@ -9,12 +9,14 @@ from typing import NamedTuple
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qat_tricks.cli.check_evaluate import check_evaluate
 from qat_tricks.cli.checks import check_folder
 from qat_tricks.errors import QatTricksError
+from qat_tricks.files import reserved
 from qat_tricks.jobs.config import EXPORTED, REPORT, evaluation_folder
 from qat_tricks.models.build import register_models, register_timm_models
 from qat_tricks.settings.binding import Problems
@@ -214,7 +216,13 @@ def _check_run_folder(config: DictConfig, key: str) -> None:
     before = HydraConfig.instance().cfg
     try:
         HydraConfig.instance().set_config(config)  # for ${hydra:…} in the folder's name
-        check_folder(Path(str(OmegaConf.select(config, key))))
+        folder = Path(str(OmegaConf.select(config, key)))
+        check_folder(folder)
+        if folder.is_dir() and not getattr(
+            rank_zero_only, "rank", 0
+        ):  # the others join a run that has begun
+            with reserved(folder):
+                pass
     except OmegaConfBaseException as error:
         raise QatTricksError(f"{key}: {one_line(error)}") from error
     finally:

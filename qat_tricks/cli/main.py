@@ -105,7 +105,7 @@ def _train_job(config: DictConfig) -> list[float] | float | None:
     # slow: they load Lightning
     from qat_tricks.cli.check_train import check_train
     from qat_tricks.evidence.objectives import objective_values
-    from qat_tricks.files import write_json
+    from qat_tricks.files import InUseError, write_json
     from qat_tricks.jobs.isolation import free_memory, isolated
     from qat_tricks.jobs.loggers import finish_logger, make_logger
     from qat_tricks.jobs.train import run_job
@@ -134,7 +134,8 @@ def _train_job(config: DictConfig) -> list[float] | float | None:
         _tell(error, f"job {folder.name}: " if is_sweep else "")
         if not is_sweep:
             sys.exit(BAD_INPUT)
-        write_json(failure, {"error": str(error)})
+        if not isinstance(error, InUseError):  # then the folder is another run's
+            write_json(failure, {"error": str(error)})
     except Exception as error:  # a bug of ours: its traceback is printed, the other jobs still run
         if not is_sweep:
             raise

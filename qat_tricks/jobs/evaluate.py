@@ -4,6 +4,7 @@ An ONNX file is measured without loading Lightning, the training code or the log
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -29,6 +30,7 @@ from qat_tricks.evidence.ledger import Ledger, LedgerRow
 from qat_tricks.evidence.metrics import Metrics, agreement, evaluate_classifier
 from qat_tricks.evidence.paired import compare
 from qat_tricks.evidence.report import write_report
+from qat_tricks.files import reserved
 from qat_tricks.graph.spec import channels_of, mixed_precision_of
 from qat_tricks.graph.tensor_figures import FEW_IMAGES, layer_figures
 from qat_tricks.jobs.artifact import (
@@ -62,11 +64,11 @@ def evaluate_artifact(config: DictConfig) -> dict[str, Any]:
             other classes or another preprocessing, or a runtime is not installed.
     """
     # The simulated network runs on as many threads as the file.
-    with torch_threads(config.measure.threads), live():
-        return _evaluate_artifact(config)
+    with torch_threads(config.measure.threads), live(), ExitStack() as held:
+        return _evaluate_artifact(config, held)
 
 
-def _evaluate_artifact(config: DictConfig) -> dict[str, Any]:
+def _evaluate_artifact(config: DictConfig, held: ExitStack) -> dict[str, Any]:
     runtimes = list(config.runtimes) if config.runtimes else installed_runtimes()
     # Before the measurements, which take minutes.
     check_runtimes(runtimes)
@@ -84,7 +86,7 @@ def _evaluate_artifact(config: DictConfig) -> dict[str, Any]:
     )
     data = _loaded(data_as_configured.with_preprocessing(artifact.preprocessing))
     check_classes(artifact, data)
-    folder.mkdir(parents=True, exist_ok=True)
+    held.enter_context(reserved(folder))
 
     evaluation = _Evaluation(config=config, data=data)
     float_path = Path(config.float) if config.float else artifact.path.with_name("model_fp32.onnx")

@@ -10,7 +10,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from qat_tricks.errors import QatTricksError, one_line
 from qat_tricks.evidence.language import ENGLISH
 from qat_tricks.evidence.paired import show_change
 from qat_tricks.evidence.show import show
-from qat_tricks.files import UnwritableError, read_json, write_json
+from qat_tricks.files import UnwritableError, read_json, reserved, write_json
 from qat_tricks.graph.random_state import kept_random_state, seed_all
 from qat_tricks.jobs.guideline_data import train_batches, validation_batches
 from qat_tricks.jobs.guideline_forecast import IMAGES, Forecaster, Scale, Work, scaled
@@ -94,6 +94,7 @@ def guideline(
         prepare: changes each step's recipe before it runs, such as for a target.
 
     Raises:
+        InUseError: another run has the folder.
         QatTricksError: a setting that is not allowed, no validation images, or no step works.
     """
     aims = {
@@ -115,7 +116,8 @@ def guideline(
         seed=seed,
         prepare=prepare,
     )
-    with kept_random_state(), live():
+    alone = nullcontext() if run.folder is None else reserved(run.folder)
+    with kept_random_state(), live(), alone:
         return run.run()
 
 

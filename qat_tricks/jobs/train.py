@@ -1,5 +1,7 @@
 """Runs one job: data, float baseline, the stages of a recipe, export, and the evidence."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from torch import nn
 
 from qat_tricks.data import ImageData
 from qat_tricks.errors import QatTricksError
+from qat_tricks.files import reserved
 from qat_tricks.graph.logits import check_batch_first, has_one_logit
 from qat_tricks.graph.modes import evaluating
 from qat_tricks.graph.trace import check_untraced
@@ -60,6 +63,7 @@ def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[st
         The report.
 
     Raises:
+        InUseError: another run writes into the folder.
         QatTricksError: the input is bad, a stage loses more than it may, or an export does not run
             as simulated.
     """
@@ -81,8 +85,9 @@ def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[st
         network.to("cpu").eval()  # on every rank: the next stage begins with it
         ranks.on_zero(record.after_stage, stage, network)
 
-    ranks.on_zero(record.save_config)
-    try:
+    with ExitStack() as held, _saved_if_interrupted(record):
+        ranks.on_zero(lambda: held.enter_context(reserved(folder)))
+        ranks.on_zero(record.save_config)
         prepare_baseline(config, module, datamodule, trainer, ranks)
         module.network.to("cpu").eval()
         ranks.on_zero(record.measure_float, module.network)
@@ -94,6 +99,12 @@ def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[st
         else:
             run_stages(module, datamodule, recipe, trainer=stages, after_stage=after_stage)
         return ranks.on_zero(record.finish, logger)
+
+
+@contextmanager
+def _saved_if_interrupted(record: RunRecord) -> Iterator[None]:
+    try:
+        yield
     # Lightning ends an interrupted fit with SystemExit
     except (KeyboardInterrupt, SystemExit) as error:
         if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):

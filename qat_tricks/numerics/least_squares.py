@@ -244,21 +244,30 @@ class GridRounder:
         # Half of the error's slope: what it falls by as an integer grows.
         slope = self.moments @ (weight - integers * scale[:, None])
         diagonal = torch.diagonal(self.moments, dim1=1, dim2=2)
+        inputs = weight.shape[1]
         for _ in range(PASSES):
             has_moved = False
-            for i in range(weight.shape[1]):
-                # The error is a parabola of this integer alone. The product of a small scale and a
-                # small moment may be 0.
-                lowest = integers[:, i] + slope[:, i] / diagonal[:, i, None] / scale
-                integer = lowest.round_().clamp_(-self.limit, self.limit)
-                if held is not None:
-                    integer = torch.where(held[:, i].isnan(), integer, integers[:, i])
-                step = (integer - integers[:, i]) * scale
-                if not step.any():
+            for begin in range(0, inputs, BLOCK):
+                end = min(begin + BLOCK, inputs)
+                steps = torch.zeros_like(slope[:, begin:end])
+                for i in range(begin, end):
+                    # The error is a parabola of this integer alone. The product of a small scale
+                    # and a small moment may be 0.
+                    lowest = integers[:, i] + slope[:, i] / diagonal[:, i, None] / scale
+                    integer = lowest.round_().clamp_(-self.limit, self.limit)
+                    if held is not None:
+                        integer = torch.where(held[:, i].isnan(), integer, integers[:, i])
+                    step = (integer - integers[:, i]) * scale
+                    if not step.any():
+                        continue
+                    integers[:, i], steps[:, i - begin] = integer, step
+                    # Within the block at once; the other inputs get the block's steps together.
+                    slope[:, begin:end] -= self.moments[:, i, begin:end, None] * step[:, None]
+                if not steps.any():
                     continue
-                slope -= self.moments[:, i, :, None] * step[:, None]
-                integers[:, i] = integer
                 has_moved = True
+                for others in (slice(0, begin), slice(end, inputs)):
+                    slope[:, others] -= self.moments[:, others, begin:end] @ steps
             if not has_moved:
                 break
         return integers

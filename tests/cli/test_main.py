@@ -10,6 +10,7 @@ import qat_tricks.jobs.train
 from qat_tricks.cli import main as cli
 from qat_tricks.errors import QatTricksError
 from qat_tricks.evidence.report import write_report
+from qat_tricks.files import LOCK, reserved
 from tests.helpers import ROOT
 from tests.helpers.samples import report
 
@@ -87,7 +88,7 @@ def status(run, *arguments):
             "target=tensorrt recipe.stages.ptq.tricks.quantize.activations=unsigned_affine",
             "quantize.activations=unsigned_affine is not for this target",
         ),
-        ("target=tensorrt export.opset=99", "export.opset=99 is too new for target=tensorrt"),
+        ("target=tensorrt export.opset=25", "export.opset=25 is too new for target=tensorrt"),
         ("target=onnxruntime", 'unknown target "onnxruntime": did you mean "onnxruntime_cpu"'),
         ("export.normalize=3", "export.normalize=3 is not allowed: give true or false"),
         ("--resolve", "--resolve belongs to --cfg"),
@@ -299,6 +300,25 @@ def test_a_bug_keeps_its_traceback(ran, monkeypatch, capsys):
     told = capsys.readouterr().err
     assert "Traceback" in told
     assert "ZeroDivisionError: a bug" in told
+
+
+def test_a_folder_in_use_is_refused_before_anything_is_written(ran, tmp_path, capfd):
+    folder = tmp_path / "run"
+    with reserved(folder):
+        assert status(cli.train, "recipe=int8_ptq", f"hydra.run.dir={folder}") == 2
+        assert [path.name for path in folder.iterdir()] == [LOCK]
+    assert "another run that is still going writes into" in capfd.readouterr().err
+    assert not ran
+
+
+def test_a_job_whose_folder_is_in_use_leaves_it_as_it_is(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "sweep" / "0_int8_ptq"
+    with reserved(folder):
+        status(cli.train, "-m", "recipe=int8_ptq", "data=fake", "hydra.sweep.dir=sweep")
+        assert not (folder / "error.json").exists()
+    told = "job 0_int8_ptq: another run that is still going writes into"
+    assert told in capfd.readouterr().err
 
 
 def test_the_script_works_from_any_folder(tmp_path):

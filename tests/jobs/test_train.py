@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qat_tricks.errors import QatTricksError
+from qat_tricks.files import InUseError, reserved
 from qat_tricks.jobs.train import run_job
 from tests.helpers.configs import job_config, quick_job
 from tests.helpers.nets import SmallNet
@@ -83,6 +84,14 @@ def test_a_network_of_other_classes_than_the_data_is_refused(tmp_path):
     with pytest.raises(QatTricksError, match="has 10 classes and the data 4"):
         run_job(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_another_run_writes_into_is_refused_and_stays(tmp_path):
+    with reserved(tmp_path):
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(InUseError, match="another run that is still going"):
+            run_job(job_config("recipe=int8_ptq", *QUICK), tmp_path)
+        assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_pattern_that_matches_nothing_is_refused_before_anything_is_trained(tmp_path):
