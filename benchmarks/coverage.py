@@ -52,7 +52,7 @@ TIMM = " ".join(
         "nfnet_l0 regnetz_c16 resnetv2_50",
         "skresnet18 selecsls42b res2net50_26w_4s starnet_s1 rexnet_100 mixnet_s cspresnet50 "
         "darknet53 vovnet39a ese_vovnet19b_dw",
-        "levit_128s efficientvit_b0",
+        "levit_128s efficientvit_b0 tf_efficientnet_lite0 tf_mobilenetv3_small_075 tf_mixnet_s",
     )
 ).split()
 NAMES = [*TORCHVISION, *(f"timm/{name}" for name in TIMM)]

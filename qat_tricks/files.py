@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
@@ -73,6 +74,11 @@ def reserved(folder: Path) -> Iterator[None]:
             f'another run that is still going writes into "{folder}": wait for its end, or give '
             "another folder"
         ) from error
+    except NotImplementedError:
+        warnings.warn(
+            f'the file system of "{folder}" has no locks: see to it that no other run writes there',
+            stacklevel=3,
+        )
     except OSError as error:
         raise _unwritable(folder, error) from error
     try:

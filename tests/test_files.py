@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from filelock import FileLock
 
 from qat_tricks.errors import QatTricksError
 from qat_tricks.files import (
@@ -98,6 +99,15 @@ def test_a_folder_of_a_run_that_was_killed_is_free(tmp_path):
     assert killed.returncode < 0
     assert (tmp_path / LOCK).exists()
     with reserved(tmp_path):
+        pass
+
+
+def test_where_there_are_no_locks_a_warning_says_so(tmp_path, monkeypatch):
+    def acquire(lock, timeout):
+        raise NotImplementedError
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    with pytest.warns(UserWarning, match="has no locks"), reserved(tmp_path):
         pass
 
 
