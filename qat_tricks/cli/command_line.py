@@ -218,9 +218,8 @@ def _check_run_folder(config: DictConfig, key: str) -> None:
         HydraConfig.instance().set_config(config)  # for ${hydra:…} in the folder's name
         folder = Path(str(OmegaConf.select(config, key)))
         check_folder(folder)
-        if folder.is_dir() and not getattr(
-            rank_zero_only, "rank", 0
-        ):  # the others join a run that has begun
+        # The other processes of a run find it going.
+        if folder.is_dir() and not getattr(rank_zero_only, "rank", 0):
             with reserved(folder):
                 pass
     except OmegaConfBaseException as error:

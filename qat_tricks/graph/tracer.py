@@ -443,8 +443,8 @@ def _extremes_of_sizes_recorded(tracer: Tracer) -> Iterator[None]:
 
     def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            nodes = [arg.node for arg in args if isinstance(arg, fx.Proxy)]
-            if len(args) > 1 and nodes and not any(map(is_tensor, nodes)):
+            nodes = [leaf.node for leaf in tree_leaves(args) if isinstance(leaf, fx.Proxy)]
+            if nodes and not any(map(is_tensor, nodes)):
                 return tracer.create_proxy("call_function", function, args, kwargs)
             return function(*args, **kwargs)
 

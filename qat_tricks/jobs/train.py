@@ -103,6 +103,7 @@ def run_job(config: DictConfig, folder: Path, logger: Logger = False) -> dict[st
 
 @contextmanager
 def _saved_if_interrupted(record: RunRecord) -> Iterator[None]:
+    """Saves the network of a run that its user ends."""
     try:
         yield
     # Lightning ends an interrupted fit with SystemExit

@@ -364,7 +364,8 @@ class Assigning(Base):
 def test_an_extreme_of_sizes_is_computed_and_one_of_values_is_a_branch():
     class OfSizes(nn.Module):
         def forward(self, x):
-            return x[:, : max(x.size(1) - 2, min(x.shape[2], 1))]
+            rows, columns = x.shape[-2:]
+            return x[:, : max(x.size(1) - 2, min([rows, columns]), max(x.shape[3:]))]
 
     class OfValues(nn.Module):
         def forward(self, x):
@@ -372,7 +373,7 @@ def test_an_extreme_of_sizes_is_computed_and_one_of_values_is_a_branch():
 
     traced = trace(OfSizes())
     for width in (1, 2, 5):
-        assert traced(torch.rand(1, width, 3)).shape[1] == max(width - 2, 1)
+        assert traced(torch.rand(1, width, 3, 1)).shape[1] == max(width - 2, 1)
     with pytest.raises(QatTricksError, match=r"return max\(x\.sum\(\), 0\) \* x.*control flow"):
         trace(OfValues())
 
