@@ -46,7 +46,7 @@ def refusal(*settings, check=check_train):
         ("measure.min_top1_agreement=2", "min_top1_agreement=2"),
         ("stage.epochs=-1", "stage: epochs=-1"),
         ("stage.max_drop=x", "stage.max_drop='x'"),
-        ("export.opset=17", "export: opset=17 is not allowed: give 18 or more"),
+        ("export.opset=17", "export: opset=17 is not allowed: give 18 to 25"),
         ("target=tensorrt export.opset=25", "export.opset=25 is too new for target=tensorrt"),
         (
             "recipe.stages.ptq.tricks.quantize.activations=signed",
