@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -413,24 +413,12 @@ def _gradients_recorded(tracer: Tracer) -> Iterator[None]:
 @contextmanager
 def _factories_recorded(tracer: Tracer) -> Iterator[None]:
     """Lets ``torch.rand`` and the like become nodes of the graph."""
-    originals = {name: getattr(torch, name) for name in (*_DRAWING, *_MAKING)}
 
-    def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            leaves = tree_leaves((args, kwargs))
-            if name in _DRAWING or any(isinstance(leaf, fx.Proxy) for leaf in leaves):
-                return tracer.create_proxy("call_function", function, args, kwargs)
-            return function(*args, **kwargs)
+    def is_node(name: str, proxies: Sequence[fx.Proxy]) -> bool:
+        return name in _DRAWING or bool(proxies)
 
-        return call
-
-    try:
-        for name, function in originals.items():
-            setattr(torch, name, recorded(name, function))
+    with _recorded(tracer, torch, (*_DRAWING, *_MAKING), is_node):
         yield
-    finally:
-        for name, function in originals.items():
-            setattr(torch, name, function)
 
 
 @contextmanager
@@ -439,12 +427,35 @@ def _extremes_of_sizes_recorded(tracer: Tracer) -> Iterator[None]:
 
     Of values of the input they are a branch, which cannot be followed.
     """
-    originals = {name: getattr(builtins, name) for name in ("max", "min")}
 
-    def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+    def is_node(name: str, proxies: Sequence[fx.Proxy]) -> bool:
+        return bool(proxies) and not any(is_tensor(proxy.node) for proxy in proxies)
+
+    with _recorded(tracer, builtins, ("max", "min"), is_node):
+        yield
+
+
+@contextmanager
+def _recorded(
+    tracer: Tracer,
+    module: ModuleType,
+    names: Sequence[str],
+    is_node: Callable[[str, Sequence[fx.Proxy]], bool],
+) -> Iterator[None]:
+    """Lets calls of a module's functions become nodes.
+
+    Args:
+        tracer: makes the nodes.
+        module: whose functions they are.
+        names: of the functions.
+        is_node: of a name and the proxies among a call's arguments: whether that call is a node.
+    """
+    originals = {name: getattr(module, name) for name in names}
+
+    def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            nodes = [leaf.node for leaf in tree_leaves(args) if isinstance(leaf, fx.Proxy)]
-            if nodes and not any(map(is_tensor, nodes)):
+            leaves = tree_leaves((args, kwargs))
+            if is_node(name, [leaf for leaf in leaves if isinstance(leaf, fx.Proxy)]):
                 return tracer.create_proxy("call_function", function, args, kwargs)
             return function(*args, **kwargs)
 
@@ -452,11 +463,11 @@ def _extremes_of_sizes_recorded(tracer: Tracer) -> Iterator[None]:
 
     try:
         for name, function in originals.items():
-            setattr(builtins, name, recorded(function))
+            setattr(module, name, recorded(name, function))
         yield
     finally:
         for name, function in originals.items():
-            setattr(builtins, name, function)
+            setattr(module, name, function)
 
 
 @contextmanager
