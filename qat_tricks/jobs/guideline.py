@@ -412,7 +412,6 @@ class _Run:
 
     def _write_state(self) -> None:
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
             spent = self.state["seconds"] + time.perf_counter() - self.started
             write_json(self._state_path(), {**self.state, "seconds": spent})
 
@@ -420,7 +419,6 @@ class _Run:
         """Notes a step that is done, with its network, so that it need not be done again."""
         self.state["outcomes"][outcome.name] = asdict(outcome)
         if self.folder is not None and outcome.judgement is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
             save_checkpoint(self.last, self._module_path(outcome))
         self._write_state()
 
